@@ -1,0 +1,59 @@
+"""What a backend is: something that opens groups and runs them. It knows no model, no file and no plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from rwkv_npu.maths import Maths
+from rwkv_npu.spec import Group, Spec
+
+
+class Source(Protocol):
+    """What a backend may ask of a model, whether it comes from a bundle or from a checkpoint."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor in the shape in which the maths uses it: vectors in fp32, the others as stored."""
+
+    def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
+        """Outputs of a group for its inputs, computed with the operations of `f`."""
+
+    def onnx(self, group: Group) -> str | bytes:
+        """The group's graph with symbolic M and B: the path of a file, or its bytes."""
+
+
+class Runner(Protocol):
+    """A group opened for a number of rows and sequences.
+
+    The backend owns `inputs`, (M, width) or (B, width) fp32; the caller fills them and calls `run`. What that
+    returns is valid until the next run of this runner. Runners of different groups may run at the same time.
+    """
+
+    inputs: dict[str, np.ndarray]
+
+    def run(self) -> Mapping[str, np.ndarray]: ...
+
+
+class Backend(Protocol):
+    name: str
+
+    def row_counts(self, group: Group) -> tuple[int, ...] | None:
+        """Numbers of rows, ascending, for which the group can be opened at one sequence; None: any, any B."""
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> Runner:
+        """Open `group` for M = `rows` of which `batch` sequences. Raises BackendError."""
+
+    def close(self) -> None: ...
+
+
+def allocate_inputs(group: Group, rows: int, batch: int) -> dict[str, np.ndarray]:
+    """Zeroed fp32 arrays for the inputs of a group."""
+    return {
+        port.name: np.zeros((batch if port.per_sequence else rows, port.width), np.float32)
+        for port in group.inputs
+    }

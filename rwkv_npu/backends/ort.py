@@ -1,0 +1,91 @@
+"""ONNX Runtime: the default on a PC. One session a group, all on one shared pool of threads.
+
+A pool per session collapses: dozens of pools spin on the same cores.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.errors import BackendError
+from rwkv_npu.spec import Group
+
+_pool_threads: int | None = None  # the pool is the process's, and cannot be resized
+
+
+def share_threads(threads: int | None) -> None:
+    """Make the process's pool of `threads` (None: as many as ONNX Runtime likes) at first use."""
+    global _pool_threads
+    wanted = threads or 0
+    if _pool_threads is None:
+        from onnxruntime.capi import _pybind_state
+
+        _pybind_state.set_global_thread_pool_sizes(wanted, 1)
+        _pool_threads = wanted
+    elif threads is not None and wanted != _pool_threads:
+        kept = _pool_threads or "ONNX Runtime's own number of"
+        warnings.warn(f"ONNX Runtime's threads are the process's: staying with {kept}", stacklevel=4)
+
+
+class OrtRunner:
+    """Inputs and outputs are bound once, to arrays that live as long as the runner."""
+
+    def __init__(self, session: Any, group: Group, rows: int, batch: int):
+        self._session = session
+        self.inputs = allocate_inputs(group, rows, batch)
+        self._outputs = {port.name: np.empty((rows, port.width), np.float32) for port in group.outputs}
+        self._binding = session.io_binding()
+        for name, array in self.inputs.items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+        return self._outputs
+
+
+class OrtBackend:
+    """`prepack=False` opens faster and holds the weights once, but multiplies one row about half as fast."""
+
+    name = "ort"
+
+    def __init__(self, source: Source, threads: int | None = None, prepack: bool = True):
+        share_threads(threads)
+        self._source = source
+        self._sessions: dict[str, Any] = {}
+        self._options = ort.SessionOptions()
+        self._options.use_per_session_threads = False
+        self._options.log_severity_level = 3
+        if not prepack:
+            self._options.add_session_config_entry("session.disable_prepacking", "1")
+
+    def row_counts(self, group: Group) -> None:
+        return None
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> OrtRunner:
+        if group.name not in self._sessions:
+            try:
+                session = ort.InferenceSession(
+                    self._source.onnx(group), self._options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # as above
+                raise BackendError(f"ONNX Runtime cannot open {group.name}: {_first_line(error)}") from error
+            self._sessions[group.name] = session
+        return OrtRunner(self._sessions[group.name], group, rows, batch)
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

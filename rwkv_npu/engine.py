@@ -1,0 +1,220 @@
+"""Runs a model on token ids: chunks of a prompt, one token after the other, several sequences at once.
+
+The engine knows ids, states and backends; it knows nothing of text, of sampling or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rwkv_npu.backends.base import Backend, Runner
+from rwkv_npu.errors import UsageError
+from rwkv_npu.models.network import Network, Program
+from rwkv_npu.spec import Group, Spec
+from rwkv_npu.state import State, new_state
+
+PREFILL_ROWS = 128  # tokens a call where the backend takes any number of rows
+
+
+@dataclass
+class Counters:
+    """What the groups were asked to do since the engine was made."""
+
+    calls: int = 0
+
+
+class Dispatcher:
+    """Runs groups on a backend, in whatever row counts it has them."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.counters = Counters()
+        self._runners: dict[tuple[str, int, int], Runner] = {}
+
+    def run(self, group: Group, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        rows, batch = _extent(group, inputs)
+        counts = self.backend.row_counts(group)
+        if counts is None:
+            return self._call(group, inputs, rows, rows, batch, keep=rows == batch)
+        if rows > counts[-1]:
+            return self._in_pieces(group, inputs, rows, counts[-1])
+        enough = next(count for count in counts if count >= rows)
+        return self._call(group, inputs, rows, enough, batch, keep=True)
+
+    def _call(
+        self,
+        group: Group,
+        inputs: Mapping[str, np.ndarray],
+        rows: int,
+        capacity: int,
+        batch: int,
+        keep: bool,
+    ) -> Mapping[str, np.ndarray]:
+        """One call of a runner of `capacity` rows; rows are causal, so that padding goes to the end."""
+        key = group.name, capacity, batch
+        runner = self._runners.get(key) or self.backend.open(group, capacity, batch)
+        if keep:
+            self._runners[key] = runner
+        for port in group.inputs:
+            target, given = runner.inputs[port.name], inputs[port.name]
+            target[: len(given)] = given
+            target[len(given) :] = 0
+        self.counters.calls += 1
+        outputs = runner.run()
+        return outputs if rows == capacity else {name: array[:rows] for name, array in outputs.items()}
+
+    def _in_pieces(
+        self, group: Group, inputs: Mapping[str, np.ndarray], rows: int, step: int
+    ) -> Mapping[str, np.ndarray]:
+        """For a group without a memory of the row before (the head), more rows than it is built for."""
+        pieces = []
+        for start in range(0, rows, step):
+            out = self.run(group, {name: array[start : start + step] for name, array in inputs.items()})
+            pieces.append({name: array.copy() for name, array in out.items()})
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def close(self) -> None:
+        self._runners.clear()
+        self.backend.close()
+
+
+def _extent(group: Group, inputs: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Rows and sequences of a call."""
+    rows = next(len(inputs[port.name]) for port in group.inputs if not port.per_sequence)
+    return rows, next((len(inputs[port.name]) for port in group.inputs if port.per_sequence), 1)
+
+
+class Engine:
+    """A model that maps ids and a state to logits and a state.
+
+    program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `initial` is the tuned
+    state of each layer that has one.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        host: Callable[[str], np.ndarray],
+        backend: Backend,
+        *,
+        fingerprint: str,
+        initial: dict[int, np.ndarray],
+    ):
+        self.program, self.fingerprint = program, fingerprint
+        self._network = Network(program, host)
+        self._dispatcher = Dispatcher(backend)
+        self._initial = initial
+        chunk, self.batches = self._row_limits(backend)
+        self._chunk = chunk
+
+    @property
+    def spec(self) -> Spec:
+        return self.program.spec
+
+    @property
+    def backend(self) -> Backend:
+        return self._dispatcher.backend
+
+    @property
+    def counters(self) -> Counters:
+        return self._dispatcher.counters
+
+    def new_state(self) -> State:
+        return new_state(self.spec, self.fingerprint, self._initial)
+
+    def forward(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        state: State | None = None,
+        all_logits: bool = False,
+        *,
+        inplace: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[np.ndarray, State]:
+        """Read `tokens` after `state` (None: from the start).
+
+        Returns logits, fp32, (V,) after the last token or (T, V) after each, and the new state; `state` is
+        left as it was unless `inplace`. `progress` is called with the number of tokens of every chunk read.
+        Raises UsageError for no tokens at all, ids outside the vocabulary, or a state of another model.
+        """
+        ids = self._check(tokens)
+        if state is None:
+            state = self.new_state()
+        else:
+            self._check_state(state)
+            state = state if inplace else state.copy()
+        batched = {name: part[:, None] for name, part in state.parts.items()}
+        collected = []
+        for start in range(0, len(ids), self._chunk):
+            piece = ids[start : start + self._chunk]
+            x = self._network.hidden(self._dispatcher.run, piece[:, None], batched)
+            state.tokens_seen += len(piece)
+            if all_logits:
+                collected.append(self._logits(x))
+            elif start + len(piece) == len(ids):
+                collected.append(self._logits(x[-1:]))
+            if progress:
+                progress(len(piece))
+        logits = collected[0] if len(collected) == 1 else np.concatenate(collected)
+        state.logits = logits[-1].copy()
+        return (logits if all_logits else state.logits.copy()), state
+
+    def forward_batch(
+        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State]
+    ) -> tuple[np.ndarray, list[State]]:
+        """Read T tokens of B sequences at once: (B, T) ids and B states -> logits (B, V) and B new states."""
+        rows = [self._check(row) for row in tokens]
+        if not rows or len(rows) != len(states) or len({len(row) for row in rows}) > 1:
+            raise UsageError("forward_batch takes as many states as sequences, and sequences of one length")
+        for state in states:
+            self._check_state(state)
+        if not self.batches:  # the artifacts are built for one sequence
+            results = [self.forward(row, state) for row, state in zip(rows, states, strict=True)]
+            return np.stack([logits for logits, _ in results]), [state for _, state in results]
+        ids = np.stack(rows, axis=1)
+        B = len(states)
+        names = states[0].parts
+        batched = {name: np.stack([state.parts[name] for state in states], axis=1) for name in names}
+        step = max(1, self._chunk // B)
+        for start in range(0, len(ids), step):
+            x = self._network.hidden(self._dispatcher.run, ids[start : start + step], batched)
+        logits = self._logits(x[-B:])
+        advanced = [
+            replace(
+                state,
+                parts={name: np.ascontiguousarray(batched[name][:, b]) for name in names},
+                logits=logits[b].copy(),
+                tokens_seen=state.tokens_seen + len(ids),
+            )
+            for b, state in enumerate(states)
+        ]
+        return logits, advanced
+
+    def close(self) -> None:
+        """Give back what the backend holds; the engine cannot be used after it."""
+        self._dispatcher.close()
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        return self._network.logits(self._dispatcher.run, x).copy()
+
+    def _row_limits(self, backend: Backend) -> tuple[int, bool]:
+        """The most tokens of a call, and whether several sequences may share one."""
+        counts = [backend.row_counts(group) for group in self.program.groups if group.role != "head"]
+        fixed = [count[-1] for count in counts if count is not None]
+        return (min(fixed), False) if fixed else (PREFILL_ROWS, True)
+
+    def _check(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise UsageError("tokens must be a non-empty sequence of integer ids")
+        if ids.min() < 0 or ids.max() >= self.spec.V:
+            wrong = ids[(ids < 0) | (ids >= self.spec.V)][0]
+            raise UsageError(f"token id {wrong} is outside the model's vocabulary of {self.spec.V}")
+        return ids.astype(np.int64)
+
+    def _check_state(self, state: State) -> None:
+        if state.spec != self.spec:
+            raise UsageError("this state belongs to a model of another generation or size")

@@ -1,0 +1,37 @@
+"""The one family of errors that a user sees as a single line.
+
+Whatever the user can cause (a bad file, a flag out of range, a full disk) is raised as one of these, with a
+message that says what was wrong, where, and what to do. Everything else is a bug and keeps its traceback.
+"""
+
+
+class RwkvNpuError(Exception):
+    """Base of every error that the command line shows as one line, with exit status 1."""
+
+
+class CheckpointError(RwkvNpuError):
+    """A checkpoint that cannot be read, is of an unsupported generation, or has wrong tensors."""
+
+
+class BundleError(RwkvNpuError):
+    """A bundle that is damaged, incomplete, of another version, or cannot be written."""
+
+
+class StateError(RwkvNpuError):
+    """A state file, or a state, that does not fit the model."""
+
+
+class TokenizerError(RwkvNpuError):
+    """A vocabulary file that cannot be read, or text asked of a model without a vocabulary."""
+
+
+class BackendError(RwkvNpuError):
+    """A backend that is unknown, not installed, or failed while it ran."""
+
+
+class ToolkitError(RwkvNpuError):
+    """Rockchip's compiler is missing, cannot be installed, or refused a graph."""
+
+
+class UsageError(RwkvNpuError):
+    """An argument that makes no sense, given through the Python API or the command line."""

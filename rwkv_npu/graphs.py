@@ -1,0 +1,316 @@
+"""Records the maths of a group as an ONNX graph.
+
+The tracer implements `rwkv_npu.maths.Maths`: the formulas of `models/` run on it as they run on NumPy, and
+leave nodes behind instead of numbers. Names of nodes and initialisers are those of the checkpoint.
+
+Two uses: with `rows=None` the graph has symbolic M and B, for ONNX Runtime; with fixed rows it is meant for
+Rockchip's compiler, and matrices wider than `split` are cut into parts that the NPU takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from rwkv_npu.maths import LAYER_NORM_EPS
+from rwkv_npu.models.network import Program
+from rwkv_npu.spec import Group, Port, tensors
+
+OPSET = 17  # the first with LayerNormalization; Rockchip's compiler takes up to 19
+IR_VERSION = 8  # a newer onnx would write one that Rockchip's compiler cannot read
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An initialiser: a tensor of the model, or number `index` of a stack, cut to `rows` and `columns`."""
+
+    name: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    @property
+    def label(self) -> str:
+        parts = [self.name] + ([] if self.index is None else [str(self.index)])
+        parts += [f"{key}{span[0]}" for key, span in (("k", self.rows), ("n", self.columns)) if span]
+        return ".".join(parts)
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        if self.index is not None:
+            array = array[self.index]
+        if self.rows:
+            array = array[slice(*self.rows)]
+        return array[..., slice(*self.columns)] if self.columns else array
+
+
+class Value:
+    """A symbolic array (M, sum of widths): one tensor of the graph, or several side by side."""
+
+    # Without this NumPy scalars would try to broadcast over a Value.
+    __array_ufunc__ = None
+
+    def __init__(self, tracer: Tracer, names: Sequence[str], widths: Sequence[int]):
+        self.tracer, self.names, self.widths = tracer, tuple(names), tuple(widths)
+
+    def __add__(self, other: Any) -> Value:
+        return self.tracer.binary("Add", self, other)
+
+    def __sub__(self, other: Any) -> Value:
+        return self.tracer.binary("Sub", self, other)
+
+    def __mul__(self, other: Any) -> Value:
+        return self.tracer.binary("Mul", self, other)
+
+
+@dataclass
+class Trace:
+    """What was recorded: everything of the graph but the numbers in its constants."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    projections: dict[str, Constant] = field(default_factory=dict)
+    vectors: dict[str, Constant] = field(default_factory=dict)
+    literals: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+
+
+class Tracer:
+    """`maths.Maths` over `Value`s. `shape_of(name)` is the shape of a tensor as the maths uses it."""
+
+    def __init__(
+        self,
+        shape_of: Callable[[str], tuple[int, ...]],
+        *,
+        rows: int | None,
+        split: int | None = None,
+        trace: Trace | None = None,
+        prefix: str = "",
+    ):
+        self._shape_of, self._rows, self._split, self._prefix = shape_of, rows, split, prefix
+        self.trace = trace if trace is not None else Trace()
+
+    def block(self, layer: int) -> Tracer:
+        return Tracer(
+            self._shape_of,
+            rows=self._rows,
+            split=self._split,
+            trace=self.trace,
+            prefix=f"blocks.{layer}.",
+        )
+
+    def vector(self, name: str) -> Constant:
+        return Constant(self._prefix + name)
+
+    def linear(self, x: Value, name: str, index: int | None = None) -> Value:
+        full = self._prefix + name
+        K, N = self._shape_of(full)[-2:]
+        parts = self._cut(x)
+        names, widths = [], self._part_widths(N)
+        for n, columns in _spans(widths):
+            total = ""
+            for part, (k, rows) in zip(parts.names, _spans(parts.widths), strict=True):
+                constant = Constant(
+                    full, index, rows if len(parts.names) > 1 else None, columns if len(widths) > 1 else None
+                )
+                self.trace.projections[constant.label] = constant
+                label = constant.label.replace(".weight", "")
+                if label == constant.label:  # low-rank matrices have no suffix to drop
+                    label += ".product"
+                product = self.node("MatMul", [part, constant.label], label)
+                total = self.node("Add", [total, product], f"{label}.sum{k}") if total else product
+            names.append(total)
+        return Value(self, names, widths)
+
+    def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
+        constants = [self._constant(Constant(f"{self._prefix}{name}.{part}")) for part in ("weight", "bias")]
+        label = self._prefix + name
+        return self._like(x, self.node("LayerNormalization", [self.whole(x), *constants], label, epsilon=eps))
+
+    def tanh(self, x: Value) -> Value:
+        return self._unary("Tanh", x)
+
+    def sigmoid(self, x: Value) -> Value:
+        return self._unary("Sigmoid", x)
+
+    def relu(self, x: Value) -> Value:
+        return self._unary("Relu", x)
+
+    def columns(self, x: Value, start: int, stop: int) -> Value:
+        bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
+        return Value(self, [self.node("Slice", [self.whole(x), *bounds])], [stop - start])
+
+    def shift(self, h: Value, last: Value) -> Value:
+        if self._rows == 1:
+            return last
+        joined = self.node("Concat", [self.whole(last), self.whole(h)], axis=0)
+        if self._rows is None:
+            end = self.node("Shape", [self.whole(h)], start=0, end=1)
+        else:
+            end = self._literal(np.array([self._rows], np.int64))
+        zero = self._literal(np.array([0], np.int64))
+        return self._like(h, self.node("Slice", [joined, zero, end, zero]))
+
+    def row_matmul(self, x: Value, s: Value) -> Value:
+        # As products of two axes only, which stay on the NPU: repeat x along the rows of each matrix,
+        # multiply, and add up the columns with a matrix of ones.
+        R = x.widths[0]
+        repeat = np.repeat(np.eye(R, dtype=np.float32), R, axis=1)
+        collect = np.tile(np.eye(R, dtype=np.float32), (R, 1))
+        spread = self.node("MatMul", [self.whole(x), self._literal(repeat)])
+        product = self.node("Mul", [spread, self.whole(s)])
+        return self._like(x, self.node("MatMul", [product, self._literal(collect)]))
+
+    def binary(self, op: str, a: Value, b: Any) -> Value:
+        """Elementwise, part by part; b may be a Value, a Constant vector or a number."""
+        if isinstance(b, Value) and len(a.names) != len(b.names):
+            a, b = self._cut(a, b.widths), self._cut(b, a.widths)
+        others: list[str]
+        if isinstance(b, Value):
+            others = list(b.names)
+        elif isinstance(b, Constant):
+            cut = len(a.names) > 1
+            spans = [columns if cut else None for _, columns in _spans(a.widths)]
+            others = [self._constant(Constant(b.name, columns=columns)) for columns in spans]
+        else:
+            others = [self._literal(np.array(b, np.float32))] * len(a.names)
+        return Value(self, [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)], a.widths)
+
+    def node(self, op: str, inputs: list[str], label: str = "", **attributes: Any) -> str:
+        name = label or f"{self._prefix}{op.lower()}.{len(self.trace.nodes)}"
+        self.trace.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
+        return name
+
+    def _unary(self, op: str, x: Value) -> Value:
+        return Value(self, [self.node(op, [name]) for name in x.names], x.widths)
+
+    def _constant(self, constant: Constant) -> str:
+        self.trace.vectors[constant.label] = constant
+        return constant.label
+
+    def _literal(self, array: np.ndarray) -> str:
+        name = f"literal.{array.dtype}.{'x'.join(map(str, array.shape))}.{_digest(array)}"
+        self.trace.literals[name] = array
+        return name
+
+    def _part_widths(self, width: int) -> list[int]:
+        if not self._split or width <= self._split:
+            return [width]
+        count = ceil(width / self._split)
+        step = ceil(width / count / 32) * 32
+        return [min(step, width - start) for start in range(0, width, step)]
+
+    def _cut(self, x: Value, widths: Sequence[int] | None = None) -> Value:
+        """x in parts that a projection can read."""
+        widths = widths or self._part_widths(sum(x.widths))
+        if len(x.names) > 1 or len(widths) == 1:
+            return x
+        parts = [self.columns(x, *span).names[0] for _, span in _spans(widths)]
+        return Value(self, parts, widths)
+
+    def whole(self, x: Value) -> str:
+        return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
+
+    def _like(self, x: Value, name: str) -> Value:
+        return Value(self, [name], [sum(x.widths)])
+
+
+def _spans(widths: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+    ends = np.cumsum(widths)
+    return [(i, (int(end) - width, int(end))) for i, (end, width) in enumerate(zip(ends, widths, strict=True))]
+
+
+def _digest(array: np.ndarray) -> str:
+    if array.size <= 1:
+        return str(array.reshape(-1)[0])
+    return "table"  # row_matmul's two: told apart by their shapes
+
+
+def trace_group(program: Program, group: Group, *, rows: int | None = None, split: int | None = None) -> Trace:
+    """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece."""
+    shapes = {tensor.name: tensor.used_shape for tensor in tensors(program.spec)}
+    tracer = Tracer(shapes.__getitem__, rows=rows, split=split)
+    inputs = {port.name: Value(tracer, [port.name], [port.width]) for port in group.inputs}
+    values = program.evaluate(group, tracer, inputs)
+    results = {port.name: tracer.whole(values[port.name]) for port in group.outputs}
+    trace = tracer.trace
+    renamed = {old: new for new, old in results.items() if old not in inputs}
+    for node in trace.nodes:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+    for new, old in results.items():
+        if renamed.get(old) != new:  # an input handed on, or one value under two names
+            trace.nodes.append(helper.make_node("Identity", [renamed.get(old, old)], [new], name=new))
+    trace.inputs = [_value_info(port, rows) for port in group.inputs]
+    trace.outputs = [_value_info(port, rows) for port in group.outputs]
+    return trace
+
+
+def _value_info(port: Port, rows: int | None) -> onnx.ValueInfoProto:
+    symbol, fixed = ("B", 1) if port.per_sequence else ("M", rows)
+    shape = [symbol if rows is None else fixed, port.width]
+    return helper.make_tensor_value_info(port.name, TensorProto.FLOAT, shape)
+
+
+def inline_model(
+    trace: Trace, name: str, tensor: Callable[[str], np.ndarray], dtype: type[np.floating] = np.float32
+) -> onnx.ModelProto:
+    """The graph with its numbers inside. `tensor(name)` is a tensor as the maths uses it."""
+    projections = [
+        _initialiser(label, constant.of(tensor(constant.name)), dtype)
+        for label, constant in trace.projections.items()
+    ]
+    return _model(trace, name, tensor, projections)
+
+
+def external_model(
+    trace: Trace,
+    name: str,
+    tensor: Callable[[str], np.ndarray],
+    location: str,
+    place: Callable[[Constant], tuple[np.dtype, tuple[int, ...], int, int]],
+) -> onnx.ModelProto:
+    """The graph with its projections in the file `location` beside it.
+
+    `place(constant)` gives their dtype, shape, offset in that file and size, both in bytes.
+    """
+    projections = []
+    for label, constant in trace.projections.items():
+        dtype, shape, offset, size = place(constant)
+        proto = TensorProto(name=label, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype))
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", size)):
+            proto.external_data.add(key=key, value=str(value))
+        projections.append(proto)
+    return _model(trace, name, tensor, projections)
+
+
+def _model(
+    trace: Trace, name: str, tensor: Callable[[str], np.ndarray], projections: list[TensorProto]
+) -> onnx.ModelProto:
+    nodes, casts = [], {}
+    for proto in projections:
+        if proto.data_type != TensorProto.FLOAT:
+            casts[proto.name] = f"{proto.name}.fp32"
+            nodes.append(helper.make_node("Cast", [proto.name], [casts[proto.name]], to=TensorProto.FLOAT))
+    for node in trace.nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [casts.get(used, used) for used in node.input]
+        nodes.append(copy)
+    vectors = [_initialiser(label, c.of(tensor(c.name)), np.float32) for label, c in trace.vectors.items()]
+    literals = [_initialiser(label, array, array.dtype) for label, array in trace.literals.items()]
+    graph = helper.make_graph(nodes, name, trace.inputs, trace.outputs, [*projections, *vectors, *literals])
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rwkv_npu")
+
+
+def _initialiser(label: str, array: np.ndarray, dtype: Any) -> TensorProto:
+    data = np.ascontiguousarray(array.astype(dtype, copy=False))
+    kind = helper.np_dtype_to_tensor_dtype(data.dtype)
+    return helper.make_tensor(label, kind, data.shape, data.tobytes(), raw=True)

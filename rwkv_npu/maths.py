@@ -1,0 +1,115 @@
+"""The operations in which every generation's maths is written, and their execution in NumPy.
+
+A formula in `v4.py` .. `v7.py` takes such an object `f` as its first argument. NumpyMaths computes it (this is
+the reference); a tracer records the same calls into an ONNX graph, torch runs them on tensors. Arrays have
+rows first, (M, width), time-major (M = T*B); they support +, - and * with each other, with vectors (width,)
+and with Python numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+LAYER_NORM_EPS = 1e-5
+
+# Weights that are not fp32 are widened this many elements at a time: a block that stays in the cache.
+_WIDEN_BLOCK = 1 << 18
+
+Self = TypeVar("Self", bound="Maths")
+
+
+class Maths(Protocol):
+    """What a formula may use. Names are those of the checkpoint, relative to a layer inside `block(i)`."""
+
+    def block(self: Self, layer: int) -> Self:
+        """The same operations with names relative to `blocks.LAYER.`."""
+
+    def vector(self, name: str) -> Any:
+        """A vector of the model: a norm, mix or bias, (width,)."""
+
+    def linear(self, x: Any, name: str, index: int | None = None) -> Any:
+        """(M, in) -> (M, out): x times a projection, or times number `index` of a stack of them."""
+
+    def layer_norm(self, x: Any, name: str, eps: float = LAYER_NORM_EPS) -> Any:
+        """LayerNorm over the width with `name`.weight and `name`.bias."""
+
+    def tanh(self, x: Any) -> Any: ...
+
+    def sigmoid(self, x: Any) -> Any: ...
+
+    def relu(self, x: Any) -> Any: ...
+
+    def columns(self, x: Any, start: int, stop: int) -> Any:
+        """(M, width) -> (M, stop - start)."""
+
+    def shift(self, h: Any, last: Any) -> Any:
+        """Row m of the result is the row of h one token earlier; `last` (B, D) comes before the first."""
+
+    def row_matmul(self, x: Any, s: Any) -> Any:
+        """(M, R), (M, R*R) -> (M, R): each row times its own matrix, row-major."""
+
+
+def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(M, K) fp32 @ (K, N) of any float type -> (M, N) fp32, with no more than a block of `weight` widened."""
+    if weight.dtype == np.float32:
+        return x @ weight
+    result = np.empty((len(x), weight.shape[1]), np.float32)
+    step = max(1, _WIDEN_BLOCK // weight.shape[0])
+    for start in range(0, weight.shape[1], step):
+        columns = slice(start, start + step)
+        result[:, columns] = x @ weight[:, columns].astype(np.float32)
+    return result
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    # Through tanh, which has no exp to overflow.
+    return np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    variance = np.square(centred).mean(-1, keepdims=True)
+    return centred / np.sqrt(variance + np.float32(eps)) * weight + bias
+
+
+class NumpyMaths:
+    """The reference. `weight(name)` gives a tensor in the shape in which the maths uses it."""
+
+    def __init__(self, weight: Callable[[str], np.ndarray], prefix: str = ""):
+        self._weight = weight
+        self._prefix = prefix
+
+    def block(self, layer: int) -> NumpyMaths:
+        return NumpyMaths(self._weight, f"blocks.{layer}.")
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._weight(self._prefix + name)
+
+    def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        weight = self._weight(self._prefix + name)
+        return matmul(x, weight if index is None else weight[index])
+
+    def layer_norm(self, x: np.ndarray, name: str, eps: float = LAYER_NORM_EPS) -> np.ndarray:
+        return layer_norm(x, self.vector(name + ".weight"), self.vector(name + ".bias"), eps)
+
+    def tanh(self, x: np.ndarray) -> np.ndarray:
+        return np.tanh(x)
+
+    def sigmoid(self, x: np.ndarray) -> np.ndarray:
+        return sigmoid(x)
+
+    def relu(self, x: np.ndarray) -> np.ndarray:
+        return np.maximum(x, np.float32(0))
+
+    def columns(self, x: np.ndarray, start: int, stop: int) -> np.ndarray:
+        return x[:, start:stop]
+
+    def shift(self, h: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.concatenate([last, h])[: len(h)]
+
+    def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
+        rank = x.shape[1]
+        return (x[:, None, :] @ s.reshape(-1, rank, rank))[:, 0]

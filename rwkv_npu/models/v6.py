@@ -1,0 +1,70 @@
+"""RWKV-6 (Finch, arXiv 2404.05892): as v5, with mixes and decays that depend on the data.
+
+Letters: T tokens, B sequences, H heads, N head size. The five mixes come in the order w, k, v, r, g.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.models.common import Arrays, group_norm, heads, squared_relu_mix, wkv
+from rwkv_npu.maths import Maths, sigmoid
+from rwkv_npu.spec import Scaling, Spec
+
+
+def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
+    return {"h": h, "dx": previous - h}
+
+
+def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any]:
+    h, dx = x["h"], x["dx"]
+    rank = spec.ranks["mix"]
+    z = f.tanh(f.linear(h + dx * f.vector("att.time_maa_x"), "att.time_maa_w1"))
+
+    def mixed(index: int, channel: str) -> Any:
+        part = f.columns(z, index * rank, (index + 1) * rank)
+        delta = f.linear(part, "att.time_maa_w2", index)
+        return h + dx * (delta + f.vector(f"att.time_maa_{channel}"))
+
+    xw, xk, xv, xr, xg = (mixed(index, channel) for index, channel in enumerate("wkvrg"))
+    return {
+        "r": f.linear(xr, "att.receptance.weight"),
+        "w": f.linear(f.tanh(f.linear(xw, "att.time_decay_w1")), "att.time_decay_w2"),
+        "k": f.linear(xk, "att.key.weight"),
+        "v": f.linear(xv, "att.value.weight"),
+        "g": f.linear(xg, "att.gate.weight"),
+    }
+
+
+def ffn_mix(f: Maths, h: Any, previous: Any) -> dict[str, Any]:
+    dx = previous - h
+    return {f"x{c}": h + dx * f.vector(f"ffn.time_maa_{c}") for c in "kr"}
+
+
+def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
+    receptance = f.sigmoid(f.linear(x["xr"], "ffn.receptance.weight"))
+    return receptance * squared_relu_mix(f, x["xk"], layer, scaling)
+
+
+def prepare(vectors: Arrays, spec: Spec) -> Arrays:
+    """What the recurrence of a layer reads: time_decay (A,) and u (H, N)."""
+    return {
+        "time_decay": vectors["att.time_decay"],
+        "u": vectors["att.time_faaaa"],
+        "ln_x.weight": vectors["att.ln_x.weight"],
+        "ln_x.bias": vectors["att.ln_x.bias"],
+    }
+
+
+def time_mix(p: Arrays, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
+    """r, w, k, v, g (T, B, A) -> y (T, B, A), normalised and gated. `att.wkv` (B, H, N, N) is updated in place.
+
+    w is the low-rank part of the decay: its sum with time_decay and both exponentials stay in fp32.
+    """
+    H = len(p["u"])
+    r, k, v = (heads(x[c], H) for c in "rkv")
+    log_w = heads(-np.exp(p["time_decay"] + x["w"]), H)
+    y = group_norm(wkv(r, log_w, p["u"], k, v, state["att.wkv"]), p["ln_x.weight"], p["ln_x.bias"])
+    return y * x["g"] * sigmoid(x["g"])

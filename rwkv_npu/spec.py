@@ -1,0 +1,298 @@
+"""The vocabulary of the project: what a model is, which tensors it has, and how it is cut into groups.
+
+One table of tensors feeds the checkpoint reader (what must be there, in which shape), the converter (what is
+a projection, what stays on the host) and the runtime; one table of groups feeds the graphs and everything
+that runs them. Nothing here knows a file format, a formula or a backend.
+
+Letters used everywhere:
+    D embedding width   L layers   V vocabulary   A attention width (H*N; D in all official models)
+    H heads   N head size   F channel-mix width   M rows of a call (T tokens * B sequences, time-major)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from math import prod
+from typing import Any
+
+from rwkv_npu.errors import UsageError
+
+GENERATIONS = ("4", "5.0", "5.1", "5.2", "6", "7", "7a")
+FUSIONS = ("layer", "projection")
+
+
+class Kind(Enum):
+    """What a tensor is for, which settles where it is kept and how it lies in a checkpoint."""
+
+    VECTOR = "vector"  # norms, mixes, decays: on the host in fp32; on disk any shape of as many elements
+    LINEAR = "linear"  # a projection, on disk (out, in), used as x @ W.T
+    LOW_RANK = "low-rank"  # a projection, on disk (in, out), used as x @ W; 3-D is a stack of them
+    TABLE = "table"  # rows looked up by token
+    HOST_LINEAR = "host-linear"  # as LINEAR, but multiplied on the host
+
+    @property
+    def is_projection(self) -> bool:
+        return self in (Kind.LINEAR, Kind.LOW_RANK)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint: BlinkDL's name, and the shape in which it lies on disk."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    optional: bool = False
+
+    @property
+    def used_shape(self) -> tuple[int, ...]:
+        """Shape in which the maths uses it: projections are (in, out)."""
+        return self.shape[::-1] if self.kind is Kind.LINEAR else self.shape
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model's generation and dimensions, read once from the names and shapes of its tensors.
+
+    `ranks` are the low ranks by name: v6 `mix`, `decay`; v7 `w`, `a`, `v`, `g`; 7a also `s` (DeepEmbed).
+    """
+
+    generation: str
+    D: int
+    L: int
+    H: int
+    N: int
+    A: int
+    F: int
+    V: int
+    ranks: dict[str, int] = field(default_factory=dict, hash=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Spec:
+        return Spec(**data)
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(t.shape) for t in tensors(self) if not t.optional or ".time_state" not in t.name)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Powers of two that keep fp16 graphs away from overflow and leave the result as it is.
+
+    ffn: the channel mix computes (relu(k/ffn))^2, and its product is multiplied by ffn^2.
+    residual_every: layer i works on a residual divided by 2^(i // residual_every); 0 leaves it alone.
+        (BlinkDL's remedy for fp16; with LayerNorm's epsilon scaled along it is exact.)
+    """
+
+    ffn: float = 1.0
+    residual_every: int = 0
+
+    def residual(self, layer: int) -> float:
+        return 2.0 ** -(layer // self.residual_every) if self.residual_every else 1.0
+
+
+# -- tensors ---------------------------------------------------------------------------------------------
+
+_V4 = """
+att.time_decay vector A        | att.time_first vector A
+att.time_mix_k vector D        | att.time_mix_v vector D       | att.time_mix_r vector D
+att.key.weight linear A,D      | att.value.weight linear A,D   | att.receptance.weight linear A,D
+att.output.weight linear D,A
+ffn.time_mix_k vector D        | ffn.time_mix_r vector D
+ffn.key.weight linear F,D      | ffn.receptance.weight linear D,D | ffn.value.weight linear D,F
+"""
+_V5_0 = _V4.replace("att.time_decay vector A", "att.time_decay vector H").replace(
+    "att.time_first vector A", "att.time_faaaa vector H | att.ln_x.weight vector A | att.ln_x.bias vector A"
+)
+_V5_1 = _V5_0 + "att.time_mix_g vector D | att.gate.weight linear A,D"
+_V5_2 = _V5_1.replace("time_decay vector H", "time_decay vector H,N").replace(
+    "time_faaaa vector H", "time_faaaa vector H,N"
+)
+_V6 = """
+att.time_maa_x vector D | att.time_maa_w vector D | att.time_maa_k vector D
+att.time_maa_v vector D | att.time_maa_r vector D | att.time_maa_g vector D
+att.time_maa_w1 low-rank D,5*mix | att.time_maa_w2 low-rank 5,mix,D
+att.time_decay vector A | att.time_decay_w1 low-rank D,decay | att.time_decay_w2 low-rank decay,A
+att.time_faaaa vector H,N
+att.receptance.weight linear A,D | att.key.weight linear A,D | att.value.weight linear A,D
+att.gate.weight linear A,D | att.output.weight linear D,A
+att.ln_x.weight vector A | att.ln_x.bias vector A
+ffn.time_maa_k vector D | ffn.time_maa_r vector D
+ffn.key.weight linear F,D | ffn.receptance.weight linear D,D | ffn.value.weight linear D,F
+"""
+_V7 = """
+att.x_r vector D | att.x_w vector D | att.x_k vector D | att.x_v vector D | att.x_a vector D | att.x_g vector D
+att.w0 vector A | att.w1 low-rank D,w | att.w2 low-rank w,A
+att.a0 vector A | att.a1 low-rank D,a | att.a2 low-rank a,A
+att.v0 vector A | att.v1 low-rank D,v | att.v2 low-rank v,A
+att.g1 low-rank D,g | att.g2 low-rank g,A
+att.k_k vector A | att.k_a vector A | att.r_k vector H,N
+att.receptance.weight linear A,D | att.key.weight linear A,D | att.value.weight linear A,D
+att.output.weight linear D,A
+att.ln_x.weight vector A | att.ln_x.bias vector A
+ffn.x_k vector D | ffn.key.weight linear F,D | ffn.value.weight linear D,F
+"""
+_V7A = (
+    _V7
+    + """
+ffn.s_emb.weight table V,s*s | ffn.s_emb_x.weight host-linear s*s,D
+ffn.s1 low-rank D,s | ffn.s2 low-rank s,F | ffn.s0 vector F
+"""
+)
+_LAYER_TABLES = {"4": _V4, "5.0": _V5_0, "5.1": _V5_1, "5.2": _V5_2, "6": _V6, "7": _V7, "7a": _V7A}
+_LAYER_NORMS = "ln1.weight vector D | ln1.bias vector D | ln2.weight vector D | ln2.bias vector D"
+_TOP = """
+emb.weight table V,D | blocks.0.ln0.weight vector D | blocks.0.ln0.bias vector D
+ln_out.weight vector D | ln_out.bias vector D | head.weight linear V,D
+"""
+
+
+def _parse(table: str) -> list[tuple[str, Kind, tuple[str, ...]]]:
+    rows = [entry.split() for line in table.splitlines() for entry in line.split("|") if entry.strip()]
+    return [(name, Kind(kind), tuple(dims.split(","))) for name, kind, dims in rows]
+
+
+def layer_table(generation: str) -> list[tuple[str, Kind, tuple[str, ...]]]:
+    """Tensors of one layer as (name within the layer, kind, dimensions by letter or rank name)."""
+    return _parse(_LAYER_NORMS) + _parse(_LAYER_TABLES[generation])
+
+
+def _size(spec: Spec, dim: str) -> int:
+    """Size of a dimension such as `D`, `w`, `5*mix` or `5`."""
+    sizes = []
+    for factor in dim.split("*"):
+        if factor.isdigit():
+            sizes.append(int(factor))
+        else:
+            sizes.append(spec.ranks[factor] if factor in spec.ranks else getattr(spec, factor))
+    return prod(sizes)
+
+
+def tensors(spec: Spec) -> Iterator[Tensor]:
+    """Every tensor a checkpoint of this spec may hold, in the order of the layers."""
+    for name, kind, dims in _parse(_TOP):
+        yield Tensor(name, kind, tuple(_size(spec, d) for d in dims))
+    table = layer_table(spec.generation)
+    for layer in range(spec.L):
+        for name, kind, dims in table:
+            # v7 mixes v with that of layer 0, which therefore has nothing to mix with: never used there.
+            unused = layer == 0 and name in ("att.v0", "att.v1", "att.v2")
+            shape = tuple(_size(spec, d) for d in dims)
+            yield Tensor(f"blocks.{layer}.{name}", kind, shape, optional=unused)
+        if spec.generation != "4":
+            state = (spec.H, spec.N, spec.N)
+            yield Tensor(f"blocks.{layer}.att.time_state", Kind.VECTOR, state, optional=True)
+
+
+def state_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Parts of the recurrent state of one layer and one sequence, name -> shape. All fp32.
+
+    `att.wkv` is (H, N, N) in the order [v, k] for every generation that has it.
+    """
+    if spec.generation == "4":
+        shapes: dict[str, tuple[int, ...]] = {"att.a": (spec.A,), "att.b": (spec.A,), "att.q": (spec.A,)}
+    else:
+        shapes = {"att.wkv": (spec.H, spec.N, spec.N)}
+    return {"att.shift": (spec.D,), **shapes, "ffn.shift": (spec.D,)}
+
+
+# -- groups ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a group: (M, width), or (B, width) where it holds one row per sequence."""
+
+    name: str
+    width: int
+    per_sequence: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """The unit of dispatch. `role` is its kind, `layer` the layer that its input belongs to (-1: none)."""
+
+    role: str
+    layer: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def name(self) -> str:
+        return self.role if self.layer < 0 or self.role in ("first", "last") else f"{self.role}.{self.layer}"
+
+
+def att_outputs(spec: Spec, layer: int) -> tuple[Port, ...]:
+    """What the attention projections of a layer hand to its recurrence, each (M, A)."""
+    names = {
+        "4": ["r", "k", "v"],
+        "5.0": ["r", "k", "v"],
+        "5.1": ["r", "k", "v", "g"],
+        "5.2": ["r", "k", "v", "g"],
+        "6": ["r", "w", "k", "v", "g"],
+    }.get(spec.generation, ["r", "w", "k", "v", "a", "g"] + (["vmix"] if layer > 0 else []))
+    return tuple(Port(name, spec.A) for name in names)
+
+
+def att_inputs(spec: Spec) -> tuple[Port, ...]:
+    """What the attention projections read, mixed on the CPU: the inputs of `att.in`, each (M, D)."""
+    names = {
+        "4": ["xr", "xk", "xv"],
+        "5.0": ["xr", "xk", "xv"],
+        "5.1": ["xr", "xk", "xv", "xg"],
+        "5.2": ["xr", "xk", "xv", "xg"],
+        "6": ["h", "dx"],  # the mixes depend on the data, through matrices: they belong to the group
+    }.get(spec.generation, ["xr", "xw", "xk", "xv", "xa", "xg"])
+    return tuple(Port(name, spec.D) for name in names)
+
+
+def ffn_inputs(spec: Spec) -> tuple[Port, ...]:
+    """What the channel mix reads: the inputs of `ffn`."""
+    if spec.generation == "7a":
+        return (Port("xk", spec.D), Port("h", spec.D), deep_embedding(spec))
+    names = ["xk"] if spec.generation == "7" else ["xk", "xr"]
+    return tuple(Port(name, spec.D) for name in names)
+
+
+def deep_embedding(spec: Spec) -> Port:
+    """7a: per token an (R, R) matrix, row-major, looked up on the host."""
+    return Port("s", spec.ranks["s"] ** 2)
+
+
+def groups(spec: Spec, fusion: str) -> list[Group]:
+    """The groups of a model in the order in which a token passes them.
+
+    layer: `first`, L-1 x `mid.i` (from recurrence i to i+1), `last`, `head`: L+2 calls a token.
+    projection: `att.in.i`, `att.out.i`, `ffn.i` per layer, `head`: 3L+1 calls a token.
+    """
+    x, y = Port("x", spec.D), Port("y", spec.A)
+    out = Port("out", spec.D)
+    head = Group("head", -1, (x,), (Port("logits", spec.V),))
+    if fusion == "projection":
+        per_layer = (
+            (
+                Group("att.in", i, att_inputs(spec), att_outputs(spec, i)),
+                Group("att.out", i, (y,), (out,)),
+                Group("ffn", i, ffn_inputs(spec), (out,)),
+            )
+            for i in range(spec.L)
+        )
+        return [group for layer in per_layer for group in layer] + [head]
+    if fusion != "layer":
+        raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+    att_last, ffn_last = Port("att_last", spec.D, True), Port("ffn_last", spec.D, True)
+    att_h, ffn_h, x_out = Port("att_h", spec.D), Port("ffn_h", spec.D), Port("x_out", spec.D)
+    deep = (deep_embedding(spec),) if spec.generation == "7a" else ()
+    first = Group("first", 0, (x, att_last), (att_h, *att_outputs(spec, 0)))
+    mids = [
+        Group("mid", i, (y, x, ffn_last, *deep, att_last), (x_out, ffn_h, att_h, *att_outputs(spec, i + 1)))
+        for i in range(spec.L - 1)
+    ]
+    last = Group("last", spec.L - 1, (y, x, ffn_last, *deep), (x_out, ffn_h))
+    return [first, *mids, last, head]

@@ -1,0 +1,124 @@
+"""The recurrent state of one sequence: all that a model remembers of the tokens it has read.
+
+fp32 and independent of backend, precision and fusion, so that a state made on one serves on another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.errors import StateError
+from rwkv_npu.spec import Spec, state_shapes
+
+FORMAT = "rwkv_npu state 1"
+
+
+@dataclass
+class State:
+    """`parts` maps each name of `spec.state_shapes` to (L, ...) fp32.
+
+    `logits` (V,) are those after the last token, None before the first. `tokens_seen` counts tokens.
+    """
+
+    spec: Spec
+    fingerprint: str
+    parts: dict[str, np.ndarray]
+    logits: np.ndarray | None = None
+    tokens_seen: int = 0
+
+    def copy(self) -> State:
+        return replace(self, parts={name: part.copy() for name, part in self.parts.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, `blocks.N.PART` and `logits`, aside and then by one rename.
+
+        Raises StateError when it cannot be written; a file that was there before is then still there.
+        """
+        from safetensors.numpy import save
+
+        tensors = {
+            f"blocks.{layer}.{name}": np.ascontiguousarray(part[layer])
+            for name, part in self.parts.items()
+            for layer in range(self.spec.L)
+        }
+        if self.logits is not None:
+            tensors["logits"] = self.logits
+        metadata = {
+            "format": FORMAT,
+            "generation": self.spec.generation,
+            "spec": json.dumps(self.spec.to_json()),
+            "fingerprint": self.fingerprint,
+            "tokens_seen": str(self.tokens_seen),
+        }
+        aside = Path(f"{os.fspath(path)}.partial")
+        try:
+            aside.write_bytes(save(tensors, metadata))
+            os.replace(aside, path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise StateError(f"cannot write the state to {path}: {error.strerror}") from error
+
+
+def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> State:
+    """The state before the first token; `initial` gives the tuned `time_state` (H, N, N) of a layer."""
+    parts = {name: np.zeros((spec.L, *shape), np.float32) for name, shape in state_shapes(spec).items()}
+    if "att.q" in parts:
+        parts["att.q"].fill(-1e30)  # the running maximum of an empty history
+    for layer, time_state in initial.items():
+        parts["att.wkv"][layer] = time_state
+    return State(spec, fingerprint, parts)
+
+
+def load_state(path: str | os.PathLike[str], spec: Spec, fingerprint: str) -> State:
+    """Read a state for a model of this spec.
+
+    Raises StateError for a file that is no state, or one of another generation or shape; warns when it comes
+    from other weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"cannot read the state {path}: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise StateError(f"{path} is not a state file of rwkv_npu")
+    if metadata.get("generation") != spec.generation:
+        raise StateError(
+            f"state {path} is of RWKV-{metadata.get('generation')}, the model is RWKV-{spec.generation}"
+        )
+    parts = {
+        name: np.stack([_part(path, tensors, f"blocks.{layer}.{name}", shape) for layer in range(spec.L)])
+        for name, shape in state_shapes(spec).items()
+    }
+    if f"blocks.{spec.L}.att.shift" in tensors:
+        raise StateError(f"state {path} has more layers than the model's {spec.L}")
+    logits = _part(path, tensors, "logits", (spec.V,)) if "logits" in tensors else None
+    if metadata.get("fingerprint") != fingerprint:
+        warnings.warn(f"state {path} was made with other weights than this model's", stacklevel=2)
+    return State(spec, fingerprint, parts, logits, _count(path, metadata))
+
+
+def _part(path: Any, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in tensors:
+        raise StateError(f"state {path} lacks {name}")
+    found = tensors[name]
+    if found.shape != shape or found.dtype != np.float32:
+        raise StateError(f"state {path}: {name} is {found.dtype} {found.shape}, the model has float32 {shape}")
+    return found
+
+
+def _count(path: Any, metadata: dict[str, str]) -> int:
+    count = metadata.get("tokens_seen", "")
+    if not count.isdigit():
+        raise StateError(f"state {path}: tokens_seen is {count!r}, not a count")
+    return int(count)
