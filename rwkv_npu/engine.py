@@ -27,35 +27,40 @@ class Counters:
 
 
 class Dispatcher:
-    """Runs groups on a backend, in whatever row counts it has them."""
+    """Runs groups on the plan's backends, in whatever row counts those have them.
 
-    def __init__(self, backend: Backend):
-        self.backend = backend
+    `decode` serves calls of one row a sequence, `prefill` all others.
+    """
+
+    def __init__(self, decode: Backend, prefill: Backend):
+        self.decode, self.prefill = decode, prefill
         self.counters = Counters()
-        self._runners: dict[tuple[str, int, int], Runner] = {}
+        self._runners: dict[tuple[str, str, int, int], Runner] = {}
 
     def run(self, group: Group, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         rows, batch = _extent(group, inputs)
-        counts = self.backend.row_counts(group)
+        backend = self.decode if rows == batch else self.prefill
+        counts = backend.row_counts(group)
         if counts is None:
-            return self._call(group, inputs, rows, rows, batch, keep=rows == batch)
+            # Runners for chunks are made anew: their buffers would add up over the layers.
+            return self._call(backend, group, inputs, rows, batch, keep=rows == batch)
         if rows > counts[-1]:
             return self._in_pieces(group, inputs, rows, counts[-1])
         enough = next(count for count in counts if count >= rows)
-        return self._call(group, inputs, rows, enough, batch, keep=True)
+        return self._call(backend, group, inputs, enough, batch, keep=True)
 
     def _call(
         self,
+        backend: Backend,
         group: Group,
         inputs: Mapping[str, np.ndarray],
-        rows: int,
         capacity: int,
         batch: int,
         keep: bool,
     ) -> Mapping[str, np.ndarray]:
         """One call of a runner of `capacity` rows; rows are causal, so that padding goes to the end."""
-        key = group.name, capacity, batch
-        runner = self._runners.get(key) or self.backend.open(group, capacity, batch)
+        key = backend.name, group.name, capacity, batch
+        runner = self._runners.get(key) or backend.open(group, capacity, batch)
         if keep:
             self._runners[key] = runner
         for port in group.inputs:
@@ -64,6 +69,7 @@ class Dispatcher:
             target[len(given) :] = 0
         self.counters.calls += 1
         outputs = runner.run()
+        rows, _ = _extent(group, inputs)
         return outputs if rows == capacity else {name: array[:rows] for name, array in outputs.items()}
 
     def _in_pieces(
@@ -78,7 +84,9 @@ class Dispatcher:
 
     def close(self) -> None:
         self._runners.clear()
-        self.backend.close()
+        self.decode.close()
+        if self.prefill is not self.decode:
+            self.prefill.close()
 
 
 def _extent(group: Group, inputs: Mapping[str, np.ndarray]) -> tuple[int, int]:
@@ -98,29 +106,33 @@ class Engine:
         self,
         program: Program,
         host: Callable[[str], np.ndarray],
-        backend: Backend,
         *,
+        decode: Backend,
+        prefill: Backend,
         fingerprint: str,
         initial: dict[int, np.ndarray],
     ):
         self.program, self.fingerprint = program, fingerprint
         self._network = Network(program, host)
-        self._dispatcher = Dispatcher(backend)
+        self._dispatcher = Dispatcher(decode, prefill)
         self._initial = initial
-        chunk, self.batches = self._row_limits(backend)
-        self._chunk = chunk
+        self._chunk = self._rows(prefill) or PREFILL_ROWS
+        # Artifacts are built for one sequence.
+        self._batches = self._rows(prefill) is None and self._rows(decode) is None
 
     @property
     def spec(self) -> Spec:
         return self.program.spec
 
     @property
-    def backend(self) -> Backend:
-        return self._dispatcher.backend
-
-    @property
     def counters(self) -> Counters:
         return self._dispatcher.counters
+
+    def describe(self) -> str:
+        """Backends and fusion in a few words."""
+        decode, prefill = self._dispatcher.decode.name, self._dispatcher.prefill.name
+        used = decode if decode == prefill else f"{prefill} for prompts, {decode} for tokens"
+        return f"{used}, {self.program.fusion} fusion, {len(self.program.groups)} calls a token"
 
     def new_state(self) -> State:
         return new_state(self.spec, self.fingerprint, self._initial)
@@ -171,7 +183,7 @@ class Engine:
             raise UsageError("forward_batch takes as many states as sequences, and sequences of one length")
         for state in states:
             self._check_state(state)
-        if not self.batches:  # the artifacts are built for one sequence
+        if not self._batches:
             results = [self.forward(row, state) for row, state in zip(rows, states, strict=True)]
             return np.stack([logits for logits, _ in results]), [state for _, state in results]
         ids = np.stack(rows, axis=1)
@@ -200,11 +212,10 @@ class Engine:
     def _logits(self, x: np.ndarray) -> np.ndarray:
         return self._network.logits(self._dispatcher.run, x).copy()
 
-    def _row_limits(self, backend: Backend) -> tuple[int, bool]:
-        """The most tokens of a call, and whether several sequences may share one."""
+    def _rows(self, backend: Backend) -> int | None:
+        """The most tokens that a backend takes in one call; None: any number."""
         counts = [backend.row_counts(group) for group in self.program.groups if group.role != "head"]
-        fixed = [count[-1] for count in counts if count is not None]
-        return (min(fixed), False) if fixed else (PREFILL_ROWS, True)
+        return min((count[-1] for count in counts if count is not None), default=None)
 
     def _check(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(tokens)

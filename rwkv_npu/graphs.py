@@ -179,7 +179,9 @@ class Tracer:
             others = [self._constant(Constant(b.name, columns=columns)) for columns in spans]
         else:
             others = [self._literal(np.array(b, np.float32))] * len(a.names)
-        return Value(self, [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)], a.widths)
+        return Value(
+            self, [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)], a.widths
+        )
 
     def node(self, op: str, inputs: list[str], label: str = "", **attributes: Any) -> str:
         name = label or f"{self._prefix}{op.lower()}.{len(self.trace.nodes)}"
@@ -222,7 +224,9 @@ class Tracer:
 
 def _spans(widths: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
     ends = np.cumsum(widths)
-    return [(i, (int(end) - width, int(end))) for i, (end, width) in enumerate(zip(ends, widths, strict=True))]
+    return [
+        (i, (int(end) - width, int(end))) for i, (end, width) in enumerate(zip(ends, widths, strict=True))
+    ]
 
 
 def _digest(array: np.ndarray) -> str:
@@ -231,7 +235,9 @@ def _digest(array: np.ndarray) -> str:
     return "table"  # row_matmul's two: told apart by their shapes
 
 
-def trace_group(program: Program, group: Group, *, rows: int | None = None, split: int | None = None) -> Trace:
+def trace_group(
+    program: Program, group: Group, *, rows: int | None = None, split: int | None = None
+) -> Trace:
     """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece."""
     shapes = {tensor.name: tensor.used_shape for tensor in tensors(program.spec)}
     tracer = Tracer(shapes.__getitem__, rows=rows, split=split)

@@ -113,7 +113,9 @@ def _part(path: Any, tensors: dict[str, np.ndarray], name: str, shape: tuple[int
         raise StateError(f"state {path} lacks {name}")
     found = tensors[name]
     if found.shape != shape or found.dtype != np.float32:
-        raise StateError(f"state {path}: {name} is {found.dtype} {found.shape}, the model has float32 {shape}")
+        raise StateError(
+            f"state {path}: {name} is {found.dtype} {found.shape}, the model has float32 {shape}"
+        )
     return found
 
 

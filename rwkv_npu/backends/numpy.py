@@ -24,7 +24,7 @@ class NumpyRunner:
 class NumpyBackend:
     name = "numpy"
 
-    def __init__(self, source: Source, threads: int | None = None):
+    def __init__(self, source: Source, *, threads: int | None = None):
         self._source = source
 
     def row_counts(self, group: Group) -> None:

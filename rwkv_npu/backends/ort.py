@@ -59,7 +59,7 @@ class OrtBackend:
 
     name = "ort"
 
-    def __init__(self, source: Source, threads: int | None = None, prepack: bool = True):
+    def __init__(self, source: Source, *, threads: int | None = None, prepack: bool = True):
         share_threads(threads)
         self._source = source
         self._sessions: dict[str, Any] = {}

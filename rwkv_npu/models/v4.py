@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.models.common import Arrays, squared_relu_mix
 from rwkv_npu.maths import Maths, sigmoid
+from rwkv_npu.models.common import Arrays, squared_relu_mix
 from rwkv_npu.spec import Scaling, Spec
 
 INITIAL_Q = -1e30  # the running maximum of an empty history

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.models.common import Arrays, group_norm, heads, squared_relu_mix, wkv
 from rwkv_npu.maths import Maths, sigmoid
+from rwkv_npu.models.common import Arrays, group_norm, heads, squared_relu_mix, wkv
 from rwkv_npu.spec import Scaling, Spec
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.models.common import CHUNK, Arrays, group_norm, heads, outer, squared_relu_mix
 from rwkv_npu.maths import Maths, sigmoid
+from rwkv_npu.models.common import CHUNK, Arrays, group_norm, heads, outer, squared_relu_mix
 from rwkv_npu.spec import Scaling, Spec
 
 _DECAY = np.float32(-np.exp(-0.5))  # log of the fastest decay
@@ -78,7 +78,13 @@ def time_mix(p: Arrays, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
 
 
 def wkv(
-    r: np.ndarray, w: np.ndarray, k: np.ndarray, v: np.ndarray, kappa: np.ndarray, b: np.ndarray, S: np.ndarray
+    r: np.ndarray,
+    w: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    kappa: np.ndarray,
+    b: np.ndarray,
+    S: np.ndarray,
 ) -> np.ndarray:
     """S = S diag(w) - (S kappa) b^T + v k^T; y = S r. All (T, B, H, N).
 
@@ -93,7 +99,13 @@ def wkv(
 
 
 def _wkv_step(
-    r: np.ndarray, w: np.ndarray, k: np.ndarray, v: np.ndarray, kappa: np.ndarray, b: np.ndarray, S: np.ndarray
+    r: np.ndarray,
+    w: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    kappa: np.ndarray,
+    b: np.ndarray,
+    S: np.ndarray,
 ) -> np.ndarray:
     r, w, k, v, kappa, b = r[0], w[0], k[0], v[0], kappa[0], b[0]
     removed = (S @ kappa[..., None])[..., 0]
@@ -104,7 +116,13 @@ def _wkv_step(
 
 
 def _wkv_chunk(
-    r: np.ndarray, w: np.ndarray, k: np.ndarray, v: np.ndarray, kappa: np.ndarray, b: np.ndarray, S: np.ndarray
+    r: np.ndarray,
+    w: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    kappa: np.ndarray,
+    b: np.ndarray,
+    S: np.ndarray,
 ) -> np.ndarray:
     """The same for C tokens at once: what the delta rule writes, U, solves a triangular system over time.
 

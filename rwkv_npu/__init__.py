@@ -1,0 +1,43 @@
+"""Run RWKV language models with the Rockchip NPU doing the large matrix products.
+
+model = rwkv_npu.load("model.rwkv")
+for step in model.generate("Return the "):
+    print(step.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rwkv_npu import errors
+
+if TYPE_CHECKING:
+    from rwkv_npu.converter import convert
+    from rwkv_npu.generation import Step
+    from rwkv_npu.model import Model, load, load_state
+    from rwkv_npu.spec import Spec
+    from rwkv_npu.state import State
+
+__version__ = "0.1.0"
+__all__ = ["Model", "Spec", "State", "Step", "convert", "errors", "load", "load_state"]
+
+_HOME = {
+    "Model": "model",
+    "Spec": "spec",
+    "State": "state",
+    "Step": "generation",
+    "convert": "converter",
+    "load": "model",
+    "load_state": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are used, so that the command line starts at once."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"rwkv_npu.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

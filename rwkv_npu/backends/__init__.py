@@ -1,0 +1,29 @@
+"""The backends by name. Each is one module, imported when it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from rwkv_npu.backends.base import Backend
+from rwkv_npu.errors import BackendError
+
+# name: (module, class, what to install where an import fails)
+BACKENDS = {
+    "numpy": ("numpy", "NumpyBackend", "numpy"),
+    "ort": ("ort", "OrtBackend", "onnxruntime"),
+    "torch": ("torch", "TorchBackend", "torch"),
+    "rknn-sim": ("rknn_sim", "RknnSimBackend", "rwkv_npu"),
+}
+
+
+def open_backend(name: str, source: Any, **options: Any) -> Backend:
+    """Make the backend `name` over a model. Raises BackendError for an unknown or uninstalled one."""
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    module, cls, package = BACKENDS[name]
+    try:
+        backend = getattr(importlib.import_module(f"rwkv_npu.backends.{module}"), cls)
+    except ImportError as error:
+        raise BackendError(f"backend {name} needs {package}: pip install {package} ({error})") from error
+    return backend(source, **options)

@@ -1,0 +1,220 @@
+"""A converted model on disk: a directory with a manifest, weights, graphs and artifacts.
+
+    manifest.json               what is in the bundle; its own checksum is in it
+    host.safetensors            embedding, norms, mixes, decays
+    graphs/weights.safetensors  every projection once, for every backend of the CPU
+    graphs/FUSION.GROUP.onnx    the groups; they refer to the weights by offset
+    rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
+    vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
+
+Opening reads the manifest, checks every small file by its digest and the large ones by their size, and maps
+the weights. `verify_files` checks every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.errors import BundleError
+from rwkv_npu.spec import Scaling, Spec
+from rwkv_npu.tensorfile import TensorFile
+
+FORMAT = (1, 0)  # another major is refused, a newer minor opens
+MATHS = 1  # version of the meaning of the groups' inputs and outputs
+MANIFEST = "manifest.json"
+HOST = "host.safetensors"
+WEIGHTS = "graphs/weights.safetensors"
+
+_SMALL = 4 << 20  # files up to this size are read whole on opening
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A graph compiled for one (group, target, precision, fusion, rows). Sizes in bytes.
+
+    `cycles` (DDR, NPU, total) are the compiler's own estimate for one core; `on_cpu` lists the operations that it
+    leaves to the board's CPU; `error` is what `--verify` measured (relative, rms), None where it did not run.
+    """
+
+    path: str
+    group: str
+    target: str
+    precision: str
+    fusion: str
+    rows: int
+    weight_bytes: int
+    cycles: dict[str, int] = field(default_factory=dict)
+    on_cpu: tuple[str, ...] = ()
+    toolkit: str = ""
+    error: float | None = None
+
+
+@dataclass
+class Manifest:
+    """All that a bundle says of itself. `tokenizer` is a shipped vocabulary's name, a file, or None."""
+
+    spec: Spec
+    fingerprint: str
+    checkpoint: str
+    fusion: str
+    cpu: str
+    scaling: Scaling
+    tokenizer: str | None
+    format: tuple[int, int] = FORMAT
+    made_by: str = ""
+    groups: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    artifacts: list[Artifact] = field(default_factory=list)
+    graph_errors: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        data["checksum"] = _checksum(data)
+        return json.dumps(data, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError for what no version of this project has written."""
+        data = json.loads(text)
+        major, minor = data["format"]
+        if major != FORMAT[0]:
+            raise _OtherVersion(f"{major}.{minor}")
+        if data.pop("checksum") != _checksum(data):
+            raise ValueError("its checksum does not match")
+        known = {name: data[name] for name in Manifest.__dataclass_fields__}  # a newer minor may have more
+        known["format"] = (major, minor)
+        known["spec"] = Spec.from_json(data["spec"])
+        known["scaling"] = Scaling(**data["scaling"])
+        known["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
+        known["artifacts"] = [
+            Artifact(**{**artifact, "on_cpu": tuple(artifact["on_cpu"])}) for artifact in data["artifacts"]
+        ]
+        return Manifest(**known)
+
+
+class _OtherVersion(ValueError):
+    pass
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Bundle:
+    """An open bundle. Arrays are views of mapped files: nothing is copied before it is used."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+        self._host = TensorFile(path / HOST, error=BundleError)
+        self._weights = TensorFile(path / WEIGHTS, error=BundleError)
+
+    @property
+    def spec(self) -> Spec:
+        return self.manifest.spec
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor in the shape in which the maths uses it. Raises BundleError for one that is not there."""
+        return (self._host if name in self._host else self._weights).array(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._host or name in self._weights
+
+    def graph_path(self, fusion: str, group: str) -> Path:
+        return self.path / graph_file(fusion, group)
+
+
+def graph_file(fusion: str, group: str) -> str:
+    return f"graphs/{fusion}.{group}.onnx"
+
+
+def artifact_file(target: str, group: str, fusion: str, precision: str, rows: int) -> str:
+    return f"rknn/{target}/{group}.{fusion}.{precision}.m{rows}.rknn"
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open and check a bundle. Raises BundleError naming the file that is missing, damaged or too new."""
+    root = Path(path)
+    manifest = read_manifest(root)
+    for name, record in manifest.files.items():
+        _check_file(root / name, record, whole=record.size <= _SMALL)
+    return Bundle(root, manifest)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Raises BundleError."""
+    where = root / MANIFEST
+    try:
+        return Manifest.from_json(where.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"cannot read {where}: {error.strerror}") from error
+    except _OtherVersion as error:
+        raise BundleError(
+            f"{root} is a bundle of format {error}, this version reads {FORMAT[0]}: convert the checkpoint again, "
+            "or use the version of rwkv_npu that made it"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{where} is damaged ({error}): convert the checkpoint again") from error
+
+
+def verify_files(bundle: Bundle) -> Iterator[str]:
+    """Check every byte of the bundle, file by file, yielding names as they pass. Raises BundleError."""
+    for name, record in bundle.manifest.files.items():
+        _check_file(bundle.path / name, record, whole=True)
+        yield name
+
+
+def _check_file(path: Path, record: FileRecord, *, whole: bool) -> None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            raise BundleError(
+                f"{path} has {size} bytes instead of {record.size}: copy the bundle again, or convert again"
+            )
+        if whole and file_digest(path) != record.digest:
+            raise BundleError(f"{path} is damaged: copy the bundle again, or convert again")
+    except OSError as error:
+        raise BundleError(f"{path} is missing from the bundle: {error.strerror}") from error
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def record_file(path: Path) -> FileRecord:
+    return FileRecord(path.stat().st_size, file_digest(path))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside and rename, so that the file is there whole or not at all."""
+    aside = path.with_name(path.name + ".writing")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,122 @@
+"""Writes the part of a bundle that every machine can use: weights, host tensors and graphs for the CPU.
+
+Every file appears whole, by a rename, so that a conversion that was interrupted can go on with what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.bundle import HOST, MATHS, WEIGHTS, Bundle, Manifest, graph_file, record_file, write_atomically
+from rwkv_npu.graphs import Constant, external_model, trace_group
+from rwkv_npu.models.network import Program
+from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
+from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
+from rwkv_npu.tokenizer import Tokenizer
+
+STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def write_weights(folder: Path, source: CheckpointSource, cpu: str, progress: Callable[[str], None]) -> None:
+    """`host.safetensors` and `graphs/weights.safetensors`, unless they are there."""
+    (folder / "graphs").mkdir(parents=True, exist_ok=True)
+    present = [tensor for tensor in tensors(source.spec) if source.has(tensor.name)]
+    projections = [tensor for tensor in present if tensor.kind.is_projection]
+    others = [tensor for tensor in present if not tensor.kind.is_projection]
+    for name, chosen, dtype in ((WEIGHTS, projections, STORAGE[cpu]), (HOST, others, None)):
+        path = folder / name
+        if not path.exists():
+            progress(name)
+            plans = [_plan(source, tensor, dtype) for tensor in chosen]
+            aside = path.with_name(path.name + ".writing")
+            write_tensors(aside, plans)
+            os.replace(aside, path)
+
+
+def _plan(source: CheckpointSource, tensor: Tensor, dtype: Any) -> TensorPlan:
+    """A tensor as the maths uses it; `dtype` None keeps what the checkpoint has."""
+    stored = source.tensor(tensor.name).dtype if dtype is None else dtype
+    if tensor.kind is Kind.VECTOR:
+        stored = np.float32
+
+    def produce() -> Iterator[np.ndarray]:
+        array = source.tensor(tensor.name)
+        step = max(1, _CHUNK_ELEMENTS // max(1, array[:1].size))
+        for start in range(0, len(array), step):
+            yield array[start : start + step]
+
+    return TensorPlan(tensor.name, stored, tensor.used_shape, produce)
+
+
+def write_graphs(bundle: Bundle) -> None:
+    """Graphs of both fusions with symbolic M and B, their weights by offset, unless they are there."""
+    with TensorFile(bundle.path / WEIGHTS) as weights:
+        place = _places(weights)
+        for fusion in FUSIONS:
+            program = Program(bundle.spec, fusion, bundle.manifest.scaling)
+            for group in program.groups:
+                path = bundle.path / graph_file(fusion, group.name)
+                if not path.exists():
+                    trace = trace_group(program, group)
+                    model = external_model(trace, group.name, bundle.tensor, Path(WEIGHTS).name, place)
+                    write_atomically(path, model.SerializeToString())
+
+
+def _places(weights: TensorFile) -> Callable[[Constant], tuple[np.dtype, tuple[int, ...], int, int]]:
+    def place(constant: Constant) -> tuple[np.dtype, tuple[int, ...], int, int]:
+        dtype, shape, offset, nbytes = weights.entry(constant.name)
+        if constant.index is None:
+            return dtype, shape, offset, nbytes
+        size = nbytes // shape[0]
+        return dtype, shape[1:], offset + constant.index * size, size
+
+    return place
+
+
+def describe_groups(spec: Spec) -> dict[str, list[dict[str, Any]]]:
+    """The groups of both fusions with their ordered inputs and outputs, as the manifest lists them."""
+    return {fusion: [_describe(group) for group in groups(spec, fusion)] for fusion in FUSIONS}
+
+
+def _describe(group: Group) -> dict[str, Any]:
+    def port(name: str, width: int, per_sequence: bool) -> dict[str, Any]:
+        return {"name": name, "shape": ["B" if per_sequence else "M", width], "dtype": "float32"}
+
+    return {
+        "name": group.name,
+        "maths": MATHS,
+        "inputs": [port(**asdict(p)) for p in group.inputs],
+        "outputs": [port(**asdict(p)) for p in group.outputs],
+    }
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
+    """Copy the vocabulary into the bundle unless the package ships it; how the manifest names it."""
+    if tokenizer is None:
+        return None
+    if isinstance(tokenizer.source, str):
+        return f"builtin:{tokenizer.source}"
+    name = "tokenizer.json" if tokenizer.source.suffix == ".json" else "vocab.txt"
+    shutil.copyfile(tokenizer.source, folder / name)
+    return name
+
+
+def record_files(folder: Path, manifest: Manifest) -> None:
+    """Sizes and digests of every file that the bundle has, other than the manifest."""
+    names = [HOST, WEIGHTS, *(a.path for a in manifest.artifacts)]
+    for fusion, described in manifest.groups.items():
+        names += [graph_file(fusion, group["name"]) for group in described]
+    if manifest.tokenizer and not manifest.tokenizer.startswith("builtin:"):
+        names.append(manifest.tokenizer)
+    known = manifest.files
+    manifest.files = {name: known.get(name) or record_file(folder / name) for name in names}

@@ -1,0 +1,250 @@
+"""Checkpoints: the user's weights, in any of the forms in which they are passed around.
+
+`open_checkpoint` maps the file, finds out what it is, checks every name, shape and dtype, and then hands out
+tensors under BlinkDL's names in the shapes of spec.py. Weights are views of the mapped file: opening costs
+neither memory nor time in proportion to their size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.checkpoint.detect import detect, refuse_unsupported, validate
+from rwkv_npu.checkpoint.huggingface import (
+    is_huggingface,
+    looks_rescaled,
+    read_config,
+    to_blinkdl,
+    weight_files,
+)
+from rwkv_npu.checkpoint.pth import read_pth
+from rwkv_npu.errors import CheckpointError
+from rwkv_npu.spec import Kind, Spec, Tensor
+from rwkv_npu.tensorfile import TensorFile, map_file
+
+__all__ = ["Checkpoint", "check_finite", "open_checkpoint", "read_tensors"]
+
+_CHUNK = 1 << 20  # elements that check_finite looks at together
+_FP16_MAX = 65504.0
+_SAMPLE_RUNS, _SAMPLE_RUN = 8, 512  # the fingerprint reads so many runs of so many elements of each tensor
+_VOCABULARIES = ("rwkv_vocab*.txt", "*20B_tokenizer*.json", "tokenizer.json", "vocab.txt", "rwkv_vocab*.json")
+
+
+class Checkpoint:
+    """An open checkpoint. Made by `open_checkpoint`.
+
+    path: what was opened. folder: where a vocabulary may lie beside it. spec: generation and dimensions.
+    names: canonical names of the tensors that are present, in the order of the layers.
+    notes: lines worth telling the user, such as a suspicion that the weights are not what they should be.
+    """
+
+    def __init__(self, path: Path, stored: dict[str, np.ndarray], logarithmic: frozenset[str]) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.notes: list[str] = []
+        self.spec: Spec = detect(stored)
+        self._tensors: dict[str, Tensor] = validate(self.spec, stored)
+        self._stored = stored
+        self._logarithmic = logarithmic
+        self._fingerprint = ""
+        self.names = tuple(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def stored(self, name: str) -> np.ndarray:
+        """A tensor as it lies in the file: values, dtype and shape as stored, projections (out, in)."""
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        return self._stored[name]
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor in `Tensor.used_shape`: projections (in, out), without a copy and in their stored dtype
+        (float32, float16 or bfloat16); vectors as new float32 arrays. Raises CheckpointError if absent."""
+        stored, tensor = self.stored(name), self._tensors.get(name)
+        assert tensor is not None
+        if tensor.kind is Kind.VECTOR:
+            vector = np.array(stored, np.float32, order="C").reshape(tensor.shape)
+            return np.exp(vector) if name in self._logarithmic else vector
+        if stored.dtype == np.float64:
+            stored = stored.astype(np.float32)
+        if not stored.flags.aligned:
+            stored = np.require(stored, requirements="A")
+        return stored.T if tensor.kind is Kind.LINEAR else stored
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over names, shapes, dtypes and a bounded sample of every tensor: equal for the same
+        weights wherever and in whatever file format they lie."""
+        if not self._fingerprint:
+            digest = hashlib.blake2b(self.spec.generation.encode(), digest_size=16)
+            for name, tensor in self._tensors.items():
+                array = self._stored[name]
+                scale = "exp" if name in self._logarithmic else ""
+                digest.update(f"{name} {tensor.shape} {array.dtype.name} {scale}\n".encode())
+                for start in _sample_starts(array.size):
+                    digest.update(array.flat[start : start + _SAMPLE_RUN].tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Files beside the checkpoint that may hold its vocabulary, likeliest first."""
+        found = [path for pattern in _VOCABULARIES for path in sorted(self.folder.glob(pattern))]
+        return list(dict.fromkeys(found))
+
+
+def _sample_starts(size: int) -> list[int]:
+    if size <= _SAMPLE_RUNS * _SAMPLE_RUN:
+        return list(range(0, size, _SAMPLE_RUN))
+    return [i * (size - _SAMPLE_RUN) // (_SAMPLE_RUNS - 1) for i in range(_SAMPLE_RUNS)]
+
+
+# -- opening -----------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Opens a checkpoint: BlinkDL's `.pth` or `.safetensors`, or a Hugging Face file or folder.
+
+    Raises CheckpointError, in one line, for whatever is wrong: no such file, a damaged one, code in a pickle,
+    another kind of model, an unsupported generation, or a tensor that is missing, surplus or misshapen.
+    """
+    path = Path(path)
+    stored = read_tensors(path)
+    try:
+        return _open(path, stored)
+    except CheckpointError as e:
+        raise e if str(path) in str(e) else CheckpointError(f"{path}: {e}") from None
+
+
+def _open(path: Path, stored: dict[str, Any]) -> Checkpoint:
+    refuse_unsupported(stored)
+    for name, value in stored.items():
+        if not isinstance(value, np.ndarray):
+            raise CheckpointError(f"{name!r:.80} is a Python {type(value).__name__}, not a tensor")
+    foreign = is_huggingface(list(stored))
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder) if foreign or path.is_dir() else {}
+    arrays = to_blinkdl(stored, tied=config.get("tie_word_embeddings") is True)
+    refuse_unsupported(arrays)
+    arrays, logarithmic = _canonical(arrays)
+    checkpoint = Checkpoint(path, arrays, logarithmic)
+    every = config.get("rescale_every", 6)
+    if foreign and checkpoint.spec.generation[0] in "456" and type(every) is int:
+        if looks_rescaled(arrays, checkpoint.spec.L, every):
+            checkpoint.notes.append(
+                f"{path}: weights of late layers look halved every {every} layers, as transformers leaves "
+                "them after use; if the text makes no sense, save the model anew without having run it"
+            )
+    return checkpoint
+
+
+def _canonical(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+    """Names that are the same in all files of a generation, and which of them are stored as logarithms."""
+    if "blocks.0.att.r_k" in arrays:
+        # Layer 0 has no earlier value to mix with: some files have these tensors, none uses them.
+        unused = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
+        return {name: array for name, array in arrays.items() if name not in unused}, frozenset()
+    if "blocks.0.att.ln_x.weight" not in arrays:
+        return arrays, frozenset()
+    # RWKV-5 and -6: `time_faaaa` is the bonus u, `time_first` its logarithm.
+    renamed = {name: name.replace(".att.time_first", ".att.time_faaaa") for name in arrays}
+    result = {renamed[name]: array for name, array in arrays.items()}
+    if len(result) != len(arrays):
+        raise CheckpointError("the checkpoint has both time_first and time_faaaa")
+    return result, frozenset(new for old, new in renamed.items() if old != new)
+
+
+def read_tensors(path: Path | str) -> dict[str, Any]:
+    """What the file or folder holds under its own names: read-only views of the mapped files, unchecked.
+
+    A `.pth` may hold plain values besides. Raises CheckpointError.
+    """
+    path = Path(path)
+    result: dict[str, Any] = {}
+    for file in weight_files(path):
+        for name, value in _read_file(file).items():
+            if name in result:
+                raise CheckpointError(f"{path} has tensor {name!r:.80} in two of its files")
+            result[name] = value
+    if not result:
+        raise CheckpointError(f"{path} holds no tensors")
+    return result
+
+
+_FOREIGN = (
+    (b"GGUF", "a GGUF file"),
+    (b"fmgg", "an rwkv.cpp file"),
+    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with git lfs pull"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    with map_file(path) as data:
+        start = data[:64]
+    if start.startswith(b"PK\x03\x04"):
+        return read_pth(path)
+    if start[8:9] == b"{":
+        file = TensorFile(path)
+        return {name: file.array(name) for name in file.names}
+    for magic, what in _FOREIGN:
+        if start.startswith(magic):
+            raise CheckpointError(f"{path} is {what}, not a checkpoint (.pth or .safetensors)")
+    if start.startswith((b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j", b"sys_info")):
+        raise CheckpointError(
+            f"{path} was saved by a torch older than 1.6: load it with a current one and torch.save it again"
+        )
+    raise CheckpointError(f"{path} is neither a .pth (zip) nor a safetensors file")
+
+
+# -- values ------------------------------------------------------------------------------------------------
+
+
+def check_finite(
+    checkpoint: Checkpoint,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    fp16: bool = False,
+) -> None:
+    """Reads every tensor once, in bounded pieces, and raises CheckpointError naming the first that holds NaN
+    or infinity; with `fp16`, also the first projection with a value that float16 cannot hold.
+
+    progress(name, bytes done, bytes in total) is called after each tensor.
+    """
+    total = sum(checkpoint.stored(name).nbytes for name in checkpoint.names)
+    done = 0
+    for name in checkpoint.names:
+        array = checkpoint.stored(name)
+        largest = float(np.max([_largest(piece) for piece in _pieces(array)]))  # NaN, if one is
+        if not np.isfinite(largest):
+            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity")
+        if fp16 and largest > _FP16_MAX and checkpoint._tensors[name].kind.is_projection:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} holds {largest:.4g}, beyond the {_FP16_MAX:.0f} of float16"
+            )
+        done += array.nbytes
+        if progress is not None:
+            progress(name, done, total)
+
+
+def _pieces(array: np.ndarray) -> list[np.ndarray]:
+    """Views of at most about a million elements."""
+    if array.size <= _CHUNK:
+        return [array]
+    rows = max(1, _CHUNK * len(array) // array.size)
+    return [array[i : i + rows] for i in range(0, len(array), rows)]
+
+
+def _largest(piece: np.ndarray) -> float:
+    """Largest magnitude, infinity or NaN included: the bits of floats without a sign sort as they do."""
+    if piece.dtype == np.float64:
+        return float(np.abs(piece).max(initial=0.0))
+    bits = np.dtype(f"u{piece.dtype.itemsize}")
+    magnitudes = np.ascontiguousarray(piece).view(bits) & bits.type(np.iinfo(bits).max >> 1)
+    return float(np.array(magnitudes.max(initial=0), bits).view(piece.dtype))

@@ -1,0 +1,168 @@
+"""The command line. Flags and dispatch only: each command imports its own machinery when it is run.
+
+stdout is for results, stderr for everything else. What the user can cause is one line there: exit status 2 for
+the command line itself, 1 for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from rwkv_npu import __version__
+from rwkv_npu.errors import RwkvNpuError
+
+BACKENDS = ("auto", "numpy", "ort", "torch", "rknn-sim")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="rwkv-npu", description="RWKV language models on the Rockchip NPU.")
+    top.add_argument("--version", action="version", version=f"rwkv-npu {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_convert(commands)
+    _add_generate(commands)
+    _add_eval(commands)
+    _add_info(commands)
+    _add_toolkit(commands)
+    return top
+
+
+def _add_convert(commands: Any) -> None:
+    p = commands.add_parser("convert", help="make a bundle of a checkpoint", description="Make a bundle.")
+    p.add_argument("checkpoint", help=".pth, .safetensors, or a Hugging Face folder")
+    p.add_argument("-o", "--out", metavar="DIR", help="the bundle (default: ./STEM.rwkv)")
+    p.add_argument(
+        "--target", default="rk3588", help="rk3588 (default), rk3576, rk3562, rk3566, rk3568, or none"
+    )
+    p.add_argument("--precision", default="fp16", help="of the NPU's artifacts: fp16")
+    p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
+    p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
+    p.add_argument("--cpu", default="fp16", help="of the CPU's weights: fp16 (default) or fp32")
+    p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
+    p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
+    p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
+    p.add_argument("--force", action="store_true", help="replace whatever is at the output")
+
+
+def _add_model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-m", "--model", metavar="PATH", help="bundle or checkpoint (default: the demo model)")
+    p.add_argument("--backend", default="auto", choices=BACKENDS, help="what multiplies (default: auto)")
+    p.add_argument("--precision", help="of the weights, where the bundle has a choice")
+    p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
+    p.add_argument("--plan", metavar="PLAN", help="backends by use, such as prefill=ort,decode=numpy")
+    p.add_argument("--tokenizer", metavar="FILE", help="vocabulary file (or world, pile)")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+
+
+def _add_generate(commands: Any) -> None:
+    p = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    _add_model(p)
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads stdin")
+    p.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    p.add_argument("--ids", action="store_true", help="prompt and output are token ids, not text")
+    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    p.add_argument("--temp", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
+    p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="(default: 0.85)")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
+    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
+    p.add_argument("--penalty-decay", type=float, default=0.996, metavar="X", help="(default: 0.996)")
+    p.add_argument("-s", "--seed", type=int, metavar="N", help="(default: another text each time)")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    p.add_argument(
+        "--state", metavar="FILE", help="go on from this state if it exists, and save it at the end"
+    )
+    p.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    p.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+
+
+def _add_eval(commands: Any) -> None:
+    p = commands.add_parser(
+        "eval", help="measure quality on a text", description="Measure quality on a text."
+    )
+    _add_model(p)
+    p.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text (default: one that the demo model has not seen)"
+    )
+    p.add_argument(
+        "--against", metavar="PATH", help="model to compare with (default with --against-backend: same)"
+    )
+    p.add_argument("--against-backend", choices=BACKENDS, help="backend of the model to compare with")
+    p.add_argument("-n", "--max-tokens", type=int, metavar="N", help="read no more than so many tokens")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _add_info(commands: Any) -> None:
+    p = commands.add_parser("info", help="describe a bundle or checkpoint", description="Describe a model.")
+    p.add_argument("path", nargs="?", help="bundle or checkpoint (default: the demo model)")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+    p.add_argument("--check", action="store_true", help="check every byte of a bundle")
+
+
+def _add_toolkit(commands: Any) -> None:
+    p = commands.add_parser(
+        "toolkit",
+        help="install Rockchip's compiler",
+        description="Rockchip's compiler in an environment of its own.",
+    )
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    install = actions.add_parser("install", help="install it in the user's cache folder")
+    install.add_argument(
+        "--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: the newest known)"
+    )
+    install.add_argument("--python", metavar="PATH", help="a Python 3.10 to 3.12 (default: looked for)")
+    actions.add_parser("status", help="say what is installed")
+    remove = actions.add_parser("remove", help="remove it")
+    remove.add_argument("--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: all)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    arguments = parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    module = {"eval": "evaluate"}.get(arguments.command, arguments.command)
+    try:
+        command = importlib.import_module(f"rwkv_npu.commands.{module}")
+        status: int = command.run(arguments)
+        sys.stdout.flush()
+        return status
+    except RwkvNpuError as error:
+        print(f"rwkv-npu: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("rwkv-npu: interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("rwkv-npu: error: not enough memory for this model on this machine", file=sys.stderr)
+        return 1
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"rwkv-npu: warning: {message}", file=sys.stderr)
+
+
+def entry() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

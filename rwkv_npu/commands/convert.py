@@ -1,0 +1,27 @@
+"""`rwkv-npu convert`: prints the path of the bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rwkv_npu.converter import convert
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = convert(
+        arguments.checkpoint,
+        arguments.out,
+        target=arguments.target,
+        precision=arguments.precision,
+        fusion=arguments.fusion,
+        rows=arguments.rows,
+        cpu=arguments.cpu,
+        force=arguments.force,
+        jobs=arguments.jobs,
+        verify=arguments.verify,
+        tokenizer=arguments.tokenizer,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(path)
+    return 0

@@ -1,0 +1,182 @@
+"""`rwkv-npu generate`: text to stdout as it comes, statistics to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from rwkv_npu.commands.common import load_model, read_text
+from rwkv_npu.errors import UsageError
+from rwkv_npu.generation import Step
+from rwkv_npu.model import Model
+from rwkv_npu.state import State
+
+LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
+
+
+@dataclass
+class Statistics:
+    """Seconds and tokens of one run."""
+
+    load: float = 0.0
+    prompt_tokens: int = 0
+    first_token: float = 0.0
+    tokens: int = 0
+    total: float = 0.0
+
+    def line(self) -> str:
+        parts = [f"load {self.load:.2f} s"]
+        if self.prompt_tokens and self.first_token:
+            rate = self.prompt_tokens / self.first_token
+            parts.append(f"prompt {self.prompt_tokens} tokens, {rate:.1f} t/s")
+        if self.tokens:
+            parts.append(f"first token {self.first_token:.2f} s")
+        decode = self.total - self.first_token
+        rate = f", {(self.tokens - 1) / decode:.1f} t/s" if self.tokens > 1 and decode > 0 else ""
+        parts.append(f"generated {self.tokens} tokens{rate}")
+        return " | ".join(parts)
+
+
+class Interrupt:
+    """The first Ctrl-C lets the token in work be finished, so that the state stays whole; the second does not."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> Interrupt:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    prompt = _prompt(arguments)
+    statistics = Statistics()
+    begin = time.perf_counter()
+    model = load_model(arguments, verbose=arguments.verbose)
+    with model, Interrupt() as interrupt:
+        state_file = Path(arguments.state) if arguments.state else None
+        state = model.load_state(state_file) if state_file and state_file.exists() else None
+        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt) if prompt else []
+        statistics.load = time.perf_counter() - begin
+        statistics.prompt_tokens = len(ids)
+        if arguments.echo:
+            print(prompt, end=" " if arguments.ids else "", flush=True)
+        final = _stream(model, ids, state, arguments, statistics, interrupt)
+        if sys.stdout.isatty():
+            print(flush=True)
+        if state_file and final is not None:
+            final.save(state_file)
+    print(statistics.line(), file=sys.stderr)
+    return 130 if interrupt.asked else 0
+
+
+def _stream(
+    model: Model,
+    ids: Sequence[int],
+    state: State | None,
+    arguments: argparse.Namespace,
+    statistics: Statistics,
+    interrupt: Interrupt,
+) -> State | None:
+    """Print the continuation; the state after it, None where nothing was sampled."""
+    begin = time.perf_counter()
+    step = None
+    with _PromptBar(len(ids), interrupt) as bar:
+        steps = _steps(model, ids, state, arguments, bar)
+        if steps is None:
+            return None
+    for step in steps:
+        statistics.total = time.perf_counter() - begin
+        statistics.tokens += 1
+        statistics.first_token = statistics.first_token or statistics.total
+        if arguments.ids:
+            print(step.token, end=" ", flush=True)
+        elif step.text:
+            print(step.text, end="", flush=True)
+        if interrupt.asked:
+            break
+    return step.state if step is not None else None
+
+
+def _steps(
+    model: Model, ids: Sequence[int], state: State | None, arguments: argparse.Namespace, bar: _PromptBar
+) -> Iterable[Step] | None:
+    """Read the prompt; None if that was interrupted."""
+    try:
+        return model.generate(
+            ids,
+            state,
+            stop=arguments.stop,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temp,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            min_p=arguments.min_p,
+            presence_penalty=arguments.presence_penalty,
+            frequency_penalty=arguments.frequency_penalty,
+            penalty_decay=arguments.penalty_decay,
+            seed=arguments.seed,
+            progress=bar.update,
+        )
+    except _PromptInterrupted:
+        return None
+
+
+class _PromptInterrupted(Exception):
+    pass
+
+
+class _PromptBar:
+    """Progress over a long prompt, and the place where Ctrl-C ends its reading."""
+
+    def __init__(self, total: int, interrupt: Interrupt):
+        hidden = None if total >= LONG_PROMPT else True  # None: shown on a terminal
+        self._bar = tqdm(total=total, desc="prompt", unit="token", leave=False, disable=hidden)
+        self._interrupt = interrupt
+
+    def update(self, count: int) -> None:
+        self._bar.update(count)
+        if self._interrupt.asked:
+            raise _PromptInterrupted
+
+    def __enter__(self) -> _PromptBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    """The prompt, "" where there is only a state to go on from."""
+    if arguments.prompt is not None and arguments.file is not None:
+        raise UsageError("give --prompt or --file, not both")
+    if arguments.file is not None:
+        return read_text(arguments.file)
+    if arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty()):
+        return read_text("-")
+    if arguments.prompt is None and not arguments.state:
+        raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
+    return arguments.prompt or ""
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise UsageError("with --ids the prompt is a list of numbers, such as 12,7,501") from None

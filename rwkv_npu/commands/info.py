@@ -1,0 +1,147 @@
+"""`rwkv-npu info`: what a bundle or a checkpoint is, and what it takes on a board."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rwkv_npu.bundle import Artifact, Bundle, Manifest, is_bundle, open_bundle, verify_files
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.commands.common import size
+from rwkv_npu.memory import plan_memory
+from rwkv_npu.model import demo_model
+from rwkv_npu.spec import FUSIONS, Spec, groups
+from rwkv_npu.tokenizer import find_tokenizer
+
+CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
+PREFILL_TOKENS = 128
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.path) if arguments.path else demo_model()
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        if arguments.check:
+            count = sum(1 for _ in verify_files(bundle))
+            print(f"all {count} files are as they were written", file=sys.stderr)
+        facts = _bundle_facts(bundle)
+    else:
+        checkpoint = open_checkpoint(path)
+        words = find_tokenizer(vocab_size=checkpoint.spec.V, beside=path)
+        facts = {
+            "path": str(path),
+            "kind": "checkpoint",
+            **_spec_facts(checkpoint.spec),
+            "tokenizer": words.name if words else None,
+            "fingerprint": checkpoint.fingerprint,
+        }
+    print(json.dumps(facts, indent=1) if arguments.json else _table(facts))
+    return 0
+
+
+def _spec_facts(spec: Spec) -> dict[str, Any]:
+    calls = {fusion: len(groups(spec, fusion)) for fusion in FUSIONS}
+    return {"spec": spec.to_json(), "parameters": spec.parameters, "calls_per_token": calls}
+
+
+def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    total = sum(record.size for record in manifest.files.values())
+    return {
+        "path": str(bundle.path),
+        "kind": "bundle",
+        **_spec_facts(manifest.spec),
+        "checkpoint": manifest.checkpoint,
+        "fingerprint": manifest.fingerprint,
+        "tokenizer": manifest.tokenizer,
+        "fusion": manifest.fusion,
+        "cpu": manifest.cpu,
+        "bytes_on_disk": total,
+        "graph_error": max(manifest.graph_errors.values(), default=None),
+        "artifacts": [_artifact_facts(manifest, *key) for key in _kinds(manifest)],
+    }
+
+
+def _kinds(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts})
+
+
+def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str) -> dict[str, Any]:
+    chosen = [
+        a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == (target, precision, fusion)
+    ]
+    memory = plan_memory(manifest, chosen)
+    errors = [a.error for a in chosen if a.error is not None]
+    return {
+        "target": target,
+        "precision": precision,
+        "fusion": fusion,
+        "rows": sorted({a.rows for a in chosen if a.group != "head"}),
+        "count": len(chosen),
+        "bytes_on_disk": sum(manifest.files[a.path].size for a in chosen),
+        "npu_bytes": memory.total,
+        "left_on_cpu": sorted({f"{a.group}: {name}" for a in chosen for name in a.on_cpu}),
+        "toolkit": sorted({a.toolkit for a in chosen}),
+        "worst_error": max(errors, default=None),
+        "verified": len(errors),
+        "estimated_ms_per_token": estimate_ms(chosen, 1),
+        "estimated_ms_per_prefill": estimate_ms(chosen, PREFILL_TOKENS),
+    }
+
+
+def estimate_ms(artifacts: list[Artifact], tokens: int) -> float:
+    """The compiler's cycles for `tokens` tokens read at once and one pass of the head, as milliseconds.
+
+    One core, no dispatch, no recurrence: an estimate, and an optimistic one.
+    """
+    total = 0.0
+    for group in {a.group for a in artifacts}:
+        sizes = {a.rows: a.cycles.get("total", 0) for a in artifacts if a.group == group}
+        if group == "head":
+            total += sizes[min(sizes)]
+            continue
+        rows = min((count for count in sizes if count >= tokens), default=max(sizes))
+        total += sizes[rows] * -(-tokens // rows)
+    return total / CLOCK_HZ * 1e3
+
+
+def _table(facts: dict[str, Any]) -> str:
+    spec = facts["spec"]
+    ranks = ", ".join(f"{name} {rank}" for name, rank in spec["ranks"].items())
+    calls = facts["calls_per_token"]
+    lines = [
+        f"{facts['path']} ({facts['kind']})",
+        f"  model        RWKV-{spec['generation']}, {facts['parameters'] / 1e6:.1f} M parameters",
+        f"  dimensions   D {spec['D']}, L {spec['L']}, H {spec['H']}, N {spec['N']}, F {spec['F']}, V {spec['V']}"
+        + (f"; ranks {ranks}" if ranks else ""),
+        f"  tokenizer    {facts['tokenizer'] or 'unknown: give --tokenizer FILE for text'}",
+        f"  calls        {calls['layer']} a token with layer fusion, {calls['projection']} with projection fusion",
+    ]
+    if facts["kind"] == "bundle":
+        lines.append(f"  on disk      {size(facts['bytes_on_disk'])}, CPU weights {facts['cpu']}")
+        if facts["graph_error"] is not None:
+            lines.append(f"  graphs       verified against NumPy: worst error {facts['graph_error']:.1e}")
+        for artifact in facts["artifacts"]:
+            lines += _artifact_lines(artifact)
+        if not facts["artifacts"]:
+            lines.append("  NPU          no artifacts: convert with --target rk3588")
+    return "\n".join(lines)
+
+
+def _artifact_lines(facts: dict[str, Any]) -> list[str]:
+    rows = ", ".join(map(str, facts["rows"]))
+    verified = f"worst error {facts['worst_error']:.1e}" if facts["verified"] else "not verified"
+    left = "; ".join(facts["left_on_cpu"]) or "nothing"
+    return [
+        f"  NPU          {facts['target']} {facts['precision']}, {facts['fusion']} fusion, rows {rows}: "
+        f"{facts['count']} artifacts by toolkit {', '.join(facts['toolkit'])}",
+        f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
+        f"    estimate   {facts['estimated_ms_per_token']:.2f} ms a token, "
+        f"{facts['estimated_ms_per_prefill']:.2f} ms for {PREFILL_TOKENS} tokens: the compiler's cycles on one core, "
+        "not a measurement, without calls and recurrence",
+        f"    on its CPU {left}",
+        f"    verified   {verified} ({facts['verified']} of {facts['count']} simulated)",
+    ]

@@ -1,0 +1,232 @@
+"""From a checkpoint to a bundle.
+
+Everything is checked before anything is written. The bundle grows in `OUT.partial/`, where each file appears
+whole: after Ctrl-C, a kill or a full disk the next conversion goes on with what is there. OUT itself appears by
+one rename. A bundle of the same weights that is there already is added to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import rwkv_npu
+from rwkv_npu.artifacts import build_artifacts, plan_artifacts
+from rwkv_npu.bundle import MANIFEST, Bundle, Manifest, is_bundle, read_manifest, write_atomically
+from rwkv_npu.bundle_writer import (
+    STORAGE,
+    describe_groups,
+    record_files,
+    write_graphs,
+    write_tokenizer,
+    write_weights,
+)
+from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
+from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.models.network import Program
+from rwkv_npu.sources import BundleSource, CheckpointSource
+from rwkv_npu.spec import FUSIONS, Scaling, Spec
+from rwkv_npu.tokenizer import find_tokenizer
+from rwkv_npu.toolkit import environment as toolkit
+from rwkv_npu.toolkit.compiler import TARGETS, CompileOptions
+from rwkv_npu.verify import verify_graphs
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a conversion, checked. `target` None builds for the CPU only; `rows` None is auto."""
+
+    target: str | None
+    precision: str
+    fusion: str
+    rows: tuple[int, ...] | None
+    cpu: str
+    jobs: int | None
+    verify: bool
+    force: bool
+
+    @staticmethod
+    def of(
+        target: str,
+        precision: str,
+        fusion: str,
+        rows: str | int | Sequence[int],
+        cpu: str,
+        jobs: int | None,
+        verify: bool,
+        force: bool,
+    ) -> Request:
+        """Raises UsageError for a value that does not exist."""
+        if fusion not in FUSIONS:
+            raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+        if cpu not in STORAGE:
+            raise UsageError(f"CPU precision {cpu!r} is unknown: use one of {', '.join(STORAGE)}")
+        if target not in (*TARGETS, "none"):
+            raise UsageError(f"target {target!r} is unknown: use one of {', '.join(TARGETS)}, none")
+        if precision != "fp16":
+            raise UsageError(f"precision {precision!r} is unknown: use fp16")
+        if jobs is not None and jobs < 1:
+            raise UsageError(f"jobs is {jobs}: it must be at least 1")
+        chip = None if target == "none" else target
+        if chip:
+            CompileOptions(target=chip, precision=precision)
+        return Request(chip, precision, fusion, parse_rows(rows), cpu, jobs, verify, force)
+
+
+def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
+    """`auto` -> None; "1,64", 64 or [1, 64] -> (1, 64). Raises UsageError outside 1 .. 1024."""
+    if rows == "auto":
+        return None
+    parts = rows.split(",") if isinstance(rows, str) else [rows] if isinstance(rows, int) else list(rows)
+    try:
+        counts = sorted({int(part) for part in parts})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1 or counts[-1] > 1024:
+        raise UsageError(f"rows {rows!r} makes no sense: write auto, or numbers from 1 to 1024 such as 1,64")
+    return tuple(counts)
+
+
+def default_scaling(spec: Spec) -> Scaling:
+    """What keeps fp16 graphs of a generation in range: v4 to v6 were trained with a residual that grows."""
+    return Scaling(ffn=4.0, residual_every=6 if spec.generation[0] in "456" else 0)
+
+
+def convert(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    target: str = "rk3588",
+    precision: str = "fp16",
+    fusion: str = "layer",
+    rows: str | int | Sequence[int] = "auto",
+    cpu: str = "fp16",
+    force: bool = False,
+    jobs: int | None = None,
+    verify: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+    say: Say = lambda line: None,
+) -> Path:
+    """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
+
+    target: the chip whose `.rknn` files are built, or `none` for the CPU only.
+    rows: row counts of the artifacts, such as "1,64"; auto chooses by memory.
+    cpu: precision in which the CPU's backends find the weights, fp16 or fp32.
+    force: replace whatever is at `out`. jobs: builds at a time (None: as memory and cores allow).
+    verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
+    say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
+    Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
+    anything is written where the input is at fault.
+    """
+    request = Request.of(target, precision, fusion, rows, cpu, jobs, verify, force)
+    opened = open_checkpoint(checkpoint)
+    words = find_tokenizer(
+        vocab_size=opened.spec.V,
+        beside=Path(checkpoint),
+        override=None if tokenizer is None else os.fspath(tokenizer),
+    )
+    place = Path(out) if out is not None else Path(f"{_stem(Path(checkpoint))}.rwkv")
+    adding = _existing(place, opened, request)
+    check_finite(opened, fp16=request.cpu == "fp16" or request.target is not None)
+    compiler = toolkit.require() if request.target else None
+    manifest = adding or _new_manifest(opened, request)
+    program = Program(manifest.spec, request.fusion, manifest.scaling)
+    planned = []
+    if request.target:
+        planned = plan_artifacts(manifest, program, request.target, request.precision, request.rows)
+    with _workspace(place, manifest, adding is not None) as folder:
+        write_weights(folder, CheckpointSource(opened), manifest.cpu, say)
+        bundle = Bundle(folder, manifest)
+        write_graphs(bundle)
+        if adding is None:
+            manifest.tokenizer = write_tokenizer(folder, words)
+        if request.verify:
+            verify_graphs(bundle)
+        if compiler:
+            source = BundleSource(bundle, request.fusion)
+            build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
+        record_files(folder, manifest)
+        write_atomically(folder / MANIFEST, manifest.to_json().encode())
+    return place
+
+
+def _stem(checkpoint: Path) -> str:
+    resolved = checkpoint.resolve()
+    return resolved.name if resolved.is_dir() else resolved.stem
+
+
+def _existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest | None:
+    """The manifest of the bundle to add to, or None where one has to be made. Raises BundleError."""
+    if request.force or not (place.exists() or place.is_symlink()):
+        return None
+    if not is_bundle(place):
+        raise BundleError(
+            f"{place} exists and is no bundle: name another output, or give --force to replace it"
+        )
+    manifest = read_manifest(place)
+    if manifest.fingerprint != checkpoint.fingerprint:
+        raise BundleError(f"{place} was made from other weights: name another output, or give --force")
+    if manifest.cpu != request.cpu:
+        raise BundleError(
+            f"{place} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
+            "name another output, or give --force"
+        )
+    return manifest
+
+
+def _new_manifest(checkpoint: Checkpoint, request: Request) -> Manifest:
+    return Manifest(
+        spec=checkpoint.spec,
+        fingerprint=checkpoint.fingerprint,
+        checkpoint=checkpoint.path.name,
+        fusion=request.fusion,
+        cpu=request.cpu,
+        scaling=default_scaling(checkpoint.spec),
+        tokenizer=None,
+        made_by=f"rwkv_npu {rwkv_npu.__version__}",
+        groups=describe_groups(checkpoint.spec),
+    )
+
+
+@contextlib.contextmanager
+def _workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
+    """The folder to write to: OUT itself when it is added to, else OUT.partial, which becomes OUT at the end."""
+    folder = place if adding else place.with_name(place.name + ".partial")
+    try:
+        if not adding:
+            _prepare_partial(folder, manifest)
+        yield folder
+        if not adding:
+            _replace(folder, place)
+    except OSError as error:
+        rest = "" if adding else f"; what is done lies in {folder}, and the same command goes on from there"
+        raise BundleError(f"cannot write the bundle: {error.strerror or error} ({folder}){rest}") from error
+
+
+def _prepare_partial(folder: Path, manifest: Manifest) -> None:
+    """Keep what an interrupted conversion of the same weights left, remove what another left."""
+    mark = folder / "conversion"
+    key = f"{manifest.made_by} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
+    if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, key.encode())
+
+
+def _replace(folder: Path, place: Path) -> None:
+    """Put the finished folder in the place of whatever is there, which is removed only after that."""
+    (folder / "conversion").unlink()
+    old = place.with_name(place.name + ".old")
+    if place.exists() or place.is_symlink():
+        os.replace(place, old)
+    os.replace(folder, place)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""From ids to steps to text: the loop that samples, and the text that its tokens make.
+
+Stop strings are looked for in the text, across tokens; what may be the start of one is held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rwkv_npu.engine import Engine
+from rwkv_npu.errors import TokenizerError, UsageError
+from rwkv_npu.sampling import Sampler
+from rwkv_npu.state import State
+from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
+
+
+class Step:
+    """One sampled token.
+
+    token, logprob: its id and its log-probability in the softmax of the unchanged logits.
+    text: what became certain with it, "" while a character or a stop string is incomplete.
+    finish_reason: None, "stop" (end of text or a stop string) or "length", on the last step only.
+    """
+
+    def __init__(self, token: int, logprob: float, text: str, finish_reason: str | None, reader: _Reader):
+        self.token, self.logprob, self.text, self.finish_reason = token, logprob, text, finish_reason
+        self._reader = reader
+
+    @property
+    def state(self) -> State:
+        """The state after this token, which is read now if it was not yet. The next step changes it: copy it
+        to keep it."""
+        return self._reader.read()
+
+    def __repr__(self) -> str:
+        return f"Step(token={self.token}, text={self.text!r}, finish_reason={self.finish_reason!r})"
+
+
+class _Reader:
+    """The state, and the sampled token that it has not read so far.
+
+    Text goes out before its token is read, and the last token is read only if somebody asks for the state.
+    """
+
+    def __init__(self, engine: Engine, logits: np.ndarray, state: State):
+        self._engine, self.logits, self._state = engine, logits, state
+        self._pending: int | None = None
+
+    def sample(self, sampler: Sampler) -> tuple[int, float]:
+        self.read()
+        token, logprob = sampler.sample(self.logits)
+        self._pending = token
+        return token, logprob
+
+    def read(self) -> State:
+        if self._pending is not None:
+            token, self._pending = self._pending, None
+            self.logits, _ = self._engine.forward([token], self._state, inplace=True)
+        return self._state
+
+
+class TextStream:
+    """Text of a sequence of tokens, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
+        if stop and tokenizer is None:
+            raise TokenizerError(
+                "stop strings need a tokenizer, and this model has none: give --tokenizer FILE"
+            )
+        if "" in stop:
+            raise UsageError("a stop string must not be empty")
+        self._decoder = tokenizer.decoder() if tokenizer else None
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """(text that is certain now, whether a stop string was completed); the stop string is left out."""
+        if self._decoder is None or token == END_OF_TEXT:
+            return "", False
+        self._held += self._decoder.push(token)
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            self._decoder = None
+            return text, True
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        certain = len(self._held) - keep
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text, False
+
+    def finish(self) -> str:
+        """What was held back."""
+        rest = self._decoder.finish() if self._decoder else ""
+        text, self._held = self._held + rest, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+def steps(
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    logits: np.ndarray,
+    state: State,
+    sampler: Sampler,
+    *,
+    max_tokens: int,
+    stop: Sequence[str],
+) -> Iterator[Step]:
+    """Sample from `logits` on, at most `max_tokens` tokens; `state` is updated in place."""
+    stream = TextStream(tokenizer, stop)
+    reader = _Reader(engine, logits, state)
+    for count in range(1, max_tokens + 1):
+        token, logprob = reader.sample(sampler)
+        text, stopped = stream.push(token)
+        reason = "stop" if stopped or token == END_OF_TEXT else "length" if count == max_tokens else None
+        if reason:
+            text += stream.finish()
+        yield Step(token, logprob, text, reason, reader)
+        if reason:
+            return

@@ -1,0 +1,232 @@
+"""The public face of a model: loading one, running it on ids, generating text."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_npu import generation, sampling
+from rwkv_npu.backends import BACKENDS, open_backend
+from rwkv_npu.backends.base import Backend
+from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.engine import Engine
+from rwkv_npu.errors import BackendError, TokenizerError, UsageError
+from rwkv_npu.sources import BundleSource, CheckpointSource, ModelSource
+from rwkv_npu.spec import FUSIONS, Spec
+from rwkv_npu.state import State
+from rwkv_npu.state import load_state as _load_state
+from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
+
+DEFAULT_BACKEND = "ort"
+
+
+class Model:
+    """A loaded model. Make one with `rwkv_npu.load`.
+
+    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
+        self.engine, self.tokenizer = engine, tokenizer
+        usable = None if tokenizer is None else tokenizer.has_text(engine.spec.V)
+        self._banned = None if usable is None else ~usable
+
+    @property
+    def spec(self) -> Spec:
+        return self.engine.spec
+
+    @property
+    def fingerprint(self) -> str:
+        return self.engine.fingerprint
+
+    def new_state(self) -> State:
+        """The state before the first token: zeros, or the state that the checkpoint was tuned with."""
+        return self.engine.new_state()
+
+    def forward(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        state: State | None = None,
+        all_logits: bool = False,
+        *,
+        inplace: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[np.ndarray, State]:
+        """Read T tokens after `state` (None: from the start).
+
+        Returns float32 logits, (V,) after the last token or (T, V) after each, and the new state. `state` is
+        untouched unless `inplace`. `progress` is called with the number of tokens of each chunk read.
+        Raises UsageError for no tokens, ids outside the vocabulary, or a state of another model.
+        """
+        return self.engine.forward(tokens, state, all_logits, inplace=inplace, progress=progress)
+
+    def forward_batch(
+        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State]
+    ) -> tuple[np.ndarray, list[State]]:
+        """Read T tokens of each of B sequences: (B, T) ids and B states -> logits (B, V) and B new states."""
+        return self.engine.forward_batch(tokens, states)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        state: State | None = None,
+        stop: str | Sequence[str] = (),
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 0.85,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        penalty_decay: float = 0.996,
+        seed: int | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[generation.Step]:
+        """Continue `prompt` (text, or ids) after `state`, one `Step` a token, as soon as it is sampled.
+
+        Ends after `max_tokens`, at the end-of-text token 0, or at a stop string; closing the generator stops it.
+        `state` is left as it was; `step.state` is the state after a step, and has read its token.
+        Raises UsageError for values out of range or an empty prompt without a state, TokenizerError for text
+        where the model has no tokenizer.
+        """
+        options = sampling.SamplingOptions(
+            temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, penalty_decay
+        )
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
+        uncounted = self.tokenizer.uncounted if self.tokenizer else None
+        sampler = sampling.Sampler(options, seed=seed, banned=self._banned, uncounted=uncounted)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(ids):
+            logits, current = self.forward(ids, state, progress=progress)
+        elif state is not None and state.logits is not None:
+            logits, current = state.logits, state.copy()
+        else:
+            raise UsageError("the prompt is empty and there is no state to continue: give one of them")
+        return generation.steps(
+            self.engine, self.tokenizer, logits, current, sampler, max_tokens=max_tokens, stop=stops
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises TokenizerError where the model has no tokenizer."""
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"no vocabulary is known for this model of {self.spec.V} tokens: give --tokenizer FILE, or ids"
+            )
+        return self.tokenizer.encode(text)
+
+    def load_state(self, path: str | os.PathLike[str]) -> State:
+        """Read a state file. Raises StateError if it is of another generation or shape."""
+        return _load_state(path, self.spec, self.fingerprint)
+
+    def describe(self) -> str:
+        """The plan in a few words: backends and fusion."""
+        return self.engine.describe()
+
+    def close(self) -> None:
+        """Give back what the backend holds. The model cannot be used after it."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    precision: str | None = None,
+    fusion: str | None = None,
+    plan: str | Mapping[str, str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
+
+    backend: numpy, ort, torch, rknn-sim, or auto (ort).
+    precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32.
+    fusion: layer or projection; None is the bundle's own.
+    plan: backends by use, as {"prefill": NAME, "decode": NAME} or "prefill=NAME,decode=NAME".
+    tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
+    threads: of the CPU's backends; None leaves it to them.
+    Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
+    """
+    if fusion is not None and fusion not in FUSIONS:
+        raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}: it must be at least 1")
+    where = Path(path) if path is not None else demo_model()
+    if is_bundle(where):
+        bundle = open_bundle(where)
+        source: ModelSource = BundleSource(bundle, fusion)
+        words = _bundle_tokenizer(bundle, tokenizer)
+    else:
+        checkpoint = open_checkpoint(where)
+        source = CheckpointSource(checkpoint, fusion)
+        words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
+    chosen = _parse_plan(plan, backend)
+    opened: dict[str, Backend] = {}
+    for name in chosen.values():
+        if name not in opened:
+            source.check_precision(name, precision)
+            opened[name] = open_backend(name, source, threads=threads)
+    engine = Engine(
+        source.program,
+        source.tensor,
+        decode=opened[chosen["decode"]],
+        prefill=opened[chosen["prefill"]],
+        fingerprint=source.fingerprint,
+        initial=source.initial_states(),
+    )
+    return Model(engine, words)
+
+
+def load_state(path: str | os.PathLike[str], model: Model) -> State:
+    """Read a state file for `model`. Raises StateError if it is of another generation or shape."""
+    return model.load_state(path)
+
+
+def demo_model() -> Path:
+    """The trained model that ships with the package."""
+    return Path(str(importlib.resources.files("rwkv_npu") / "data" / "demo" / "model.pth"))
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _bundle_tokenizer(bundle: Bundle, override: str | os.PathLike[str] | None) -> Tokenizer | None:
+    if override is not None:
+        return find_tokenizer(vocab_size=bundle.spec.V, override=_text(override))
+    name = bundle.manifest.tokenizer
+    if name is None:
+        return None
+    if name.startswith("builtin:"):
+        return builtin(name.removeprefix("builtin:"))
+    return find_tokenizer(vocab_size=bundle.spec.V, override=bundle.path / name)
+
+
+def _parse_plan(plan: str | Mapping[str, str] | None, backend: str) -> dict[str, str]:
+    """{"prefill": backend, "decode": backend}; `backend` serves what the plan leaves open."""
+    default = DEFAULT_BACKEND if backend == "auto" else backend
+    chosen = {"prefill": default, "decode": default}
+    if isinstance(plan, str):
+        pairs = [part.partition("=") for part in plan.split(",")]
+        plan = {use.strip(): name.strip() for use, _, name in pairs}
+    for use, name in (plan or {}).items():
+        if use not in chosen or name not in BACKENDS:
+            raise BackendError(
+                f"plan {use}={name} is unknown: write prefill=NAME,decode=NAME with names of {', '.join(BACKENDS)}"
+            )
+        chosen[use] = name
+    return chosen

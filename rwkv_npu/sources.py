@@ -1,0 +1,91 @@
+"""A model as backends and the engine see it, whether it lies in a bundle or in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.bundle import Bundle
+from rwkv_npu.checkpoint import Checkpoint
+from rwkv_npu.errors import BundleError
+from rwkv_npu.maths import Maths
+from rwkv_npu.models.network import Program
+from rwkv_npu.spec import Group, Spec
+
+
+class ModelSource:
+    """Tensors and groups of a model. Subclasses say where its tensors and its graphs are."""
+
+    def __init__(self, program: Program, fingerprint: str):
+        self.program, self.fingerprint = program, fingerprint
+
+    @property
+    def spec(self) -> Spec:
+        return self.program.spec
+
+    def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
+        return self.program.evaluate(group, f, x)
+
+    def tensor(self, name: str) -> np.ndarray:
+        raise KeyError(name)
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def onnx(self, group: Group) -> str | bytes:
+        raise KeyError(group.name)
+
+    def check_precision(self, backend: str, precision: str | None) -> None:
+        """Raises UsageError when this model has no weights of `precision` (None: any) for a backend."""
+
+    def initial_states(self) -> dict[int, np.ndarray]:
+        """The tuned `time_state` (H, N, N) of every layer that has one."""
+        names = {layer: f"blocks.{layer}.att.time_state" for layer in range(self.spec.L)}
+        return {layer: self.tensor(name) for layer, name in names.items() if self.has(name)}
+
+
+class BundleSource(ModelSource):
+    def __init__(self, bundle: Bundle, fusion: str | None = None):
+        manifest = bundle.manifest
+        program = Program(manifest.spec, fusion or manifest.fusion, manifest.scaling)
+        super().__init__(program, manifest.fingerprint)
+        self.bundle = bundle
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.bundle.tensor(name)
+
+    def has(self, name: str) -> bool:
+        return name in self.bundle
+
+    def onnx(self, group: Group) -> str:
+        path = self.bundle.graph_path(self.program.fusion, group.name)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing from the bundle: convert the checkpoint again")
+        return str(path)
+
+
+class CheckpointSource(ModelSource):
+    """A checkpoint used as it is: graphs are built in memory, in fp32."""
+
+    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None):
+        super().__init__(Program(checkpoint.spec, fusion or "layer"), checkpoint.fingerprint)
+        self.checkpoint = checkpoint
+        self._vectors: dict[str, np.ndarray] = {}
+
+    def tensor(self, name: str) -> np.ndarray:
+        if name in self._vectors:
+            return self._vectors[name]
+        tensor = self.checkpoint.tensor(name)
+        if tensor.ndim < 2:  # widened to fp32 by the checkpoint: small, and read at every call
+            self._vectors[name] = tensor
+        return tensor
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.names
+
+    def onnx(self, group: Group) -> bytes:
+        from rwkv_npu.graphs import inline_model, trace_group
+
+        model = inline_model(trace_group(self.program, group), group.name, self.tensor)
+        return model.SerializeToString()

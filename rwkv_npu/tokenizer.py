@@ -1,0 +1,400 @@
+"""Text to token ids and back: the World vocabulary, and any `tokenizer.json` (the Pile models').
+
+This module knows nothing about models. Ids index the V rows of a head; id 0 ends a text in both families.
+Text leaves through bytes, so that a stream can hold back the part of a character that is still to come.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import functools
+import gzip
+import importlib.resources
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.errors import TokenizerError
+
+END_OF_TEXT = 0
+WORLD, PILE = "world", "pile"
+BUILTIN_BY_VOCAB_SIZE = {65536: WORLD, 50277: PILE}
+_RESOURCES = {WORLD: "world_vocab.bin.gz", PILE: "20B_tokenizer.json.gz"}
+_LARGEST_FILE = 64 << 20  # bytes; a checkpoint named by mistake is refused before it is read
+_LARGEST_ID = (1 << 24) - 1
+_WORLD_LINE = re.compile(r"(\d+) +((?:[bB]?['\"]).*['\"]) +(\d+)", re.ASCII)
+_REPLACEMENT = "\ufffd".encode()
+_UNCOUNTED = b" \t0123456789"
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time, holding back bytes that may be the start of a character.
+
+    The pieces joined, `finish()` last, equal `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is incomplete."""
+        return self._utf8.decode(self._bytes_of(token))
+
+    def finish(self) -> str:
+        """What is still held back, as U+FFFD, or "". The decoder can be used afresh afterwards."""
+        rest = self._utf8.decode(b"", True)
+        self._utf8.reset()
+        return rest
+
+
+class _WindowDecoder(StreamDecoder):
+    """Where the text of an id depends on its neighbours: the last ids' text with it, less that without it."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._shown = 0  # ids of the window whose text was given out
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        text = self._unshown()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._window = self._window[self._shown :]
+        self._shown = len(self._window)
+        return text
+
+    def finish(self) -> str:
+        rest = self._unshown()
+        self._window, self._shown = [], 0
+        return rest
+
+    def _unshown(self) -> str:
+        return self._decode(self._window)[len(self._decode(self._window[: self._shown])) :]
+
+
+class Tokenizer(ABC):
+    """What the rest of the package knows of a vocabulary.
+
+    name: "world", "pile", or the file's name. source: the builtin's name, or the Path it was read from.
+    vocab_size: 1 + the largest id with a token; a head may have more rows than that.
+    """
+
+    eos_id = END_OF_TEXT
+
+    def __init__(self, name: str, source: str | Path, ids: Iterable[int]) -> None:
+        self.name = name
+        self.source = source
+        self._ids = np.fromiter(ids, dtype=np.int64)
+        self.vocab_size = 1 + int(self._ids.max())
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; [] for "". TokenizerError where the vocabulary cannot write it."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of one id, b"" for end-of-text; None when the vocabulary has no such id."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8, and ids without a token, become U+FFFD."""
+        return b"".join(map(self._bytes_or_replacement, tokens)).decode("utf-8", "replace")
+
+    def decoder(self) -> StreamDecoder:
+        """A new incremental decoder."""
+        return StreamDecoder(self._bytes_or_replacement)
+
+    def has_text(self, vocab_size: int) -> np.ndarray:
+        """(V,) bool over a head of `vocab_size` rows: the ids that may be sampled, end-of-text among them."""
+        mask = np.zeros(vocab_size, dtype=bool)
+        mask[self._ids[self._ids < vocab_size]] = True
+        mask[self.eos_id] = True
+        return mask
+
+    def uncounted(self, token: int) -> bool:
+        """Whether repeats of this id are free in RWKV's frequency penalty: a space, a tab, a run of digits.
+
+        Source: `PIPELINE.generate` in the rwkv package.
+        """
+        data = self.token_bytes(token)
+        return data is not None and data in _UNCOUNTED
+
+    def _bytes_or_replacement(self, token: int) -> bytes:
+        data = self.token_bytes(token)
+        return _REPLACEMENT if data is None else data
+
+
+class WorldTokenizer(Tokenizer):
+    """Greedy longest match over UTF-8 bytes, the tokenizer of the World models.
+
+    `tokens` maps ids (1 and up) to their bytes. Source of the rule: `rwkv_tokenizer.py` in the rwkv package.
+    """
+
+    def __init__(self, tokens: Mapping[int, bytes], *, name: str, source: str | Path) -> None:
+        super().__init__(name, source, tokens)
+        self._tokens = {END_OF_TEXT: b"", **tokens}
+        self._longest_match = _prefix_table(tokens)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_bytes(_utf8(text))
+
+    def encode_bytes(self, data: bytes | bytearray) -> list[int]:
+        """Ids of any bytes, UTF-8 or not. TokenizerError if a small vocabulary lacks a byte."""
+        lookup = self._longest_match.get
+        data, size = bytes(data), len(data)
+        tokens: list[int] = []
+        start = 0
+        while start < size:
+            token, end, stop = 0, start, start + 1
+            found = lookup(data[start:stop])
+            while found is not None:
+                if found:
+                    token, end = found, stop
+                if stop == size:
+                    break
+                stop += 1
+                found = lookup(data[start:stop])
+            if not token:
+                raise TokenizerError(
+                    f"{self.source}: no token begins at byte 0x{data[start]:02x} of the text"
+                )
+            tokens.append(token)
+            start = end
+        return tokens
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return self._tokens.get(token)
+
+
+class PileTokenizer(Tokenizer):
+    """Any `tokenizer.json`, run by the `tokenizers` package; `20B_tokenizer.json` is the Pile models'.
+
+    Special tokens have no text, as in the rwkv package: decode of `<|endoftext|>` is "". The 20B vocabulary
+    normalises text to Unicode's NFC, so text that is not in NFC comes back composed.
+    """
+
+    def __init__(self, json_text: str, *, name: str, source: str | Path) -> None:
+        self._hf = _parse_tokenizer_json(json_text, str(source))
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        ids = self._hf.get_vocab().values()
+        if not ids:
+            raise TokenizerError(f"{source}: the vocabulary is empty")
+        super().__init__(name, source, ids)
+        self._special = {i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
+        self._byte_level = type(self._hf.decoder).__name__ == "ByteLevel"
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        return list(self._hf.encode(text, add_special_tokens=False).ids)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        piece = self._hf.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if piece is None:
+            return None
+        if token in self._special:
+            return b""
+        if not self._byte_level:
+            return self._hf.decode([token]).encode()
+        try:
+            return bytes(map(_byte_alphabet().__getitem__, piece))
+        except KeyError:  # an added token, such as a run of spaces, stands for itself
+            return piece.encode()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return super().decode(tokens) if self._byte_level else self._hf.decode(list(tokens))
+
+    def decoder(self) -> StreamDecoder:
+        return super().decoder() if self._byte_level else _WindowDecoder(self.decode)
+
+
+@functools.cache
+def builtin(name: str) -> Tokenizer:
+    """The shipped tokenizer "world" or "pile"; one shared object each."""
+    if name not in _RESOURCES:
+        raise TokenizerError(f"no built-in tokenizer {name!r}: there are {', '.join(sorted(_RESOURCES))}")
+    packed = importlib.resources.files("rwkv_npu").joinpath("data").joinpath(_RESOURCES[name]).read_bytes()
+    data = gzip.decompress(packed)
+    if name == WORLD:
+        return WorldTokenizer(unpack_world_vocab(data), name=name, source=name)
+    return PileTokenizer(data.decode(), name=name, source=name)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a vocabulary file, told apart by content: JSON (a `tokenizer.json`) or World lines.
+
+    Errors: TokenizerError, one line naming the file, and the line of it that is wrong.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    if text.lstrip().startswith("{"):
+        return PileTokenizer(text, name=path.name, source=path)
+    return WorldTokenizer(parse_world_vocab(text, str(path)), name=path.name, source=path)
+
+
+def find_tokenizer(
+    *, vocab_size: int, beside: Path | None = None, override: str | Path | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a model whose head has `vocab_size` rows; None when nothing fits.
+
+    In this order: `override` (a file, or a builtin's name); a file in the folder of the checkpoint `beside`
+    (`*vocab*.txt` in World format, or `tokenizer.json`); the builtin for that head.
+    Errors: TokenizerError when the override has more ids than the head has rows, or a file is damaged.
+    """
+    if override is not None:
+        is_name = str(override) in _RESOURCES and not Path(override).exists()
+        chosen = builtin(str(override)) if is_name else load_tokenizer(override)
+        if chosen.vocab_size > vocab_size:
+            ids = f"ids up to {chosen.vocab_size - 1}"
+            raise TokenizerError(f"{override}: it has {ids}, but the model's head has {vocab_size} rows")
+        return chosen
+    found = _tokenizer_beside(beside, vocab_size) if beside is not None else None
+    if found is None and vocab_size in BUILTIN_BY_VOCAB_SIZE:
+        found = builtin(BUILTIN_BY_VOCAB_SIZE[vocab_size])
+    return found
+
+
+def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    world = [load_tokenizer(path) for path in sorted(folder.glob("*vocab*.txt")) if _looks_like_world(path)]
+    fitting = [tokenizer for tokenizer in world if tokenizer.vocab_size <= vocab_size]
+    if len(fitting) > 1:
+        names = ", ".join(tokenizer.name for tokenizer in fitting)
+        raise TokenizerError(
+            f"{folder}: more than one vocabulary fits the model ({names}): name the one to use"
+        )
+    if not fitting and (folder / "tokenizer.json").is_file():
+        # All models use this name, so a file left by another one must not be taken for ours. A head has as
+        # many rows as the vocabulary has ids, but for padding to a round number.
+        other = load_tokenizer(folder / "tokenizer.json")
+        fitting = [other] if 0 <= vocab_size - other.vocab_size < 1024 else []
+    return fitting[0] if fitting else None
+
+
+def _looks_like_world(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return _WORLD_LINE.fullmatch(file.readline(1024).strip()) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def parse_world_vocab(text: str, where: str) -> dict[int, bytes]:
+    """{id: bytes} of a World-format text: lines `id repr bytelen`, repr a Python str or bytes literal.
+
+    CRLF and blank lines are accepted. Errors: TokenizerError "where:line: what is wrong".
+    """
+    tokens: dict[int, bytes] = {}
+    line_of: dict[bytes, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own remarks about odd escapes in a literal
+        for number, line in enumerate(text.split("\n"), 1):
+            line = line.strip()
+            if not line:
+                continue
+            try:
+                token, data = _parse_world_line(line)
+                if token in tokens or data in line_of:
+                    what = f"id {token}" if token in tokens else f"the token of line {line_of[data]}"
+                    raise ValueError(f"{what} was given before")
+            except ValueError as error:
+                raise TokenizerError(f"{where}:{number}: {error}") from None
+            tokens[token] = data
+            line_of[data] = number
+    if not tokens:
+        raise TokenizerError(f"{where}: no vocabulary lines (`id 'token' length`) in it")
+    return tokens
+
+
+def _parse_world_line(line: str) -> tuple[int, bytes]:
+    match = _WORLD_LINE.fullmatch(line)
+    if match is None:
+        raise ValueError(f"expected `id 'token' length`, found {line[:60]!r}")
+    token, literal, length = int(match[1]), match[2], int(match[3])
+    if not 1 <= token <= _LARGEST_ID:
+        raise ValueError(f"id {token} is outside 1..{_LARGEST_ID} (0 is end-of-text)")
+    data = _literal_bytes(literal)
+    if not data:
+        raise ValueError(f"id {token} has no bytes")
+    if len(data) != length:
+        raise ValueError(f"id {token} has {len(data)} bytes, but the line says {length}")
+    return token, data
+
+
+def _literal_bytes(literal: str) -> bytes:
+    quote, inside = literal[0], literal[1:-1]
+    if quote in "'\"" and literal[-1] == quote and "\\" not in inside and quote not in inside:
+        return inside.encode()  # most lines, and much faster than the parser
+    try:
+        value = ast.literal_eval(literal)
+        return value if isinstance(value, bytes) else value.encode()
+    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
+        raise ValueError(f"not a Python string: {literal[:60]}") from None
+
+
+def unpack_world_vocab(data: bytes) -> dict[int, bytes]:
+    """{id: bytes} of the shipped form: count (4 bytes, little-endian), a length byte for each id, tokens."""
+    count = int.from_bytes(data[:4], "little")
+    start = 4 + count
+    tokens: dict[int, bytes] = {}
+    for token, length in enumerate(data[4:start], 1):
+        tokens[token] = data[start : start + length]
+        start += length
+    return tokens
+
+
+def _prefix_table(tokens: Mapping[int, bytes]) -> dict[bytes, int]:
+    """A trie as one flat dict: every token's id, and 0 for every prefix of a token that is none itself."""
+    table = {data: token for token, data in tokens.items()}
+    for data in tokens.values():
+        end = len(data) - 1
+        while end > 0 and data[:end] not in table:
+            table[data[:end]] = 0
+            end -= 1
+    return table
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Character to byte in byte-level BPE: printable Latin-1 is itself, the rest count up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _parse_tokenizer_json(json_text: str, where: str) -> Any:
+    try:
+        from tokenizers import Tokenizer as HfTokenizer
+    except ImportError:
+        raise TokenizerError(f"{where}: needs the tokenizers package (pip install tokenizers)") from None
+    try:
+        return HfTokenizer.from_str(json_text)
+    except Exception as error:  # the package raises nothing narrower
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"{where}: not a tokenizer.json: {reason}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise TokenizerError(f"{path}: too large for a vocabulary (over {_LARGEST_FILE >> 20} MiB)")
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{path}: not a vocabulary: it is not UTF-8 text") from None
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        char = ord(text[error.start])
+        raise TokenizerError(f"the text has a lone surrogate, U+{char:04X}, at {error.start}") from None

@@ -1,0 +1,200 @@
+"""Compile one graph, or simulate it, in a child process."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.errors import ToolkitError, UsageError
+from rwkv_npu.toolkit import log
+from rwkv_npu.toolkit.environment import Environment
+from rwkv_npu.toolkit.log import Cycles, Layer
+from rwkv_npu.toolkit.worker import Worker
+
+TARGETS = ("rk3588", "rk3576", "rk3562", "rk3566", "rk3568")
+FLOATS = {"fp16": "float16", "bf16": "bfloat16"}
+# Weights and activations of less than 16 bits, by target: what the compiler accepts.
+QUANTIZED = {
+    "rk3588": ("w8a8", "w16a16i_dfp"),
+    "rk3576": ("w8a8", "w4a16", "w16a16i_dfp"),
+    "rk3562": ("w8a8", "w8a16", "w16a16i_dfp"),
+    "rk3566": ("w8a8",),
+    "rk3568": ("w8a8",),
+}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How a graph is compiled; all of it belongs to an artifact's key.
+
+    `input_shapes` fixes the shapes of a graph whose dimensions are symbolic. `custom_string` (at most 1023
+    characters) travels inside the file. `calibration` is for the quantized precisions: one mapping of input name to
+    array a sample, of the artifact's own shapes.
+    """
+
+    target: str = "rk3588"
+    precision: str = "fp16"
+    optimization_level: int = 3
+    custom_string: str | None = None
+    input_shapes: Mapping[str, Sequence[int]] | None = None
+    calibration: Sequence[Mapping[str, np.ndarray]] = ()
+    quantized_algorithm: str = "normal"
+    quantized_method: str = "channel"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"unknown target {self.target}: choose one of {', '.join(TARGETS)}")
+        known = (*FLOATS, *QUANTIZED[self.target])
+        if self.precision not in known:
+            raise UsageError(f"{self.target} cannot run {self.precision}: choose one of {', '.join(known)}")
+        if self.precision not in FLOATS and not self.calibration:
+            raise UsageError(f"{self.precision} needs calibration rows")
+        if self.custom_string is not None and len(self.custom_string.encode()) > 1023:
+            raise UsageError("custom_string is longer than 1023 bytes")
+
+    def request(self) -> dict[str, Any]:
+        """The options as the child takes them: every argument is one that all supported versions know."""
+        config: dict[str, Any] = {
+            "target_platform": self.target,
+            "optimization_level": self.optimization_level,
+            "float_dtype": FLOATS.get(self.precision, "float16"),
+        }
+        if self.custom_string is not None:
+            config["custom_string"] = self.custom_string
+        if self.precision not in FLOATS:
+            config["quantized_dtype"] = self.precision
+            config["quantized_algorithm"] = self.quantized_algorithm
+            config["quantized_method"] = self.quantized_method
+        shapes = {name: [int(n) for n in shape] for name, shape in (self.input_shapes or {}).items()}
+        return {"config": config, "input_shapes": shapes}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The calibration rows as the child takes them."""
+        used = () if self.precision in FLOATS else self.calibration
+        return {f"{index}/{name}": array for index, row in enumerate(used) for name, array in row.items()}
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """An artifact and what the compiler said of it. `cycles` are its estimate for one core."""
+
+    path: Path
+    size: int
+    version: str
+    seconds: float
+    peak_rss_bytes: int
+    cycles: Cycles
+    layers: tuple[Layer, ...]
+    cpu_fallback: tuple[str, ...]
+    npu_weight_bytes: int
+    npu_internal_bytes: int
+    verify_outputs: dict[str, np.ndarray] | None = None
+
+
+def compile_graph(
+    environment: Environment,
+    onnx_path: str | Path,
+    out_path: str | Path,
+    options: CompileOptions | None = None,
+    verify_inputs: Mapping[str, np.ndarray] | None = None,
+    *,
+    on_start: Callable[[Worker], None] | None = None,
+) -> CompileResult:
+    """Compile `onnx_path` to `out_path`, which is replaced in one step; its folder must exist.
+
+    With `verify_inputs`, arrays by input name, the graph is also run in the simulator, without being built again:
+    `verify_outputs` holds its outputs by name, as float32. `on_start` receives the process, to `kill` it from another
+    thread. Raises ToolkitError with the compiler's own reason; `out_path` is then as it was before, unless only the
+    simulator failed.
+    """
+    options = options or CompileOptions()
+    out = Path(out_path).absolute()
+    begin = time.monotonic()
+    with Worker(environment, out.parent) as worker:
+        if on_start:
+            on_start(worker)
+        built = _build(worker, Path(onnx_path), out, options)
+        text, outputs, peak = worker.log(), None, built["peak_rss_bytes"]
+        if verify_inputs is not None:
+            simulated, outputs = _run(worker, built["inputs"], verify_inputs)
+            peak = max(peak, simulated["peak_rss_bytes"])
+    rows = log.layers(text)
+    internal, weights = log.memory(text)
+    return CompileResult(
+        path=out,
+        size=out.stat().st_size,
+        version=environment.version,
+        seconds=time.monotonic() - begin,
+        peak_rss_bytes=peak,
+        cycles=log.cycles(rows),
+        layers=rows,
+        cpu_fallback=log.cpu_fallback(rows),
+        npu_weight_bytes=weights,
+        npu_internal_bytes=internal,
+        verify_outputs=outputs,
+    )
+
+
+class Simulator:
+    """Rockchip's simulator running one graph. Several may run at the same time, each in its own process.
+
+    A loaded `.rknn` cannot be simulated, so the ONNX is built again: options must be those of the artifact. `inputs`
+    and `outputs` are the names, in the graph's order. Raises ToolkitError if the graph cannot be built.
+    """
+
+    def __init__(
+        self, environment: Environment, onnx_path: str | Path, options: CompileOptions | None = None
+    ) -> None:
+        self._worker = Worker(environment)
+        self._closing = weakref.finalize(self, self._worker.close)
+        try:
+            built = _build(self._worker, Path(onnx_path), None, options or CompileOptions())
+        except BaseException:
+            self.close()
+            raise
+        self.inputs = tuple(built["inputs"])
+        self.outputs = tuple(built["outputs"])
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, float32, for arrays by input name in the shapes that the graph was built for."""
+        return _run(self._worker, self.inputs, inputs)[1]
+
+    def close(self) -> None:
+        """End the process. May be called again."""
+        self._closing()
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _build(worker: Worker, onnx_path: Path, out: Path | None, options: CompileOptions) -> dict[str, Any]:
+    if not onnx_path.is_file():
+        raise ToolkitError(f"no such graph: {onnx_path}")
+    request = {
+        "action": "build",
+        "onnx": str(onnx_path.absolute()),
+        "out": str(out) if out else None,
+        "options": options.request(),
+        "verbose": out is not None,  # the layer table
+    }
+    try:
+        return worker.request(request, options.arrays())[0]
+    except ToolkitError as error:
+        raise ToolkitError(f"{onnx_path.name} cannot be compiled for {options.target}: {error}") from None
+
+
+def _run(
+    worker: Worker, names: Sequence[str], inputs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if set(names) != set(inputs):
+        raise ToolkitError(f"the graph's inputs are {', '.join(names)}; given are {', '.join(inputs) or 'none'}")
+    return worker.request({"action": "run"}, inputs)

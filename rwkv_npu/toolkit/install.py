@@ -1,0 +1,230 @@
+"""Make a private environment for Rockchip's compiler: about 600 MB, no torch, no CUDA.
+
+It is built beside its final place and renamed when the compiler has been imported in it, so an interrupted or
+failed installation leaves nothing that looks usable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv_npu.errors import ToolkitError
+from rwkv_npu.toolkit.environment import (
+    DEFAULT_VERSION,
+    MACHINES,
+    PYTHONS,
+    Environment,
+    Progress,
+    cache_dir,
+    check_version,
+    find_private,
+    private_dir,
+)
+
+# All that the compiler imports, installed with --no-deps: its own metadata asks for torch, whose wheels for x86-64
+# bring 5 GB of CUDA. One set works for every supported version; each pin was tried by building and simulating a
+# graph on Python 3.10, 3.11 and 3.12.
+PINS = {
+    "numpy": "1.26.4",  # the last 1.x, which the compiler's metadata asks for
+    "onnx": "1.18.0",  # 1.19 removed onnx.mapping, which it imports
+    "protobuf": "4.25.4",  # its metadata's ceiling; 7 fails
+    "typing-extensions": "4.12.2",  # imported by onnx 1.18
+    "onnxruntime": "1.20.1",  # folds constants; the last with wheels for 3.10 to 3.12 on glibc 2.27
+    "scipy": "1.14.1",
+    "opencv-python-headless": "4.10.0.84",  # headless: the other one wants libGL on the machine
+    "setuptools": "75.8.0",  # 82 removed pkg_resources, which it imports
+    "tqdm": "4.67.1",
+    "packaging": "24.2",
+}
+ROOM = 1_200_000_000  # bytes needed while installing: 600 MB installed and pip's downloads
+SECONDS_TO_START = 60  # a Python that does not answer in this time is not used
+
+
+def install(
+    version: str = DEFAULT_VERSION,
+    python: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Environment:
+    """Install `version` into the user's cache folder, unless it is there, and return it.
+
+    `python` is an interpreter (path or command) of version 3.10 to 3.12, looked for if None. `progress` receives
+    one line at a time. Raises ToolkitError with one line that says what to do; nothing half-made is left then, nor
+    after Ctrl-C.
+    """
+    say = progress or (lambda line: None)
+    _check_machine(check_version(version))
+    final = private_dir(version)
+    partial = final.with_name(final.name + ".partial")
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with _lock(cache_dir() / "lock", say):
+            if found := find_private(version):
+                say(f"rknn-toolkit2 {version} is already installed in {final}")
+                return found
+            base = find_python(python)
+            if (free := shutil.disk_usage(cache_dir()).free) < ROOM:
+                need = f"{ROOM / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+                raise ToolkitError(f"not enough room in {cache_dir()}: {need} (RWKV_NPU_CACHE names another)")
+            shutil.rmtree(partial, ignore_errors=True)  # of an installation that was killed
+            try:
+                _fill(partial, base, version, say)
+                shutil.rmtree(final, ignore_errors=True)  # one whose Python is gone
+                partial.rename(final)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise ToolkitError(f"cannot install in {cache_dir()}: {error.strerror or error}") from error
+    say(f"rknn-toolkit2 {version} is installed in {final}")
+    return Environment(final / "bin" / "python", version, private=True)
+
+
+def find_python(wanted: str | Path | None = None) -> Path:
+    """An interpreter that the compiler has wheels for: `wanted` if given, else the running one, else from PATH.
+
+    Raises ToolkitError if `wanted` is not such an interpreter, or none is found.
+    """
+    supported = " or ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+    if wanted is not None:
+        found = shutil.which(str(wanted))
+        if found is None:
+            raise ToolkitError(f"--python {wanted}: no such program")
+        version = _python_version(found)
+        if version is None:
+            raise ToolkitError(f"--python {wanted}: this is not a working CPython interpreter")
+        if version not in PYTHONS:
+            raise ToolkitError(f"--python {wanted}: this is {version[0]}.{version[1]}; {supported} is needed")
+        return Path(found)
+    if sys.version_info[:2] in PYTHONS and sys.executable:
+        return Path(sys.executable)
+    names = [f"python{major}.{minor}" for major, minor in PYTHONS] + ["python3", "python"]
+    for name in names:
+        found = shutil.which(name)
+        # A pyenv shim is found on PATH but refuses to run: only one that answers counts.
+        if found and _python_version(found) in PYTHONS:
+            return Path(found)
+    raise ToolkitError(
+        f"Rockchip's compiler needs Python {supported}; this is {platform.python_version()} and none of"
+        f" {', '.join(names[:3])} works on PATH: install one, or name it with --python"
+    )
+
+
+def _python_version(python: str) -> tuple[int, int] | None:
+    """(major, minor) of a CPython interpreter, or None if it is not one or does not run."""
+    code = "import sys; print(sys.implementation.name, *sys.version_info[:2])"
+    try:
+        answer = subprocess.run(
+            [python, "-I", "-c", code], capture_output=True, text=True, timeout=SECONDS_TO_START, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return None
+    words = answer.stdout.split()
+    if answer.returncode or len(words) != 3 or words[0] != "cpython":
+        return None
+    return int(words[1]), int(words[2])
+
+
+def _check_machine(version: str) -> None:
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in MACHINES[version]:
+        raise ToolkitError(
+            f"Rockchip publishes rknn-toolkit2 {version} for Linux on {' and '.join(MACHINES[version])} only (this"
+            f" is {system} on {machine}): convert there, in a container or virtual machine, and copy the bundle"
+        )
+
+
+@contextlib.contextmanager
+def _lock(path: Path, say: Progress) -> Iterator[None]:
+    """Hold an exclusive lock, so that two installations at once become one."""
+    import fcntl
+
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another installation to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(folder: Path, base: Path, version: str, say: Progress) -> None:
+    """Make a virtual environment at `folder` and put the compiler in it."""
+    say(f"making an environment with {base}")
+    pip = _make_venv(folder, base)
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    wanted = [f"{name}=={pin}" for name, pin in {**PINS, "rknn-toolkit2": version}.items()]
+    # --no-compile: only what is imported gets compiled, by the import below.
+    command = [*pip, "install", "--no-deps", "--no-compile", "--only-binary=:all:", "--retries=2", *wanted]
+    # PIP_USER undoes a pip.conf that would install elsewhere. TMPDIR: deleted with the folder, and on its disk.
+    settings = {"PIP_USER": "0", "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "TMPDIR": str(temporary)}
+    elsewhere = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere} | settings
+    code, lines = _run(command, environment, say)
+    if code:
+        raise ToolkitError(f"pip could not install rknn-toolkit2 {version}: {_pip_reason(lines)}")
+    (site,) = folder.glob("lib/python3*/site-packages")
+    shutil.copyfile(Path(__file__).with_name("stand_in_torch.py"), site / "torch.py")
+    shutil.rmtree(temporary)
+    for script in (folder / "bin").iterdir():  # they hold the folder's name of before the rename
+        if not script.name.startswith("python"):
+            script.unlink()
+    say("checking that it can be imported")
+    code, lines = _run([str(folder / "bin" / "python"), "-I", "-c", "import rknn.api"], environment, say)
+    if code:
+        raise ToolkitError(f"rknn-toolkit2 {version} was installed but cannot be imported: {_last(lines)}")
+
+
+def _make_venv(folder: Path, base: Path) -> list[str]:
+    """Create the environment; returns the command that runs a pip which installs into it."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    make = [str(base), "-I", "-m", "venv"]
+    code, lines = _run([*make, str(folder)], environment)
+    if code == 0:
+        return [str(folder / "bin" / "python"), "-I", "-m", "pip"]
+    if "ensurepip" not in " ".join(lines):
+        raise ToolkitError(f"{base} cannot make a virtual environment: {_last(lines)}")
+    # Debian's Python without python3-venv: the environment can be made, only pip is missing.
+    code, _ = _run([*make, "--clear", "--without-pip", str(folder)], environment)
+    if code or importlib.util.find_spec("pip") is None:
+        raise ToolkitError(f"{base} cannot make a virtual environment: `apt install python3-venv` adds what is missing")
+    return [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+
+
+def _run(command: list[str], environment: dict[str, str], say: Progress | None = None) -> tuple[int, list[str]]:
+    """Run to the end, passing on the lines that show progress; returns the exit status and all lines."""
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.strip())
+                if say and lines[-1].startswith(("Collecting", "Downloading", "Installing")):
+                    say(lines[-1])
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, lines
+
+
+def _pip_reason(lines: list[str]) -> str:
+    """pip's own last error, with the cause when it never reached an index."""
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    reason = errors[-1] if errors else _last(lines)
+    return f"{reason} (the package index cannot be reached)" if any("Retrying" in line for line in lines) else reason
+
+
+def _last(lines: list[str]) -> str:
+    return next((line for line in reversed(lines) if line), "it printed nothing")

@@ -1,0 +1,315 @@
+"""Sampling against the rwkv package's own, and the properties that a caller relies on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.sampling import (
+    Sampler,
+    SamplingOptions,
+    candidates,
+    draw,
+    log_probability,
+    min_p_filter,
+    top_k_filter,
+    top_p_filter,
+)
+
+NO_FILTER = SamplingOptions(top_p=1.0)
+
+
+def dense(logits: np.ndarray, options: SamplingOptions) -> np.ndarray:
+    """(V,) probabilities of `candidates`."""
+    probabilities = np.zeros(len(logits))
+    tokens, probabilities_of_tokens = candidates(logits, options)
+    probabilities[tokens] = probabilities_of_tokens
+    return probabilities
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def logits_of(vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, vocab_size).astype(np.float32)
+
+
+# Against the rwkv package
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[Any, Any]:
+    """(torch, the package's PIPELINE)."""
+    torch = pytest.importorskip("torch")
+    return torch, pytest.importorskip("rwkv.utils").PIPELINE
+
+
+@pytest.fixture
+def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The probability vectors that the package draws from; its draw is always the most likely token."""
+    vectors: list[np.ndarray] = []
+
+    def choose(a: int, p: np.ndarray) -> int:
+        vectors.append(np.array(p, dtype=np.float64))
+        return int(np.argmax(p))
+
+    monkeypatch.setattr(np.random, "choice", choose)
+    return vectors
+
+
+@pytest.mark.parametrize(("vocab_size", "scale"), [(50, 2.0), (1000, 1.0), (65536, 3.0), (65536, 0.5)])
+def test_distribution_equals_the_package(
+    vocab_size: int, scale: float, reference: tuple[Any, Any], drawn_from: list[np.ndarray]
+) -> None:
+    torch, pipeline = reference
+    grid = itertools.product([0.3, 0.7, 1.0, 1.5], [0.0, 0.1, 0.5, 0.85, 0.99], [0, 1, 5, 40, 10**6])
+    for seed, (temperature, top_p, top_k) in enumerate(grid):
+        logits = logits_of(vocab_size, scale, seed)
+        pipeline.sample_logits(None, torch.from_numpy(logits.copy()), temperature, top_p, top_k)
+        ours = dense(logits, SamplingOptions(temperature=temperature, top_p=top_p, top_k=top_k))
+        # Total variation: the package sums in float32, so a cut may fall a few of 65536 tokens elsewhere.
+        assert 0.5 * np.abs(ours - drawn_from.pop()).sum() < 5e-4, (temperature, top_p, top_k)
+
+
+def test_greedy_equals_the_package(reference: tuple[Any, Any], drawn_from: list[np.ndarray]) -> None:
+    torch, pipeline = reference
+    logits = logits_of(65536, 2.0)
+    token = pipeline.sample_logits(None, torch.from_numpy(logits.copy()), temperature=0)
+    assert drawn_from.pop()[token] == 1
+    assert draw(logits, SamplingOptions(temperature=0), np.random.default_rng()) == token
+
+
+def test_ties_at_the_cut_equal_the_package(reference: tuple[Any, Any], drawn_from: list[np.ndarray]) -> None:
+    torch, pipeline = reference
+    logits = np.log(np.array([0.1, 0.3, 0.1, 0.2, 0.2, 0.1], dtype=np.float32))
+    for top_p, kept in [(0.0, [1]), (0.31, [1, 3, 4]), (0.65, [1, 3, 4]), (0.75, [0, 1, 2, 3, 4, 5])]:
+        pipeline.sample_logits(None, torch.from_numpy(logits.copy()), 1.0, top_p)
+        ours = dense(logits, SamplingOptions(top_p=top_p))
+        assert np.flatnonzero(ours).tolist() == kept
+        np.testing.assert_allclose(ours, drawn_from.pop(), atol=1e-6)
+
+
+def test_penalties_equal_the_package(reference: tuple[Any, Any], drawn_from: list[np.ndarray]) -> None:
+    torch, pipeline = reference
+    steps, vocab_size, banned = 60, 40, [3, 39]
+    rows = [logits_of(vocab_size, 1.0, seed) for seed in range(steps)]
+    texts = [*" \t0123456789", *"abcdefghijklmnopqrstuvwxyzABCD"][:vocab_size]
+
+    outputs = iter(rows)
+    fake = pipeline.__new__(pipeline)
+    fake.model = SimpleNamespace(forward=lambda tokens, state: (torch.tensor(next(outputs)), None))
+    fake.tokenizer = SimpleNamespace(
+        encode=lambda text: [0], decode=lambda ids: "".join(texts[i] for i in ids)
+    )
+    options = SamplingOptions(
+        top_p=0.7, temperature=0.8, presence_penalty=0.4, frequency_penalty=0.3, penalty_decay=0.9
+    )
+    fake.generate(
+        "x",
+        token_count=steps,
+        args=SimpleNamespace(
+            temperature=0.8,
+            top_p=0.7,
+            top_k=0,
+            alpha_frequency=0.3,
+            alpha_presence=0.4,
+            alpha_decay=0.9,
+            token_ban=banned,
+            token_stop=[],
+            chunk_len=256,
+        ),
+    )
+    assert len(drawn_from) == steps
+
+    mask = np.zeros(vocab_size, dtype=bool)
+    mask[banned] = True
+    sampler = Sampler(options, banned=mask, uncounted=lambda token: texts[token] in " \t0123456789")
+    for row, theirs in zip(rows, drawn_from, strict=True):
+        np.testing.assert_allclose(dense(sampler.adjusted(row), options), theirs, atol=1e-5)
+        sampler.accept(int(np.argmax(theirs)))
+    assert len(sampler.counts) > 5
+
+
+# Filters
+
+vectors = hnp.arrays(
+    np.float32, st.integers(1, 2000), elements=st.floats(-20, 20, width=32), fill=st.floats(-20, 20, width=32)
+)
+
+
+@settings(deadline=None)
+@given(logits=vectors, top_p=st.floats(0, 0.999))
+def test_top_p_keeps_the_fewest_that_reach_it(logits: np.ndarray, top_p: float) -> None:
+    kept = top_p_filter(logits, top_p) > -np.inf
+    probabilities = softmax(logits)
+    assert probabilities[kept].sum() >= top_p - 1e-5
+    smallest = probabilities[kept].min()
+    assert probabilities[probabilities > smallest * (1 + 1e-5)].sum() < top_p + 1e-5 or smallest == max(
+        probabilities
+    )
+    assert probabilities[~kept].max(initial=0) <= smallest * (1 + 1e-5)
+
+
+@settings(deadline=None)
+@given(logits=vectors, top_k=st.integers(1, 2500))
+def test_top_k_keeps_exactly_k_largest(logits: np.ndarray, top_k: int) -> None:
+    kept = top_k_filter(logits, top_k) > -np.inf
+    assert kept.sum() == min(top_k, len(logits))
+    assert logits[~kept].max(initial=-np.inf) <= logits[kept].min()
+    expected = np.argsort(-logits, kind="stable")[:top_k]  # of equals, the lowest ids
+    assert np.flatnonzero(kept).tolist() == sorted(expected.tolist())
+
+
+def test_top_k_counts_only_tokens_that_are_left() -> None:
+    logits = np.array([-np.inf, 1, -np.inf, 2], dtype=np.float32)
+    np.testing.assert_array_equal(top_k_filter(logits, 3), logits)
+
+
+@settings(deadline=None)
+@given(logits=vectors, min_p=st.floats(0.001, 1))
+def test_min_p_is_relative_to_the_most_likely(logits: np.ndarray, min_p: float) -> None:
+    kept = min_p_filter(logits, min_p) > -np.inf
+    ratio = np.exp(logits.astype(np.float64) - logits.max())
+    assert kept[np.argmax(logits)]
+    assert ratio[kept].min() >= min_p * (1 - 1e-5)
+    assert ratio[~kept].max(initial=0) <= min_p * (1 + 1e-5)
+
+
+def test_filters_leave_their_input_alone() -> None:
+    logits = logits_of(1000, 1.0)
+    before = logits.copy()
+    options = SamplingOptions(top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1.0)
+    sampler = Sampler(options, seed=0, banned=np.arange(1000) < 5)
+    for _ in range(3):
+        sampler.sample(logits)
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_filters_that_are_off_keep_everything() -> None:
+    logits = logits_of(5000, 4.0)
+    np.testing.assert_allclose(dense(logits, NO_FILTER), softmax(logits), rtol=1e-5)
+
+
+# Drawing
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], dtype=np.float32))
+    sampler = Sampler(NO_FILTER, seed=1)
+    counts = np.bincount([sampler.sample(logits)[0] for _ in range(20_000)], minlength=4)
+    np.testing.assert_allclose(counts / 20_000, [0.5, 0.25, 0.15, 0.1], atol=0.015)
+
+
+def test_temperature_sharpens_what_the_filters_left() -> None:
+    logits = np.log(np.array([0.6, 0.3, 0.1], dtype=np.float32))
+    np.testing.assert_allclose(dense(logits, SamplingOptions(temperature=0.5, top_p=0.85)), [0.8, 0.2, 0])
+    for tiny in [1e-6, 1e-300]:
+        np.testing.assert_allclose(dense(logits, SamplingOptions(temperature=tiny, top_p=1.0)), [1, 0, 0])
+    for huge in [1e20, 1e300]:
+        np.testing.assert_allclose(dense(logits, SamplingOptions(temperature=huge, top_p=1.0)), [1 / 3] * 3)
+
+
+def test_equal_seeds_give_equal_tokens() -> None:
+    rows = [logits_of(500, 1.0, seed) for seed in range(30)]
+    options = SamplingOptions(presence_penalty=0.2, frequency_penalty=0.2)
+
+    def run(seed: int | np.random.Generator | None) -> list[int]:
+        sampler = Sampler(options, seed=seed)
+        return [sampler.sample(row)[0] for row in rows]
+
+    assert run(7) == run(7) == run(np.random.default_rng(7))
+    assert run(7) != run(8)
+    assert run(None) != run(None)
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    logits = np.array([0, 2, 1, 2], dtype=np.float32)
+    sampler = Sampler(SamplingOptions(temperature=0), seed=0)
+    assert {sampler.sample(logits)[0] for _ in range(20)} == {1}
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    logits = np.array([9, 9, 1, 0], dtype=np.float32)
+    for options in [NO_FILTER, SamplingOptions(temperature=0), SamplingOptions(top_k=3)]:
+        sampler = Sampler(options, seed=0, banned=np.array([True, True, False, False]))
+        assert {sampler.sample(logits)[0] for _ in range(50)} <= {2, 3}
+
+
+def test_log_probability_is_of_the_logits_as_given() -> None:
+    logits = logits_of(2000, 3.0) + 100
+    options = SamplingOptions(temperature=0.5, top_k=3, presence_penalty=5.0)
+    sampler = Sampler(options, seed=0, banned=np.arange(2000) == np.argmax(logits))
+    for _ in range(5):
+        token, logprob = sampler.sample(logits)
+        assert math.isclose(logprob, math.log(softmax(logits)[token]), abs_tol=1e-5)
+    assert log_probability(np.zeros(8, dtype=np.float32), 3) == pytest.approx(-math.log(8))
+
+
+def test_counts_decay_and_grow() -> None:
+    sampler = Sampler(SamplingOptions(frequency_penalty=0.5, penalty_decay=0.5), uncounted=lambda t: t == 2)
+    for token in [1, 1, 2, 3]:
+        sampler.accept(token)
+    assert sampler.counts == {1: 0.375, 2: 0.0, 3: 1.0}
+    adjusted = sampler.adjusted(np.zeros(5, dtype=np.float32))
+    np.testing.assert_allclose(adjusted, [0, -0.1875, 0, -0.5, 0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=0), NO_FILTER])
+def test_logits_that_are_not_finite_are_an_error(bad: float, options: SamplingOptions) -> None:
+    logits = np.array([0, bad, 1], dtype=np.float32)
+    with pytest.raises(BackendError, match="NaN or infinity"):
+        Sampler(options, seed=0).sample(logits)
+
+
+def test_no_token_left_is_an_error() -> None:
+    with pytest.raises(BackendError, match="no token is left"):
+        Sampler(seed=0, banned=np.ones(3, dtype=bool)).sample(np.zeros(3, dtype=np.float32))
+
+
+# Validation
+
+
+@pytest.mark.parametrize(
+    ("flag", "allowed", "wrong"),
+    [
+        ("--temp", "at least 0", {"temperature": -0.1}),
+        ("--temp", "at least 0", {"temperature": math.inf}),
+        ("--temp", "at least 0", {"temperature": math.nan}),
+        ("--temp", "a number", {"temperature": "hot"}),
+        ("--top-p", "between 0 and 1", {"top_p": 1.01}),
+        ("--top-k", "a whole number of at least 0", {"top_k": -1}),
+        ("--top-k", "a whole number of at least 0", {"top_k": 1.5}),
+        ("--min-p", "between 0 and 1", {"min_p": -0.5}),
+        ("--presence-penalty", "between -1000 and 1000", {"presence_penalty": math.nan}),
+        ("--frequency-penalty", "between -1000 and 1000", {"frequency_penalty": 1001}),
+        ("--penalty-decay", "between 0 and 1", {"penalty_decay": 1.1}),
+    ],
+)
+def test_options_out_of_range(flag: str, allowed: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        SamplingOptions(**wrong)
+    message = str(caught.value)
+    assert message.startswith(flag) and allowed in message and "\n" not in message
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(4), "min_p": 0}
+    SamplingOptions(**numbers)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5])
+def test_seed_out_of_range(seed: Any) -> None:
+    with pytest.raises(UsageError, match="--seed must be a whole number of at least 0"):
+        Sampler(seed=seed)

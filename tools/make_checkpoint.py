@@ -1,0 +1,435 @@
+"""Writes a random checkpoint of any RWKV generation, size and file form, for tests and for timing.
+
+Its numbers are those of a healthy model in all that matters to arithmetic: logits spread by about 2, decays
+from long to short memory, in-context rates around a half, a residual that stays within a few units through
+all layers. So an error anywhere shows in the logits, and none explodes. Nothing is learnt, of course.
+
+    python tools/make_checkpoint.py out.pth --size v7-0.1b
+    python tools/make_checkpoint.py out.safetensors --generation 6 -D 128 -L 3 -V 512 --dtype fp32
+    python tools/make_checkpoint.py folder --generation 7 --hf
+
+Every tensor is drawn from its own generator, seeded by its name, and written a few rows at a time: the file
+depends on the arguments only, and needs little memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rwkv_npu.spec import GENERATIONS, Kind, Spec, Tensor, tensors
+from rwkv_npu.tensorfile import TensorPlan, write_tensors
+
+DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+_CHUNK = 1 << 22  # elements drawn at once
+
+WORLD, PILE = 65536, 50277
+
+
+def _official() -> dict[str, dict[str, Any]]:
+    sizes: dict[str, dict[str, Any]] = {}
+    for name, L, D in (("169m", 12, 768), ("430m", 24, 1024), ("1.5b", 24, 2048), ("3b", 32, 2560)):
+        sizes[f"v4-{name}"] = {"generation": "4", "L": L, "D": D, "V": PILE}
+    for name, L, D in (("0.4b", 24, 1024), ("1.5b", 24, 2048), ("3b", 32, 2560), ("7b", 32, 4096)):
+        sizes[f"v5-{name}"] = {"generation": "5.2", "L": L, "D": D, "V": WORLD}
+    for name, L, D, mix, decay in (
+        ("1.6b", 24, 2048, 32, 64),
+        ("3b", 32, 2560, 32, 64),
+        ("7b", 32, 4096, 64, 128),
+    ):
+        ranks = {"mix": mix, "decay": decay}
+        sizes[f"v6-{name}"] = {"generation": "6", "L": L, "D": D, "V": WORLD, "ranks": ranks}
+    for name, L, D, wavg in (
+        ("0.1b", 12, 768, (64, 64, 32, 128)),
+        ("0.4b", 24, 1024, (64, 64, 32, 128)),
+        ("1.5b", 24, 2048, (96, 96, 64, 256)),
+        ("2.9b", 32, 2560, (96, 96, 64, 320)),
+        ("7.2b", 32, 4096, (128, 128, 96, 480)),
+    ):
+        ranks = dict(zip("wavg", wavg, strict=True))
+        sizes[f"v7-{name}"] = {"generation": "7", "L": L, "D": D, "V": WORLD, "ranks": ranks}
+    return sizes
+
+
+SIZES = _official()
+
+
+def default_ranks(generation: str, D: int) -> dict[str, int]:
+    """Low ranks as BlinkDL's training code chooses them, v7's from the square root of the width."""
+
+    def rounded(x: float) -> int:
+        return max(32, round(x / 32) * 32)
+
+    if generation == "6":
+        return {"mix": 64, "decay": 128} if D >= 4096 else {"mix": 32, "decay": 64}
+    if generation not in ("7", "7a"):
+        return {}
+    ranks = {c: rounded(x * D**0.5) for c, x in (("w", 1.8), ("a", 1.8), ("v", 1.3))}
+    ranks["g"] = rounded(0.6 * D**0.8)
+    return ranks | ({"s": 32} if generation == "7a" else {})
+
+
+def make_spec(
+    generation: str,
+    *,
+    D: int,
+    L: int,
+    V: int,
+    N: int = 64,
+    F: int | None = None,
+    A: int | None = None,
+    ranks: dict[str, int] | None = None,
+) -> Spec:
+    A = A or D
+    if generation != "4" and A % N:
+        raise ValueError(f"{A} channels cannot be split into heads of {N}")
+    if F is None:
+        F = 4 * D if generation in ("4", "7", "7a") else int(3.5 * D) // 32 * 32
+    H, N = (1, A) if generation == "4" else (A // N, N)
+    ranks = default_ranks(generation, D) | (ranks or {})
+    return Spec(generation, D=D, L=L, H=H, N=N, A=A, F=F, V=V, ranks=ranks)
+
+
+# -- values ------------------------------------------------------------------------------------------------
+
+
+def _ramp(low: float, high: float, noise: float = 0.0) -> Callable[..., np.ndarray]:
+    """From low to high over the channels, later layers bending towards low, as trained decays do."""
+
+    def draw(rng: np.random.Generator, size: int, depth: float) -> np.ndarray:
+        x = np.linspace(0, 1, size) ** (0.7 + 1.3 * depth)
+        return low + (high - low) * x + noise * rng.standard_normal(size)
+
+    return draw
+
+
+def _normal(mean: float, deviation: float) -> Callable[..., np.ndarray]:
+    return lambda rng, size, depth: mean + deviation * rng.standard_normal(size)
+
+
+def _uniform(low: float, high: float) -> Callable[..., np.ndarray]:
+    return lambda rng, size, depth: rng.uniform(low, high, size)
+
+
+# Vectors by the end of their names; the first that fits counts. v5's per-head decays are ramps too.
+_VECTORS: tuple[tuple[str, Callable[..., np.ndarray]], ...] = (
+    ("ln_x.weight", _normal(0.8, 0.1)),
+    (".weight", _normal(1.0, 0.1)),
+    (".bias", _normal(0.0, 0.05)),
+    ("att.time_first", _normal(math.log(0.3), 0.4)),
+    ("att.time_faaaa", _normal(0.3, 0.2)),
+    ("att.time_state", _normal(0.0, 0.1)),
+    ("att.w0", _ramp(-6.0, 1.0, 0.5)),
+    ("att.a0", _normal(0.0, 0.3)),
+    ("att.v0", _normal(0.3, 0.3)),
+    ("att.k_k", _normal(0.85, 0.1)),
+    ("att.k_a", _normal(1.0, 0.1)),
+    ("att.r_k", _normal(-0.02, 0.08)),
+    ("ffn.s0", _normal(1.0, 0.1)),
+    ("", _uniform(0.1, 0.9)),  # token-shift mixes
+)
+
+# Matrices: gain over 1/sqrt(inputs), which would keep a unit variance.
+_GAINS = (
+    ("att.time_maa_w1", 0.6),
+    ("att.time_maa_w2", 0.3),
+    ("att.time_decay_w1", 1.0),
+    ("att.time_decay_w2", 0.4),
+    ("att.g2", 1.8),  # after a sigmoid without a bias: values of about 0.5
+    ("att.v2", 0.6),
+    ("att.a2", 0.6),
+    ("att.w2", 0.5),
+    ("att.output.weight", 0.5),
+    ("ffn.value.weight", 0.35),
+    ("ffn.s_emb_x.weight", 0.15),
+    ("ffn.s2", 0.3),
+    ("head.weight", 2.0),
+    ("", 1.0),
+)
+
+
+def _values(tensor: Tensor, spec: Spec, seed: int) -> Iterator[np.ndarray]:
+    """float32 values of a tensor, in chunks along its first dimension."""
+    rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+    if tensor.kind is Kind.VECTOR:
+        layer = int(tensor.name.split(".")[1]) if tensor.name.startswith("blocks.") else 0
+        size = math.prod(tensor.shape)
+        draw = next(draw for ending, draw in _vectors(spec) if tensor.name.endswith(ending))
+        yield draw(rng, size, layer / max(1, spec.L - 1)).astype(np.float32).reshape(tensor.shape)
+        return
+    if tensor.kind is Kind.TABLE:
+        scale = 0.15 if tensor.name.endswith("s_emb.weight") else 0.3
+    else:
+        gain = next(gain for ending, gain in _GAINS if tensor.name.endswith(ending))
+        inputs = tensor.shape[-1] if tensor.kind is not Kind.LOW_RANK else tensor.shape[-2]
+        scale = gain / math.sqrt(inputs)
+    rows = max(1, _CHUNK * tensor.shape[0] // math.prod(tensor.shape))
+    for start in range(0, tensor.shape[0], rows):
+        shape = (min(rows, tensor.shape[0] - start), *tensor.shape[1:])
+        chunk = rng.standard_normal(shape, np.float32)
+        chunk *= np.float32(scale)
+        yield chunk
+
+
+def _vectors(spec: Spec) -> tuple[tuple[str, Callable[..., np.ndarray]], ...]:
+    decay = {"4": _ramp(-5.0, 3.0, 0.3)}.get(spec.generation, _ramp(-6.0, -0.5, 0.2))
+    return (("att.time_decay", decay), *_VECTORS)
+
+
+# -- names and forms ------------------------------------------------------------------------------------------
+
+
+def _plans(spec: Spec, dtype: np.dtype, seed: int, time_state: bool, time_first: bool) -> list[TensorPlan]:
+    """Everything to write under BlinkDL's names, in his files' shapes."""
+    plans = []
+    for tensor in tensors(spec):
+        if tensor.optional and not (time_state and tensor.name.endswith("time_state")):
+            continue
+        name, logarithm = tensor.name, False
+        if time_first and name.endswith("att.time_faaaa"):
+            name, logarithm = name.replace("time_faaaa", "time_first"), True
+
+        def produce(tensor: Tensor = tensor, logarithm: bool = logarithm) -> Iterator[np.ndarray]:
+            for chunk in _values(tensor, spec, seed):
+                yield np.log(np.maximum(np.abs(chunk), 0.05)) if logarithm else chunk
+
+        plans.append(TensorPlan(name, dtype, _disk_shape(tensor, spec), produce))
+    return plans
+
+
+def _disk_shape(tensor: Tensor, spec: Spec) -> tuple[int, ...]:
+    leaf = tensor.name.rsplit(".", 1)[-1]
+    mixes = leaf.startswith(("time_mix_", "time_maa_", "x_")) or leaf in ("w0", "a0", "v0", "k_k", "k_a")
+    if tensor.kind is Kind.VECTOR and (mixes or (leaf == "time_decay" and spec.generation == "6")):
+        return (1, 1, *tensor.shape)
+    return tensor.shape
+
+
+_RWKV_PARTS = {"att": "attention", "ffn": "feed_forward", "ln0": "pre_ln"}
+_RWKV_LEAVES = {"k": "key", "v": "value", "r": "receptance", "g": "gate"}
+_FLA_PARTS = {"att": "attn", "ffn": "ffn", "ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm"}
+_FLA_TOP = {"emb": "model.embeddings", "ln_out": "model.norm", "head": "lm_head"}
+_FLA_MODULES = {
+    "receptance": "r_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "output": "o_proj",
+    "ln_x": "g_norm",
+}
+_FLA_LOW_RANKS = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
+
+
+def _to_huggingface(plan: TensorPlan, spec: Spec) -> TensorPlan:
+    """A plan under the name, and in the orientation, of transformers (v4 to v6) or fla (v7)."""
+    parts = plan.name.split(".")
+    if spec.generation not in ("7", "7a"):
+        if plan.name == "head.weight":
+            return plan
+        parts = [_RWKV_PARTS.get(part, part) for part in parts]
+        if parts[-1].startswith("time_mix_"):
+            parts[-1] = f"time_mix_{_RWKV_LEAVES[parts[-1][-1]]}"
+        name = "rwkv." + ".".join(parts).replace("emb.weight", "embeddings.weight")
+        return TensorPlan(name, plan.dtype, plan.shape, plan.produce)
+    if parts[0] != "blocks":
+        return TensorPlan(f"{_FLA_TOP[parts[0]]}.{parts[1]}", plan.dtype, plan.shape, plan.produce)
+    prefix, leaf = f"model.layers.{parts[1]}.{_FLA_PARTS[parts[2]]}.", ".".join(parts[3:])
+    if parts[2] != "att":
+        return TensorPlan(prefix + leaf, plan.dtype, plan.shape, plan.produce)
+    if leaf[0] in "wavg" and leaf[1:] in ("0", "1", "2"):
+        name = f"{prefix}{leaf[0]}_lora.lora.{_FLA_LOW_RANKS[leaf[1]]}"
+        if leaf[1] == "0":
+            return TensorPlan(name, plan.dtype, (math.prod(plan.shape),), plan.produce)
+        whole = plan.produce
+        return TensorPlan(name, plan.dtype, plan.shape[::-1], lambda: np.concatenate(list(whole())).T)
+    module, _, rest = leaf.partition(".")
+    name = prefix + ".".join(filter(None, [_FLA_MODULES.get(module, module), rest]))
+    return TensorPlan(name, plan.dtype, plan.shape, plan.produce)
+
+
+def _stack_mixes(plans: list[TensorPlan], spec: Spec) -> list[TensorPlan]:
+    """fla's older form: the six mixes of a layer as one tensor `x_x`."""
+    by_name = {plan.name: plan for plan in plans}
+    for layer in range(spec.L):
+        prefix = f"model.layers.{layer}.attn.x_"
+        six = [by_name.pop(prefix + c) for c in "rwkvag"]
+
+        def produce(six: list[TensorPlan] = six) -> np.ndarray:
+            return np.concatenate([np.ravel(chunk) for plan in six for chunk in plan.produce()])
+
+        by_name[prefix + "x"] = TensorPlan(prefix + "x", six[0].dtype, (6, spec.D), produce)
+    return list(by_name.values())
+
+
+def _config(spec: Spec) -> dict[str, Any]:
+    fla = spec.generation in ("7", "7a")
+    return {
+        "architectures": ["RWKV7ForCausalLM" if fla else "RwkvForCausalLM"],
+        "model_type": {"4": "rwkv", "6": "rwkv6", "7": "rwkv7", "7a": "rwkv7"}.get(spec.generation, "rwkv5"),
+        "vocab_size": spec.V,
+        "hidden_size": spec.D,
+        "attention_hidden_size": spec.A,
+        "intermediate_size": spec.F,
+        "num_hidden_layers": spec.L,
+        "rescale_every": 6,
+        "layer_norm_epsilon": 1e-5,
+        "context_length": 1024,
+    }
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+def make_checkpoint(
+    path: Path | str,
+    *,
+    generation: str,
+    D: int,
+    L: int,
+    V: int,
+    N: int = 64,
+    F: int | None = None,
+    A: int | None = None,
+    ranks: dict[str, int] | None = None,
+    dtype: str = "bf16",
+    seed: int = 0,
+    time_state: bool = False,
+    time_first: bool | None = None,
+    hf: bool = False,
+    stacked_mixes: bool = False,
+    shards: int = 1,
+) -> Spec:
+    """Writes a random checkpoint and returns its spec.
+
+    path: `.pth` or `.bin` (as torch.save writes it, without torch), anything else safetensors; with `hf` a
+    folder, made if need be, that holds config.json and model.safetensors (or that many shards).
+    time_first: store v5's and v6's bonus as its logarithm (the default for 5.0 and 5.1, as in official files).
+    stacked_mixes: fla's older form of the mixes. Same arguments, same bytes.
+    """
+    path = Path(path)
+    spec = make_spec(generation, D=D, L=L, V=V, N=N, F=F, A=A, ranks=ranks)
+    logarithmic = generation in ("5.0", "5.1") if time_first is None else time_first
+    plans = _plans(spec, DTYPES[dtype], seed, time_state, logarithmic)
+    if not hf:
+        _write(path, plans)
+        return spec
+    path.mkdir(parents=True, exist_ok=True)
+    plans = [_to_huggingface(plan, spec) for plan in plans]
+    if stacked_mixes:
+        plans = _stack_mixes(plans, spec)
+    (path / "config.json").write_text(json.dumps(_config(spec), indent=2))
+    if shards == 1:
+        _write(path / "model.safetensors", plans)
+        return spec
+    weight_map = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        _write(path / name, plans[i::shards])
+        weight_map |= {plan.name: name for plan in plans[i::shards]}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spec
+
+
+def _write(path: Path, plans: list[TensorPlan]) -> None:
+    if path.suffix in (".pth", ".bin"):
+        write_pth(path, plans)
+    else:
+        write_tensors(path, plans, {"format": "pt"})
+
+
+def write_pth(path: Path, plans: list[TensorPlan]) -> None:
+    """Writes what `torch.save({name: tensor})` writes, one chunk in memory at a time."""
+    folder = path.stem
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in (("data.pkl", pickle_plans(plans)), ("byteorder", b"little"), ("version", b"3\n")):
+            _write_entry(archive, f"{folder}/{name}", len(data), [data])
+        for key, plan in enumerate(plans):
+            nbytes = math.prod(plan.shape) * np.dtype(plan.dtype).itemsize
+            produced = plan.produce()
+            chunks = [produced] if isinstance(produced, np.ndarray) else produced
+            data_chunks = (np.ascontiguousarray(c, plan.dtype).tobytes() for c in chunks)
+            _write_entry(archive, f"{folder}/data/{key}", nbytes, data_chunks)
+
+
+def _write_entry(archive: zipfile.ZipFile, name: str, nbytes: int, chunks: Any) -> None:
+    info = zipfile.ZipInfo(name)
+    info.file_size = nbytes
+    assert archive.fp is not None
+    # The data of an entry starts on a multiple of 64, behind an extra field that readers skip.
+    data_at = archive.fp.tell() + 30 + len(name.encode()) + 4
+    filler = -data_at % 64
+    info.extra = struct.pack("<HH", 0x4246, filler) + bytes(filler)
+    with archive.open(info, "w") as entry:
+        for chunk in chunks:
+            entry.write(chunk)
+
+
+_STORAGES = {"bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float32": "FloatStorage"}
+
+
+def pickle_plans(plans: list[TensorPlan]) -> bytes:
+    """The pickle (protocol 2) of a dict of tensors, tensor i in storage "i"."""
+    ordered_dict = b"ccollections\nOrderedDict\n)R"
+    out = [b"\x80\x02}("]
+    for key, plan in enumerate(plans):
+        strides = [math.prod(plan.shape[i + 1 :]) for i in range(len(plan.shape))]
+        storage = f"ctorch\n{_STORAGES[np.dtype(plan.dtype).name]}\n".encode()
+        count = _pickle_int(math.prod(plan.shape))
+        out += [_pickle_text(plan.name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
+        out += [_pickle_text("storage"), storage, _pickle_text(str(key)), _pickle_text("cpu"), count, b"tQ"]
+        out += [_pickle_int(0), b"(", *map(_pickle_int, plan.shape), b"t(", *map(_pickle_int, strides), b"t"]
+        out += [b"\x89", ordered_dict, b"tR"]
+    return b"".join([*out, b"u."])
+
+
+def _pickle_text(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _pickle_int(n: int) -> bytes:
+    return b"J" + struct.pack("<i", n) if n < 2**31 else b"\x8a\x08" + struct.pack("<q", n)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Write a random RWKV checkpoint.")
+    parser.add_argument("path", type=Path, help="*.pth, *.safetensors, or with --hf a folder")
+    parser.add_argument("--size", choices=sorted(SIZES), help="dimensions of an official model")
+    parser.add_argument("--generation", choices=GENERATIONS, default="7")
+    for letter, default in (("D", 128), ("L", 3), ("V", 512), ("N", 64), ("F", None), ("A", None)):
+        parser.add_argument(
+            f"-{letter}", type=int, default=default, help=f"default: {default or 'as official'}"
+        )
+    parser.add_argument("--ranks", default="", help="such as w=64,a=64,v=32,g=128")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--time-state", action="store_true", help="with a tuned initial state")
+    parser.add_argument("--hf", action="store_true", help="names and folder of Hugging Face")
+    parser.add_argument("--shards", type=int, default=1, help="with --hf: number of files")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments().parse_args(argv)
+    size: dict[str, Any] = {k: getattr(args, k) for k in ("generation", "D", "L", "V", "N", "F", "A")}
+    size["ranks"] = {k: int(v) for k, _, v in (item.partition("=") for item in args.ranks.split(",") if item)}
+    if args.size:
+        size = SIZES[args.size]
+    options = {k: getattr(args, k) for k in ("dtype", "seed", "time_state", "hf", "shards")}
+    spec = make_checkpoint(args.path, **size, **options)
+    print(f"{args.path}: RWKV-{spec.generation}, {spec.parameters / 1e6:.1f}M parameters", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
