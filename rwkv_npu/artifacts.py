@@ -19,12 +19,9 @@ from rwkv_npu.memory import plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import Group, tensors
-from rwkv_npu.toolkit.compiler import CompileOptions, CompileResult
-from rwkv_npu.toolkit.environment import Environment
+from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 from rwkv_npu.verify import record_inputs, reference, relative_error
 
-# At more than one row the compiler leaves the transposes of wider matrices to the CPU.
-SPLIT = 8192
 BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
 
 
@@ -85,14 +82,6 @@ class Build:
     def notes(self) -> Path:
         return self.out.with_name(self.out.name + ".json")
 
-    @property
-    def options(self) -> CompileOptions:
-        return CompileOptions(
-            target=self.artifact.target,
-            precision=self.artifact.precision,
-            custom_string=json.dumps({"fingerprint": self.source.fingerprint, "group": self.group.name}),
-        )
-
     def finished(self) -> Artifact | None:
         """The artifact of an earlier, interrupted conversion, if it is there and as much is known as is asked."""
         try:
@@ -103,13 +92,14 @@ class Build:
         wanted = self.verify_inputs is None or artifact.error is not None
         return artifact if wanted and self.out.exists() else None
 
-    def write_graph(self) -> Path:
-        """The graph with its shapes fixed and its weights inside, as the compiler reads it."""
-        path = self.out.with_suffix(".onnx")
-        rows = self.artifact.rows
-        trace = trace_group(self.source.program, self.group, rows=rows, split=SPLIT if rows > 1 else None)
-        path.write_bytes(inline_model(trace, self.group.name, self.source.tensor).SerializeToString())
-        return path
+    @property
+    def graph(self) -> Path:
+        return self.out.with_suffix(".onnx")
+
+    def write_graph(self) -> None:
+        """Write the graph that the compiler reads."""
+        self.graph.parent.mkdir(parents=True, exist_ok=True)
+        self.graph.write_bytes(self.source.compiler_onnx(self.group, self.artifact.rows))
 
     def complete(self, result: CompileResult, error: float | None) -> Artifact:
         """Write down what the compiler and the verification said."""
@@ -165,21 +155,22 @@ def _run_builds(
 ) -> Iterator[Artifact]:
     by_path = {build.out: build for build in builds}
     queue = [
-        CompileJob(
-            name=build.group.name,
-            write_graph=build.write_graph,
+        Job(
+            onnx_path=build.graph,
             out_path=build.out,
-            options=build.options,
             weight_bytes=2 * build.artifact.weight_bytes,  # the compiler works in fp32
+            options=build.source.compile_options(build.artifact),
             verify_inputs=build.verify_inputs,
+            write_graph=build.write_graph,
         )
         for build in builds
     ]
-    for result in compile_many(environment, queue, parallel=jobs, on_start=bar.set_postfix_str):
-        build = by_path[result.path]
+    for job, result in compile_many(environment, queue, parallel=jobs):
+        build = by_path[job.out_path]
         error = None
         if build.verify_inputs is not None and result.verify_outputs is not None:
             expected = reference(build.source, build.group, build.verify_inputs)
             error = relative_error(result.verify_outputs, expected)
+        bar.set_postfix_str(f"{build.group.name} m{build.artifact.rows}")
         bar.update()
         yield build.complete(result, error)

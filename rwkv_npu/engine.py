@@ -144,7 +144,7 @@ class Engine:
         all_logits: bool = False,
         *,
         inplace: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> tuple[np.ndarray, State]:
         """Read `tokens` after `state` (None: from the start).
 

@@ -41,7 +41,7 @@ def evaluate(
     *,
     text_bytes: int | None = None,
     reference: Model | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Read `ids` after an end-of-text token and score each of them; `text_bytes` is the length of their text.
 

@@ -25,6 +25,9 @@ from rwkv_npu.spec import Group, Port, tensors
 OPSET = 17  # the first with LayerNormalization; Rockchip's compiler takes up to 19
 IR_VERSION = 8  # a newer onnx would write one that Rockchip's compiler cannot read
 
+# At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
+NPU_WIDTH = 8192
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -294,6 +297,14 @@ def external_model(
             proto.external_data.add(key=key, value=str(value))
         projections.append(proto)
     return _model(trace, name, tensor, projections)
+
+
+def compiler_model(
+    program: Program, group: Group, rows: int, tensor: Callable[[str], np.ndarray]
+) -> onnx.ModelProto:
+    """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32."""
+    trace = trace_group(program, group, rows=rows, split=NPU_WIDTH if rows > 1 else None)
+    return inline_model(trace, group.name, tensor)
 
 
 def _model(

@@ -55,7 +55,7 @@ class Model:
         all_logits: bool = False,
         *,
         inplace: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> tuple[np.ndarray, State]:
         """Read T tokens after `state` (None: from the start).
 
@@ -86,7 +86,7 @@ class Model:
         penalty_decay: float = 0.996,
         seed: int | None = None,
         *,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Iterator[generation.Step]:
         """Continue `prompt` (text, or ids) after `state`, one `Step` a token, as soon as it is sampled.
 
@@ -168,9 +168,11 @@ def load(
     where = Path(path) if path is not None else demo_model()
     if is_bundle(where):
         bundle = open_bundle(where)
-        source: ModelSource = BundleSource(bundle, fusion)
+        _check_precision(precision, {bundle.manifest.cpu, *(a.precision for a in bundle.manifest.artifacts)})
+        source: ModelSource = BundleSource(bundle, fusion, precision)
         words = _bundle_tokenizer(bundle, tokenizer)
     else:
+        _check_precision(precision, {"fp32"})
         checkpoint = open_checkpoint(where)
         source = CheckpointSource(checkpoint, fusion)
         words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
@@ -178,7 +180,6 @@ def load(
     opened: dict[str, Backend] = {}
     for name in chosen.values():
         if name not in opened:
-            source.check_precision(name, precision)
             opened[name] = open_backend(name, source, threads=threads)
     engine = Engine(
         source.program,
@@ -199,6 +200,11 @@ def load_state(path: str | os.PathLike[str], model: Model) -> State:
 def demo_model() -> Path:
     """The trained model that ships with the package."""
     return Path(str(importlib.resources.files("rwkv_npu") / "data" / "demo" / "model.pth"))
+
+
+def _check_precision(precision: str | None, present: set[str]) -> None:
+    if precision is not None and precision not in present:
+        raise UsageError(f"this model has no {precision} weights: it has {', '.join(sorted(present))}")
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

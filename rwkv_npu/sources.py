@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwkv_npu.bundle import Bundle
+from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
 from rwkv_npu.maths import Maths
 from rwkv_npu.models.network import Program
 from rwkv_npu.spec import Group, Spec
+
+if TYPE_CHECKING:
+    from rwkv_npu.toolkit import CompileOptions
 
 
 class ModelSource:
@@ -36,8 +40,15 @@ class ModelSource:
     def onnx(self, group: Group) -> str | bytes:
         raise KeyError(group.name)
 
-    def check_precision(self, backend: str, precision: str | None) -> None:
-        """Raises UsageError when this model has no weights of `precision` (None: any) for a backend."""
+    def compiler_onnx(self, group: Group, rows: int) -> bytes:
+        """The group's graph as Rockchip's compiler reads it."""
+        from rwkv_npu.graphs import compiler_model
+
+        return compiler_model(self.program, group, rows, self.tensor).SerializeToString()
+
+    def artifacts(self) -> list[Artifact]:
+        """The artifacts that there are for this fusion."""
+        return []
 
     def initial_states(self) -> dict[int, np.ndarray]:
         """The tuned `time_state` (H, N, N) of every layer that has one."""
@@ -46,17 +57,30 @@ class ModelSource:
 
 
 class BundleSource(ModelSource):
-    def __init__(self, bundle: Bundle, fusion: str | None = None):
+    """`precision` chooses among artifacts of several."""
+
+    def __init__(self, bundle: Bundle, fusion: str | None = None, precision: str | None = None):
         manifest = bundle.manifest
         program = Program(manifest.spec, fusion or manifest.fusion, manifest.scaling)
         super().__init__(program, manifest.fingerprint)
-        self.bundle = bundle
+        self.bundle, self._precision = bundle, precision
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
 
     def has(self, name: str) -> bool:
         return name in self.bundle
+
+    def artifacts(self) -> list[Artifact]:
+        all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
+        return [a for a in all_ if self._precision in (None, a.precision)]
+
+    def compile_options(self, artifact: Artifact) -> CompileOptions:
+        """How an artifact is compiled; the simulator has to be given the same."""
+        from rwkv_npu.toolkit import CompileOptions
+
+        identity = json.dumps({"fingerprint": self.fingerprint, "group": artifact.group})
+        return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
 
     def onnx(self, group: Group) -> str:
         path = self.bundle.graph_path(self.program.fusion, group.name)

@@ -21,7 +21,8 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +38,21 @@ _CHUNK = 1 << 22  # elements drawn at once
 WORLD, PILE = 65536, 50277
 
 
+_OFFICIAL = """
+v4-169m 4 12 768   | v4-430m 4 24 1024   | v4-1.5b 4 24 2048   | v4-3b 4 32 2560
+v5-0.4b 5.2 24 1024 | v5-1.5b 5.2 24 2048 | v5-3b 5.2 32 2560   | v5-7b 5.2 32 4096
+v6-1.6b 6 24 2048  | v6-3b 6 32 2560     | v6-7b 6 32 4096
+v7-0.1b 7 12 768   | v7-0.4b 7 24 1024   | v7-1.5b 7 24 2048   | v7-2.9b 7 32 2560 | v7-7.2b 7 32 4096
+"""
+
+
 def _official() -> dict[str, dict[str, Any]]:
-    sizes: dict[str, dict[str, Any]] = {}
-    for name, L, D in (("169m", 12, 768), ("430m", 24, 1024), ("1.5b", 24, 2048), ("3b", 32, 2560)):
-        sizes[f"v4-{name}"] = {"generation": "4", "L": L, "D": D, "V": PILE}
-    for name, L, D in (("0.4b", 24, 1024), ("1.5b", 24, 2048), ("3b", 32, 2560), ("7b", 32, 4096)):
-        sizes[f"v5-{name}"] = {"generation": "5.2", "L": L, "D": D, "V": WORLD}
-    for name, L, D, mix, decay in (
-        ("1.6b", 24, 2048, 32, 64),
-        ("3b", 32, 2560, 32, 64),
-        ("7b", 32, 4096, 64, 128),
-    ):
-        ranks = {"mix": mix, "decay": decay}
-        sizes[f"v6-{name}"] = {"generation": "6", "L": L, "D": D, "V": WORLD, "ranks": ranks}
-    for name, L, D, wavg in (
-        ("0.1b", 12, 768, (64, 64, 32, 128)),
-        ("0.4b", 24, 1024, (64, 64, 32, 128)),
-        ("1.5b", 24, 2048, (96, 96, 64, 256)),
-        ("2.9b", 32, 2560, (96, 96, 64, 320)),
-        ("7.2b", 32, 4096, (128, 128, 96, 480)),
-    ):
-        ranks = dict(zip("wavg", wavg, strict=True))
-        sizes[f"v7-{name}"] = {"generation": "7", "L": L, "D": D, "V": WORLD, "ranks": ranks}
+    rows = [row.split() for row in _OFFICIAL.replace("\n", "|").split("|") if row.strip()]
+    sizes: dict[str, dict[str, Any]] = {
+        name: {"generation": g, "L": int(L), "D": int(D), "V": PILE if g == "4" else WORLD}
+        for name, g, L, D in rows
+    }
+    sizes["v7-0.4b"]["ranks"] = {"g": 128}  # the one that differs from the formula
     return sizes
 
 
@@ -98,82 +92,47 @@ def make_spec(
         F = 4 * D if generation in ("4", "7", "7a") else int(3.5 * D) // 32 * 32
     H, N = (1, A) if generation == "4" else (A // N, N)
     ranks = default_ranks(generation, D) | (ranks or {})
+    if L == 1 and "v" in ranks:
+        ranks["v"] = 0  # nothing to mix with
     return Spec(generation, D=D, L=L, H=H, N=N, A=A, F=F, V=V, ranks=ranks)
 
 
-# -- values ------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------------
 
 
-def _ramp(low: float, high: float, noise: float = 0.0) -> Callable[..., np.ndarray]:
-    """From low to high over the channels, later layers bending towards low, as trained decays do."""
+# Vectors: mean and deviation by the end of the name; the first that fits counts. Decays are drawn apart.
+_VECTORS = """
+ln_x.weight 0.8 0.1 | .weight 1 0.1 | .bias 0 0.05 | att.time_first -1.2 0.4 | att.time_faaaa 0.3 0.2
+att.time_state 0 0.1 | att.a0 0 0.3 | att.v0 0.3 0.3 | att.k_k 0.85 0.1 | att.k_a 1 0.1 | att.r_k -0.02 0.08
+ffn.s0 1 0.1
+"""
+# First and last of a ramp over the channels, or over v5's heads.
+_DECAYS = {"4": (-5.0, 3.0), "7": (-6.0, 1.0), "7a": (-6.0, 1.0)}
 
-    def draw(rng: np.random.Generator, size: int, depth: float) -> np.ndarray:
-        x = np.linspace(0, 1, size) ** (0.7 + 1.3 * depth)
-        return low + (high - low) * x + noise * rng.standard_normal(size)
-
-    return draw
-
-
-def _normal(mean: float, deviation: float) -> Callable[..., np.ndarray]:
-    return lambda rng, size, depth: mean + deviation * rng.standard_normal(size)
+# Matrices: gain over 1/sqrt(inputs), which would keep a unit variance. g2 follows a sigmoid without a bias.
+_GAINS = """
+att.time_maa_w1 0.6 | att.time_maa_w2 0.3 | att.time_decay_w2 0.4 | att.w2 0.5 | att.a2 0.6 | att.v2 0.6
+att.g2 1.8 | att.output.weight 0.5 | ffn.value.weight 0.35 | ffn.s_emb_x.weight 0.15 | ffn.s2 0.3
+head.weight 2.0
+"""
 
 
-def _uniform(low: float, high: float) -> Callable[..., np.ndarray]:
-    return lambda rng, size, depth: rng.uniform(low, high, size)
-
-
-# Vectors by the end of their names; the first that fits counts. v5's per-head decays are ramps too.
-_VECTORS: tuple[tuple[str, Callable[..., np.ndarray]], ...] = (
-    ("ln_x.weight", _normal(0.8, 0.1)),
-    (".weight", _normal(1.0, 0.1)),
-    (".bias", _normal(0.0, 0.05)),
-    ("att.time_first", _normal(math.log(0.3), 0.4)),
-    ("att.time_faaaa", _normal(0.3, 0.2)),
-    ("att.time_state", _normal(0.0, 0.1)),
-    ("att.w0", _ramp(-6.0, 1.0, 0.5)),
-    ("att.a0", _normal(0.0, 0.3)),
-    ("att.v0", _normal(0.3, 0.3)),
-    ("att.k_k", _normal(0.85, 0.1)),
-    ("att.k_a", _normal(1.0, 0.1)),
-    ("att.r_k", _normal(-0.02, 0.08)),
-    ("ffn.s0", _normal(1.0, 0.1)),
-    ("", _uniform(0.1, 0.9)),  # token-shift mixes
-)
-
-# Matrices: gain over 1/sqrt(inputs), which would keep a unit variance.
-_GAINS = (
-    ("att.time_maa_w1", 0.6),
-    ("att.time_maa_w2", 0.3),
-    ("att.time_decay_w1", 1.0),
-    ("att.time_decay_w2", 0.4),
-    ("att.g2", 1.8),  # after a sigmoid without a bias: values of about 0.5
-    ("att.v2", 0.6),
-    ("att.a2", 0.6),
-    ("att.w2", 0.5),
-    ("att.output.weight", 0.5),
-    ("ffn.value.weight", 0.35),
-    ("ffn.s_emb_x.weight", 0.15),
-    ("ffn.s2", 0.3),
-    ("head.weight", 2.0),
-    ("", 1.0),
-)
+def _by_ending(table: str, name: str) -> list[float]:
+    rows = (row.split() for row in table.replace("\n", "|").split("|") if row.strip())
+    return next(([float(x) for x in numbers] for ending, *numbers in rows if name.endswith(ending)), [])
 
 
 def _values(tensor: Tensor, spec: Spec, seed: int) -> Iterator[np.ndarray]:
     """float32 values of a tensor, in chunks along its first dimension."""
     rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
     if tensor.kind is Kind.VECTOR:
-        layer = int(tensor.name.split(".")[1]) if tensor.name.startswith("blocks.") else 0
-        size = math.prod(tensor.shape)
-        draw = next(draw for ending, draw in _vectors(spec) if tensor.name.endswith(ending))
-        yield draw(rng, size, layer / max(1, spec.L - 1)).astype(np.float32).reshape(tensor.shape)
+        yield _vector(tensor, spec, rng)
         return
     if tensor.kind is Kind.TABLE:
         scale = 0.15 if tensor.name.endswith("s_emb.weight") else 0.3
     else:
-        gain = next(gain for ending, gain in _GAINS if tensor.name.endswith(ending))
         inputs = tensor.shape[-1] if tensor.kind is not Kind.LOW_RANK else tensor.shape[-2]
-        scale = gain / math.sqrt(inputs)
+        scale = (_by_ending(_GAINS, tensor.name) or [1.0])[0] / math.sqrt(inputs)
     rows = max(1, _CHUNK * tensor.shape[0] // math.prod(tensor.shape))
     for start in range(0, tensor.shape[0], rows):
         shape = (min(rows, tensor.shape[0] - start), *tensor.shape[1:])
@@ -182,12 +141,23 @@ def _values(tensor: Tensor, spec: Spec, seed: int) -> Iterator[np.ndarray]:
         yield chunk
 
 
-def _vectors(spec: Spec) -> tuple[tuple[str, Callable[..., np.ndarray]], ...]:
-    decay = {"4": _ramp(-5.0, 3.0, 0.3)}.get(spec.generation, _ramp(-6.0, -0.5, 0.2))
-    return (("att.time_decay", decay), *_VECTORS)
+def _vector(tensor: Tensor, spec: Spec, rng: np.random.Generator) -> np.ndarray:
+    size = math.prod(tensor.shape)
+    normal = _by_ending(_VECTORS, tensor.name)
+    if tensor.name.endswith(("att.time_decay", "att.w0")):
+        low, high = _DECAYS.get(spec.generation, (-6.0, -0.5))
+        depth = int(tensor.name.split(".")[1]) / max(1, spec.L - 1)
+        # Later layers bend towards slow decays, as in trained models.
+        values = low + (high - low) * np.linspace(0, 1, size) ** (0.7 + 1.3 * depth)
+        values += 0.3 * rng.standard_normal(size)
+    elif normal:
+        values = normal[0] + normal[1] * rng.standard_normal(size)
+    else:
+        values = rng.uniform(0.1, 0.9, size)  # mixes of the token shift
+    return values.astype(np.float32).reshape(tensor.shape)
 
 
-# -- names and forms ------------------------------------------------------------------------------------------
+# -- names and forms -------------------------------------------------------------------------------------
 
 
 def _plans(spec: Spec, dtype: np.dtype, seed: int, time_state: bool, time_first: bool) -> list[TensorPlan]:
@@ -227,7 +197,9 @@ _FLA_MODULES = {
     "output": "o_proj",
     "ln_x": "g_norm",
 }
-_FLA_LOW_RANKS = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
+_FLA_LOW_RANKS = {
+    f"{c}{i}": leaf for c in "wavg" for i, leaf in enumerate(("2.bias", "0.weight", "2.weight"))
+}
 
 
 def _to_huggingface(plan: TensorPlan, spec: Spec) -> TensorPlan:
@@ -239,22 +211,18 @@ def _to_huggingface(plan: TensorPlan, spec: Spec) -> TensorPlan:
         parts = [_RWKV_PARTS.get(part, part) for part in parts]
         if parts[-1].startswith("time_mix_"):
             parts[-1] = f"time_mix_{_RWKV_LEAVES[parts[-1][-1]]}"
-        name = "rwkv." + ".".join(parts).replace("emb.weight", "embeddings.weight")
-        return TensorPlan(name, plan.dtype, plan.shape, plan.produce)
+        return replace(plan, name="rwkv." + ".".join(parts).replace("emb.weight", "embeddings.weight"))
     if parts[0] != "blocks":
-        return TensorPlan(f"{_FLA_TOP[parts[0]]}.{parts[1]}", plan.dtype, plan.shape, plan.produce)
-    prefix, leaf = f"model.layers.{parts[1]}.{_FLA_PARTS[parts[2]]}.", ".".join(parts[3:])
-    if parts[2] != "att":
-        return TensorPlan(prefix + leaf, plan.dtype, plan.shape, plan.produce)
-    if leaf[0] in "wavg" and leaf[1:] in ("0", "1", "2"):
-        name = f"{prefix}{leaf[0]}_lora.lora.{_FLA_LOW_RANKS[leaf[1]]}"
-        if leaf[1] == "0":
-            return TensorPlan(name, plan.dtype, (math.prod(plan.shape),), plan.produce)
-        whole = plan.produce
-        return TensorPlan(name, plan.dtype, plan.shape[::-1], lambda: np.concatenate(list(whole())).T)
-    module, _, rest = leaf.partition(".")
-    name = prefix + ".".join(filter(None, [_FLA_MODULES.get(module, module), rest]))
-    return TensorPlan(name, plan.dtype, plan.shape, plan.produce)
+        return replace(plan, name=f"{_FLA_TOP[parts[0]]}.{parts[1]}")
+    prefix, leaf, whole = f"model.layers.{parts[1]}.{_FLA_PARTS[parts[2]]}.", parts[3], plan.produce
+    if parts[2] != "att" or leaf not in _FLA_LOW_RANKS:
+        if parts[2] == "att":
+            parts[3] = _FLA_MODULES.get(leaf, leaf)
+        return replace(plan, name=prefix + ".".join(parts[3:]))
+    name = f"{prefix}{leaf[0]}_lora.lora.{_FLA_LOW_RANKS[leaf]}"
+    if leaf[1] == "0":
+        return replace(plan, name=name, shape=(math.prod(plan.shape),))
+    return TensorPlan(name, plan.dtype, plan.shape[::-1], lambda: np.concatenate(list(whole())).T)
 
 
 def _stack_mixes(plans: list[TensorPlan], spec: Spec) -> list[TensorPlan]:
@@ -287,7 +255,7 @@ def _config(spec: Spec) -> dict[str, Any]:
     }
 
 
-# -- files -----------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------------
 
 
 def make_checkpoint(
@@ -313,7 +281,7 @@ def make_checkpoint(
 
     path: `.pth` or `.bin` (as torch.save writes it, without torch), anything else safetensors; with `hf` a
     folder, made if need be, that holds config.json and model.safetensors (or that many shards).
-    time_first: store v5's and v6's bonus as its logarithm (the default for 5.0 and 5.1, as in official files).
+    time_first: store v5's and v6's bonus as its logarithm (default for 5.0 and 5.1, as in official files).
     stacked_mixes: fla's older form of the mixes. Same arguments, same bytes.
     """
     path = Path(path)
@@ -331,7 +299,7 @@ def make_checkpoint(
     if shards == 1:
         _write(path / "model.safetensors", plans)
         return spec
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         _write(path / name, plans[i::shards])

@@ -35,8 +35,9 @@ class Statistics:
     def line(self) -> str:
         parts = [f"load {self.load:.2f} s"]
         if self.prompt_tokens and self.first_token:
-            rate = self.prompt_tokens / self.first_token
-            parts.append(f"prompt {self.prompt_tokens} tokens, {rate:.1f} t/s")
+            parts.append(
+                f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.first_token:.1f} t/s"
+            )
         if self.tokens:
             parts.append(f"first token {self.first_token:.2f} s")
         decode = self.total - self.first_token

@@ -1,13 +1,15 @@
 """Rockchip's compiler and simulator in a process of its own: `python child.py SCRATCH`, started by worker.py.
 
-It runs inside the compiler's environment, so it imports the standard library, NumPy and what the compiler itself
-needs, never rwkv_npu. A process of its own because the C library may call exit(1), prints on file descriptor 1,
-leaks files in TMPDIR and drops others in the current folder: both are SCRATCH, which the parent deletes.
+It runs inside the compiler's environment, so it imports the standard library, NumPy and what the compiler
+itself needs, never rwkv_npu. A process of its own because the C library may call exit(1), prints on file
+descriptor 1, leaks files in TMPDIR and drops others in the current folder: both are SCRATCH, which the parent
+deletes.
 
-Messages, both ways, are a JSON header, preceded by its length as a little-endian u64, then the bytes of the arrays
-that it describes. Requests arrive on stdin, replies go to stdout; what the library prints goes to SCRATCH/log.
-    {"action": "build", "onnx", "out", "options", "verbose"}  one graph; arrays are calibration rows "ROW/INPUT"
-    {"action": "run"} + arrays                                the simulator, on the graph just built
+Messages, both ways, are a JSON header, preceded by its length as a little-endian u64, then the bytes of the
+arrays that it describes. Requests arrive on stdin, replies go to stdout; what the library prints goes to
+SCRATCH/log.
+    {"action": "build", "onnx", "out", "options", "verbose"}   arrays: calibration rows, named "ROW/INPUT"
+    {"action": "run"}                                          arrays: inputs for the simulator
 A reply has "error" if the request failed.
 """
 
@@ -22,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ PREFIX = ".rwkv_npu-"  # of the scratch folder's name: nothing else is ever dele
 _LENGTH = struct.Struct("<Q")
 
 
-def send(stream: BinaryIO, header: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
+def send(stream: IO[bytes], header: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
     """Write one message. Arrays are of any shape, and of the dtypes that NumPy has itself."""
     ordered = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     described = [[name, array.dtype.str, list(array.shape)] for name, array in ordered.items()]
@@ -41,7 +43,7 @@ def send(stream: BinaryIO, header: dict[str, Any], arrays: dict[str, np.ndarray]
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """Read one message; None at the end of the stream, EOFError if it ends within a message."""
     start = stream.read(_LENGTH.size)
     if not start:
@@ -55,7 +57,7 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | 
     return header, arrays
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
+def _exactly(stream: IO[bytes], size: int) -> bytes:
     data = stream.read(size)
     if len(data) != size:
         raise EOFError(f"the stream ended {size - len(data)} bytes early")
@@ -83,12 +85,12 @@ class Graph:
         _check("config", self.rknn.config(**options["config"]))
         fixed = {"inputs": self.inputs, "input_size_list": self.shapes} if options["input_shapes"] else {}
         _check("load_onnx", self.rknn.load_onnx(model=path, **fixed))
-        if "Generate random data" in _printed():  # what it does, with a warning, about external data it cannot read
+        if "Generate random data" in _printed():  # in place of external data that it cannot read!
             raise RuntimeError("the weights beside the graph cannot be read")
         dataset = _write_dataset(self.inputs, calibration)
         _check("build", self.rknn.build(do_quantization=dataset is not None, dataset=dataset))
         if request["out"]:
-            # The scratch folder lies beside the target; a failed export leaves a truncated file there, not here.
+            # A failed export leaves a truncated file: in the scratch folder, which lies beside the target.
             _check("export_rknn", self.rknn.export_rknn("graph.rknn"))
             os.replace("graph.rknn", request["out"])
 
@@ -102,7 +104,7 @@ class Graph:
             if list(arrays[name].shape) != shape:
                 raise ValueError(f"input {name} has shape {list(arrays[name].shape)}; {shape} is expected")
             rows.append(np.asarray(arrays[name], dtype))
-        layout = ["nchw" if row.ndim == 4 else None for row in rows]  # "nhwc", the default, transposes 4-D inputs
+        layout = ["nchw" if row.ndim == 4 else None for row in rows]  # the default transposes 4-D inputs
         results = self.rknn.inference(inputs=rows, data_format=layout if any(layout) else None)
         if results is None:
             raise RuntimeError("inference returned nothing")
@@ -112,14 +114,16 @@ class Graph:
 def _shapes(inputs: list[Any], given: dict[str, list[int]]) -> list[list[int]]:
     """The inputs' shapes, in order: those `given`, else the graph's own (0 where it is symbolic)."""
     if given and set(given) != {value.name for value in inputs}:
-        raise ValueError(f"shapes given for {', '.join(given)}; inputs are {', '.join(v.name for v in inputs)}")
+        raise ValueError(
+            f"shapes given for {', '.join(given)}; inputs are {', '.join(v.name for v in inputs)}"
+        )
     return [given.get(v.name) or [dim.dim_value for dim in v.type.tensor_type.shape.dim] for v in inputs]
 
 
 def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
     """The path of a graph that this version of the compiler can build: `path` itself, or a changed copy.
 
-    Before 2.5, Mul(r, r) of one row is a KeyError in the compiler. Where r = Relu(a), Mul(r, a) is the same number.
+    Before 2.5, Mul(r, r) of one row is a KeyError in the compiler; where r = Relu(a), Mul(r, a) is the same.
     """
     folder = os.path.dirname(path)
     for tensor in model.graph.initializer:
@@ -133,7 +137,9 @@ def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
     if [int(part) for part in version[:2]] >= [2, 5] or any(shape[:1] != [1] for shape in shapes):
         return path
     relus = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Relu"}
-    squares = [n for n in model.graph.node if n.op_type == "Mul" and n.input[0] == n.input[1] and n.input[0] in relus]
+    squares = [
+        n for n in model.graph.node if n.op_type == "Mul" and n.input[0] == n.input[1] and n.input[0] in relus
+    ]
     if not squares:
         return path
     for node in squares:
@@ -142,8 +148,8 @@ def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
         for entry in tensor.external_data:
             if entry.key == "location" and not os.path.lexists(entry.value):
                 os.symlink(os.path.join(folder, entry.value), entry.value)
-    with open("adapted.onnx", "wb") as file:
-        file.write(model.SerializeToString())
+    with open("adapted.onnx", "wb") as copy:
+        copy.write(model.SerializeToString())
     return os.path.abspath("adapted.onnx")
 
 
@@ -174,14 +180,16 @@ def _write_dataset(inputs: list[str], calibration: dict[str, np.ndarray]) -> str
 
 
 def _peak_rss() -> int:
-    """This process's largest resident size in bytes (ru_maxrss would count what the parent held at the fork)."""
+    """This process's largest resident size in bytes (ru_maxrss counts what the parent held at the fork)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def _die_with_parent(scratch: str) -> None:
-    """Wait for the other end of stdin to close: the parent is done, or dead. (A death signal would come when the
-    *thread* that started this process ends.)"""
+    """Wait for the other end of stdin to close: the parent is done, or dead.
+
+    A death signal would not do: it comes when the *thread* that started this process ends.
+    """
     poller = select.poll()
     poller.register(0, 0)  # no events asked for: only a hang-up wakes it, not a request
     poller.poll()
@@ -201,8 +209,8 @@ def main(scratch: str) -> None:
     os.dup2(log, 2)
     libc = ctypes.CDLL(None)
     libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
-    for name in ("check0_base_optimize.onnx", "check3_fuse_ops.onnx"):  # verbose writes copies of the weights there
-        os.symlink(os.devnull, name)
+    for name in ("check0_base_optimize", "check3_fuse_ops"):  # verbose writes copies of the weights there
+        os.symlink(os.devnull, f"{name}.onnx")
     threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
     graph = None
     while message := receive(requests):

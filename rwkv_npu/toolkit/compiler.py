@@ -34,8 +34,8 @@ class CompileOptions:
     """How a graph is compiled; all of it belongs to an artifact's key.
 
     `input_shapes` fixes the shapes of a graph whose dimensions are symbolic. `custom_string` (at most 1023
-    characters) travels inside the file. `calibration` is for the quantized precisions: one mapping of input name to
-    array a sample, of the artifact's own shapes.
+    characters) travels inside the file. `calibration` is for the quantized precisions: one mapping of input
+    name to array a sample, of the artifact's own shapes.
     """
 
     target: str = "rk3588"
@@ -82,14 +82,18 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class CompileResult:
-    """An artifact and what the compiler said of it. `cycles` are its estimate for one core."""
+    """An artifact and what the compiler said of it.
+
+    `cycles` is its estimate for one core, None where it prints none (rk3576). `cpu_fallback` names the layers
+    that the board's CPU would run; the two `npu_` sizes are what the artifact takes of the NPU's memory.
+    """
 
     path: Path
     size: int
     version: str
     seconds: float
     peak_rss_bytes: int
-    cycles: Cycles
+    cycles: Cycles | None
     layers: tuple[Layer, ...]
     cpu_fallback: tuple[str, ...]
     npu_weight_bytes: int
@@ -108,10 +112,10 @@ def compile_graph(
 ) -> CompileResult:
     """Compile `onnx_path` to `out_path`, which is replaced in one step; its folder must exist.
 
-    With `verify_inputs`, arrays by input name, the graph is also run in the simulator, without being built again:
-    `verify_outputs` holds its outputs by name, as float32. `on_start` receives the process, to `kill` it from another
-    thread. Raises ToolkitError with the compiler's own reason; `out_path` is then as it was before, unless only the
-    simulator failed.
+    With `verify_inputs`, arrays by input name, the graph is also run in the simulator, without being built
+    again: `verify_outputs` holds its outputs by name, as float32. `on_start` receives the process, to `kill`
+    it from another thread. Raises ToolkitError with the compiler's own reason; `out_path` is then as it was
+    before, unless only the simulator failed.
     """
     options = options or CompileOptions()
     out = Path(out_path).absolute()
@@ -125,6 +129,7 @@ def compile_graph(
             simulated, outputs = _run(worker, built["inputs"], verify_inputs)
             peak = max(peak, simulated["peak_rss_bytes"])
     rows = log.layers(text)
+    cycles = log.cycles(rows)
     internal, weights = log.memory(text)
     return CompileResult(
         path=out,
@@ -132,7 +137,7 @@ def compile_graph(
         version=environment.version,
         seconds=time.monotonic() - begin,
         peak_rss_bytes=peak,
-        cycles=log.cycles(rows),
+        cycles=cycles if cycles.total else None,
         layers=rows,
         cpu_fallback=log.cpu_fallback(rows),
         npu_weight_bytes=weights,
@@ -144,8 +149,9 @@ def compile_graph(
 class Simulator:
     """Rockchip's simulator running one graph. Several may run at the same time, each in its own process.
 
-    A loaded `.rknn` cannot be simulated, so the ONNX is built again: options must be those of the artifact. `inputs`
-    and `outputs` are the names, in the graph's order. Raises ToolkitError if the graph cannot be built.
+    A loaded `.rknn` cannot be simulated, so the ONNX is built again: options must be those of the artifact.
+    `inputs` and `outputs` are the names, in the graph's order. Raises ToolkitError if the graph cannot be
+    built.
     """
 
     def __init__(
@@ -196,5 +202,7 @@ def _run(
     worker: Worker, names: Sequence[str], inputs: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if set(names) != set(inputs):
-        raise ToolkitError(f"the graph's inputs are {', '.join(names)}; given are {', '.join(inputs) or 'none'}")
+        raise ToolkitError(
+            f"the graph's inputs are {', '.join(names)}; given are {', '.join(inputs) or 'none'}"
+        )
     return worker.request({"action": "run"}, inputs)

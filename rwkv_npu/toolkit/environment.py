@@ -1,7 +1,7 @@
-"""Where Rockchip's compiler lives: the running interpreter, or a private environment in the user's cache folder.
+"""Where Rockchip's compiler lives: the running interpreter, or a private environment in the cache folder.
 
-rknn-toolkit2 pins old packages and asks for torch and, with it, gigabytes of CUDA. So it is not a dependency of
-this package: `install` (in install.py) makes a virtual environment for it alone, and this module finds it.
+rknn-toolkit2 pins old packages and asks for torch and, with it, gigabytes of CUDA. So it is not a dependency
+of this package: `install` (in install.py) makes a virtual environment for it alone, and this module finds it.
 Nothing here imports the compiler; it runs in a child process (worker.py).
 """
 
@@ -24,7 +24,7 @@ VERSIONS = ("2.5.0", "2.3.2", "2.3.0", "2.2.0")
 PYTHONS = ((3, 12), (3, 11), (3, 10))  # there is no wheel for 3.13
 # Machines that Rockchip publishes wheels for, by version.
 MACHINES = {version: ("x86_64", "aarch64") for version in VERSIONS} | {"2.2.0": ("x86_64",)}
-# A caller's own interpreter works only within these bounds (exclusive), whatever rknn-toolkit2's metadata says.
+# A caller's own interpreter works only below these versions, whatever rknn-toolkit2's metadata says.
 CEILINGS = {"onnx": (1, 19), "setuptools": (82,), "protobuf": (7,)}
 
 Progress = Callable[[str], None]
@@ -49,7 +49,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Status:
-    """One line of `toolkit status`. `problem` is None when it can be used; `size_bytes` is 0 if not private."""
+    """One line of `toolkit status`: `size_bytes` is 0 if not private, `problem` None if it can be used."""
 
     version: str
     python: Path
@@ -126,7 +126,7 @@ def status() -> list[Status]:
 
 
 def remove(version: str | None = None) -> list[Path]:
-    """Delete the private environment of `version`, or all of them, finished or not; returns what was deleted."""
+    """Delete the private environment of `version`, or all, finished or not; returns what was deleted."""
     versions = VERSIONS if version is None else (check_version(version),)
     removed = []
     for folder in [private_dir(v) for v in versions]:

@@ -29,9 +29,9 @@ from rwkv_npu.toolkit.environment import (
     private_dir,
 )
 
-# All that the compiler imports, installed with --no-deps: its own metadata asks for torch, whose wheels for x86-64
-# bring 5 GB of CUDA. One set works for every supported version; each pin was tried by building and simulating a
-# graph on Python 3.10, 3.11 and 3.12.
+# All that the compiler imports, installed with --no-deps: its own metadata asks for torch, whose wheels for
+# x86-64 bring 5 GB of CUDA. One set works for every supported version; each pin was tried by building and
+# simulating a graph on Python 3.10, 3.11 and 3.12.
 PINS = {
     "numpy": "1.26.4",  # the last 1.x, which the compiler's metadata asks for
     "onnx": "1.18.0",  # 1.19 removed onnx.mapping, which it imports
@@ -55,9 +55,9 @@ def install(
 ) -> Environment:
     """Install `version` into the user's cache folder, unless it is there, and return it.
 
-    `python` is an interpreter (path or command) of version 3.10 to 3.12, looked for if None. `progress` receives
-    one line at a time. Raises ToolkitError with one line that says what to do; nothing half-made is left then, nor
-    after Ctrl-C.
+    `python` is an interpreter (path or command) of version 3.10 to 3.12, looked for if None. `progress`
+    receives one line at a time. Raises ToolkitError with one line that says what to do; nothing half-made is
+    left then, nor after Ctrl-C.
     """
     say = progress or (lambda line: None)
     _check_machine(check_version(version))
@@ -88,7 +88,7 @@ def install(
 
 
 def find_python(wanted: str | Path | None = None) -> Path:
-    """An interpreter that the compiler has wheels for: `wanted` if given, else the running one, else from PATH.
+    """An interpreter that the compiler has wheels for: `wanted`, else the running one, else from PATH.
 
     Raises ToolkitError if `wanted` is not such an interpreter, or none is found.
     """
@@ -164,8 +164,13 @@ def _fill(folder: Path, base: Path, version: str, say: Progress) -> None:
     wanted = [f"{name}=={pin}" for name, pin in {**PINS, "rknn-toolkit2": version}.items()]
     # --no-compile: only what is imported gets compiled, by the import below.
     command = [*pip, "install", "--no-deps", "--no-compile", "--only-binary=:all:", "--retries=2", *wanted]
-    # PIP_USER undoes a pip.conf that would install elsewhere. TMPDIR: deleted with the folder, and on its disk.
-    settings = {"PIP_USER": "0", "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "TMPDIR": str(temporary)}
+    # PIP_USER undoes a pip.conf that would install elsewhere; TMPDIR is on the same disk, deleted with it.
+    settings = {
+        "PIP_USER": "0",
+        "PIP_NO_INPUT": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "TMPDIR": str(temporary),
+    }
     elsewhere = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
     environment = {name: value for name, value in os.environ.items() if name not in elsewhere} | settings
     code, lines = _run(command, environment, say)
@@ -185,7 +190,7 @@ def _fill(folder: Path, base: Path, version: str, say: Progress) -> None:
 
 def _make_venv(folder: Path, base: Path) -> list[str]:
     """Create the environment; returns the command that runs a pip which installs into it."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = dict(os.environ)
     make = [str(base), "-I", "-m", "venv"]
     code, lines = _run([*make, str(folder)], environment)
     if code == 0:
@@ -195,11 +200,15 @@ def _make_venv(folder: Path, base: Path) -> list[str]:
     # Debian's Python without python3-venv: the environment can be made, only pip is missing.
     code, _ = _run([*make, "--clear", "--without-pip", str(folder)], environment)
     if code or importlib.util.find_spec("pip") is None:
-        raise ToolkitError(f"{base} cannot make a virtual environment: `apt install python3-venv` adds what is missing")
+        raise ToolkitError(
+            f"{base} cannot make a virtual environment: `apt install python3-venv` adds what is missing"
+        )
     return [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
 
 
-def _run(command: list[str], environment: dict[str, str], say: Progress | None = None) -> tuple[int, list[str]]:
+def _run(
+    command: list[str], environment: dict[str, str], say: Progress | None = None
+) -> tuple[int, list[str]]:
     """Run to the end, passing on the lines that show progress; returns the exit status and all lines."""
     lines: list[str] = []
     process = subprocess.Popen(
@@ -223,7 +232,8 @@ def _pip_reason(lines: list[str]) -> str:
     """pip's own last error, with the cause when it never reached an index."""
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     reason = errors[-1] if errors else _last(lines)
-    return f"{reason} (the package index cannot be reached)" if any("Retrying" in line for line in lines) else reason
+    unreachable = any("Retrying" in line for line in lines)
+    return f"{reason} (the package index cannot be reached)" if unreachable else reason
 
 
 def _last(lines: list[str]) -> str:

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STAMP = r"^D RKNN: \[[\d:.]+\] "
 _ROW = re.compile(
-    _STAMP + r"(?P<id>\d+)\s+(?P<op>\S+)\s+(?P<dtype>\S+)\s+(?P<target>CPU|NPU|GPU)\s+(?P<inputs>\S+)\s+(?P<outputs>\S+)"
+    _STAMP + r"(?P<id>\d+)\s+(?P<op>\S+)\s+(?P<dtype>\S+)\s+(?P<target>CPU|NPU|GPU)"
+    r"\s+(?P<inputs>\S+)\s+(?P<outputs>\S+)"
     r"\s+(?P<ddr>\d+)/(?P<npu>\d+)/(?P<total>\d+)\s+(?P<kilobytes>\d+)\s+(?P<name>.*\S)\s*$"
 )
 _MEMORY = re.compile(_STAMP + r"Total (Internal|Weight) Memory Size: ([\d.]+)(B|KB|MB|GB)?\s*$")
 _UNITS = {None: 1, "B": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3}
 # Python's name of an error whose text says enough, and ONNX Runtime's prefix.
-_CLASS = re.compile(r"^(onnxruntime\.[\w.]+: )?(\[ONNXRuntimeError\] : \d+ : \w+ : )?((Value|Runtime|OS)Error: )?")
+_CLASS = re.compile(
+    r"^(onnxruntime\.[\w.]+: )?(\[ONNXRuntimeError\] : \d+ : \w+ : )?((Value|Runtime|OS)Error: )?"
+)
 _NOISE = re.compile(r"rknn-toolkit2 version|={5,}|^Traceback|^\s+File |^\s+\^+\s*$|^During handling|^\s*$")
 
 
@@ -54,8 +57,9 @@ def layers(log: str) -> tuple[Layer, ...]:
         if found := _ROW.match(line):
             if rows and found["id"] == "0":
                 break
-            counts = (int(found[key]) for key in ("ddr", "npu", "total", "kilobytes"))
-            rows.append(Layer(*found.group("op", "dtype", "target", "inputs", "outputs"), *counts, found["name"]))
+            op, dtype, target, inputs, outputs = found.group("op", "dtype", "target", "inputs", "outputs")
+            ddr, npu, total, kilobytes = map(int, found.group("ddr", "npu", "total", "kilobytes"))
+            rows.append(Layer(op, dtype, target, inputs, outputs, ddr, npu, total, kilobytes, found["name"]))
     return tuple(rows)
 
 
@@ -70,7 +74,9 @@ def cycles(rows: tuple[Layer, ...]) -> Cycles:
 
 def cpu_fallback(rows: tuple[Layer, ...]) -> tuple[str, ...]:
     """Names of the layers that the board's CPU would run, other than passing inputs and outputs on."""
-    return tuple(row.name for row in rows if row.target != "NPU" and row.op not in ("InputOperator", "OutputOperator"))
+    return tuple(
+        row.name for row in rows if row.target != "NPU" and row.op not in ("InputOperator", "OutputOperator")
+    )
 
 
 def memory(log: str) -> tuple[int, int]:

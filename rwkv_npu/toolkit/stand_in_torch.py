@@ -1,7 +1,7 @@
 """A stand-in for torch, copied as `torch.py` into the private environment, never imported by this package.
 
-The compiler imports torch for models in torch's own format and touches these three names; none is used when an
-ONNX graph is compiled. The real one weighs up to 5 GB.
+The compiler imports torch for models in torch's own format and touches these three names; none is used when
+an ONNX graph is compiled. The real one weighs up to 5 GB.
 """
 
 import contextlib

@@ -23,8 +23,8 @@ from rwkv_npu.toolkit.log import last_error
 class Worker:
     """One child process and its scratch folder, made in `folder` (the system's temporary one if None).
 
-    Use as a context manager, or call `close`. `kill` may be called from another thread; a request under way then
-    raises ToolkitError.
+    Use as a context manager, or call `close`. `kill` may be called from another thread; a request under way
+    then raises ToolkitError.
     """
 
     def __init__(self, environment: Environment, folder: Path | None = None) -> None:
@@ -33,7 +33,9 @@ class Worker:
         try:
             self.scratch = Path(tempfile.mkdtemp(prefix=child.PREFIX, dir=folder)).absolute()
         except OSError as error:
-            raise ToolkitError(f"cannot write in {folder or tempfile.gettempdir()}: {error.strerror}") from error
+            raise ToolkitError(
+                f"cannot write in {folder or tempfile.gettempdir()}: {error.strerror}"
+            ) from error
         command = environment.command(Path(child.__file__), str(self.scratch))
         settings = {"TMPDIR": str(self.scratch), "PYTHONWARNINGS": "ignore"}
         try:
@@ -59,8 +61,8 @@ class Worker:
     def request(
         self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Send one request and wait for its reply: (header, arrays). Raises ToolkitError if it failed, or if the
-        process ended."""
+        """Send one request and wait for its reply: (header, arrays). Raises ToolkitError if it failed, or if
+        the process ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
             try:
@@ -109,7 +111,9 @@ class Worker:
             printed = b""
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            return "Rockchip's compiler was killed, most likely for lack of memory: build fewer graphs at a time"
+            return (
+                "Rockchip's compiler was killed, most likely for lack of memory: build fewer graphs at a time"
+            )
         how = f"ended by signal {-code}" if code < 0 else f"exited with status {code}"
         text = self.log() + printed.decode(errors="replace")
         return last_error(text, f"Rockchip's compiler {how}")

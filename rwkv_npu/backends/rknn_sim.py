@@ -1,0 +1,99 @@
+"""Rockchip's simulator: computes what the compiled graphs compute. For fidelity, not for speed.
+
+A loaded `.rknn` cannot be simulated, so every graph is built anew from the bundle, in a child process, with the
+options of its artifact.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.bundle import Artifact
+from rwkv_npu.errors import BackendError
+from rwkv_npu.spec import Group
+from rwkv_npu.toolkit import CompileOptions, Job, Simulator, available_memory, require
+
+SHARE = 0.8  # of the memory that is there, for all simulators together
+
+
+class CompiledSource(Source, Protocol):
+    """A model with artifacts."""
+
+    def artifacts(self) -> list[Artifact]: ...
+
+    def compile_options(self, artifact: Artifact) -> CompileOptions: ...
+
+    def compiler_onnx(self, group: Group, rows: int) -> bytes: ...
+
+
+class SimulatorRunner:
+    def __init__(self, simulator: Simulator, group: Group, rows: int):
+        self._simulator = simulator
+        self.inputs = allocate_inputs(group, rows, 1)
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        return self._simulator.run(self.inputs)
+
+
+class RknnSimBackend:
+    """Opens what a bundle has artifacts for, all of it at once: building is what takes the time."""
+
+    name = "rknn-sim"
+
+    def __init__(self, source: CompiledSource, *, threads: int | None = None):
+        artifacts = source.artifacts()
+        if not artifacts:
+            raise BackendError(
+                "rknn-sim simulates the artifacts of a bundle, and there are none: run rwkv-npu convert"
+            )
+        chosen = artifacts[0].target, artifacts[0].precision
+        self._artifacts = {(a.group, a.rows): a for a in artifacts if (a.target, a.precision) == chosen}
+        self._source, self._environment = source, require()
+        self._simulators: dict[tuple[str, int], Simulator] = {}
+        _check_memory(list(self._artifacts.values()))
+        self._bar = tqdm(
+            total=len(self._artifacts), desc="build simulators", unit="graph", leave=False, disable=None
+        )
+
+    def row_counts(self, group: Group) -> tuple[int, ...]:
+        return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> SimulatorRunner:
+        key = group.name, rows
+        if batch != 1 or key not in self._artifacts:
+            raise BackendError(f"there is no artifact of {group.name} for {rows} rows and {batch} sequences")
+        if key not in self._simulators:
+            self._simulators[key] = self._build(group, self._artifacts[key])
+            self._bar.update()
+        return SimulatorRunner(self._simulators[key], group, rows)
+
+    def close(self) -> None:
+        self._bar.close()
+        while self._simulators:
+            self._simulators.popitem()[1].close()
+
+    def _build(self, group: Group, artifact: Artifact) -> Simulator:
+        self._bar.set_postfix_str(f"{group.name} m{artifact.rows}")
+        options = self._source.compile_options(artifact)
+        with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+            path = Path(folder) / f"{group.name}.onnx"
+            path.write_bytes(self._source.compiler_onnx(group, artifact.rows))
+            return Simulator(self._environment, path, options)
+
+
+def _check_memory(artifacts: list[Artifact]) -> None:
+    """Raises BackendError, with the arithmetic, when the simulators cannot all be held."""
+    jobs = [Job(Path(), Path(), 2 * artifact.weight_bytes) for artifact in artifacts]
+    needed, available = sum(job.estimated_rss for job in jobs), int(SHARE * available_memory())
+    if needed > available:
+        raise BackendError(
+            f"simulating {len(jobs)} artifacts takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB "
+            "can be had: convert with one row count (--rows 32), or use another backend"
+        )
