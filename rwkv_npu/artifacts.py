@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rwkv_npu.bundle import Artifact, Manifest, artifact_file, write_atomically
 from rwkv_npu.errors import UsageError
-from rwkv_npu.graphs import inline_model, trace_group
+from rwkv_npu.graphs import trace_group
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import BundleSource
@@ -105,7 +105,7 @@ class Build:
         """Write down what the compiler and the verification said."""
         artifact = replace(
             self.artifact,
-            cycles=asdict(result.cycles),
+            cycles=asdict(result.cycles) if result.cycles else {},
             on_cpu=result.cpu_fallback,
             toolkit=result.version,
             error=error,

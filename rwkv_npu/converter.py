@@ -125,7 +125,7 @@ def convert(
     anything is written where the input is at fault.
     """
     request = Request.of(target, precision, fusion, rows, cpu, jobs, verify, force)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(Path(checkpoint))
     words = find_tokenizer(
         vocab_size=opened.spec.V,
         beside=Path(checkpoint),

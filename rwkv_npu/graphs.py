@@ -115,7 +115,7 @@ class Tracer:
         K, N = self._shape_of(full)[-2:]
         parts = self._cut(x)
         names, widths = [], self._part_widths(N)
-        for n, columns in _spans(widths):
+        for _, columns in _spans(widths):
             total = ""
             for part, (k, rows) in zip(parts.names, _spans(parts.widths), strict=True):
                 constant = Constant(
@@ -133,7 +133,7 @@ class Tracer:
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
         constants = [self._constant(Constant(f"{self._prefix}{name}.{part}")) for part in ("weight", "bias")]
         label = self._prefix + name
-        return self._like(x, self.node("LayerNormalization", [self.whole(x), *constants], label, epsilon=eps))
+        return self._like(x, self.node("LayerNormalization", [self.whole(x), *constants], label, axis=-1, epsilon=eps))
 
     def tanh(self, x: Value) -> Value:
         return self._unary("Tanh", x)

@@ -225,7 +225,8 @@ def write_tensors(
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
-            os.unlink(path)
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # never a device, or a pipe
+                os.unlink(path)
             raise
     return places
 

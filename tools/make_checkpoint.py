@@ -244,14 +244,9 @@ def _config(spec: Spec) -> dict[str, Any]:
     return {
         "architectures": ["RWKV7ForCausalLM" if fla else "RwkvForCausalLM"],
         "model_type": {"4": "rwkv", "6": "rwkv6", "7": "rwkv7", "7a": "rwkv7"}.get(spec.generation, "rwkv5"),
-        "vocab_size": spec.V,
-        "hidden_size": spec.D,
-        "attention_hidden_size": spec.A,
-        "intermediate_size": spec.F,
-        "num_hidden_layers": spec.L,
-        "rescale_every": 6,
-        "layer_norm_epsilon": 1e-5,
-        "context_length": 1024,
+        **{"vocab_size": spec.V, "hidden_size": spec.D, "num_hidden_layers": spec.L},
+        **{"attention_hidden_size": spec.A, "intermediate_size": spec.F},
+        **{"rescale_every": 6, "layer_norm_epsilon": 1e-5},
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ class Job:
     weight_bytes: int
     options: CompileOptions = field(default_factory=CompileOptions)
     verify_inputs: Mapping[str, np.ndarray] | None = None
+    write_graph: Callable[[], object] | None = None
 
     @property
     def estimated_rss(self) -> int:
@@ -100,9 +101,15 @@ def _run(
 
 
 def _compile(environment: Environment, job: Job, workers: _Workers) -> CompileResult:
-    return compile_graph(
-        environment, job.onnx_path, job.out_path, job.options, job.verify_inputs, on_start=workers.add
-    )
+    try:
+        if job.write_graph:
+            job.write_graph()
+        return compile_graph(
+            environment, job.onnx_path, job.out_path, job.options, job.verify_inputs, on_start=workers.add
+        )
+    finally:
+        if job.write_graph:
+            job.onnx_path.unlink(missing_ok=True)
 
 
 def _next(waiting: list[Job], running: list[Job], parallel: int, limit: int) -> Job | None:
