@@ -27,7 +27,7 @@ STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def write_weights(folder: Path, source: CheckpointSource, cpu: str, progress: Callable[[str], None]) -> None:
+def write_weights(folder: Path, source: CheckpointSource, cpu: str, say: Callable[[str], None]) -> None:
     """`host.safetensors` and `graphs/weights.safetensors`, unless they are there."""
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     present = [tensor for tensor in tensors(source.spec) if source.has(tensor.name)]
@@ -36,7 +36,7 @@ def write_weights(folder: Path, source: CheckpointSource, cpu: str, progress: Ca
     for name, chosen, dtype in ((WEIGHTS, projections, STORAGE[cpu]), (HOST, others, None)):
         path = folder / name
         if not path.exists():
-            progress(name)
+            say(f"writing {name}")
             plans = [_plan(source, tensor, dtype) for tensor in chosen]
             aside = path.with_name(path.name + ".writing")
             write_tensors(aside, plans)

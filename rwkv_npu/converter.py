@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import rwkv_npu
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts
-from rwkv_npu.bundle import MANIFEST, Bundle, Manifest, is_bundle, read_manifest, write_atomically
+from rwkv_npu.bundle import FORMAT, MANIFEST, MATHS, Bundle, Manifest, is_bundle, read_manifest, write_atomically
 from rwkv_npu.bundle_writer import (
     STORAGE,
     describe_groups,
@@ -133,6 +134,10 @@ def convert(
     )
     place = Path(out) if out is not None else Path(f"{_stem(Path(checkpoint))}.rwkv")
     adding = _existing(place, opened, request)
+    spec = opened.spec
+    for note in opened.notes:
+        warnings.warn(note, stacklevel=2)
+    say(f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters: checking every value")
     check_finite(opened, fp16=request.cpu == "fp16" or request.target is not None)
     compiler = toolkit.require() if request.target else None
     manifest = adding or _new_manifest(opened, request)
@@ -147,8 +152,11 @@ def convert(
         if adding is None:
             manifest.tokenizer = write_tokenizer(folder, words)
         if request.verify:
+            say("verifying the graphs in ONNX Runtime")
             verify_graphs(bundle)
         if compiler:
+            rows = ",".join(map(str, sorted({a.rows for a in planned})))
+            say(f"compiling {len(planned)} graphs for {request.target}, {request.precision}, rows {rows}")
             source = BundleSource(bundle, request.fusion)
             build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
         record_files(folder, manifest)
@@ -212,7 +220,7 @@ def _workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
 def _prepare_partial(folder: Path, manifest: Manifest) -> None:
     """Keep what an interrupted conversion of the same weights left, remove what another left."""
     mark = folder / "conversion"
-    key = f"{manifest.made_by} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
+    key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
     if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

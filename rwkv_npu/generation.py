@@ -80,9 +80,10 @@ class TextStream:
         if self._decoder is None or token == END_OF_TEXT:
             return "", False
         self._held += self._decoder.push(token)
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            text, self._held = self._held[: min(found)], ""
+            _, begin = min(found)  # the stop string that ends first, as if letters came one by one
+            text, self._held = self._held[:begin], ""
             self._decoder = None
             return text, True
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
@@ -105,16 +106,14 @@ def _overlap(text: str, stop: str) -> int:
 
 def steps(
     engine: Engine,
-    tokenizer: Tokenizer | None,
+    stream: TextStream,
     logits: np.ndarray,
     state: State,
     sampler: Sampler,
     *,
     max_tokens: int,
-    stop: Sequence[str],
 ) -> Iterator[Step]:
     """Sample from `logits` on, at most `max_tokens` tokens; `state` is updated in place."""
-    stream = TextStream(tokenizer, stop)
     reader = _Reader(engine, logits, state)
     for count in range(1, max_tokens + 1):
         token, logprob = reader.sample(sampler)

@@ -144,10 +144,6 @@ class Tracer:
     def relu(self, x: Value) -> Value:
         return self._unary("Relu", x)
 
-    def columns(self, x: Value, start: int, stop: int) -> Value:
-        bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
-        return Value(self, [self.node("Slice", [self.whole(x), *bounds])], [stop - start])
-
     def shift(self, h: Value, last: Value) -> Value:
         if self._rows == 1:
             return last
@@ -215,8 +211,11 @@ class Tracer:
         widths = widths or self._part_widths(sum(x.widths))
         if len(x.names) > 1 or len(widths) == 1:
             return x
-        parts = [self.columns(x, *span).names[0] for _, span in _spans(widths)]
-        return Value(self, parts, widths)
+        return Value(self, [self._columns(x, *span) for _, span in _spans(widths)], widths)
+
+    def _columns(self, x: Value, start: int, stop: int) -> str:
+        bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
+        return self.node("Slice", [self.whole(x), *bounds])
 
     def whole(self, x: Value) -> str:
         return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)

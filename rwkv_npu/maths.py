@@ -42,9 +42,6 @@ class Maths(Protocol):
 
     def relu(self, x: Any) -> Any: ...
 
-    def columns(self, x: Any, start: int, stop: int) -> Any:
-        """(M, width) -> (M, stop - start)."""
-
     def shift(self, h: Any, last: Any) -> Any:
         """Row m of the result is the row of h one token earlier; `last` (B, D) comes before the first."""
 
@@ -103,9 +100,6 @@ class NumpyMaths:
 
     def relu(self, x: np.ndarray) -> np.ndarray:
         return np.maximum(x, np.float32(0))
-
-    def columns(self, x: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return x[:, start:stop]
 
     def shift(self, h: np.ndarray, last: np.ndarray) -> np.ndarray:
         return np.concatenate([last, h])[: len(h)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -102,7 +103,7 @@ class Model:
             raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
         uncounted = self.tokenizer.uncounted if self.tokenizer else None
         sampler = sampling.Sampler(options, seed=seed, banned=self._banned, uncounted=uncounted)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stream = generation.TextStream(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         if len(ids):
             logits, current = self.forward(ids, state, progress=progress)
@@ -110,9 +111,7 @@ class Model:
             logits, current = state.logits, state.copy()
         else:
             raise UsageError("the prompt is empty and there is no state to continue: give one of them")
-        return generation.steps(
-            self.engine, self.tokenizer, logits, current, sampler, max_tokens=max_tokens, stop=stops
-        )
+        return generation.steps(self.engine, stream, logits, current, sampler, max_tokens=max_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises TokenizerError where the model has no tokenizer."""
@@ -174,6 +173,8 @@ def load(
     else:
         _check_precision(precision, {"fp32"})
         checkpoint = open_checkpoint(where)
+        for note in checkpoint.notes:
+            warnings.warn(note, stacklevel=2)
         source = CheckpointSource(checkpoint, fusion)
         words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
     chosen = _parse_plan(plan, backend)

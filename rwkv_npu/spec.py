@@ -17,10 +17,13 @@ from enum import Enum
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from rwkv_npu.errors import UsageError
 
 GENERATIONS = ("4", "5.0", "5.1", "5.2", "6", "7", "7a")
 FUSIONS = ("layer", "projection")
+STACKED = 5  # mixes of v6 that share one matrix
 
 
 class Kind(Enum):
@@ -29,12 +32,13 @@ class Kind(Enum):
     VECTOR = "vector"  # norms, mixes, decays: on the host in fp32; on disk any shape of as many elements
     LINEAR = "linear"  # a projection, on disk (out, in), used as x @ W.T
     LOW_RANK = "low-rank"  # a projection, on disk (in, out), used as x @ W; 3-D is a stack of them
+    STACK = "stack"  # five projections side by side, on disk (in, 5*out), used as (5, in, out)
     TABLE = "table"  # rows looked up by token
     HOST_LINEAR = "host-linear"  # as LINEAR, but multiplied on the host
 
     @property
     def is_projection(self) -> bool:
-        return self in (Kind.LINEAR, Kind.LOW_RANK)
+        return self in (Kind.LINEAR, Kind.LOW_RANK, Kind.STACK)
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,17 @@ class Tensor:
 
     @property
     def used_shape(self) -> tuple[int, ...]:
-        """Shape in which the maths uses it: projections are (in, out)."""
+        """Shape in which the maths uses it: projections are (in, out), or (count, in, out)."""
+        if self.kind is Kind.STACK:
+            rows, columns = self.shape
+            return (STACKED, rows, columns // STACKED)
         return self.shape[::-1] if self.kind is Kind.LINEAR else self.shape
+
+    def used(self, stored: np.ndarray) -> np.ndarray:
+        """A projection or table as it lies on disk, seen in `used_shape`, without a copy."""
+        if self.kind is Kind.STACK:
+            return stored.reshape(len(stored), STACKED, -1).swapaxes(0, 1)
+        return stored.T if self.kind is Kind.LINEAR else stored
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ _V5_2 = _V5_1.replace("time_decay vector H", "time_decay vector H,N").replace(
 _V6 = """
 att.time_maa_x vector D | att.time_maa_w vector D | att.time_maa_k vector D
 att.time_maa_v vector D | att.time_maa_r vector D | att.time_maa_g vector D
-att.time_maa_w1 low-rank D,5*mix | att.time_maa_w2 low-rank 5,mix,D
+att.time_maa_w1 stack D,5*mix | att.time_maa_w2 low-rank 5,mix,D
 att.time_decay vector A | att.time_decay_w1 low-rank D,decay | att.time_decay_w2 low-rank decay,A
 att.time_faaaa vector H,N
 att.receptance.weight linear A,D | att.key.weight linear A,D | att.value.weight linear A,D

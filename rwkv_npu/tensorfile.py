@@ -17,6 +17,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from rwkv_npu.errors import CheckpointError, RwkvNpuError
 ALIGNMENT = 64
 _MAX_HEADER = 100_000_000  # bytes; the bound of the reference implementation
 _MAX_RANK = 8
-_MAX_BYTES = 2**60  # of one tensor: keeps NumPy's index arithmetic from overflowing
+_MAX_SIZE = 2**56  # elements of one tensor: keeps NumPy's index arithmetic from overflowing
 _PAD = re.compile(r"_pad\.\d+")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -98,10 +99,9 @@ class TensorFile:
 
     def entry(self, name: str) -> Entry:
         """dtype, shape, offset in the file and size of a tensor. Raises `error` if it has no such tensor."""
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise self._error(f"{self.path} has no tensor {name!r:.80}") from None
+        if name not in self._entries:
+            raise self._error(f"{self.path} has no tensor {name!r:.80}")
+        return self._entries[name]
 
     def array(self, name: str) -> np.ndarray:
         """A tensor as a read-only view of the mapped file, which lives as long as any view of it."""
@@ -170,12 +170,12 @@ def _parse_entry(name: str, value: Any, start: int, file_size: int) -> Entry:
     dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise ValueError(f"tensor {name!r:.80} has the unsupported dtype {str(dtype_name)[:20]!r}")
-    if not _natural_numbers(shape) or len(shape) > _MAX_RANK:
+    if not (
+        _natural_numbers(shape) and len(shape) <= _MAX_RANK and math.prod(n or 1 for n in shape) < _MAX_SIZE
+    ):
         raise ValueError(f"tensor {name!r:.80} has an invalid shape")
     if not _natural_numbers(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r:.80} has invalid offsets")
-    if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MAX_BYTES:
-        raise ValueError(f"tensor {name!r:.80} has an invalid shape")
     begin, end = offsets
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
@@ -208,10 +208,9 @@ def write_tensors(
     """
     plans = [plan if isinstance(plan, TensorPlan) else TensorPlan(*plan) for plan in tensors]
     plans.sort(key=lambda plan: _nbytes(plan) % ALIGNMENT != 0)
-    if len({plan.name for plan in plans} | {"__metadata__"}) != len(plans) + 1:
-        raise ValueError("two tensors have the same name")
-    if any(_PAD.fullmatch(plan.name) for plan in plans):
-        raise ValueError("names such as _pad.1 are taken by fillers")
+    names = {plan.name for plan in plans if not _PAD.fullmatch(plan.name)} - {"__metadata__"}
+    if len(names) != len(plans):
+        raise ValueError("two tensors have the same name, or one has a name that the file itself needs")
     padded = list(_with_padding(plans))
     header = _header(padded, metadata or {})
     places = {}
@@ -240,8 +239,7 @@ def _with_padding(plans: list[TensorPlan]) -> Iterator[TensorPlan]:
         yield plan
         missing = -_nbytes(plan) % ALIGNMENT
         if missing and i + 1 < len(plans):
-            filler = np.zeros(missing, np.uint8)
-            yield TensorPlan(f"_pad.{i}", np.uint8, (missing,), lambda filler=filler: filler)  # type: ignore[misc]
+            yield TensorPlan(f"_pad.{i}", np.uint8, (missing,), partial(np.zeros, missing, np.uint8))
 
 
 def _header(plans: list[TensorPlan], metadata: dict[str, str]) -> bytes:

@@ -10,6 +10,7 @@ for one when its numbers are asked for.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -126,24 +127,24 @@ class References:
     def close(self) -> None:
         for process in self._processes.values():
             process.kill()
-            process.communicate()
+            process.wait()
 
-    def _start(self, worker: str, names: list[str]) -> subprocess.Popen[str]:
+    def _start(self, worker: str, names: list[str]) -> subprocess.Popen[bytes]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("RWKV_")}
         fixed = {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            [sys.executable, __file__, worker, str(self._folder), ",".join(names)],
-            env={**inherited, **fixed, **_ENVIRONMENTS[worker]},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with open(self._folder / f"{worker}.log", "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, __file__, worker, str(self._folder), ",".join(names)],
+                env={**inherited, **fixed, **_ENVIRONMENTS[worker]},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def _reference(self, worker: str, key: str) -> Reference:
         if worker not in self._done:
-            process = self._processes[worker]
-            said, _ = process.communicate()
-            assert process.returncode == 0, f"the reference process {worker} failed:\n{said}"
+            status = self._processes[worker].wait()
+            said = (self._folder / f"{worker}.log").read_text(errors="replace")
+            assert status == 0, f"the reference process {worker} failed:\n{said[-4000:]}"
             with np.load(self._folder / f"{worker}.npz") as file:
                 self._done[worker] = dict(file)
         found = self._done[worker]
@@ -250,6 +251,7 @@ def main(worker: str, folder: str, names: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # the package collects garbage at every layer that it loads, among all of torch's objects
     cases = {case.name: case for case in (*CASES, *DEEP_CASES)}
     results = {}
     for name in names.split(","):

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -49,7 +49,7 @@ def test_round_trip_is_read_by_the_library(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     places = write_tensors(path, plans(ARRAYS), {"key": "value"})
     with TensorFile(path) as ours, safe_open(str(path), "pt") as theirs:
-        assert set(ours.names) == set(ARRAYS)
+        assert set(ours.names) == set(ARRAYS) and "odd" in ours and "_pad.3" not in ours
         assert ours.metadata == theirs.metadata() == {"key": "value"}
         for name, expected in ARRAYS.items():
             array, entry = ours.array(name), ours.entry(name)
@@ -190,7 +190,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tensor 'nonsense'"):
         TensorFile(tmp_path / "good").array("nonsense")
     data = (tmp_path / "good").read_bytes()
-    for size in range(0, len(data), 7):
+    for size in range(0, len(data), 23):
         (tmp_path / "cut").write_bytes(data[:size])
         with pytest.raises(CheckpointError):
             TensorFile(tmp_path / "cut")
@@ -210,6 +210,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | HEADERS.map(lambda header: json.dumps(header).encode())
@@ -225,6 +226,7 @@ def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         assert "\n" not in str(e)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]

@@ -48,9 +48,6 @@ class TorchMaths:
     def relu(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x)
 
-    def columns(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return x[:, start:stop]
-
     def shift(self, h: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         return torch.cat([last, h])[: len(h)]
 

@@ -70,12 +70,12 @@ class Checkpoint:
         assert tensor is not None
         if tensor.kind is Kind.VECTOR:
             vector = np.array(stored, np.float32, order="C").reshape(tensor.shape)
-            return np.exp(vector) if name in self._logarithmic else vector
+            return np.exp(vector, out=vector) if name in self._logarithmic else vector
         if stored.dtype == np.float64:
             stored = stored.astype(np.float32)
         if not stored.flags.aligned:
             stored = np.require(stored, requirements="A")
-        return stored.T if tensor.kind is Kind.LINEAR else stored
+        return tensor.used(stored)
 
     @property
     def fingerprint(self) -> str:
@@ -244,7 +244,8 @@ def _pieces(array: np.ndarray) -> list[np.ndarray]:
 def _largest(piece: np.ndarray) -> float:
     """Largest magnitude, infinity or NaN included: the bits of floats without a sign sort as they do."""
     if piece.dtype == np.float64:
-        return float(np.abs(piece).max(initial=0.0))
+        with np.errstate(over="ignore"):
+            piece = piece.astype(np.float32)
     bits = np.dtype(f"u{piece.dtype.itemsize}")
     magnitudes = np.ascontiguousarray(piece).view(bits) & bits.type(np.iinfo(bits).max >> 1)
     return float(np.array(magnitudes.max(initial=0), bits).view(piece.dtype))

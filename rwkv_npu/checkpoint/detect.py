@@ -67,12 +67,12 @@ def detect(arrays: dict[str, np.ndarray]) -> Spec:
         N = A // max(H, 1)
     else:
         leaf = {"5.2": "time_decay", "6": "time_faaaa"}.get(generation, "r_k")
-        H, N = (*_array(arrays, f"blocks.0.att.{leaf}").shape, 0)[:2]
-    if not min(V, D, A, F, H, N):
+        H, N = _shape(arrays, f"blocks.0.att.{leaf}", 2)
+    ranks = _ranks(arrays, generation, layers)
+    if not min(V, D, A, F, H, N) or any(not rank and (c != "v" or layers > 1) for c, rank in ranks.items()):
         raise CheckpointError("the checkpoint has a tensor with a dimension of 0")
     if H * N != A:
         raise CheckpointError(f"the checkpoint has {H} heads of {N} channels, which do not make {A} channels")
-    ranks = _ranks(arrays, generation, layers)
     return Spec(generation, D=D, L=layers, H=H, N=N, A=A, F=F, V=V, ranks=ranks)
 
 

@@ -184,8 +184,8 @@ def looks_rescaled(arrays: dict[str, np.ndarray], L: int, every: int) -> bool:
     if every <= 0 or L <= every:
         return False
     for leaf in ("att.output.weight", "ffn.value.weight"):
-        sizes = [np.abs(_sample(arrays[f"blocks.{i}.{leaf}"])).mean() for i in range(L)]
-        if min(sizes) <= 0:
+        sizes = np.array([_mean_size(arrays[f"blocks.{i}.{leaf}"]) for i in range(L)])
+        if not np.all(np.isfinite(sizes) & (sizes > 0)):
             return False
         steps = np.diff(np.log2(sizes))
         at_boundary = np.arange(1, L) % every == 0
@@ -195,6 +195,6 @@ def looks_rescaled(arrays: dict[str, np.ndarray], L: int, every: int) -> bool:
     return True
 
 
-def _sample(array: np.ndarray) -> np.ndarray:
+def _mean_size(array: np.ndarray) -> float:
     rows = array[:: max(1, len(array) // 16)]
-    return rows.astype(np.float32)
+    return float(np.abs(rows.astype(np.float64)).mean())

@@ -20,12 +20,11 @@ def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
 
 def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any]:
     h, dx = x["h"], x["dx"]
-    rank = spec.ranks["mix"]
-    z = f.tanh(f.linear(h + dx * f.vector("att.time_maa_x"), "att.time_maa_w1"))
+    z = h + dx * f.vector("att.time_maa_x")
 
     def mixed(index: int, channel: str) -> Any:
-        part = f.columns(z, index * rank, (index + 1) * rank)
-        delta = f.linear(part, "att.time_maa_w2", index)
+        low = f.tanh(f.linear(z, "att.time_maa_w1", index))
+        delta = f.linear(low, "att.time_maa_w2", index)
         return h + dx * (delta + f.vector(f"att.time_maa_{channel}"))
 
     xw, xk, xv, xr, xg = (mixed(index, channel) for index, channel in enumerate("wkvrg"))

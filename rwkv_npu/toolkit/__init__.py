@@ -19,7 +19,6 @@ from rwkv_npu.toolkit.environment import (
     require,
     status,
 )
-from rwkv_npu.toolkit.install import install
 from rwkv_npu.toolkit.log import Cycles, Layer
 from rwkv_npu.toolkit.rknn_file import rknn_info
 from rwkv_npu.toolkit.schedule import Job, available_memory, compile_many
@@ -40,7 +39,6 @@ __all__ = [
     "compile_graph",
     "compile_many",
     "find",
-    "install",
     "remove",
     "require",
     "rknn_info",

@@ -89,6 +89,7 @@ class Graph:
             raise RuntimeError("the weights beside the graph cannot be read")
         dataset = _write_dataset(self.inputs, calibration)
         _check("build", self.rknn.build(do_quantization=dataset is not None, dataset=dataset))
+        ctypes.CDLL(None).malloc_trim(0)  # a simulator stays: give back half of what the build took
         if request["out"]:
             # A failed export leaves a truncated file: in the scratch folder, which lies beside the target.
             _check("export_rknn", self.rknn.export_rknn("graph.rknn"))
@@ -211,7 +212,8 @@ def main(scratch: str) -> None:
     libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
     for name in ("check0_base_optimize", "check3_fuse_ops"):  # verbose writes copies of the weights there
         os.symlink(os.devnull, f"{name}.onnx")
-    threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
+    leash = threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True)
+    leash.start()
     graph = None
     while message := receive(requests):
         request, arrays = message
@@ -230,6 +232,7 @@ def main(scratch: str) -> None:
         sys.stdout.flush()
         libc.fflush(None)
         send(replies, {**reply, "seconds": time.monotonic() - start, "peak_rss_bytes": _peak_rss()}, outputs)
+    leash.join()
 
 
 if __name__ == "__main__":

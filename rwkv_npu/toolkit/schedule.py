@@ -22,13 +22,17 @@ from rwkv_npu.toolkit.worker import Worker
 
 # Measured with 2.5.0: 0.30 GB for 19 MB of weights as fp32, 1.36 for 206, 3.38 for 537.
 RSS_BASE, RSS_PER_BYTE = 250_000_000, 6.0
+HELD_PER_BYTE = 3.2  # what a simulator keeps once it is built: 0.73 GB for 206 MB
 SHARE = 0.8  # of the limit, for builds that run together: an estimate may be short
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """One graph to compile, with `compile_graph`'s arguments; `weight_bytes` is the size of its weights as
-    fp32."""
+    """One graph to compile, with `compile_graph`'s arguments.
+
+    `weight_bytes` is the size of its weights as fp32. `write_graph`, if given, makes the file at `onnx_path` when the
+    job's turn comes; it is then deleted afterwards.
+    """
 
     onnx_path: Path
     out_path: Path
@@ -41,6 +45,11 @@ class Job:
     def estimated_rss(self) -> int:
         """Bytes of memory that building this is expected to take."""
         return RSS_BASE + round(RSS_PER_BYTE * self.weight_bytes)
+
+    @property
+    def simulator_rss(self) -> int:
+        """Bytes of memory that a `Simulator` of this graph is expected to keep once it is built."""
+        return RSS_BASE + round(HELD_PER_BYTE * self.weight_bytes)
 
 
 def available_memory() -> int:

@@ -27,4 +27,5 @@ class no_grad(contextlib.ContextDecorator):
 
 nn = types.ModuleType("torch.nn")
 nn.Module = type("Module", (), {})  # type: ignore[attr-defined]
-sys.modules["torch.nn"] = nn
+if __name__ == "torch":  # under its own name it must not stand in anyone's way
+    sys.modules["torch.nn"] = nn

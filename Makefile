@@ -1,0 +1,37 @@
+# make demo   text from the model that ships with the package, in an environment of its own
+# make test   everything: lint, types, fast tests, and those that need Rockchip's compiler
+# make fast   the fast tests only
+#
+# PYTHON is a Python 3.10 to 3.12 for all of it (3.13 lacks Rockchip's compiler). PyPI's torch for Linux on x86-64
+# brings CUDA along, some gigabytes: TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" does not.
+
+PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell command -v $(v))))
+TORCH ?= torch==2.13.0
+PIP = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test fast clean
+
+demo: .venv/demo
+	.venv/bin/rwkv-npu generate --prompt "Return the " --max-tokens 120 --seed 3
+
+test: .venv/dev
+	.venv/bin/python -m pytest -m ""
+
+fast: .venv/dev
+	.venv/bin/python -m pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "install the venv module first: apt install python3-venv" >&2; exit 1; }
+
+.venv/demo: .venv/bin/python pyproject.toml
+	.venv/bin/python $(PIP) -e .
+	touch $@
+
+# torch first and alone, so that nothing else chooses its build; setuptools, which it brings, is not ours to use.
+.venv/dev: .venv/bin/python pyproject.toml
+	.venv/bin/python $(PIP) $(TORCH)
+	.venv/bin/python $(PIP) -e ".[dev]"
+	touch $@ .venv/demo
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,87 @@
+"""Real `.rknn` files of every generation, and Rockchip's simulator against NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rwkv_npu
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.commands.info import estimate_ms
+from rwkv_npu.spec import FUSIONS, groups
+from rwkv_npu.toolkit import Environment, rknn_info
+from tools.make_checkpoint import make_checkpoint
+
+pytestmark = pytest.mark.compiler
+
+GENERATIONS = ("4", "5.0", "5.1", "5.2", "6", "7", "7a")
+FP16_ERROR = 3e-3  # relative, rms: what fp16 leaves of a group's worst output
+
+
+@pytest.fixture(scope="module", params=GENERATIONS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toolkit_environment: Environment):
+    """A two-layer model of a generation with artifacts of both fusions, converted in two steps."""
+    folder = tmp_path_factory.mktemp(f"v{request.param}")
+    checkpoint = folder / "model.pth"
+    make_checkpoint(checkpoint, generation=request.param, D=128, L=2, N=64, V=256, seed=1)
+    for fusion in FUSIONS:
+        rwkv_npu.convert(checkpoint, folder / "out.rwkv", fusion=fusion, rows="1,16", verify=True)
+    return open_bundle(folder / "out.rwkv")
+
+
+def test_every_artifact_is_there_runs_on_the_npu_and_agrees_with_numpy(bundle) -> None:
+    manifest = bundle.manifest
+    for fusion in FUSIONS:
+        chosen = [a for a in manifest.artifacts if a.fusion == fusion]
+        names = {(group.name, rows) for group in groups(bundle.spec, fusion) for rows in (1, 16)}
+        assert {(a.group, a.rows) for a in chosen} == names - {("head", 16)}
+    assert {a.path: a.on_cpu for a in manifest.artifacts if a.on_cpu} == {}
+    assert {a.path: a.error for a in manifest.artifacts if not a.error or a.error > FP16_ERROR} == {}
+    assert all(a.cycles["total"] > 0 and a.toolkit for a in manifest.artifacts)
+    assert max(manifest.graph_errors.values()) < 1e-5
+
+
+def test_a_file_says_what_it_is(bundle) -> None:
+    artifact = bundle.manifest.artifacts[0]
+    group = next(g for g in groups(bundle.spec, artifact.fusion) if g.name == artifact.group)
+    info = rknn_info(bundle.path / artifact.path)
+    assert "rk3588" in info["targets"]
+    assert [port["name"] for port in info["outputs"]] == [port.name for port in group.outputs]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_simulator_follows_numpy_through_a_text(bundle, fusion: str) -> None:
+    ids = np.random.default_rng(0).integers(1, bundle.spec.V, 20)
+    with rwkv_npu.load(bundle.path, backend="numpy", fusion=fusion) as reference:
+        expected, expected_state = reference.forward(ids)
+    with rwkv_npu.load(bundle.path, backend="rknn-sim", fusion=fusion) as model:
+        logits, state = model.forward(ids)  # a call of 16 rows, and one padded to 16
+        logits, state = model.forward([5], state)
+        calls = model.engine.counters.calls
+    expected, expected_state = reference_step(bundle, fusion, expected_state)
+    assert calls == 2 * (len(groups(bundle.spec, fusion)) - 1) + 1 + len(groups(bundle.spec, fusion))
+    assert np.abs(logits - expected).max() < 0.02 * expected.std() + 0.02
+    for name, part in expected_state.parts.items():
+        assert np.abs(state.parts[name] - part).max() < 0.02 * max(1.0, np.abs(part).max())
+
+
+def reference_step(bundle, fusion: str, state):
+    with rwkv_npu.load(bundle.path, backend="numpy", fusion=fusion) as reference:
+        return reference.forward([5], state)
+
+
+def test_converting_again_builds_nothing(bundle) -> None:
+    before = {a.path: (bundle.path / a.path).stat().st_mtime_ns for a in bundle.manifest.artifacts}
+    checkpoint = Path(bundle.path).parent / "model.pth"
+    rwkv_npu.convert(checkpoint, bundle.path, rows="1,16")
+    assert {path: (bundle.path / path).stat().st_mtime_ns for path in before} == before
+
+
+def test_estimates_count_calls_and_rows(bundle) -> None:
+    chosen = [a for a in bundle.manifest.artifacts if a.fusion == "layer"]
+    one, sixteen = (sum(a.cycles["total"] for a in chosen if a.rows == rows) for rows in (1, 16))
+    head = next(a.cycles["total"] for a in chosen if a.group == "head")
+    assert estimate_ms(chosen, 1) == pytest.approx(one / 1e6)
+    assert estimate_ms(chosen, 17) == pytest.approx((2 * sixteen + head) / 1e6)
