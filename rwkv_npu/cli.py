@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -111,7 +112,7 @@ def _add_info(commands: Any) -> None:
     p = commands.add_parser("info", help="describe a bundle or checkpoint", description="Describe a model.")
     p.add_argument("path", nargs="?", help="bundle or checkpoint (default: the demo model)")
     p.add_argument("--json", action="store_true", help="print it as JSON")
-    p.add_argument("--check", action="store_true", help="check every byte of a bundle")
+    p.add_argument("--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint")
 
 
 def _add_toolkit(commands: Any) -> None:
@@ -144,10 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RwkvNpuError as error:
         print(f"rwkv-npu: error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _give_up_stdout()
         return 0
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _give_up_stdout()  # it is the one file that commands write to without looking: a full disk, say
+        print(f"rwkv-npu: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rwkv-npu: interrupted", file=sys.stderr)
         return 130
@@ -156,11 +162,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _give_up_stdout() -> None:
+    """Python would complain once more when it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     print(f"rwkv-npu: warning: {message}", file=sys.stderr)
 
 
 def entry() -> NoReturn:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell: <&- >&-
+            setattr(sys, name, open(os.devnull, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # letters that the terminal's encoding lacks
     sys.exit(main())
 
 

@@ -5,6 +5,7 @@ fp32 and independent of backend, precision and fusion, so that a state made on o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -62,7 +63,8 @@ class State:
             aside.write_bytes(save(tensors, metadata))
             os.replace(aside, path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
             raise StateError(f"cannot write the state to {path}: {error.strerror}") from error
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from references import CASES, DEEP_CASES, TOKENS, TRANSFORMERS, V, Case, Reference, References
-from tools.make_checkpoint import make_checkpoint
 
 import rwkv_npu
 from rwkv_npu.backends import open_backend
@@ -25,6 +23,8 @@ from rwkv_npu.model import Model
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Scaling, groups
+from tests.references import CASES, DEEP_CASES, TOKENS, TRANSFORMERS, Case, Reference, References, V
+from tools.make_checkpoint import make_checkpoint
 
 # Largest difference to a reference: of logits that are spread by about 2, and of a part of the state over its
 # largest value. Both sides compute in fp32. What is left comes from

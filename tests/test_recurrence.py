@@ -16,6 +16,9 @@ from rwkv_npu.models import common, v4, v7
 
 Arrays = tuple[np.ndarray, ...]
 
+# Relative; what was seen in thousands of draws is 7e-6 where a chunk's decay is near its bound, else 2e-6.
+BOUND = 1e-5
+
 
 @pytest.fixture(autouse=True)
 def no_silent_overflow() -> Iterator[None]:
@@ -87,8 +90,8 @@ def test_v5_and_v6(shape: tuple[int, int, int, int], decay: str, cuts: list[int]
     for calls in ([], cuts, range(100)):  # one, some, one for each token
         S_end = S.copy()
         y = in_pieces(wkv, (r, log_w, k, v), (u, S_end), list(calls))
-        assert (np.abs(y - expected_y) <= 2e-5 * size_y).all()
-        assert (np.abs(S_end - expected_S) <= 2e-5 * size_S + 1e-30).all()
+        assert (np.abs(y - expected_y) <= BOUND * size_y).all()
+        assert (np.abs(S_end - expected_S) <= BOUND * size_S + 1e-30).all()
 
 
 def test_chunks_are_as_long_as_the_decay_allows() -> None:
@@ -154,8 +157,9 @@ def test_v7(
     for calls in ([], cuts, range(100)):
         S_end = S.copy()
         y = in_pieces(v7.wkv, (r, w, k, v, kappa, b), (S_end,), list(calls))
-        assert np.abs(y - expected_y).max() <= 2e-5 * np.abs(expected_y).max()
-        assert np.abs(S_end - expected_S).max() <= 2e-5 * max(np.abs(expected_S).max(), np.abs(S).max())
+        # 1 is what the inputs are spread by: removing cancels, and may leave next to nothing.
+        assert np.abs(y - expected_y).max() <= BOUND * (1 + np.abs(expected_y).max())
+        assert np.abs(S_end - expected_S).max() <= BOUND * (1 + np.abs(expected_S).max())
 
 
 def test_v7_without_a_key_removes_nothing() -> None:

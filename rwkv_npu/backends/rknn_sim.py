@@ -91,7 +91,7 @@ class RknnSimBackend:
 def _check_memory(artifacts: list[Artifact]) -> None:
     """Raises BackendError, with the arithmetic, when the simulators cannot all be held."""
     jobs = [Job(Path(), Path(), 2 * artifact.weight_bytes) for artifact in artifacts]
-    needed, available = sum(job.estimated_rss for job in jobs), int(SHARE * available_memory())
+    needed, available = sum(job.simulator_rss for job in jobs), int(SHARE * available_memory())
     if needed > available:
         raise BackendError(
             f"simulating {len(jobs)} artifacts takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -67,13 +68,13 @@ class Interrupt:
 
 def run(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
+    state_file = _state_file(arguments)
     statistics = Statistics()
     begin = time.perf_counter()
     model = load_model(arguments, verbose=arguments.verbose)
     with model, Interrupt() as interrupt:
-        state_file = Path(arguments.state) if arguments.state else None
         state = model.load_state(state_file) if state_file and state_file.exists() else None
-        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt) if prompt else []
+        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt)
         statistics.load = time.perf_counter() - begin
         statistics.prompt_tokens = len(ids)
         if arguments.echo:
@@ -173,7 +174,22 @@ def _prompt(arguments: argparse.Namespace) -> str:
         return read_text("-")
     if arguments.prompt is None and not arguments.state:
         raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
-    return arguments.prompt or ""
+    prompt: str = arguments.prompt or ""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python hands on what it cannot decode
+        raise UsageError("--prompt is not UTF-8 text")
+    return prompt
+
+
+def _state_file(arguments: argparse.Namespace) -> Path | None:
+    """The file of --state. Raises UsageError where it could not be saved when all is done."""
+    if not arguments.state:
+        return None
+    path = Path(arguments.state)
+    if path.is_dir():
+        raise UsageError(f"--state {path} is a folder: name a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--state {path}: {path.parent} is no folder that can be written to")
+    return path
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu.bundle import Artifact, Bundle, Manifest, is_bundle, open_bundle, verify_files
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.checkpoint import check_finite, open_checkpoint
 from rwkv_npu.commands.common import size
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import demo_model
@@ -30,6 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
         facts = _bundle_facts(bundle)
     else:
         checkpoint = open_checkpoint(path)
+        if arguments.check:
+            check_finite(checkpoint)
+            print(f"all {len(checkpoint.names)} tensors hold finite numbers", file=sys.stderr)
         words = find_tokenizer(vocab_size=checkpoint.spec.V, beside=path)
         facts = {
             "path": str(path),

@@ -68,18 +68,10 @@ class Graph:
     """One ONNX graph, built; `run` simulates it."""
 
     def __init__(self, request: dict[str, Any], calibration: dict[str, np.ndarray]) -> None:
-        import onnx
         from rknn.api import RKNN
 
-        path, options = request["onnx"], request["options"]
-        model = onnx.load(path, load_external_data=False)
-        constants = {tensor.name for tensor in model.graph.initializer}
-        inputs = [value for value in model.graph.input if value.name not in constants]
-        self.inputs = [value.name for value in inputs]
-        self.outputs = [value.name for value in model.graph.output]
-        self.shapes = _shapes(inputs, options["input_shapes"])
-        self.dtypes = [onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in inputs]
-        path = _adapt(model, path, self.shapes)
+        options = request["options"]
+        path = self._read(request["onnx"], options["input_shapes"])
         self.started = False
         self.rknn = RKNN(verbose=request["verbose"])
         _check("config", self.rknn.config(**options["config"]))
@@ -95,6 +87,19 @@ class Graph:
             _check("export_rknn", self.rknn.export_rknn("graph.rknn"))
             os.replace("graph.rknn", request["out"])
 
+    def _read(self, path: str, shapes: dict[str, list[int]]) -> str:
+        """Note names, shapes and types of the ends; returns the path of what the compiler is to load."""
+        import onnx
+
+        model = onnx.load(path, load_external_data=False)
+        constants = {tensor.name for tensor in model.graph.initializer}
+        inputs = [value for value in model.graph.input if value.name not in constants]
+        self.inputs = [value.name for value in inputs]
+        self.outputs = [value.name for value in model.graph.output]
+        self.shapes = _shapes(inputs, shapes)
+        self.dtypes = [onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in inputs]
+        return _adapt(model, path, self.shapes)
+
     def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Simulate once; inputs by name, outputs by name as float32."""
         if not self.started:
@@ -105,8 +110,8 @@ class Graph:
             if list(arrays[name].shape) != shape:
                 raise ValueError(f"input {name} has shape {list(arrays[name].shape)}; {shape} is expected")
             rows.append(np.asarray(arrays[name], dtype))
-        layout = ["nchw" if row.ndim == 4 else None for row in rows]  # the default transposes 4-D inputs
-        results = self.rknn.inference(inputs=rows, data_format=layout if any(layout) else None)
+        # "nhwc", the default, transposes 4-D inputs; others are left as they are.
+        results = self.rknn.inference(inputs=rows, data_format=["nchw"] * len(rows))
         if results is None:
             raise RuntimeError("inference returned nothing")
         return {name: np.asarray(a, np.float32) for name, a in zip(self.outputs, results, strict=True)}

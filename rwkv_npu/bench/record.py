@@ -1,0 +1,133 @@
+"""A row of results, and the file that many are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rwkv_npu.bundle import write_atomically
+from rwkv_npu.errors import UsageError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One (backend, dtype, device) at one size: C (m, n) = A (m, k) @ B (k, n), B constant. Times in seconds.
+
+    time_s, time_p10_s, time_p90_s   median and percentiles of single calls; an estimate has no percentiles
+    time_error_s    half the 68 % interval of the median, from the repeats
+    submit_s        the part of time_s in which work is handed over (asynchronous backends; `rknn_run` on a board)
+    overhead_s      a call of this backend on 32x32x32: what a call costs that has nothing to do
+    dtype, accumulate   of the operands A and B, and of the sums
+    gb_per_s        A + B + C, each once, in the dtypes in which the backend holds them, over time_s
+    max_rel_error   largest difference from float64, over the largest element of the result
+    estimated       true: from the compiler's cycle table, not from a clock
+    flags           what speaks against the figure (`busy`, `throttled`, ...), joined by spaces
+    failed          why there is no time
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    accumulate: str
+    m: int
+    k: int
+    n: int
+    time_s: float | None = None
+    time_p10_s: float | None = None
+    time_p90_s: float | None = None
+    time_error_s: float | None = None
+    repeats: int = 0
+    gflops: float | None = None
+    gb_per_s: float | None = None
+    submit_s: float | None = None
+    overhead_s: float | None = None
+    max_rel_error: float | None = None
+    estimated: bool = False
+    threads: int | None = None
+    npu_ops: int | None = None
+    versions: str = ""
+    flags: str = ""
+    failed: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.m, self.k, self.n
+
+    @property
+    def is_square(self) -> bool:
+        return self.m == self.k == self.n
+
+    @property
+    def work(self) -> int:
+        """Floating-point (or integer) operations."""
+        return 2 * self.m * self.k * self.n
+
+    @property
+    def series(self) -> str:
+        """What a line in a picture is called; the same for every size."""
+        return f"{self.backend} {self.dtype}" + (" (estimate)" if self.estimated else "")
+
+
+def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:
+    """`row` with gflops and gb_per_s filled in from its time."""
+    seconds = row["time_s"]
+    row["gflops"] = 2 * row["m"] * row["k"] * row["n"] / seconds / 1e9
+    row["gb_per_s"] = moved_bytes / seconds / 1e9
+    return row
+
+
+@dataclass
+class Document:
+    """What one JSON file holds. `machine` says where and `command` how the rows came about."""
+
+    machine: dict[str, Any]
+    command: str = ""
+    results: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self, **more: Any) -> str:
+        data = {
+            "format": FORMAT,
+            "command": self.command,
+            "machine": self.machine,
+            **({"notes": self.notes} if self.notes else {}),
+            **more,
+            "results": [asdict(row) for row in self.results],
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Raises UsageError."""
+        try:
+            write_atomically(path, self.to_json().encode())
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load(path: Path) -> Document:
+    """Raises UsageError for what is not such a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise UsageError(f"{path} holds results of format {data['format']}; this version reads {FORMAT}")
+        known = {f.name for f in fields(Row)}
+        rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in data["results"]]
+        return Document(data["machine"], data["command"], rows, data.get("notes", []))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} does not hold results of `rwkv-npu bench matmul` ({error})") from error
+
+
+def by_series(rows: Iterable[Row], *, square: bool = False) -> dict[str, list[Row]]:
+    """Rows that have a time, by series, each in order of work."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.time_s is not None and (row.is_square or not square):
+            found.setdefault(row.series, []).append(row)
+    return {name: sorted(some, key=lambda row: (row.work, row.size)) for name, some in found.items()}
