@@ -17,7 +17,7 @@ from pathlib import Path
 
 import rwkv_npu
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts
-from rwkv_npu.bundle import FORMAT, MANIFEST, MATHS, Bundle, Manifest, is_bundle, read_manifest, write_atomically
+from rwkv_npu.bundle import FORMAT, MANIFEST, MATHS, Artifact, Bundle, Manifest, is_bundle, read_manifest, write_atomically
 from rwkv_npu.bundle_writer import (
     STORAGE,
     describe_groups,
@@ -159,9 +159,18 @@ def convert(
             say(f"compiling {len(planned)} graphs for {request.target}, {request.precision}, rows {rows}")
             source = BundleSource(bundle, request.fusion)
             build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
+        if request.verify:
+            say(_errors(manifest, planned))
         record_files(folder, manifest)
         write_atomically(folder / MANIFEST, manifest.to_json().encode())
     return place
+
+
+def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
+    """What the verification found, a line a graph and artifact: the worst output's relative error."""
+    paths = {artifact.path for artifact in planned}
+    errors = {**manifest.graph_errors, **{a.path: a.error for a in manifest.artifacts if a.path in paths}}
+    return "\n".join(f"  error {error:.1e}  {name}" for name, error in errors.items() if error is not None)
 
 
 def _stem(checkpoint: Path) -> str:
