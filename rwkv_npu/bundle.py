@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -90,20 +90,33 @@ class Manifest:
     def from_json(text: str) -> Manifest:
         """Raises ValueError, KeyError or TypeError for what no version of this project has written."""
         data = json.loads(text)
-        major, minor = data["format"]
+        major, minor = map(int, data["format"])
         if major != FORMAT[0]:
             raise _OtherVersion(f"{major}.{minor}")
         if data.pop("checksum") != _checksum(data):
             raise ValueError("its checksum does not match")
         known = {name: data[name] for name in Manifest.__dataclass_fields__}  # a newer minor may have more
         known["format"] = (major, minor)
-        known["spec"] = Spec.from_json(data["spec"])
-        known["scaling"] = Scaling(**data["scaling"])
-        known["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
+        known["spec"] = _known(Spec, data["spec"])
+        known["scaling"] = _known(Scaling, data["scaling"])
+        known["files"] = {name: _file_record(name, record) for name, record in data["files"].items()}
         known["artifacts"] = [
-            Artifact(**{**artifact, "on_cpu": tuple(artifact["on_cpu"])}) for artifact in data["artifacts"]
+            _known(Artifact, {**artifact, "on_cpu": tuple(artifact["on_cpu"])})
+            for artifact in data["artifacts"]
         ]
         return Manifest(**known)
+
+
+def _known(cls: Any, data: dict[str, Any]) -> Any:
+    """A dataclass of what this version knows of `data`; a newer minor may have more."""
+    return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+
+def _file_record(name: str, data: dict[str, Any]) -> FileRecord:
+    record: FileRecord = _known(FileRecord, data)
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts or type(record.size) is not int:
+        raise ValueError(f"it lists {name!r:.80}")
+    return record
 
 
 class _OtherVersion(ValueError):
@@ -119,6 +132,7 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
+        self._folder = path.absolute()  # graphs are opened when they are first used
         self._host = TensorFile(path / HOST, error=BundleError)
         self._weights = TensorFile(path / WEIGHTS, error=BundleError)
 
@@ -134,7 +148,7 @@ class Bundle:
         return name in self._host or name in self._weights
 
     def graph_path(self, fusion: str, group: str) -> Path:
-        return self.path / graph_file(fusion, group)
+        return self._folder / graph_file(fusion, group)
 
 
 def graph_file(fusion: str, group: str) -> str:
@@ -167,11 +181,13 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(f"cannot read {where}: {error.strerror}") from error
     except _OtherVersion as error:
         raise BundleError(
-            f"{root} is a bundle of format {error}, this version reads {FORMAT[0]}: convert the checkpoint again, "
-            "or use the version of rwkv_npu that made it"
+            f"{root} is a bundle of format {error}, this version reads {FORMAT[0]}: convert again with "
+            "--force, or use the version of rwkv_npu that made it"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{where} is damaged ({error}): convert the checkpoint again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"{where} is damaged ({error}): copy the bundle again, or convert again with --force"
+        ) from error
 
 
 def verify_files(bundle: Bundle) -> Iterator[str]:
@@ -190,8 +206,10 @@ def _check_file(path: Path, record: FileRecord, *, whole: bool) -> None:
             )
         if whole and file_digest(path) != record.digest:
             raise BundleError(f"{path} is damaged: copy the bundle again, or convert again")
-    except OSError as error:
-        raise BundleError(f"{path} is missing from the bundle: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{path} is missing from the bundle: {getattr(error, 'strerror', None) or 'no such name'}"
+        ) from error
 
 
 def file_digest(path: Path) -> str:

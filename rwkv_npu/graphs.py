@@ -9,8 +9,10 @@ Rockchip's compiler, and matrices wider than `split` are cut into parts that the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from math import ceil
 from typing import Any
 
@@ -112,28 +114,25 @@ class Tracer:
 
     def linear(self, x: Value, name: str, index: int | None = None) -> Value:
         full = self._prefix + name
-        K, N = self._shape_of(full)[-2:]
-        parts = self._cut(x)
-        names, widths = [], self._part_widths(N)
-        for _, columns in _spans(widths):
-            total = ""
-            for part, (k, rows) in zip(parts.names, _spans(parts.widths), strict=True):
-                constant = Constant(
-                    full, index, rows if len(parts.names) > 1 else None, columns if len(widths) > 1 else None
-                )
-                self.trace.projections[constant.label] = constant
-                label = constant.label.replace(".weight", "")
-                if label == constant.label:  # low-rank matrices have no suffix to drop
-                    label += ".product"
-                product = self.node("MatMul", [part, constant.label], label)
-                total = self.node("Add", [total, product], f"{label}.sum{k}") if total else product
-            names.append(total)
-        return Value(self, names, widths)
+        widths = self._part_widths(self._shape_of(full)[-1])
+        inputs = self._cut(x, self._part_widths(sum(x.widths)))
+        outputs = []
+        for columns in _spans(widths):
+            products = [
+                self._product(part, Constant(full, index, rows, columns))
+                for part, rows in zip(inputs.names, _spans(inputs.widths), strict=True)
+            ]
+            outputs.append(reduce(lambda total, product: self.node("Add", [total, product]), products))
+        return Value(self, outputs, widths)
 
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
-        constants = [self._constant(Constant(f"{self._prefix}{name}.{part}")) for part in ("weight", "bias")]
         label = self._prefix + name
-        return self._like(x, self.node("LayerNormalization", [self.whole(x), *constants], label, axis=-1, epsilon=eps))
+        inputs = [
+            self.whole(x),
+            *(self._constant(Constant(f"{label}.{part}")) for part in ("weight", "bias")),
+        ]
+        # The compiler fails without these two attributes, though both have the defaults' values.
+        return self._like(x, self.node("LayerNormalization", inputs, label, axis=-1, epsilon=eps))
 
     def tanh(self, x: Value) -> Value:
         return self._unary("Tanh", x)
@@ -167,74 +166,73 @@ class Tracer:
 
     def binary(self, op: str, a: Value, b: Any) -> Value:
         """Elementwise, part by part; b may be a Value, a Constant vector or a number."""
-        if isinstance(b, Value) and len(a.names) != len(b.names):
-            a, b = self._cut(a, b.widths), self._cut(b, a.widths)
-        others: list[str]
         if isinstance(b, Value):
+            finest = max(a.widths, b.widths, key=len)
+            a, b = self._cut(a, finest), self._cut(b, finest)
             others = list(b.names)
         elif isinstance(b, Constant):
-            cut = len(a.names) > 1
-            spans = [columns if cut else None for _, columns in _spans(a.widths)]
-            others = [self._constant(Constant(b.name, columns=columns)) for columns in spans]
+            others = [self._constant(replace(b, columns=columns)) for columns in _spans(a.widths)]
         else:
             others = [self._literal(np.array(b, np.float32))] * len(a.names)
-        return Value(
-            self, [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)], a.widths
-        )
+        names = [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)]
+        return Value(self, names, a.widths)
 
     def node(self, op: str, inputs: list[str], label: str = "", **attributes: Any) -> str:
         name = label or f"{self._prefix}{op.lower()}.{len(self.trace.nodes)}"
         self.trace.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 
+    def whole(self, x: Value) -> str:
+        """x as one tensor."""
+        return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
+
+    def _like(self, x: Value, name: str) -> Value:
+        return Value(self, [name], [sum(x.widths)])
+
     def _unary(self, op: str, x: Value) -> Value:
         return Value(self, [self.node(op, [name]) for name in x.names], x.widths)
+
+    def _product(self, x: str, constant: Constant) -> str:
+        self.trace.projections[constant.label] = constant
+        label = constant.label.replace(".weight", "")
+        # Low-rank matrices have no suffix to drop, and two things cannot have one name.
+        return self.node(
+            "MatMul", [x, constant.label], label if label != constant.label else f"{label}.product"
+        )
 
     def _constant(self, constant: Constant) -> str:
         self.trace.vectors[constant.label] = constant
         return constant.label
 
     def _literal(self, array: np.ndarray) -> str:
-        name = f"literal.{array.dtype}.{'x'.join(map(str, array.shape))}.{_digest(array)}"
+        content = hashlib.blake2b(array.tobytes(), digest_size=4).hexdigest()
+        name = f"literal.{array.dtype}.{'x'.join(map(str, array.shape))}.{content}"
         self.trace.literals[name] = array
         return name
 
     def _part_widths(self, width: int) -> list[int]:
+        """How a tensor of `width` columns lies in the graph: as one, or as parts that the NPU takes."""
         if not self._split or width <= self._split:
             return [width]
-        count = ceil(width / self._split)
-        step = ceil(width / count / 32) * 32
+        step = ceil(width / ceil(width / self._split) / 32) * 32
         return [min(step, width - start) for start in range(0, width, step)]
 
-    def _cut(self, x: Value, widths: Sequence[int] | None = None) -> Value:
-        """x in parts that a projection can read."""
-        widths = widths or self._part_widths(sum(x.widths))
-        if len(x.names) > 1 or len(widths) == 1:
+    def _cut(self, x: Value, widths: Sequence[int]) -> Value:
+        if len(x.names) == len(widths):
             return x
-        return Value(self, [self._columns(x, *span) for _, span in _spans(widths)], widths)
+        return Value(self, [self._columns(x, *span) for span in _spans(widths) if span], widths)
 
     def _columns(self, x: Value, start: int, stop: int) -> str:
         bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
         return self.node("Slice", [self.whole(x), *bounds])
 
-    def whole(self, x: Value) -> str:
-        return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
 
-    def _like(self, x: Value, name: str) -> Value:
-        return Value(self, [name], [sum(x.widths)])
-
-
-def _spans(widths: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
-    ends = np.cumsum(widths)
-    return [
-        (i, (int(end) - width, int(end))) for i, (end, width) in enumerate(zip(ends, widths, strict=True))
-    ]
-
-
-def _digest(array: np.ndarray) -> str:
-    if array.size <= 1:
-        return str(array.reshape(-1)[0])
-    return "table"  # row_matmul's two: told apart by their shapes
+def _spans(widths: Sequence[int]) -> Sequence[tuple[int, int] | None]:
+    """Where the parts begin and end; None for one that is all there is."""
+    ends = [int(end) for end in np.cumsum(widths)]
+    return (
+        [(end - width, end) for end, width in zip(ends, widths, strict=True)] if len(widths) > 1 else [None]
+    )
 
 
 def trace_group(

@@ -123,6 +123,6 @@ def _part(path: Any, tensors: dict[str, np.ndarray], name: str, shape: tuple[int
 
 def _count(path: Any, metadata: dict[str, str]) -> int:
     count = metadata.get("tokens_seen", "")
-    if not count.isdigit():
-        raise StateError(f"state {path}: tokens_seen is {count!r}, not a count")
+    if not (count.isascii() and count.isdigit() and len(count) < 19):
+        raise StateError(f"state {path}: tokens_seen is {count!r:.40}, not a count")
     return int(count)

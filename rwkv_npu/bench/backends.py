@@ -94,7 +94,7 @@ class TinygradBackend:
     """Devices `cpu` (compiled by clang) and `opencl` (the first platform's GPU, or what it has)."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
-        os.environ.setdefault("CPU_COUNT", str(threads))
+        os.environ["NUM_CPU_THREADS"] = str(threads)  # read on import
         from tinygrad import Device, dtypes
 
         self._name = {"cpu": "CPU", "opencl": "CL"}[device]

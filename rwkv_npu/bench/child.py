@@ -6,6 +6,8 @@ Requests come as lines of JSON on stdin, each answered by a line on the original
 stderr. The first request opens a backend, the others are products to time:
     {"backend", "device", "dtype", "threads", "effort": {...}}  ->  fields of a Row that hold for the series
     {"shape": [m, k, n]}                                        ->  the other fields of a Row
+or, instead of all that,
+    {"roofline": threads}                                       ->  what roofline.measure returns
 An answer has "failed" where something went wrong, and "fatal" where larger products would fail too.
 """
 
@@ -18,6 +20,7 @@ import sys
 import threading
 from typing import IO, Any
 
+from rwkv_npu.bench import roofline
 from rwkv_npu.bench.backends import Backend, NumpyBackend, OrtBackend, TinygradBackend, TorchBackend, first_line
 from rwkv_npu.bench.machine import Watch
 from rwkv_npu.bench.problem import make_problem, memory_needed
@@ -82,6 +85,8 @@ class Server:
 def answer(server: Server | None, request: dict[str, Any]) -> tuple[Server | None, dict[str, Any]]:
     """The server (opened by the first request) and the answer."""
     try:
+        if "roofline" in request:
+            return server, roofline.measure(request["roofline"])
         if server is None:
             server = Server(request)
             return server, server.describe()

@@ -69,8 +69,12 @@ class Row:
 
     @property
     def series(self) -> str:
-        """What a line in a picture is called; the same for every size."""
-        return f"{self.backend} {self.dtype}" + (" (estimate)" if self.estimated else "")
+        return series_name(self.backend, self.dtype, self.device.startswith("OpenCL"), self.estimated)
+
+
+def series_name(backend: str, dtype: str, opencl: bool, estimated: bool) -> str:
+    """What all sizes of a backend have in common, as people read it."""
+    return f"{backend}{' OpenCL' if opencl else ''} {dtype}{' (estimate)' if estimated else ''}"
 
 
 def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:

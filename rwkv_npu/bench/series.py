@@ -13,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rwkv_npu.bench.backends import first_line
+from rwkv_npu.bench.backends import first_line, moved
 from rwkv_npu.bench.problem import make_problem
-from rwkv_npu.bench.record import Row, with_rates
+from rwkv_npu.bench.record import Row, series_name, with_rates
 from rwkv_npu.bench.rknn import BYTES, Estimate
-from rwkv_npu.bench.backends import moved
 from rwkv_npu.bench.shapes import Shape
 from rwkv_npu.bench.timing import Effort
 from rwkv_npu.errors import BackendError, RwkvNpuError
@@ -28,7 +27,7 @@ ROW_LIMIT_S = 600.0  # a child that is silent for so long is ended
 
 @dataclass(frozen=True)
 class Series:
-    """What is asked for; `device` tells apart what a backend can run on."""
+    """What is asked for. `device` tells apart what tinygrad can run on: cpu, opencl."""
 
     backend: str
     dtype: str
@@ -37,8 +36,7 @@ class Series:
 
     @property
     def name(self) -> str:
-        device = f" {self.device}" if self.backend == "tinygrad" else ""
-        return f"{self.backend}{device} {self.dtype}" + (" (estimate)" if self.estimated else "")
+        return series_name(self.backend, self.dtype, self.device == "opencl", self.estimated)
 
 
 class Failed(Exception):
@@ -49,13 +47,13 @@ class Failed(Exception):
         self.fatal = fatal
 
 
-class Measured:
-    """A series timed in a child process. Raises BackendError if the backend cannot be opened."""
+class Child:
+    """A process of child.py and the conversation with it."""
 
-    def __init__(self, series: Series, threads: int, effort: Effort) -> None:
+    def __init__(self, threads: int) -> None:
         self._errors = tempfile.TemporaryFile()
         variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
-        settings = {name: str(threads) for name in (*variables, "CPU_COUNT", "POCL_MAX_PTHREAD_COUNT")}
+        settings = {name: str(threads) for name in (*variables, "POCL_MAX_PTHREAD_COUNT")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rwkv_npu.bench.child"],
             env={**os.environ, **settings},
@@ -66,28 +64,6 @@ class Measured:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
-        self._threads = threads
-        request = {**asdict(series), "threads": threads, "effort": asdict(effort)}
-        try:
-            self._fields = self._ask(request)
-        except Failed as error:
-            self.close()
-            raise BackendError(str(error)) from None
-        except BaseException:
-            self.close()
-            raise
-        self._backend = series.backend
-
-    def row(self, shape: Shape) -> Row:
-        """Raises Failed."""
-        fields = self._ask({"shape": list(shape)})
-        return Row(**{"backend": self._backend, "threads": self._threads, **self._fields, **fields})
-
-    def blank(self, shape: Shape, reason: str) -> Row:
-        """A row that says why it has no time."""
-        m, k, n = shape
-        return Row(**{"backend": self._backend, "threads": self._threads, **self._fields}, m=m, k=k, n=n, failed=reason)
-
     def close(self) -> None:
         """End the process. May be called again."""
         if self._process.poll() is None:
@@ -100,7 +76,8 @@ class Measured:
             except OSError:  # a request that nobody read
                 pass
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer. Raises Failed."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         limit = threading.Timer(ROW_LIMIT_S, self._process.kill)
@@ -129,6 +106,44 @@ class Measured:
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
         return f"its process {how}" + (f": {said[-1].strip()}" if said else "")
+
+
+class Measured:
+    """A series timed in a child process. Raises BackendError if the backend cannot be opened."""
+
+    def __init__(self, series: Series, threads: int, effort: Effort) -> None:
+        self._child = Child(threads)
+        request = {**asdict(series), "threads": threads, "effort": asdict(effort)}
+        try:
+            fields = self._child.ask(request)
+        except Failed as error:
+            self.close()
+            raise BackendError(str(error)) from None
+        except BaseException:
+            self.close()
+            raise
+        self._fields = {"backend": series.backend, "threads": threads, **fields}
+
+    def row(self, shape: Shape) -> Row:
+        """Raises Failed."""
+        return Row(**{**self._fields, **self._child.ask({"shape": list(shape)})})
+
+    def blank(self, shape: Shape, reason: str) -> Row:
+        """A row that says why it has no time."""
+        m, k, n = shape
+        return Row(**self._fields, m=m, k=k, n=n, failed=reason)
+
+    def close(self) -> None:
+        self._child.close()
+
+
+def roofline(threads: int) -> dict[str, float]:
+    """What `roofline.measure` finds in a process of its own. Raises Failed."""
+    child = Child(threads)
+    try:
+        return child.ask({"roofline": threads})
+    finally:
+        child.close()
 
 
 class Estimated:
@@ -164,7 +179,7 @@ class Estimated:
 
 
 Opened = Measured | Estimated
-Open = Callable[[Series], Opened]
+Open = Callable[[Series, int, Effort], Opened]
 
 
 def open_series(series: Series, threads: int, effort: Effort) -> Opened:

@@ -1,0 +1,207 @@
+"""Time against N, fitted by Minuit: the article's exponential, and a power law.
+
+    exponential  t = exp(c + s N)
+    power        t = a (N / 1024)^b + t0        a: the time at N = 1024 without t0; t0 is not negative
+
+Two weightings of the points:
+    repeats   each point's error is that of its median, from its repeats, with FLOOR of the time added in quadrature:
+              what medians of separate runs differ by. An estimate has no repeats, so it has the floor alone.
+    equal     every point counts the same, in seconds, as in the article (ROOT's default for a graph without errors).
+              Its chi2 is a sum of squared seconds and tests nothing; the large N decide alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.bench.record import Row, by_series
+from rwkv_npu.errors import UsageError
+
+FLOOR = 0.02
+FEWEST = 6  # points
+UNIT = 1024.0  # N is fitted in these, so that the parameters are of like size
+
+
+@dataclass(frozen=True)
+class Article:
+    """The fit of the article series that this benchmark began with (2023, RKNN2 1.5.0 on an RK3588)."""
+
+    title: str = "Benchmarking RK3588 NPU matrix multiplication performance"
+    constant: float = -2.98728
+    constant_error: float = 0.0811982
+    slope: float = 0.000918918
+    slope_error: float = 2.29814e-05
+    chi2: float = 0.0840229
+    ndf: int = 29
+    edm: float = 5.32403e-09
+    calls: int = 68
+
+    def time(self, n: np.ndarray) -> np.ndarray:
+        """t(N), in whatever unit it has."""
+        return np.exp(self.constant + self.slope * n)
+
+
+ARTICLE = Article()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model fitted to a series. `errors` are Minuit's, for chi2/NDf = 1; multiply them by `scale` where it is not."""
+
+    series: str
+    model: str
+    weights: str
+    parameters: dict[str, float]
+    errors: dict[str, float]
+    chi2: float
+    ndf: int
+    edm: float
+    calls: int
+    valid: bool
+    aic: float
+    rms_relative: float
+    at_limit: bool
+
+    @property
+    def reduced(self) -> float:
+        return self.chi2 / self.ndf
+
+    @property
+    def scale(self) -> float:
+        """By how much the errors are too small if the model is right and the points' errors are not."""
+        return float(np.sqrt(self.reduced))
+
+    def time(self, n: np.ndarray) -> np.ndarray:
+        return MODELS[self.model](n, *self.parameters.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "reduced_chi2": self.reduced}
+
+
+def exponential(n: np.ndarray, c: float, s: float) -> np.ndarray:
+    return np.exp(np.minimum(c + s * n, 700.0))  # Minuit's excursions may not overflow
+
+
+def power(n: np.ndarray, a: float, b: float, t0: float) -> np.ndarray:
+    return a * (n / UNIT) ** b + t0
+
+
+MODELS: dict[str, Callable[..., np.ndarray]] = {"exponential": exponential, "power": power}
+
+
+def fit_all(rows: Iterable[Row]) -> list[Fit]:
+    """Every model and weighting for every series with enough square sizes. Raises UsageError without iminuit."""
+    check_installed()
+    fits = []
+    for series, points in by_series(rows, square=True).items():
+        if len(points) < FEWEST:
+            continue
+        n = np.array([row.n for row in points], float)
+        t = np.array([row.time_s for row in points], float)
+        errors = np.hypot(FLOOR * t, [row.time_error_s or 0.0 for row in points])
+        for weights, sigma in (("repeats", errors), ("equal", np.ones_like(t))):
+            fits += [fit(series, model, weights, n, t, sigma) for model in MODELS]
+    return fits
+
+
+def check_installed() -> None:
+    """Raises UsageError without iminuit."""
+    try:
+        import iminuit  # noqa: F401
+    except ImportError:
+        raise UsageError("fitting needs iminuit: pip install 'rwkv_npu[bench]'") from None
+
+
+def fit(series: str, model: str, weights: str, n: np.ndarray, t: np.ndarray, sigma: np.ndarray) -> Fit:
+    """One fit by Migrad, errors by Hesse."""
+    from iminuit import Minuit
+    from iminuit.cost import LeastSquares
+
+    function = MODELS[model]
+    # Equal weights: in units in which the largest time is 1, since Minuit's tolerance is an absolute one.
+    unit = float(t.max()) if weights == "equal" else 1.0
+    start = _start(model, n, t / unit)
+    minuit = Minuit(LeastSquares(n, t / unit, sigma, function), **start)
+    minuit.strategy = 2
+    if model == "power":
+        minuit.limits["t0"] = (0, None)
+        minuit.limits["a"] = (0, None)
+    minuit.migrad(ncall=20_000)
+    minuit.hesse()
+    assert minuit.fmin is not None
+    values, errors = minuit.values.to_dict(), minuit.errors.to_dict()
+    if unit != 1.0:
+        values, errors = _in_seconds(model, values, errors, unit)
+    chi2, count = float(minuit.fval) * unit**2, len(values)
+    residuals = function(n, *values.values()) - t
+    return Fit(
+        series=series,
+        model=model,
+        weights=weights,
+        parameters=values,
+        errors=errors,
+        chi2=chi2,
+        ndf=len(n) - count,
+        edm=float(minuit.fmin.edm),
+        calls=int(minuit.nfcn),
+        valid=bool(minuit.valid),
+        # Known errors: chi2 is -2 ln L up to a constant. Unknown ones are one parameter more.
+        aic=chi2 + 2 * count if weights == "repeats" else len(n) * float(np.log(chi2 / len(n))) + 2 * (count + 1),
+        rms_relative=float(np.sqrt(np.mean((residuals / t) ** 2))),
+        at_limit=model == "power" and values["t0"] < 1e-3 * float(t.min()),
+    )
+
+
+def _start(model: str, n: np.ndarray, t: np.ndarray) -> dict[str, float]:
+    """Straight lines through logarithms; of the power law, through the upper half, where t0 matters little."""
+    if model == "exponential":
+        s, c = np.polyfit(n, np.log(t), 1)
+        return {"c": float(c), "s": float(s)}
+    upper = slice(len(n) // 2, None)
+    b, a = np.polyfit(np.log(n[upper] / UNIT), np.log(t[upper]), 1)
+    return {"a": float(np.exp(a)), "b": float(b), "t0": float(t.min()) / 10}
+
+
+def _in_seconds(
+    model: str, values: dict[str, float], errors: dict[str, float], unit: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Parameters of a fit to t / unit as those of a fit to t. Errors are for points off by 1 s, as in ROOT."""
+    if model == "exponential":
+        return {**values, "c": values["c"] + float(np.log(unit))}, {k: e / unit for k, e in errors.items()}
+    scaled = {key: unit if key != "b" else 1.0 for key in values}
+    return (
+        {key: value * scaled[key] for key, value in values.items()},
+        {key: error * scaled[key] / unit for key, error in errors.items()},
+    )
+
+
+@dataclass(frozen=True)
+class CubicTwin:
+    """The curve a N^3 + t0 whose exponential fit, weighted equally, has exactly the article's two parameters.
+
+    `chi2` is what that fit then gives, to be held against the article's: had its times been exponential it would be
+    noise alone, and unrelated to this.
+    """
+
+    a: float
+    t0: float
+    chi2: float
+    constant_error: float
+    slope_error: float
+
+
+def cubic_twin(n: Sequence[float] | np.ndarray) -> CubicTwin:
+    """The twin over the sizes `n`. The conditions of a least-squares fit are linear in a and t0: solved exactly."""
+    n = np.asarray(n, float)
+    e = ARTICLE.time(n)
+    # Gradient of sum (t - e)^2 by c and s is zero: sum e (t - e) = 0 and sum n e (t - e) = 0.
+    matrix = np.array([[np.sum(e * n**3), np.sum(e)], [np.sum(n * e * n**3), np.sum(n * e)]])
+    a, t0 = np.linalg.solve(matrix, [np.sum(e * e), np.sum(n * e * e)])
+    chi2 = float(np.sum((a * n**3 + t0 - e) ** 2))
+    jacobian = np.stack([e, n * e])
+    errors = np.sqrt(np.diag(np.linalg.inv(jacobian @ jacobian.T)) * chi2 / (len(n) - 2))  # ROOT's, scaled by chi2/NDf
+    return CubicTwin(float(a), float(t0), chi2, float(errors[0]), float(errors[1]))
