@@ -197,6 +197,15 @@ def verify_files(bundle: Bundle) -> Iterator[str]:
         yield name
 
 
+def damaged_files(root: Path, manifest: Manifest) -> Iterator[str]:
+    """Names of the files that are missing, or not as they were written."""
+    for name, record in manifest.files.items():
+        try:
+            _check_file(root / name, record, whole=True)
+        except BundleError:
+            yield name
+
+
 def _check_file(path: Path, record: FileRecord, *, whole: bool) -> None:
     try:
         size = path.stat().st_size

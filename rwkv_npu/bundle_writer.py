@@ -6,7 +6,6 @@ Every file appears whole, by a rename, so that a conversion that was interrupted
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -107,7 +106,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
     if isinstance(tokenizer.source, str):
         return f"builtin:{tokenizer.source}"
     name = "tokenizer.json" if tokenizer.source.suffix == ".json" else "vocab.txt"
-    shutil.copyfile(tokenizer.source, folder / name)
+    write_atomically(folder / name, tokenizer.source.read_bytes())
     return name
 
 

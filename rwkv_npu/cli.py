@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_eval(commands)
     _add_info(commands)
+    _add_bench(commands)
     _add_toolkit(commands)
     return top
 
@@ -130,6 +131,71 @@ def _add_toolkit(commands: Any) -> None:
     actions.add_parser("status", help="say what is installed")
     remove = actions.add_parser("remove", help="remove it")
     remove.add_argument("--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: all)")
+
+
+def _add_bench(commands: Any) -> None:
+    p = commands.add_parser("bench", help="measure this machine, and compare it with the NPU")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    _add_bench_matmul(actions)
+    _add_bench_inference(actions)
+
+
+def _add_bench_matmul(actions: Any) -> None:
+    p = actions.add_parser(
+        "matmul",
+        help="time matrix products",
+        description="Time C (M, N) = A (M, K) @ B (K, N), B constant, on everything that multiplies here. On a PC the "
+        "rknn rows are estimates by Rockchip's compiler, and are marked so.",
+    )
+    what = "what to multiply (default: --sizes 128:4096:128)"
+    p.add_argument("--sizes", metavar="LIST", help=f"{what}: M = K = N, such as 256,512 or FIRST:LAST:STEP")
+    p.add_argument("--shapes", metavar="LIST", help="MxKxN, joined by commas")
+    p.add_argument("--model", metavar="MODEL", help="a bundle's projections, or an official size's, such as v7-1.5b")
+    p.add_argument(
+        "--backends",
+        metavar="LIST",
+        help="of numpy, torch, ort, rknn (default: these), tinygrad (CPU and OpenCL), rknn-matmul",
+    )
+    p.add_argument("--dtypes", metavar="LIST", help="of fp32, fp16, bf16, int8, int4 (default: each backend's own)")
+    p.add_argument("-r", "--repeats", type=int, metavar="N", help="runs at least (default: 7, and until the spread is known)")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="(default: one a core)")
+    p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
+    p.add_argument(
+        "--resume", metavar="FILE", help="keep every row in this JSON file, and measure only what it does not hold"
+    )
+    p.add_argument("--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again")
+    p.add_argument("--fit", action="store_true", help="fit time against N with Minuit, and print the log")
+    p.add_argument("--plot", metavar="FILE", help="draw FILE-time, -roofline, -bars and -fit; FILE ends in .png or .svg")
+    p.add_argument("--bars", metavar="LIST", help="sizes in the bar chart (default: 512,1024,2048,4096)")
+
+
+def _add_bench_inference(actions: Any) -> None:
+    p = actions.add_parser(
+        "inference",
+        help="time a model on every backend",
+        description="Time prompts of 128 and 512 tokens, then 128 tokens written, on each backend in a process of its "
+        "own. For a bundle with artifacts the RK3588's NPU and CPU are estimated beside it, and marked so.",
+    )
+    which = "bundle or checkpoint (default: the demo model); repeatable"
+    p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
+    p.add_argument("--backends", metavar="LIST", help="of ort, torch, numpy (default: these)")
+    p.add_argument("-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)")
+    limit = "of each stage; slow backends write fewer tokens (default: 30)"
+    p.add_argument("--seconds", type=float, metavar="S", help=limit)
+    p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+    p.add_argument(
+        "--call-overhead-us", type=float, metavar="US", help="estimates: what a call to the NPU costs (default: 270)"
+    )
+    p.add_argument(
+        "--host-factor", type=float, metavar="X", help="estimates: how much slower the board's CPU is (default: 4)"
+    )
+    p.add_argument("--profile", action="store_true", help="where a token goes, by group and by function")
+    p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
+    p.add_argument(
+        "--resume", metavar="FILE", help="keep every row in this JSON file, and measure only what it does not hold"
+    )
+    p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

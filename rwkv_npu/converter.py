@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,18 @@ from pathlib import Path
 
 import rwkv_npu
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts
-from rwkv_npu.bundle import FORMAT, MANIFEST, MATHS, Artifact, Bundle, Manifest, is_bundle, read_manifest, write_atomically
+from rwkv_npu.bundle import (
+    FORMAT,
+    MANIFEST,
+    MATHS,
+    Artifact,
+    Bundle,
+    Manifest,
+    damaged_files,
+    is_bundle,
+    read_manifest,
+    write_atomically,
+)
 from rwkv_npu.bundle_writer import (
     STORAGE,
     describe_groups,
@@ -37,6 +49,8 @@ from rwkv_npu.toolkit.compiler import TARGETS, CompileOptions
 from rwkv_npu.verify import verify_graphs
 
 Say = Callable[[str], None]
+
+MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 
 
 @dataclass(frozen=True)
@@ -84,10 +98,10 @@ def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
     """`auto` -> None; "1,64", 64 or [1, 64] -> (1, 64). Raises UsageError outside 1 .. 1024."""
     if rows == "auto":
         return None
-    parts = rows.split(",") if isinstance(rows, str) else [rows] if isinstance(rows, int) else list(rows)
+    parts = rows.split(",") if isinstance(rows, str) else [rows] if isinstance(rows, int) else rows
     try:
         counts = sorted({int(part) for part in parts})
-    except ValueError:
+    except (TypeError, ValueError):
         counts = []
     if not counts or counts[0] < 1 or counts[-1] > 1024:
         raise UsageError(f"rows {rows!r} makes no sense: write auto, or numbers from 1 to 1024 such as 1,64")
@@ -133,6 +147,7 @@ def convert(
         override=None if tokenizer is None else os.fspath(tokenizer),
     )
     place = Path(out) if out is not None else Path(f"{_stem(Path(checkpoint))}.rwkv")
+    _check_place(place, Path(checkpoint))
     adding = _existing(place, opened, request)
     spec = opened.spec
     for note in opened.notes:
@@ -146,11 +161,13 @@ def convert(
     if request.target:
         planned = plan_artifacts(manifest, program, request.target, request.precision, request.rows)
     with _workspace(place, manifest, adding is not None) as folder:
+        _drop_damaged(folder, manifest, say)
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)
         bundle = Bundle(folder, manifest)
         write_graphs(bundle)
-        if adding is None:
+        if tokenizer is not None or not _has_tokenizer(manifest):
             manifest.tokenizer = write_tokenizer(folder, words)
+            manifest.files.pop(manifest.tokenizer or "", None)
         if request.verify:
             say("verifying the graphs in ONNX Runtime")
             verify_graphs(bundle)
@@ -176,6 +193,29 @@ def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
 def _stem(checkpoint: Path) -> str:
     resolved = checkpoint.resolve()
     return resolved.name if resolved.is_dir() else resolved.stem
+
+
+def _check_place(place: Path, checkpoint: Path) -> None:
+    """Raises UsageError for an output that cannot be made, or whose replacement would remove the checkpoint."""
+    if place.name in ("", ".."):
+        raise UsageError(f"the output cannot be {place}: name a folder to make")
+    source = checkpoint.resolve()
+    if place.resolve() in (source, *source.parents):
+        raise UsageError(f"the output {place} holds the checkpoint itself: name another")
+
+
+def _drop_damaged(folder: Path, manifest: Manifest, say: Say) -> None:
+    """Forget what a bundle has lost, so that it is made again."""
+    for name in list(damaged_files(folder, manifest)):
+        say(f"{name} is missing or damaged: it is made again")
+        (folder / name).unlink(missing_ok=True)
+        del manifest.files[name]
+    manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]
+
+
+def _has_tokenizer(manifest: Manifest) -> bool:
+    name = manifest.tokenizer
+    return name is not None and (name.startswith("builtin:") or name in manifest.files)
 
 
 def _existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest | None:
@@ -222,28 +262,35 @@ def _workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
         if not adding:
             _replace(folder, place)
     except OSError as error:
-        rest = "" if adding else f"; what is done lies in {folder}, and the same command goes on from there"
-        raise BundleError(f"cannot write the bundle: {error.strerror or error} ({folder}){rest}") from error
+        line = f"cannot write the bundle: {error.strerror or error} ({folder})"
+        if not adding and (folder / MARK).is_file():
+            line += "; what is done is kept there, and the same command goes on from it"
+        raise BundleError(line) from error
 
 
 def _prepare_partial(folder: Path, manifest: Manifest) -> None:
     """Keep what an interrupted conversion of the same weights left, remove what another left."""
-    mark = folder / "conversion"
+    mark = folder / MARK
     key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
-    if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
+    if mark.is_file() and mark.read_text(encoding="utf-8") != key:
         shutil.rmtree(folder)
+    elif folder.is_dir() and not mark.exists() and any(folder.iterdir()):
+        raise BundleError(f"{folder} is in the way, and not from an interrupted conversion: move it away")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, key.encode())
 
 
 def _replace(folder: Path, place: Path) -> None:
     """Put the finished folder in the place of whatever is there, which is removed only after that."""
-    (folder / "conversion").unlink()
-    old = place.with_name(place.name + ".old")
     if place.exists() or place.is_symlink():
-        os.replace(place, old)
-    os.replace(folder, place)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
+        with tempfile.TemporaryDirectory(prefix=f"{place.name}.old-", dir=place.parent) as aside:
+            old = Path(aside) / "old"
+            os.replace(place, old)
+            try:
+                os.replace(folder, place)
+            except BaseException:
+                os.replace(old, place)
+                raise
     else:
-        old.unlink(missing_ok=True)
+        os.replace(folder, place)
+    (place / MARK).unlink()

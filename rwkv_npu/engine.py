@@ -5,8 +5,10 @@ The engine knows ids, states and backends; it knows nothing of text, of sampling
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,9 +23,14 @@ PREFILL_ROWS = 128  # tokens a call where the backend takes any number of rows
 
 @dataclass
 class Counters:
-    """What the groups were asked to do since the engine was made."""
+    """What the groups were asked to do since the engine was made, and how long it took.
+
+    run_s: seconds inside the backends, by role of the group. dispatch_s: choosing runners and filling their inputs.
+    """
 
     calls: int = 0
+    run_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    dispatch_s: float = 0.0
 
 
 class Dispatcher:
@@ -59,6 +66,7 @@ class Dispatcher:
         keep: bool,
     ) -> Mapping[str, np.ndarray]:
         """One call of a runner of `capacity` rows; rows are causal, so that padding goes to the end."""
+        begin = time.perf_counter()
         key = backend.name, group.name, capacity, batch
         runner = self._runners.get(key) or backend.open(group, capacity, batch)
         if keep:
@@ -67,8 +75,11 @@ class Dispatcher:
             target, given = runner.inputs[port.name], inputs[port.name]
             target[: len(given)] = given
             target[len(given) :] = 0
-        self.counters.calls += 1
+        filled = time.perf_counter()
         outputs = runner.run()
+        self.counters.calls += 1
+        self.counters.run_s[group.role] += time.perf_counter() - filled
+        self.counters.dispatch_s += filled - begin
         rows, _ = _extent(group, inputs)
         return outputs if rows == capacity else {name: array[:rows] for name, array in outputs.items()}
 
@@ -81,6 +92,13 @@ class Dispatcher:
             out = self.run(group, {name: array[start : start + step] for name, array in inputs.items()})
             pieces.append({name: array.copy() for name, array in out.items()})
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def open(self, groups: Sequence[Group]) -> None:
+        """Open every group for one token, and for all the row counts that a backend has of it."""
+        for backend in {id(backend): backend for backend in (self.decode, self.prefill)}.values():
+            for group in groups:
+                for rows in backend.row_counts(group) or (1,):
+                    self._runners[backend.name, group.name, rows, 1] = backend.open(group, rows)
 
     def close(self) -> None:
         self._runners.clear()
@@ -115,6 +133,7 @@ class Engine:
         self.program, self.fingerprint = program, fingerprint
         self._network = Network(program, host)
         self._dispatcher = Dispatcher(decode, prefill)
+        self._dispatcher.open(program.groups)
         self._initial = initial
         self._chunk = self._rows(prefill) or PREFILL_ROWS
         # Artifacts are built for one sequence.

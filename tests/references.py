@@ -148,7 +148,9 @@ class References:
             with np.load(self._folder / f"{worker}.npz") as file:
                 self._done[worker] = dict(file)
         found = self._done[worker]
-        parts = {name.removeprefix(f"{key}/"): array for name, array in found.items() if name.startswith(f"{key}/")}
+        parts = {
+            name.removeprefix(f"{key}/"): array for name, array in found.items() if name.startswith(f"{key}/")
+        }
         return Reference(parts.pop("logits"), parts)
 
 
@@ -206,7 +208,9 @@ def _package_state(case: Case, state: list[Any]) -> dict[str, np.ndarray]:
         names = ["att.shift", "att.a", "att.b", "att.q", "ffn.shift"]
     else:
         names = ["att.shift", "att.wkv", "ffn.shift"]
-    parts = {name: np.stack([part.numpy() for part in state[i :: len(names)]]) for i, name in enumerate(names)}
+    parts = {
+        name: np.stack([part.numpy() for part in state[i :: len(names)]]) for i, name in enumerate(names)
+    }
     if case.worker == "classic" and case.generation != "4":
         parts["att.wkv"] = parts["att.wkv"].swapaxes(-1, -2)
     return parts

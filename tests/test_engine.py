@@ -75,7 +75,9 @@ def source_of(folder: Path, generation: str, fusion: str = "layer") -> Checkpoin
     return CheckpointSource(open_checkpoint(folder / f"{generation}.pth"), fusion)
 
 
-def engine_of(source: CheckpointSource, decode: Backend | None = None, prefill: Backend | None = None) -> Engine:
+def engine_of(
+    source: CheckpointSource, decode: Backend | None = None, prefill: Backend | None = None
+) -> Engine:
     decode = decode or NumpyBackend(source)
     return Engine(
         source.program,
@@ -151,6 +153,18 @@ def test_returned_logits_belong_to_the_caller(engine: Engine) -> None:
     again, state = engine.forward(TOKENS[3:5], state, all_logits=True)
     again.fill(np.nan)
     assert np.isfinite(state.logits).all() and np.isfinite(expected).all()  # type: ignore[arg-type]
+
+
+def test_results_outlive_later_calls(source: CheckpointSource) -> None:
+    """Whatever buffers the backend uses again."""
+    engine = engine_of(source, FixedRows(source))
+    one, state = engine.forward(TOKENS[:1])
+    every, _ = engine.forward(TOKENS[1:2], state, all_logits=True)
+    batch, (advanced,) = engine.forward_batch([TOKENS[:1]], [engine.new_state()])
+    kept = [array.copy() for array in (one, every, batch, *advanced.parts.values())]
+    engine.forward(TOKENS[5:9], all_logits=True)
+    for array, copy in zip((one, every, batch, *advanced.parts.values()), kept, strict=True):
+        assert (array == copy).all()
 
 
 def test_all_logits_are_those_after_each_token(engine: Engine) -> None:
@@ -327,7 +341,8 @@ def test_what_runners_promise(source: CheckpointSource, backend: Backend, rows: 
     kept = []
     for group, runner in opened:
         assert {name: (array.shape, array.dtype) for name, array in runner.inputs.items()} == {
-            port.name: ((batch if port.per_sequence else rows, port.width), np.float32) for port in group.inputs
+            port.name: ((batch if port.per_sequence else rows, port.width), np.float32)
+            for port in group.inputs
         }
         for array in runner.inputs.values():
             array[:] = rng.standard_normal(array.shape)

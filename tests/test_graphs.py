@@ -31,11 +31,14 @@ SPLIT = 64  # widest matrix that is left whole, here
 BOUND = 1e-5  # over the largest value of an output
 
 # What Rockchip's compiler has been seen to place on the NPU, or to fold away.
-OPERATORS = {"MatMul", "Add", "Sub", "Mul", "Tanh", "Sigmoid", "Relu", "LayerNormalization", "Concat", "Slice"}
+OPERATORS = {"MatMul", "Add", "Sub", "Mul", "Tanh", "Sigmoid", "Relu"}
+OPERATORS |= {"LayerNormalization", "Concat", "Slice"}
 
 
 @pytest.fixture(scope="module", params=[(g, f) for g in GENERATIONS for f in FUSIONS], ids="-".join)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CheckpointSource]:
+def source(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CheckpointSource]:
     generation, fusion = request.param
     path = tmp_path_factory.mktemp("graphs") / "model.pth"
     make_checkpoint(path, generation=generation, ranks=RANKS.get(generation), dtype="fp32", **SIZES)
@@ -74,7 +77,9 @@ def assert_same(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
         assert np.abs(ours[name] - array).max() <= BOUND * max(1.0, np.abs(array).max()), name
 
 
-def by_the_maths(source: CheckpointSource, group: Group, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def by_the_maths(
+    source: CheckpointSource, group: Group, inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     outputs = source.evaluate(group, NumpyMaths(source.tensor), inputs)
     return {port.name: outputs[port.name] for port in group.outputs}
 
@@ -85,7 +90,9 @@ FORMS = [(None, None), (1, None), (4, None), (4, SPLIT)]
 
 
 @pytest.mark.parametrize(("rows", "split"), FORMS, ids=str)
-def test_graphs_are_valid_and_old_enough(source: CheckpointSource, rows: int | None, split: int | None) -> None:
+def test_graphs_are_valid_and_old_enough(
+    source: CheckpointSource, rows: int | None, split: int | None
+) -> None:
     for group in source.program.groups:
         model = graph_of(source, group, rows, split)
         onnx.checker.check_model(model, full_check=True)
@@ -142,7 +149,11 @@ def test_nodes_are_named_as_in_the_checkpoint(source: CheckpointSource) -> None:
         names = [node.name for node in graph_of(source, group).graph.node]
         assert len(set(names)) == len(names)
         for node in graph_of(source, group).graph.node:
-            if node.op_type == "MatMul" and not node.input[1].startswith("literal.") and node.output[0] not in outputs:
+            if (
+                node.op_type == "MatMul"
+                and not node.input[1].startswith("literal.")
+                and node.output[0] not in outputs
+            ):
                 plain = re.sub(r"(\.[0-4])?(\.product)?$", "", node.name)
                 assert plain in table or f"{plain}.weight" in table
 
@@ -158,7 +169,9 @@ def test_split_leaves_no_wide_matrix(source: CheckpointSource) -> None:
                 name = re.sub(r"(\.k\d+)?(\.n\d+)?$", "", node.input[1])
                 seen[name] = seen.get(name, 0) + prod(constants[node.input[1]].dims)
         whole = trace_group(source.program, group).projections
-        assert seen == {label: constant.of(source.tensor(constant.name)).size for label, constant in whole.items()}
+        assert seen == {
+            label: constant.of(source.tensor(constant.name)).size for label, constant in whole.items()
+        }
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -205,10 +218,10 @@ def test_rows_do_not_see_later_ones(source: CheckpointSource) -> None:
     """So that a call may be padded at its end."""
     for group in source.program.groups:
         inputs = inputs_of(group, 4)
-        changed = {
-            port.name: inputs[port.name] if port.per_sequence else np.vstack([inputs[port.name][:2], 9 * np.ones((2, port.width), np.float32)])
-            for port in group.inputs
-        }
+        changed = {name: array.copy() for name, array in inputs.items()}
+        for port in group.inputs:
+            if not port.per_sequence:
+                changed[port.name][2:] = 9
         model = graph_of(source, group, 4)
         one, other = run(model, inputs), run(model, changed)
         assert all((one[name][:2] == other[name][:2]).all() for name in one)

@@ -67,7 +67,9 @@ def assert_close(ours: Reference, theirs: Reference, slack: float = 1.0) -> None
 
 # -- the rwkv package ------------------------------------------------------------------------------------
 
-MODELS = [(case, backend, fusion) for case in CASES for backend in ("numpy", "ort", "torch") for fusion in FUSIONS]
+MODELS = [
+    (case, backend, fusion) for case in CASES for backend in ("numpy", "ort", "torch") for fusion in FUSIONS
+]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda param: f"{param[0].name}-{param[1]}-{param[2]}")

@@ -54,14 +54,18 @@ LOG_DECAYS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarra
     "none": lambda rng, shape: np.zeros(shape),
     "hardly any": lambda rng, shape: np.full(shape, -1e-30),
     "all at once": lambda rng, shape: np.full(shape, -1e4),
-    "about a chunk's bound": lambda rng, shape: -rng.choice([1.25, 1.2500001, 2.5, 39.99, 40.0, 40.01], shape),
+    "about a chunk's bound": lambda rng, shape: (
+        -rng.choice([1.25, 1.2500001, 2.5, 39.99, 40.0, 40.01], shape)
+    ),
     "all kinds": lambda rng, shape: -rng.choice([0.0, 1e-30, 1e-3, 1.0, 20.0, 88.0, 104.0, 1e4], shape),
     # Mostly long memory, and now and then a token that forgets: chunks of every length.
     "rare": lambda rng, shape: -np.where(rng.random(shape) < 0.01, rng.choice([39.0, 1e4], shape), 1e-3),
 }
 
 
-def eagle(r: np.ndarray, log_w: np.ndarray, k: np.ndarray, v: np.ndarray, u: np.ndarray, S: np.ndarray) -> Arrays:
+def eagle(
+    r: np.ndarray, log_w: np.ndarray, k: np.ndarray, v: np.ndarray, u: np.ndarray, S: np.ndarray
+) -> Arrays:
     """y (T, B, H, N) and the last S (B, H, N, N), [v, k], as the paper writes them."""
     r, log_w, k, v, u, S = (x.astype(np.float64) for x in (r, log_w, k, v, u, S))
     y = np.zeros_like(v)
@@ -72,7 +76,9 @@ def eagle(r: np.ndarray, log_w: np.ndarray, k: np.ndarray, v: np.ndarray, u: np.
     return y, S
 
 
-def wkv(r: np.ndarray, log_w: np.ndarray, k: np.ndarray, v: np.ndarray, u: np.ndarray, S: np.ndarray) -> np.ndarray:
+def wkv(
+    r: np.ndarray, log_w: np.ndarray, k: np.ndarray, v: np.ndarray, u: np.ndarray, S: np.ndarray
+) -> np.ndarray:
     return common.wkv(r, log_w, u, k, v, S)
 
 
@@ -120,7 +126,13 @@ RATES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] =
 
 
 def goose(
-    r: np.ndarray, w: np.ndarray, k: np.ndarray, v: np.ndarray, kappa: np.ndarray, b: np.ndarray, S: np.ndarray
+    r: np.ndarray,
+    w: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    kappa: np.ndarray,
+    b: np.ndarray,
+    S: np.ndarray,
 ) -> Arrays:
     r, w, k, v, kappa, b, S = (x.astype(np.float64) for x in (r, w, k, v, kappa, b, S))
     y = np.zeros_like(v)

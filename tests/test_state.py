@@ -166,7 +166,7 @@ def assert_refused(path: Path, model: Model, *words: str) -> None:
         assert word in message
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\x00" * 100, b"PK\x03\x04" + b"\x00" * 60, b"hello, I am text"])
+@pytest.mark.parametrize("content", [b"", b"x", b"\x00" * 100, b"PK\x03\x04" + b"\x00" * 60, b"some text"])
 def test_what_is_no_safetensors_file(content: bytes, v7: Model, tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(content)
     assert_refused(tmp_path / "s", v7, "cannot read the state")
@@ -294,7 +294,9 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert saved.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["no/such/folder/s", "file/s", "folder", "x" * 300], ids=lambda name: name[:9])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder/s", "file/s", "folder", "x" * 300], ids=lambda name: name[:9]
+)
 def test_a_place_that_cannot_be_written(name: str, v7: Model, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

@@ -39,7 +39,7 @@ The World vocabulary of the RWKV language models: {world_count} tokens.
 
 - Origin: `{world_file}` in the PyPI wheel `{world_wheel}` (https://github.com/BlinkDL/ChatRWKV),
   SHA-256 `{world_sha}`.
-- Author: Bo PENG (BlinkDL). Licence: Apache License 2.0, as this package (see `LICENSE`).
+- Author: BlinkDL. Licence: Apache License 2.0, as this package (see `LICENSE`).
 - Changed: the text lines `id repr length` are stored as binary lengths and bytes, compressed with gzip.
 
 ## 20B_tokenizer.json.gz

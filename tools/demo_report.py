@@ -128,6 +128,7 @@ def write(run: Path, data: Path, training: Sequence[str], held_out: Sequence[str
     data.mkdir(parents=True, exist_ok=True)
     for source, name in (("best.pth", "model.pth"), ("vocab.txt", "vocab.txt"), ("loss.csv", "loss.csv")):
         ship(run / source, data / name)
+    write_text(data / "heldout.txt", "\n\n".join(held_out) + "\n")
     model, vocabulary = load_weights(data / "model.pth"), Vocabulary.read(data / "vocab.txt")
     encoded = [vocabulary.encode(text) for text in held_out]
     size = sum(len(text.encode()) for text in held_out)
@@ -155,9 +156,14 @@ def write(run: Path, data: Path, training: Sequence[str], held_out: Sequence[str
         curve=loss_curve(data / "loss.csv"),
         samples="\n\n".join(f"```\n{text}\n```" for text in samples),
     )
-    partial = data / "PROVENANCE.md.partial"
+    write_text(data / "PROVENANCE.md", text)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write, so that `target` is whole at every moment."""
+    partial = target.with_name(target.name + ".partial")
     partial.write_text(text, "utf-8")
-    os.replace(partial, data / "PROVENANCE.md")
+    os.replace(partial, target)
 
 
 PROVENANCE = """\
@@ -172,6 +178,7 @@ This file is written by `tools/train_demo.py report`.
 | `model.pth` | official RWKV-7 layout, bf16, $parameters parameters ($dimensions), $file_size bytes |
 | `vocab.txt` | $tokens tokens in the World file format; id 0 ends a text, the last $unused rows are unused |
 | `loss.csv` | the loss curve |
+| `heldout.txt` | the held-out text, which `rwkv-npu eval` reads by default |
 
 ## Data and licence
 
@@ -181,8 +188,8 @@ dropped, paragraphs put on one line, copies dropped). Collections, newest first:
 
 Copyright (c) 2001 Python Software Foundation; all rights reserved. Python and its documentation are licensed
 under the PSF License Agreement, version 2 (PSF-2.0, <https://docs.python.org/3/license.html>); a few modules
-carry notices of their own, listed there. No text is shipped as such, only the tokens of the vocabulary and
-the trained weights, which are under this project's licence (Apache-2.0).
+carry notices of their own, listed there. `heldout.txt` is an extract of that text, changed only by the cleaning
+named above, and stays under that licence. The weights and the vocabulary are under this project's (Apache-2.0).
 
 - training: $training_documents documents, $training_bytes bytes
 - held out: $held_out_documents documents, $held_out_bytes bytes ($bytes_per_token bytes a token): 3 % of the
@@ -197,7 +204,9 @@ python tools/train_demo.py report --out RUN --corpus ...
 ```
 
 $versions. The schedule follows the clock, so a run on another machine takes another number of steps.
-The weights are those of the line with the lowest held-out figure.
+A run that was stopped and resumed has several lines of `train` above; what followed the last checkpoint was
+lost. The weights are those of the lowest line of `loss.csv`, so its figure is chosen on the text that it
+measures and a little kind; the curve shows by how much. Not every line is shown here.
 
 $curve
 

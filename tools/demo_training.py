@@ -198,7 +198,7 @@ class Run:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             with (self.out / "loss.csv").open("w", newline="") as file:
-                csv.writer(file).writerow(LOSS_FIELDS)
+                csv.writer(file, lineterminator="\n").writerow(LOSS_FIELDS)
             return
         saved = torch.load(path, map_location=self.args.device, weights_only=True)
         if saved["size"] != asdict(self.model.size):
@@ -267,7 +267,7 @@ class Run:
         minutes = f"{at.seconds / 60:.2f}"
         row = [at.step, minutes, f"{epochs:.2f}", f"{rate:.3g}", f"{mean:.4f}", f"{bits:.4f}"]
         with (self.out / "loss.csv").open("a", newline="") as file:
-            csv.writer(file).writerow(row)
+            csv.writer(file, lineterminator="\n").writerow(row)
         tqdm.write(" ".join(f"{k}={v}" for k, v in zip(LOSS_FIELDS, row, strict=True)), file=sys.stderr)
         if bits < at.best:
             at.best = bits

@@ -55,9 +55,12 @@ class NumpyBackend:
     """fp32 by its BLAS; fp16 has none and is a plain loop."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
-        blas: dict[str, Any] = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[call-overload]
+        configuration: Any = np.show_config(mode="dicts")
+        blas = configuration["Build Dependencies"]["blas"]
         self.dtype, self.device, self.accumulate = dtype, f"CPU ({cpu_model()})", "fp32"
-        self.versions = f"numpy {np.__version__}, {blas.get('name', 'unknown BLAS')} {blas.get('version', '')}".strip()
+        self.versions = (
+            f"numpy {np.__version__}, {blas.get('name', 'unknown BLAS')} {blas.get('version', '')}".strip()
+        )
         self._type = {"fp32": np.float32, "fp16": np.float16}[dtype]
 
     def prepare(self, problem: Problem) -> Operation:
@@ -100,7 +103,9 @@ class TinygradBackend:
         self._name = {"cpu": "CPU", "opencl": "CL"}[device]
         try:
             opened: Any = Device[self._name]
-        except Exception as error:  # a missing library is an AttributeError, a missing clang a FileNotFoundError
+        except (
+            Exception
+        ) as error:  # a missing library is an AttributeError, a missing clang a FileNotFoundError
             raise BackendError(f"tinygrad cannot open {device}: {first_line(error)}") from error
         chip = getattr(opened, "device_name", None)
         self.device = f"OpenCL ({chip})" if device == "opencl" else f"CPU ({cpu_model()})"
@@ -198,13 +203,9 @@ def int4_graph(problem: Problem) -> bytes:
     scale = np.maximum(np.abs(cut).max(axis=2), 1e-30) / 7
     levels = (np.clip(np.rint(cut / scale[..., None]), -8, 7) + 8).astype(np.uint8)
     packed = levels[..., 0::2] | (levels[..., 1::2] << 4)
-    node = helper.make_node(
-        "MatMulNBits",
-        ["a", "b", "b_scale"],
-        ["c"],
-        domain="com.microsoft",
-        **{"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": 4},
-    )
+    node = helper.make_node("MatMulNBits", ["a", "b", "b_scale"], ["c"], domain="com.microsoft")
+    for name, value in {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": 4}.items():
+        node.attribute.append(helper.make_attribute(name, value))
     return _graph(problem, [node], {"b": packed, "b_scale": scale.astype(np.float32).reshape(-1)})
 
 

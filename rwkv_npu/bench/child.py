@@ -21,7 +21,14 @@ import threading
 from typing import IO, Any
 
 from rwkv_npu.bench import roofline
-from rwkv_npu.bench.backends import Backend, NumpyBackend, OrtBackend, TinygradBackend, TorchBackend, first_line
+from rwkv_npu.bench.backends import (
+    Backend,
+    NumpyBackend,
+    OrtBackend,
+    TinygradBackend,
+    TorchBackend,
+    first_line,
+)
 from rwkv_npu.bench.machine import Watch
 from rwkv_npu.bench.problem import make_problem, memory_needed
 from rwkv_npu.bench.record import with_rates
@@ -37,14 +44,23 @@ BACKENDS: dict[str, type] = {
     "rknn": RknnBackend,
 }
 EMPTY = (32, 32, 32)  # the product that costs little but its call; MatMulNBits takes no smaller block
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad allocation", "bad_alloc", "out of memory", "Failed to allocate")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad allocation",
+    "bad_alloc",
+    "out of memory",
+    "Failed to allocate",
+)
 
 
 class Server:
     """An open backend that answers requests."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        self.backend: Backend = BACKENDS[request["backend"]](request["dtype"], request["threads"], request["device"])
+        self.backend: Backend = BACKENDS[request["backend"]](
+            request["dtype"], request["threads"], request["device"]
+        )
         self.effort = Effort(**request["effort"])
         self.watch = Watch()
         self.overhead = self.time(EMPTY)["time_s"]

@@ -29,7 +29,9 @@ def crossovers(rows: Iterable[Row]) -> list[Crossover]:
     for winner, loser in permutations(lines, 2):
         fast, slow = ({row.n: row for row in lines[name]} for name in (winner, loser))
         sizes = sorted(fast.keys() & slow.keys())
-        leads = [log(_time(slow[size]) / _time(fast[size])) for size in sizes]  # positive: the winner is ahead
+        leads = [
+            log(_time(slow[size]) / _time(fast[size])) for size in sizes
+        ]  # positive: the winner is ahead
         before = max((i for i, lead in enumerate(leads) if lead <= 0), default=-1)
         if not 0 <= before < len(sizes) - 1:
             continue
@@ -52,7 +54,9 @@ def describe(found: Iterable[Crossover], lines: list[str]) -> list[str]:
     text = []
     for one in found:
         label = ", an estimate against a clock" if one.estimated else ""
-        text.append(f"{one.winner} is faster than {one.loser} from N = {one.size:.0f} on ({_ms(one.time_s)}{label})")
+        text.append(
+            f"{one.winner} is faster than {one.loser} from N = {one.size:.0f} on ({_ms(one.time_s)}{label})"
+        )
     return text or [f"no crossovers among {', '.join(lines)}"]
 
 

@@ -82,12 +82,15 @@ class Fit:
         return {**asdict(self), "reduced_chi2": self.reduced}
 
 
+# Minuit's excursions may not overflow: hence the bounds on exponents.
+
+
 def exponential(n: np.ndarray, c: float, s: float) -> np.ndarray:
-    return np.exp(np.minimum(c + s * n, 700.0))  # Minuit's excursions may not overflow
+    return np.exp(np.clip(c + s * n, -200.0, 200.0))
 
 
 def power(n: np.ndarray, a: float, b: float, t0: float) -> np.ndarray:
-    return a * (n / UNIT) ** b + t0
+    return a * np.exp(np.clip(b * np.log(n / UNIT), -200.0, 200.0)) + t0
 
 
 MODELS: dict[str, Callable[..., np.ndarray]] = {"exponential": exponential, "power": power}
@@ -150,7 +153,9 @@ def fit(series: str, model: str, weights: str, n: np.ndarray, t: np.ndarray, sig
         calls=int(minuit.nfcn),
         valid=bool(minuit.valid),
         # Known errors: chi2 is -2 ln L up to a constant. Unknown ones are one parameter more.
-        aic=chi2 + 2 * count if weights == "repeats" else len(n) * float(np.log(chi2 / len(n))) + 2 * (count + 1),
+        aic=chi2 + 2 * count
+        if weights == "repeats"
+        else len(n) * float(np.log(chi2 / len(n))) + 2 * (count + 1),
         rms_relative=float(np.sqrt(np.mean((residuals / t) ** 2))),
         at_limit=model == "power" and values["t0"] < 1e-3 * float(t.min()),
     )
@@ -203,5 +208,7 @@ def cubic_twin(n: Sequence[float] | np.ndarray) -> CubicTwin:
     a, t0 = np.linalg.solve(matrix, [np.sum(e * e), np.sum(n * e * e)])
     chi2 = float(np.sum((a * n**3 + t0 - e) ** 2))
     jacobian = np.stack([e, n * e])
-    errors = np.sqrt(np.diag(np.linalg.inv(jacobian @ jacobian.T)) * chi2 / (len(n) - 2))  # ROOT's, scaled by chi2/NDf
+    errors = np.sqrt(
+        np.diag(np.linalg.inv(jacobian @ jacobian.T)) * chi2 / (len(n) - 2)
+    )  # ROOT's, scaled by chi2/NDf
     return CubicTwin(float(a), float(t0), chi2, float(errors[0]), float(errors[1]))

@@ -106,7 +106,10 @@ class Watch:
             found.append("busy")
         after, last = clocks(), probe()
         self.best_probe = min(self.best_probe, last)
-        fell = any(_highest(self._clocks, key) > SLOWER * _highest(after, key) for key in ("cpu_mhz", "npu_mhz", "ddr_mhz"))
+        fell = any(
+            _highest(self._clocks, key) > SLOWER * _highest(after, key)
+            for key in ("cpu_mhz", "npu_mhz", "ddr_mhz")
+        )
         if fell or last > SLOWER * self.best_probe:
             found.append("throttled")
         return " ".join(found)

@@ -12,7 +12,7 @@ from typing import Any
 from rwkv_npu.bench import machine, record
 from rwkv_npu.bench.backends import DTYPES
 from rwkv_npu.bench.record import Document, Row
-from rwkv_npu.bench.series import Failed, Measured, Open, Series, open_series, roofline
+from rwkv_npu.bench.series import Failed, Open, Series, open_series, roofline
 from rwkv_npu.bench.shapes import Shape
 from rwkv_npu.bench.timing import STOP_S, Effort
 from rwkv_npu.errors import BackendError, RwkvNpuError, UsageError
@@ -33,7 +33,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """One call of the sweep. `say` takes lines for people, `file` keeps the rows."""
+    """One call of the sweep. `say` takes lines for people, `file` keeps the rows; `redo` measures those again that
+    the machine's other work, or its clock, may have spoilt."""
 
     shapes: Sequence[Shape]
     backends: Sequence[str] = DEFAULT_BACKENDS
@@ -41,12 +42,16 @@ class Settings:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     effort: Effort = Effort()
     file: Path | None = None
+    redo: bool = False
     command: str = ""
     say: Say = lambda line: None
     open: Open | None = None
 
     def __post_init__(self) -> None:
-        for name, given, known in (("backend", self.backends, BACKENDS), ("dtype", self.dtypes or (), DTYPES)):
+        for name, given, known in (
+            ("backend", self.backends, BACKENDS),
+            ("dtype", self.dtypes or (), DTYPES),
+        ):
             if wrong := [one for one in given if one not in known]:
                 raise UsageError(f"{name} {wrong[0]!r} is unknown: use some of {', '.join(known)}")
         if self.threads < 1 or self.effort.repeats < 1:
@@ -84,7 +89,12 @@ class Sweep:
             _check_same(self.document, here, settings)
             self.document.command = settings.command or self.document.command
             # What failed is tried again.
-            self.document.results = [row for row in self.document.results if row.failed is None]
+            spoilt = {"busy", "throttled"} if settings.redo else set()
+            self.document.results = [
+                row
+                for row in self.document.results
+                if row.failed is None and not spoilt & set(row.flags.split())
+            ]
             self.document.notes = [note for note in self.document.notes if " failed at " not in note]
         self._known = {(row.series, row.size): row for row in self.document.results}
 
@@ -119,7 +129,10 @@ class Sweep:
                 try:
                     row = opened.row(shape)
                     if _is_slow(row):
-                        stop = self._note(count < len(waiting), f"{series.name} ends at {_text(shape)}: a run took {row.time_s:.0f} s")
+                        stop = self._note(
+                            count < len(waiting),
+                            f"{series.name} ends at {_text(shape)}: a run took {row.time_s:.0f} s",
+                        )
                 except Failed as error:
                     row = opened.blank(shape, str(error))
                     self._note(True, f"{series.name} failed at {_text(shape)}: {error}")
@@ -174,4 +187,6 @@ def _check_same(found: Document, here: dict[str, Any], settings: Settings) -> No
     for row in found.results:
         if row.threads not in (None, settings.threads):
             reason = f"with {row.threads} threads, not {settings.threads}"
-            raise UsageError(f"{settings.file} was measured {reason}: name another file, or give -t {row.threads}")
+            raise UsageError(
+                f"{settings.file} was measured {reason}: name another file, or give -t {row.threads}"
+            )

@@ -65,7 +65,9 @@ def compile_product(
     """Compile A @ B; int8 is calibrated on A itself, the best case. The file is kept only if `out` is given."""
     inputs = {"a": problem.a}
     precision = PRECISIONS[dtype]
-    options = CompileOptions(target=target, precision=precision, calibration=[inputs] if dtype == "int8" else [])
+    options = CompileOptions(
+        target=target, precision=precision, calibration=[inputs] if dtype == "int8" else []
+    )
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
         path = Path(folder) / f"matmul.{problem.m}x{problem.k}x{problem.n}.onnx"
         path.write_bytes(plain_graph(problem))

@@ -64,6 +64,7 @@ class Child:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
+
     def close(self) -> None:
         """End the process. May be called again."""
         if self._process.poll() is None:
@@ -175,7 +176,11 @@ class Estimated:
 
     def _common(self) -> dict[str, Any]:
         names = ("device", "dtype", "accumulate", "versions")
-        return {"backend": "rknn", "estimated": True, **{name: getattr(self._estimate, name) for name in names}}
+        return {
+            "backend": "rknn",
+            "estimated": True,
+            **{name: getattr(self._estimate, name) for name in names},
+        }
 
 
 Opened = Measured | Estimated

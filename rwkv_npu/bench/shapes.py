@@ -27,23 +27,25 @@ v7-0.1b 7 12 768   | v7-0.4b 7 24 1024   | v7-1.5b 7 24 2048   | v7-2.9b 7 32 25
 """
 OFFICIAL = {
     name: (generation, int(L), int(D))
-    for name, generation, L, D in (row.split() for row in _OFFICIAL.replace("\n", "|").split("|") if row.strip())
+    for name, generation, L, D in (
+        row.split() for row in _OFFICIAL.replace("\n", "|").split("|") if row.strip()
+    )
 }
 
 
-def parse_sizes(text: str) -> list[Shape]:
+def parse_sizes(text: str, flag: str = "--sizes") -> list[Shape]:
     """`FIRST:LAST:STEP`, or numbers and such ranges joined by commas, as square shapes. Raises UsageError."""
     sizes: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?::(\d+)(?::(\d+))?)?\s*", part)
         if not found:
-            raise UsageError(f"--sizes {text}: {part.strip()!r} is neither a number nor FIRST:LAST:STEP")
+            raise UsageError(f"{flag} {text}: {part.strip()!r} is neither a number nor FIRST:LAST:STEP")
         first, last, step = (int(group) if group else None for group in found.groups())
         assert first is not None
         if step == 0 or (last is not None and last < first):
-            raise UsageError(f"--sizes {text}: {part.strip()} holds no size")
+            raise UsageError(f"{flag} {text}: {part.strip()} holds no size")
         sizes += range(first, (last or first) + 1, step or 1) if (last or first) <= LARGEST else [LARGEST + 1]
-    return _checked("--sizes", text, [(size, size, size) for size in sizes])
+    return _checked(flag, text, [(size, size, size) for size in sizes])
 
 
 def parse_shapes(text: str) -> list[Shape]:

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.bundle import Artifact, Bundle, Manifest, is_bundle, open_bundle, verify_files
+from rwkv_npu.bundle import Bundle, Manifest, is_bundle, open_bundle, verify_files
 from rwkv_npu.checkpoint import check_finite, open_checkpoint
 from rwkv_npu.commands.common import size
+from rwkv_npu.estimate import estimate_ms
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import demo_model
 from rwkv_npu.spec import FUSIONS, Spec, groups
 from rwkv_npu.tokenizer import find_tokenizer
 
-CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
 PREFILL_TOKENS = 128
 
 
@@ -93,22 +93,6 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
         "estimated_ms_per_token": estimate_ms(chosen, 1),
         "estimated_ms_per_prefill": estimate_ms(chosen, PREFILL_TOKENS),
     }
-
-
-def estimate_ms(artifacts: list[Artifact], tokens: int) -> float:
-    """The compiler's cycles for `tokens` tokens read at once and one pass of the head, as milliseconds.
-
-    One core, no dispatch, no recurrence: an estimate, and an optimistic one.
-    """
-    total = 0.0
-    for group in {a.group for a in artifacts}:
-        sizes = {a.rows: a.cycles.get("total", 0) for a in artifacts if a.group == group}
-        if group == "head":
-            total += sizes[min(sizes)]
-            continue
-        rows = min((count for count in sizes if count >= tokens), default=max(sizes))
-        total += sizes[rows] * -(-tokens // rows)
-    return total / CLOCK_HZ * 1e3
 
 
 def _table(facts: dict[str, Any]) -> str:

@@ -1,0 +1,156 @@
+"""Who is measured: the systems, the environments they run in, and the files they read.
+
+Everything made here lies in one folder and is kept: a second run makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+OURS, REFERENCE = "rwkv_npu", "rwkv fp32"
+
+# Packages of each environment; llama-cpp-python is compiled on the machine, for its processor.
+ENVIRONMENTS: dict[str, tuple[str, ...]] = {
+    "ours": ("-e", str(REPOSITORY), "gguf==0.19.0"),
+    "torch": ("{torch}", "rwkv==0.8.32", "transformers==5.23.0", "numpy"),
+    "llama": ("llama-cpp-python==0.3.36",),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the tables.
+
+    runtime: whose code runs, as worker.py names it. weights: precision of its matrices.
+    generations: those it can run. tolerance: the largest difference from the reference's logits that this
+        precision explains, in units of the logits' standard deviation; beyond it the row is wrong, not fast.
+    resident: bytes a parameter that it keeps in memory, for deciding what fits.
+    """
+
+    name: str
+    runtime: str
+    weights: str
+    tolerance: float
+    resident: float
+    generations: tuple[str, ...] = ("4", "7")
+
+    @property
+    def environment(self) -> str:
+        return {"ours": "ours", "llama.cpp": "llama"}.get(self.runtime, "torch")
+
+
+# In the order in which they are kept where memory does not suffice for all.
+SYSTEMS = (
+    System(f"{OURS} fp16", "ours", "fp16", 0.05, 6.0),
+    System("llama.cpp F16", "llama.cpp", "F16", 0.05, 2.0, ("7",)),
+    System("llama.cpp Q8_0", "llama.cpp", "Q8_0", 0.5, 1.1, ("7",)),
+    System("llama.cpp Q5_1", "llama.cpp", "Q5_1", 2.0, 0.8, ("7",)),
+    System("llama.cpp Q4_0", "llama.cpp", "Q4_0", 4.0, 1.2, ("7",)),
+    System("rwkv bf16", "package", "bf16", 0.5, 2.5),
+    System(REFERENCE, "package", "fp32", 0.001, 4.5),
+    System("transformers fp32", "transformers", "fp32", 0.001, 4.5, ("4",)),
+    System(f"{OURS} fp32", "ours", "fp32", 0.001, 6.0),
+)
+
+
+def chosen(names: Sequence[str], generation: str) -> list[System]:
+    """Systems that know the generation and whose name contains one of `names` (all, if there are none)."""
+    return [
+        system
+        for system in SYSTEMS
+        if generation in system.generations and (not names or any(part in system.name for part in names))
+    ]
+
+
+def fitting(
+    systems: Sequence[System], parameters: int, available: int, reserve: int = 1 << 30
+) -> list[System]:
+    """Those that can be in memory at the same time; the others are left out, the last first."""
+    kept, needed = [], reserve
+    for system in systems:
+        if needed + system.resident * parameters <= available:
+            needed += int(system.resident * parameters)
+            kept.append(system)
+    return kept
+
+
+def available_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+# -- environments ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Workshop:
+    """Environments and model files in a folder. `say` gets a line for everything that takes long."""
+
+    folder: Path
+    torch: str
+    threads: int
+    say: Callable[[str], None]
+
+    def python(self, environment: str) -> Path:
+        """The interpreter of an environment, made if it is missing or was made of other packages."""
+        home = self.folder / environment
+        python, stamp = home / "bin/python", home / "packages.txt"
+        packages = [package.format(torch=self.torch) for package in ENVIRONMENTS[environment]]
+        if not stamp.exists() or stamp.read_text() != "\n".join(packages):
+            self.say(f"making the environment {home}: {' '.join(packages)}")
+            run([sys.executable, "-m", "venv", str(home)])
+            run([str(python), "-m", "pip", "install", "--quiet", *packages])
+            stamp.write_text("\n".join(packages))
+        return python
+
+    def checkpoint(self, size: str, hf: bool = False) -> Path:
+        path = self.folder / (f"{size}-hf" if hf else f"{size}.pth")
+        make = [REPOSITORY / "tools/make_checkpoint.py", path, "--size", size, *(["--hf"] if hf else [])]
+        return self._made(path, "ours", make)
+
+    def model(self, system: System, size: str) -> Path:
+        """The file or folder that a system reads, made of the same random checkpoint."""
+        if system.runtime == "package":
+            return self.checkpoint(size)
+        if system.runtime == "transformers":
+            return self.checkpoint(size, hf=True)
+        if system.runtime == "ours":
+            path = self.folder / f"{size}.{system.weights}.rwkv"
+            options = ["--target", "none", "--cpu", system.weights, "-o", path]
+            return self._made(path, "ours", ["-m", "rwkv_npu", "convert", self.checkpoint(size), *options])
+        path = self.folder / f"{size}.{system.weights}.gguf"
+        if system.weights == "F16":
+            return self._made(path, "ours", [HERE / "export_gguf.py", self.checkpoint(size), path])
+        source = self.folder / f"{size}.F16.gguf"
+        self._made(source, "ours", [HERE / "export_gguf.py", self.checkpoint(size), source])
+        return self._made(path, "llama", [HERE / "quantise.py", source, path, system.weights, self.threads])
+
+    def _made(self, path: Path, environment: str, command: Sequence[object]) -> Path:
+        if not path.exists():
+            self.say(f"making {path}")
+            run([str(self.python(environment)), *map(str, command)], cwd=REPOSITORY)
+        return path
+
+
+class Failed(Exception):
+    """A system that cannot take part, in one line."""
+
+
+def run(command: Sequence[str], cwd: Path | None = None) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise Failed(f"{' '.join(command)}: {last}")
+
+
+def size_on_disk(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

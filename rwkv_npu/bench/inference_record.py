@@ -1,0 +1,152 @@
+"""A row of `rwkv-npu bench inference`, and the file that many are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rwkv_npu.bundle import write_atomically
+from rwkv_npu.errors import UsageError
+
+FORMAT = "inference 1"
+PREFILLS = (128, 512)  # tokens of the prompts
+DECODE = 128  # tokens chosen and read, after a prompt of the first length
+PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest")  # of the time
+
+
+@dataclass
+class Row:
+    """One model on one backend: measured, or (`estimated`) added up from terms that are all there.
+
+    weights, stored   dtype in which the backend holds the projections; in which the model's file does
+    threads           asked for, else one a core
+    load_s            from the start of the process to its first logits: imports, sessions, the file's first reading
+    first_token_s     a prompt of 128 tokens read and a token chosen, in a process that has done it before
+    *_tps, _p10, _p90 tokens a second: median of the repeats, and their slow and fast end
+    *_ms              milliseconds by part of a token (decode), or of a prompt of so many tokens and the first choice;
+                      an estimate has `calls` besides: what the calls themselves cost
+    bytes_per_token   projections once, as held, and the state read and written; gb_per_s is that over the time of a
+                      token, bandwidth_share that over what the machine can read
+    peak_bytes, own_bytes   of resident memory: the most, and without mapped files, at the end
+    basis             of an estimate: where its terms come from. terms: the figures that went in
+    profile           where a token goes, finer: see inference_profile.py
+    flags             what speaks against the figures (`busy`, `throttled`, `interrupted`)
+    failed            why some or all figures are missing
+    """
+
+    model: str
+    fingerprint: str
+    generation: str
+    parameters: int
+    backend: str
+    device: str = ""
+    weights: str = ""
+    stored: str = ""
+    fusion: str = ""
+    threads: int | None = None
+    estimated: bool = False
+    prefill_128_tps: float | None = None
+    prefill_128_tps_p10: float | None = None
+    prefill_128_tps_p90: float | None = None
+    prefill_128_repeats: int = 0
+    prefill_512_tps: float | None = None
+    prefill_512_tps_p10: float | None = None
+    prefill_512_tps_p90: float | None = None
+    prefill_512_repeats: int = 0
+    decode_tps: float | None = None
+    decode_tps_p10: float | None = None
+    decode_tps_p90: float | None = None
+    decode_repeats: int = 0
+    decode_tokens: int = 0
+    first_token_s: float | None = None
+    load_s: float | None = None
+    calls_per_token: float | None = None
+    bytes_per_token: int | None = None
+    gb_per_s: float | None = None
+    bandwidth_share: float | None = None
+    peak_bytes: int | None = None
+    own_bytes: int | None = None
+    decode_ms: dict[str, float] = field(default_factory=dict)
+    prefill_128_ms: dict[str, float] = field(default_factory=dict)
+    prefill_512_ms: dict[str, float] = field(default_factory=dict)
+    basis: str = ""
+    terms: dict[str, float | int | None] = field(default_factory=dict)
+    versions: str = ""
+    flags: str = ""
+    failed: str | None = None
+    profile: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the row is called in tables and pictures."""
+        return f"{self.backend} {self.weights}".strip() + (" (estimate)" if self.estimated else "")
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """What the row is about: rows of one subject are compared with each other."""
+        return self.fingerprint, self.model
+
+    @property
+    def is_complete(self) -> bool:
+        """Measured to its end."""
+        return not (self.failed or self.estimated or "interrupted" in self.flags)
+
+    def finish(self, bandwidth_gb_per_s: float | None) -> None:
+        """Fill in what follows from the other fields."""
+        if self.bytes_per_token and self.decode_tps:
+            self.gb_per_s = self.bytes_per_token * self.decode_tps / 1e9
+            if bandwidth_gb_per_s and not self.estimated:
+                self.bandwidth_share = self.gb_per_s / bandwidth_gb_per_s
+
+    def update(self, more: dict[str, Any]) -> None:
+        for name, value in more.items():
+            if name not in self.__dataclass_fields__:
+                raise KeyError(name)
+            setattr(self, name, value)
+
+
+@dataclass
+class Document:
+    """What one JSON file holds. `machine` says where and `command` how the rows came about."""
+
+    machine: dict[str, Any]
+    command: str = ""
+    results: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        data = {"format": FORMAT, "command": self.command, "machine": self.machine, "notes": self.notes}
+        return json.dumps({**data, "results": [asdict(row) for row in self.results]}, indent=1) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Raises UsageError."""
+        try:
+            write_atomically(path, self.to_json().encode())
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load(path: Path) -> Document:
+    """Raises UsageError for what is not such a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise UsageError(f"{path} holds results of format {data['format']!r}; this reads {FORMAT!r}")
+        known = {f.name for f in fields(Row)}
+        rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in data["results"]]
+        return Document(data["machine"], data["command"], rows, data["notes"])
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} does not hold results of `rwkv-npu bench inference` ({error})") from error
+
+
+def by_subject(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of each model together, in the order in which the models came."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.subject, []).append(row)
+    return list(found.values())

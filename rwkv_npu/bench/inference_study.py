@@ -1,0 +1,344 @@
+"""The rows of `rwkv-npu bench inference`: each backend measured in a process of its own, then the estimates."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rwkv_npu import estimate
+from rwkv_npu.backends import BACKENDS
+from rwkv_npu.bench import inference_record, machine
+from rwkv_npu.bench.inference_record import PREFILLS, Document, Row
+from rwkv_npu.bench.series import Failed, roofline
+from rwkv_npu.bundle import Artifact, is_bundle, read_manifest
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.spec import Spec, state_shapes
+
+DEFAULT_BACKENDS = ("ort", "torch", "numpy")
+STAGES = 1 + len(PREFILLS) + 1  # load, prompts, decode
+SILENCE_S = 900.0  # a child that says nothing for so long is ended
+HOST_TERMS = ("recurrence", "sampling", "dispatch", "rest")  # what the CPU does beside the groups
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. seconds: of a stage, after which it is not repeated. `file` keeps the rows, `say` takes
+    lines for people."""
+
+    models: Sequence[Path]
+    backends: Sequence[str] = DEFAULT_BACKENDS
+    repeats: int = 5
+    seconds: float = 30.0
+    threads: int | None = None
+    fusion: str | None = None
+    assumptions: estimate.Assumptions = field(default_factory=estimate.Assumptions)
+    profile: bool = False
+    file: Path | None = None
+    command: str = ""
+    say: Say = lambda line: None
+
+    def __post_init__(self) -> None:
+        for name in self.backends:
+            if name == "rknn-sim":
+                raise UsageError(
+                    "rknn-sim shows what the NPU computes, not how fast: artifacts are estimated anyway"
+                )
+            if name not in BACKENDS:
+                able = [name for name in BACKENDS if name != "rknn-sim"]
+                raise UsageError(f"backend {name!r} is unknown: use some of {', '.join(able)}")
+        for flag, value in (("-r", self.repeats), ("-t", self.threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} is {value}: it must be at least 1")
+        if not 0 < self.seconds < float("inf"):
+            raise UsageError(f"--seconds is {self.seconds:g}: it must be a number above 0")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured."""
+
+    path: Path
+    spec: Spec
+    fingerprint: str
+    artifacts: Sequence[Artifact] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def row(self, backend: str, **more: Any) -> Row:
+        spec = self.spec
+        return Row(self.name, self.fingerprint, spec.generation, spec.parameters, backend, **more)
+
+    def is_in(self, row: Row) -> bool:
+        return row.subject == (self.fingerprint, self.name)
+
+
+def open_subject(path: Path) -> Subject:
+    """Raises BundleError or CheckpointError."""
+    if is_bundle(path):
+        manifest = read_manifest(path)
+        return Subject(path, manifest.spec, manifest.fingerprint, manifest.artifacts)
+    checkpoint = open_checkpoint(path)
+    return Subject(path, checkpoint.spec, checkpoint.fingerprint)
+
+
+class Study:
+    """The rows so far, in `document`; `run` adds the others."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.subjects = [open_subject(path) for path in settings.models]
+        here = machine.describe()
+        self.document = Document(here, settings.command)
+        if settings.file and settings.file.exists() and settings.file.stat().st_size:
+            self.document = inference_record.load(settings.file)
+            self._check_same(here)
+            self.document.command = settings.command or self.document.command
+            # What failed or was cut short is tried again; estimates follow from the rest.
+            self.document.results = [row for row in self.document.results if row.is_complete]
+
+    @property
+    def total(self) -> int:
+        """Stages of all cases."""
+        return STAGES * len(self._cases())
+
+    def run(self) -> Iterator[tuple[str, int]]:
+        """(what is being done, stages done with), as it goes. A row is kept before the next begins."""
+        if "bandwidth_gb_per_s" not in self.document.machine:
+            yield "memory bandwidth", 0
+            try:
+                self.document.machine |= roofline(self.settings.threads or len(os.sched_getaffinity(0)))
+            except (Failed, BackendError) as error:
+                self.settings.say(f"the machine's bandwidth could not be measured: {error}")
+        for subject, backend, precision in self._cases():
+            if any(self._is_known(row, subject, backend, precision) for row in self.document.results):
+                yield subject.name, STAGES
+                continue
+            row = subject.row(backend, threads=self.settings.threads or len(os.sched_getaffinity(0)))
+            done = 0
+            try:
+                for stage in measure(row, self._request(subject, backend, precision)):
+                    yield f"{subject.name} {backend} {stage}", min(1, STAGES - done - 1)
+                    done += 1
+            except KeyboardInterrupt:
+                row.flags = f"{row.flags} interrupted".strip()
+                raise
+            finally:
+                self._keep(row)
+            yield subject.name, max(0, STAGES - done)
+
+    def add_estimates(self) -> None:
+        """Replace the estimates by those that follow from the rows."""
+        rows = [row for row in self.document.results if not row.estimated]
+        if machine.board() is None:
+            for subject in self.subjects:
+                rows += estimates(
+                    subject, [row for row in rows if subject.is_in(row)], self.settings.assumptions
+                )
+        self.document.results = rows
+        for row in rows:
+            row.finish(self.document.machine.get("bandwidth_gb_per_s"))
+        if self.settings.file:
+            self.document.save(self.settings.file)
+
+    def _cases(self) -> list[tuple[Subject, str, str | None]]:
+        """(model, backend, precision); None where there is no choice."""
+        found: list[tuple[Subject, str, str | None]] = []
+        for subject in self.subjects:
+            for backend in dict.fromkeys(self.settings.backends):
+                precisions: list[str | None] = [None]
+                if backend.startswith("rknn"):
+                    precisions = list(dict.fromkeys(a.precision for a in subject.artifacts)) or [None]
+                found += [(subject, backend, precision) for precision in precisions]
+        return found
+
+    def _is_known(self, row: Row, subject: Subject, backend: str, precision: str | None) -> bool:
+        same = subject.is_in(row) and row.backend == backend and precision in (None, row.weights)
+        return same and self.settings.fusion in (None, row.fusion)
+
+    def _request(self, subject: Subject, backend: str, precision: str | None) -> dict[str, Any]:
+        settings = self.settings
+        names = ("repeats", "seconds", "threads", "fusion", "profile")
+        request = {name: getattr(settings, name) for name in names}
+        return {**request, "model": str(subject.path), "backend": backend, "precision": precision}
+
+    def _keep(self, row: Row) -> None:
+        row.finish(self.document.machine.get("bandwidth_gb_per_s"))
+        self.document.results.append(row)
+        if row.failed:
+            self.settings.say(f"{row.model} {row.backend} failed: {row.failed}")
+        elif row.decode_tps and row.prefill_128_tps:
+            speeds = f"{row.prefill_128_tps:.4g} tokens/s reading, {row.decode_tps:.4g} writing"
+            self.settings.say(f"{row.model} {row.name}: {speeds}")
+        if self.settings.file:
+            self.document.save(self.settings.file)
+
+    def _check_same(self, here: Mapping[str, Any]) -> None:
+        """Raises UsageError where a file's rows come from another machine, or from another number of threads."""
+        file, there = self.settings.file, self.document.machine
+        for key in ("cpu", "cores", "board"):
+            if there.get(key) != here.get(key):
+                reason = f"on another machine ({key}: {there.get(key)}, here: {here.get(key)})"
+                raise UsageError(f"{file} was measured {reason}: name another file")
+        wanted = self.settings.threads or len(os.sched_getaffinity(0))
+        for row in self.document.results:
+            if row.threads not in (None, wanted):
+                raise UsageError(
+                    f"{file} was measured with {row.threads} threads, not {wanted}: name another file"
+                )
+
+
+def measure(row: Row, request: Mapping[str, Any]) -> Iterator[str]:
+    """Fill in `row` from a child process, yielding the name of each stage as it begins.
+
+    A child that fails leaves what it had found, and the reason in `row.failed`.
+    """
+    threads = request["threads"]
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rwkv_npu.bench.inference_child"]
+            + [json.dumps({**request, "started": time.perf_counter()})],
+            env={**os.environ, **({name: str(threads) for name in names} if threads else {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+        try:
+            yield from _follow(process, row)
+            code = process.wait()
+            if code and not row.failed:
+                errors.seek(0)
+                row.failed = _why_it_ended(code, errors.read().decode(errors="replace"))
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _follow(process: subprocess.Popen[str], row: Row) -> Iterator[str]:
+    assert process.stdout is not None
+    while True:
+        limit = threading.Timer(SILENCE_S, process.kill)
+        limit.daemon = True
+        limit.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            limit.cancel()
+        if not line:
+            return
+        message = json.loads(line)
+        if "stage" in message:
+            yield message["stage"]
+        row.failed = message.get("failed", row.failed)
+        row.update(message.get("fields", {}))
+
+
+def _why_it_ended(code: int, said: str) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed, most likely for lack of memory"
+    last = said.strip().splitlines()[-1:]
+    how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
+    return ": ".join([f"its process {how}", *last])
+
+
+def estimates(subject: Subject, measured: Sequence[Row], assumptions: estimate.Assumptions) -> list[Row]:
+    """What the artifacts of a bundle would do on their chip, and the RK3588's CPU beside them."""
+    host = _host(measured)
+    rows = []
+    kinds = dict.fromkeys((a.target, a.precision, a.fusion) for a in subject.artifacts)
+    for target, precision, fusion in kinds:
+        chosen = [
+            a for a in subject.artifacts if (a.target, a.precision, a.fusion) == (target, precision, fusion)
+        ]
+        if not all(a.cycles for a in chosen):
+            continue
+        for rate in estimate.RATES.get(target, (estimate.TABLE,)):
+            row = subject.row("rknn", weights=precision, stored=precision, fusion=fusion, estimated=True)
+            row.device = f"{target.upper()} NPU, {rate.label}"
+            row.basis = rate.source
+            row.terms = {"cores": rate.cores, "gb_per_s": rate.gb_per_s or estimate.TABLE_GB_PER_S}
+            row.terms["call_overhead_us"] = assumptions.call_overhead_us
+            _fill(
+                row,
+                host,
+                assumptions,
+                lambda tokens, share, chosen=chosen, rate=rate: estimate.on_npu(  # type: ignore[misc]
+                    subject.spec, chosen, tokens, rate, assumptions, share
+                ),
+            )
+            row.bytes_per_token = sum(
+                a.weight_bytes for a, _ in estimate.served_by(chosen, 1)
+            ) + _state_bytes(subject)
+            rows.append(row)
+    if any(target == "rk3588" for target, _, _ in kinds):
+        row = subject.row(
+            "cpu", weights="fp16", stored="fp16", estimated=True, device="RK3588 CPU, 4 x Cortex-A76"
+        )
+        row.basis = estimate.CPU_SOURCE
+        row.terms = {"gb_per_s": estimate.CPU_GB_PER_S, "gflops": estimate.CPU_GFLOPS}
+        row.bytes_per_token = 2 * sum(estimate.weights(subject.spec).values()) + _state_bytes(subject)
+        _fill(
+            row,
+            host,
+            assumptions,
+            lambda tokens, share: estimate.on_cpu(subject.spec, tokens, assumptions, share),
+        )
+        rows.append(row)
+    return rows
+
+
+def _host(measured: Sequence[Row]) -> Row | None:
+    """The row whose recurrence, sampling and dispatch stand for the board's: the default backend's if it is there."""
+    able = [row for row in measured if row.decode_ms and row.prefill_128_ms]
+    return min(able, key=lambda row: (row.backend != "ort", -(row.decode_tps or 0)), default=None)
+
+
+def _fill(
+    row: Row,
+    host: Row | None,
+    assumptions: estimate.Assumptions,
+    compute: Callable[[int, Mapping[str, float]], estimate.Estimate],
+) -> None:
+    """Times and speeds of an estimate; `compute(tokens, the host's share)`."""
+    row.terms["host_factor"] = assumptions.host_factor
+    if host is None:
+        row.basis += "; without the CPU's share, since nothing was measured"
+    else:
+        row.basis += f"; recurrence, sampling, dispatch and rest as {host.name} took here, times the host factor"
+    for name, tokens in (("decode", 1), *((f"prefill_{count}", count) for count in PREFILLS)):
+        measured = getattr(host, f"{name}_ms") if host else {}
+        if host and not measured:
+            continue
+        share = {term: measured[term] for term in HOST_TERMS if term in measured}
+        found = compute(tokens, share)
+        row.terms[f"{name}_calls"] = found.npu_calls
+        row.terms[f"{name}_host_ms_here"] = sum(share.values())
+        reading = found.total_ms - (found.ms.get("sampling", 0.0) if tokens > 1 else 0.0)
+        row.update({f"{name}_ms": dict(found.ms), f"{name}_tps": tokens / reading * 1e3})
+        if name == f"prefill_{min(PREFILLS)}":
+            row.first_token_s = found.total_ms / 1e3
+    row.calls_per_token = float(row.terms.get("decode_calls") or 0) or None
+
+
+def _state_bytes(subject: Subject) -> int:
+    """Read and written by a token."""
+    return 2 * 4 * subject.spec.L * sum(prod(shape) for shape in state_shapes(subject.spec).values())
