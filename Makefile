@@ -12,7 +12,8 @@ PIP = -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test fast clean
 
 demo: .venv/demo
-	.venv/bin/rwkv-npu generate --prompt "Return the " --max-tokens 120 --seed 3
+	.venv/bin/rwkv-npu generate --prompt "Return the " --echo --temp 0.6 --seed 11
+	@echo
 
 test: .venv/dev
 	.venv/bin/python -m pytest -m ""
@@ -21,17 +22,17 @@ fast: .venv/dev
 	.venv/bin/python -m pytest
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "install the venv module first: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "install the venv module first: apt install python3-venv" >&2; exit 1; }
 
 .venv/demo: .venv/bin/python pyproject.toml
 	.venv/bin/python $(PIP) -e .
-	touch $@
+	@touch $@
 
 # torch first and alone, so that nothing else chooses its build; setuptools, which it brings, is not ours to use.
 .venv/dev: .venv/bin/python pyproject.toml
 	.venv/bin/python $(PIP) $(TORCH)
 	.venv/bin/python $(PIP) -e ".[dev]"
-	touch $@ .venv/demo
+	@touch $@ .venv/demo
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -131,7 +131,7 @@ def study(
         versions.update(row.pop("versions"))
         children[system.name], found["systems"][system.name] = child, row
         say(
-            f"{size} {system.name}: opened in {row['open_s']:.1f} s, logits off by {row['logits']['largest']:.2g}"
+            f"{size} {system.name}: ready in {row['ready_s']:.1f} s, logits off by {row['logits']['largest']:.2g}"
         )
     refuse_wrong(found["systems"])
     take_turns(children, found["systems"], {"prompt": prompt, "tokens": tokens}, arguments.rounds)

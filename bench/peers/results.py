@@ -107,7 +107,7 @@ def size_report(name: str, size: Mapping[str, Any]) -> str:
 
 
 def speed_table(size: Mapping[str, Any]) -> str:
-    head = ["system", "decode t/s", "prefill t/s", "peak RSS GB", "file GB", "open s"]
+    head = ["system", "decode t/s", "prefill t/s", "peak RSS GB", "file GB", "ready s"]
     head += ["largest logit difference", "rms", "disturbed turns"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in size["systems"].items():
@@ -118,7 +118,7 @@ def speed_table(size: Mapping[str, Any]) -> str:
         cells += [
             f"{row['peak_rss_bytes'] / 1e9:.2f}",
             f"{row['file_bytes'] / 1e9:.2f}",
-            f"{row['open_s']:.1f}",
+            f"{row['ready_s']:.1f}",
         ]
         cells += [f"{logits['largest']:.2g}", f"{logits['rms']:.2g}", str(row["disturbed_turns"])]
         lines.append(_line(cells))
