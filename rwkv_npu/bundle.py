@@ -132,7 +132,6 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
-        self._folder = path.absolute()  # graphs are opened when they are first used
         self._host = TensorFile(path / HOST, error=BundleError)
         self._weights = TensorFile(path / WEIGHTS, error=BundleError)
 
@@ -148,7 +147,7 @@ class Bundle:
         return name in self._host or name in self._weights
 
     def graph_path(self, fusion: str, group: str) -> Path:
-        return self._folder / graph_file(fusion, group)
+        return self.path / graph_file(fusion, group)
 
 
 def graph_file(fusion: str, group: str) -> str:

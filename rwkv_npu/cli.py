@@ -27,6 +27,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # the help: `main` meets a closed pipe here, and not Python on its way out
+        super().exit(status, message)
+
 
 def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="rwkv-npu", description="RWKV language models on the Rockchip NPU.")
@@ -200,10 +204,10 @@ def _add_bench_inference(actions: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    arguments = parser().parse_args(argv)
     warnings.showwarning = _show_warning
-    module = {"eval": "evaluate"}.get(arguments.command, arguments.command)
     try:
+        arguments = parser().parse_args(argv)
+        module = {"eval": "evaluate"}.get(arguments.command, arguments.command)
         command = importlib.import_module(f"rwkv_npu.commands.{module}")
         status: int = command.run(arguments)
         sys.stdout.flush()

@@ -374,6 +374,12 @@ def test_eval(run: Run, path: Path, model: Model, tmp_path: Path) -> None:
     assert json.loads(run(*flags, "-n", "5", "--json")[1])["tokens"] == 5
 
 
+def test_eval_has_a_model_and_a_text_of_its_own(run: Run) -> None:
+    status, out, err = run("eval", "-n", "40", "--backend", "numpy", "--json")
+    assert (status, json.loads(out)["tokens"]) == (0, 40)
+    assert one_line(err) and "demo model" in err
+
+
 def test_eval_against_another_model_and_backend(run: Run, path: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the turning and the " * 5)
     flags = ("eval", "-m", path, "--text", tmp_path / "text", "--json")
@@ -461,6 +467,12 @@ def test_convert_refuses(run: Run, path: Path, tmp_path: Path, flags: list[str],
 # In a process of its own: pipes, signals, terminals
 
 
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user's Python is; without a buffer some errors come earlier."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command(*arguments), bufsize=0, **{**streams, **options})
@@ -487,6 +499,16 @@ def test_closed_pipe_ends_silently(endless: tuple[object, ...]) -> None:
     process.stdout.close()
     assert process.wait(30) == 0
     assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["generate", "--help"], ["--version"], ["info", "--json"]])
+def test_output_that_nobody_reads(flags: list[str]) -> None:
+    """What is short leaves Python's buffer when all else is done."""
+    process = start(*flags)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(30), process.stderr.read()) == (0, b"")
     process.stderr.close()
 
 

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from rwkv_npu.backends.ort import share_threads
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
 from rwkv_npu.graphs import Constant, compiler_model, inline_model, trace_group
@@ -63,8 +64,9 @@ def inputs_of(group: Group, rows: int, batch: int = 1) -> dict[str, np.ndarray]:
 
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    share_threads(None)  # as all sessions of this process must, once one does
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.use_per_session_threads = False
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))

@@ -32,7 +32,7 @@ from tools.make_checkpoint import make_checkpoint
 #     that up over all its tokens (v5 and v6; the largest of all differences, some 5e-6);
 #   - the package's 0.606531 for e^-1/2 in v7, 3e-7 of a logarithm;
 #   - its sequence mode for v5.0 and v5.1, another formula than its token mode, with powers of the decay.
-LOGITS_BOUND, STATE_BOUND = 2e-4, 1e-5
+LOGITS_BOUND, STATE_BOUND = 1e-4, 1e-5
 
 # How the tokens are cut into calls; the lengths end, fall into and go beyond the chunks of a recurrence.
 CUTS = {"tokens": [1] * len(TOKENS), "sequence": [len(TOKENS)], "ragged": [1, 5, 33, 2, 1, 30]}

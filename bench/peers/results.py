@@ -16,7 +16,7 @@ BUSY = 0.15  # cores kept busy by others during a turn: from here on it is count
 
 def rotation(names: Sequence[str], turn: int) -> list[str]:
     """The order of a round: each system follows the same one, but a different one begins."""
-    start = turn % len(names)
+    start = turn % max(1, len(names))
     return [*names[start:], *names[:start]]
 
 

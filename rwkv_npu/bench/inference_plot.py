@@ -72,7 +72,7 @@ def draw(document: Document, path: Path) -> None:
             line[0].set_yticks(range(len(rows)), [_name(row, document.machine) for row in rows])
             first = rows[0]
             title = f"{first.model}\nRWKV-{first.generation}, {first.parameters / 1e6:.3g} M parameters"
-            place = {"xytext": (-225, 26), "xycoords": "axes fraction", "textcoords": "offset points"}
+            place = {"xytext": (-225, 24), "xycoords": "axes fraction", "textcoords": "offset points"}
             line[0].annotate(title, (0, 1), fontweight="bold", va="center", **place)
         _legends(figure, subjects)
         try:
@@ -167,9 +167,8 @@ def _legends(figure: Any, subjects: Sequence[Sequence[Row]]) -> None:
             "~ estimate, not measured: compiler's cycles, bandwidths that others measured, CPU's share scaled"
         )
         kinds.append(Patch(facecolor="white", edgecolor="#777777", hatch=HATCH, label=label))
-    figure.legend(
-        handles=kinds + terms, loc="outside lower center", ncols=len(kinds) + len(terms), fontsize=9
-    )
+    figure.legend(handles=terms, loc="outside upper right", ncols=len(terms), fontsize=9, handlelength=1.2)
+    figure.legend(handles=kinds, loc="outside lower left", ncols=len(kinds), fontsize=9)
 
 
 def _figure(value: float, estimated: bool) -> str:

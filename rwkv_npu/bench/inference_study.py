@@ -12,24 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from rwkv_npu import estimate
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench import inference_record, machine
+from rwkv_npu.bench.inference_estimate import estimates
 from rwkv_npu.bench.inference_record import PREFILLS, Document, Row
 from rwkv_npu.bench.series import Failed, roofline
 from rwkv_npu.bundle import Artifact, is_bundle, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.spec import Spec, state_shapes
+from rwkv_npu.spec import Spec
 
 DEFAULT_BACKENDS = ("ort", "torch", "numpy")
 STAGES = 1 + len(PREFILLS) + 1  # load, prompts, decode
 SILENCE_S = 900.0  # a child that says nothing for so long is ended
-HOST_TERMS = ("recurrence", "sampling", "dispatch", "rest")  # what the CPU does beside the groups
 
 Say = Callable[[str], None]
 
@@ -147,8 +146,9 @@ class Study:
         rows = [row for row in self.document.results if not row.estimated]
         if machine.board() is None:
             for subject in self.subjects:
+                about = [row for row in rows if subject.is_in(row)]
                 rows += estimates(
-                    subject, [row for row in rows if subject.is_in(row)], self.settings.assumptions
+                    subject.spec, subject.artifacts, about, self.settings.assumptions, subject.row
                 )
         self.document.results = rows
         for row in rows:
@@ -258,87 +258,3 @@ def _why_it_ended(code: int, said: str) -> str:
     last = said.strip().splitlines()[-1:]
     how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
     return ": ".join([f"its process {how}", *last])
-
-
-def estimates(subject: Subject, measured: Sequence[Row], assumptions: estimate.Assumptions) -> list[Row]:
-    """What the artifacts of a bundle would do on their chip, and the RK3588's CPU beside them."""
-    host = _host(measured)
-    rows = []
-    kinds = dict.fromkeys((a.target, a.precision, a.fusion) for a in subject.artifacts)
-    for target, precision, fusion in kinds:
-        chosen = [
-            a for a in subject.artifacts if (a.target, a.precision, a.fusion) == (target, precision, fusion)
-        ]
-        if not all(a.cycles for a in chosen):
-            continue
-        for rate in estimate.RATES.get(target, (estimate.TABLE,)):
-            row = subject.row("rknn", weights=precision, stored=precision, fusion=fusion, estimated=True)
-            row.device = f"{target.upper()} NPU, {rate.label}"
-            row.basis = rate.source
-            row.terms = {"cores": rate.cores, "gb_per_s": rate.gb_per_s or estimate.TABLE_GB_PER_S}
-            row.terms["call_overhead_us"] = assumptions.call_overhead_us
-            _fill(
-                row,
-                host,
-                assumptions,
-                lambda tokens, share, chosen=chosen, rate=rate: estimate.on_npu(  # type: ignore[misc]
-                    subject.spec, chosen, tokens, rate, assumptions, share
-                ),
-            )
-            row.bytes_per_token = sum(
-                a.weight_bytes for a, _ in estimate.served_by(chosen, 1)
-            ) + _state_bytes(subject)
-            rows.append(row)
-    if any(target == "rk3588" for target, _, _ in kinds):
-        row = subject.row(
-            "cpu", weights="fp16", stored="fp16", estimated=True, device="RK3588 CPU, 4 x Cortex-A76"
-        )
-        row.basis = estimate.CPU_SOURCE
-        row.terms = {"gb_per_s": estimate.CPU_GB_PER_S, "gflops": estimate.CPU_GFLOPS}
-        row.bytes_per_token = 2 * sum(estimate.weights(subject.spec).values()) + _state_bytes(subject)
-        _fill(
-            row,
-            host,
-            assumptions,
-            lambda tokens, share: estimate.on_cpu(subject.spec, tokens, assumptions, share),
-        )
-        rows.append(row)
-    return rows
-
-
-def _host(measured: Sequence[Row]) -> Row | None:
-    """The row whose recurrence, sampling and dispatch stand for the board's: the default backend's if it is there."""
-    able = [row for row in measured if row.decode_ms and row.prefill_128_ms]
-    return min(able, key=lambda row: (row.backend != "ort", -(row.decode_tps or 0)), default=None)
-
-
-def _fill(
-    row: Row,
-    host: Row | None,
-    assumptions: estimate.Assumptions,
-    compute: Callable[[int, Mapping[str, float]], estimate.Estimate],
-) -> None:
-    """Times and speeds of an estimate; `compute(tokens, the host's share)`."""
-    row.terms["host_factor"] = assumptions.host_factor
-    if host is None:
-        row.basis += "; without the CPU's share, since nothing was measured"
-    else:
-        row.basis += f"; recurrence, sampling, dispatch and rest as {host.name} took here, times the host factor"
-    for name, tokens in (("decode", 1), *((f"prefill_{count}", count) for count in PREFILLS)):
-        measured = getattr(host, f"{name}_ms") if host else {}
-        if host and not measured:
-            continue
-        share = {term: measured[term] for term in HOST_TERMS if term in measured}
-        found = compute(tokens, share)
-        row.terms[f"{name}_calls"] = found.npu_calls
-        row.terms[f"{name}_host_ms_here"] = sum(share.values())
-        reading = found.total_ms - (found.ms.get("sampling", 0.0) if tokens > 1 else 0.0)
-        row.update({f"{name}_ms": dict(found.ms), f"{name}_tps": tokens / reading * 1e3})
-        if name == f"prefill_{min(PREFILLS)}":
-            row.first_token_s = found.total_ms / 1e3
-    row.calls_per_token = float(row.terms.get("decode_calls") or 0) or None
-
-
-def _state_bytes(subject: Subject) -> int:
-    """Read and written by a token."""
-    return 2 * 4 * subject.spec.L * sum(prod(shape) for shape in state_shapes(subject.spec).values())

@@ -88,15 +88,14 @@ class Sweep:
             self.document = record.load(settings.file)
             _check_same(self.document, here, settings)
             self.document.command = settings.command or self.document.command
-            # What failed is tried again.
-            spoilt = {"busy", "throttled"} if settings.redo else set()
-            self.document.results = [
-                row
-                for row in self.document.results
-                if row.failed is None and not spoilt & set(row.flags.split())
-            ]
             self.document.notes = [note for note in self.document.notes if " failed at " not in note]
-        self._known = {(row.series, row.size): row for row in self.document.results}
+        spoilt = {"busy", "throttled"} if settings.redo else set()
+        # What failed is tried again. Rows to be measured again stay until the new ones are there.
+        self._known = {
+            (row.series, row.size): row
+            for row in self.document.results
+            if row.failed is None and not spoilt & set(row.flags.split())
+        }
 
     @property
     def total(self) -> int:
@@ -160,7 +159,8 @@ class Sweep:
         return True
 
     def _keep(self, row: Row) -> None:
-        self.document.results.append(row)
+        key = row.series, row.size
+        self.document.results = [old for old in self.document.results if (old.series, old.size) != key] + [row]
         if self.settings.file:
             self.document.save(self.settings.file)
 

@@ -1,0 +1,167 @@
+"""One size: models made, logits compared, turns taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bench.peers.children import Child
+from bench.peers.results import BUSY, difference, rotation, summarise
+from bench.peers.systems import (
+    REFERENCE,
+    SYSTEMS,
+    Failed,
+    System,
+    Workshop,
+    available_bytes,
+    chosen,
+    fitting,
+    size_on_disk,
+)
+from tools.make_checkpoint import SIZES, make_spec
+
+CHECKED = 16  # tokens after the prompt whose logits are compared
+PAUSE = 0.3  # seconds between turns, in which the threads of the last one stop spinning
+TRIES = 3  # at a turn that others disturb
+
+
+@dataclass
+class Task:
+    """What every system is given: a prompt, and tokens to read one by one after it."""
+
+    size: str
+    prompt_length: int
+    token_count: int
+    prompt: list[int] = field(init=False)
+    tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spec = make_spec(**SIZES[self.size])
+        draw = np.random.default_rng(1).integers
+        self.prompt = draw(1, self.spec.V, self.prompt_length).tolist()
+        self.tokens = draw(1, self.spec.V, self.token_count).tolist()
+
+
+def study(
+    task: Task, workshop: Workshop, names: list[str], rounds: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Figures of all systems, and the versions of the packages. Raises Failed where logits are wrong.
+
+    A system that cannot be made, opened or run is left out with its reason, and the others go on.
+    """
+    wanted = chosen(names, task.spec.generation)
+    reference = reference_logits(task, workshop)
+    left_out: dict[str, str] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    children: dict[str, Child] = {}
+    free = available_bytes()
+    kept = fitting(wanted, task.spec.parameters, free)
+    with ExitStack() as stack:
+        for system in wanted:
+            if system not in kept:
+                left_out[system.name] = f"memory: {free / 1e9:.1f} GB were free for all"
+                continue
+            try:
+                child, row = open_child(task, system, workshop, stack)
+                row["logits"] = difference(logits_of(task, child, system, workshop), reference)
+            except Failed as error:
+                left_out[system.name] = str(error)
+                continue
+            versions |= row.pop("versions")
+            children[system.name], rows[system.name] = child, row
+            workshop.say(f"{task.size} {system.name}: logits off by {row['logits']['largest']:.2g}")
+        refuse_wrong(rows)
+        left_out |= take_turns(task, children, rows, rounds, workshop.say)
+        for name, child in children.items():
+            rows[name] |= child.ask("memory")
+    found = {"parameters": task.spec.parameters, "systems": rows, "left_out": left_out}
+    summarise(found, {"prefill": task.prompt_length, "decode": task.token_count})
+    return found, versions
+
+
+def open_child(
+    task: Task, system: System, workshop: Workshop, stack: ExitStack
+) -> tuple[Child, dict[str, Any]]:
+    """A worker that has its model open; it is closed with `stack`."""
+    model = workshop.model(system, task.size)
+    python = workshop.python(system.environment)
+    log = workshop.folder / "logs" / f"{task.size}.{_file_name(system)}.log"
+    child = stack.enter_context(Child(python, system.runtime, workshop.threads, log))
+    options = {"generation": task.spec.generation, "threads": workshop.threads}
+    row = child.ask("open", model=str(model), weights=system.weights, **options)
+    return child, {**row, "file_bytes": size_on_disk(model)}
+
+
+def logits_of(task: Task, child: Child, system: System, workshop: Workshop) -> np.ndarray:
+    """(1 + CHECKED, V): after the prompt, and after each token that is given to it."""
+    out = workshop.folder / f"{_file_name(system)}.npy"
+    child.ask("logits", out=str(out), prompt=task.prompt, tokens=task.tokens[:CHECKED])
+    logits: np.ndarray = np.load(out)
+    out.unlink()
+    return logits
+
+
+def reference_logits(task: Task, workshop: Workshop) -> np.ndarray:
+    """Made in a process that is gone before the others need the memory."""
+    system = next(system for system in SYSTEMS if system.name == REFERENCE)
+    with ExitStack() as stack:
+        child, _ = open_child(task, system, workshop, stack)
+        return logits_of(task, child, system, workshop)
+
+
+def _file_name(system: System) -> str:
+    return system.name.replace(" ", "-")
+
+
+def refuse_wrong(rows: dict[str, dict[str, Any]]) -> None:
+    """Raises Failed if a system is further from the reference than its precision explains."""
+    bounds = {system.name: system.tolerance for system in SYSTEMS}
+    for name, row in rows.items():
+        if not row["logits"]["largest"] <= bounds[name]:
+            raise Failed(
+                f"{name} computes something else: its logits are off by {row['logits']['largest']:.3g} standard "
+                f"deviations, and its precision explains {bounds[name]:g}"
+            )
+
+
+def take_turns(
+    task: Task,
+    children: dict[str, Child],
+    rows: dict[str, dict[str, Any]],
+    rounds: int,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Every system once a round, after a round that does not count.
+
+    A system that fails is taken out of `children` and `rows`; returns the reasons.
+    """
+    failed: dict[str, str] = {}
+    for row in rows.values():
+        row["turns"] = []
+    for turn in range(rounds + 1):
+        for name in rotation(list(children), turn):
+            try:
+                taken = quiet_turn(task, children[name])
+            except Failed as error:
+                failed[name] = str(error)
+                del children[name], rows[name]
+                continue
+            if turn:
+                rows[name]["turns"].append(taken)
+        say(f"{task.size}: round {turn} of {rounds} done" if turn else f"{task.size}: warmed up")
+    return failed
+
+
+def quiet_turn(task: Task, child: Child) -> dict[str, Any]:
+    """A turn; one that others disturb is taken anew, and the least disturbed counts."""
+    taken: list[dict[str, Any]] = []
+    while not taken or (taken[-1]["others"] > BUSY and len(taken) < TRIES):
+        time.sleep(PAUSE)
+        taken.append(child.ask("turn", prompt=task.prompt, tokens=task.tokens))
+    return min(taken, key=lambda turn: turn["others"])

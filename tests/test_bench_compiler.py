@@ -1,0 +1,74 @@
+"""`rwkv-npu bench matmul`: the rows of Rockchip's compiler on a PC, which are estimates."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from pathlib import Path
+
+import pytest
+
+from rwkv_npu import toolkit
+from rwkv_npu.bench.record import Row
+from rwkv_npu.bench.series import Estimated, Failed, Series
+from tests.tiny import run_main
+
+pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("toolkit_environment")]
+
+
+@pytest.fixture(autouse=True)
+def same_compiler(toolkit_environment: toolkit.Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_npu.bench.series.require", lambda: toolkit_environment)
+
+
+def row(dtype: str, *shape: int) -> Row:
+    m, k, n = shape
+    return Estimated(Series("rknn", dtype, estimated=True)).row((m, k, n))
+
+
+def model_seconds(m: int, k: int, n: int, rate: int, size: int) -> float:
+    """The compiler's cost model: 1 ns a cycle, the slower of arithmetic and memory."""
+    arithmetic = ceil(m / 16) * 16 * k * n / rate
+    return max(arithmetic, size * (m * k + k * n + m * n) / 23.63) * 1e-9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "size", "worst"),
+    [("fp16", 512, 2, 1e-3), ("bf16", 512, 2, 1e-2), ("int8", 1024, 1, 5e-2)],
+)
+def test_an_estimate(dtype: str, rate: int, size: int, worst: float) -> None:
+    found = row(dtype, 256, 256, 256)
+    assert found.estimated and "compiler's estimate" in found.device and found.series.endswith("(estimate)")
+    assert found.time_s == pytest.approx(model_seconds(256, 256, 256, rate, size), rel=0.02)
+    assert found.max_rel_error is not None and 1e-5 < found.max_rel_error < worst
+    assert (found.time_p10_s, found.repeats, found.npu_ops, found.flags) == (None, 0, 1, "")
+    assert found.versions == f"rknn-toolkit2 {toolkit.DEFAULT_VERSION}" and found.threads is None
+
+
+def test_one_row_is_bound_by_memory() -> None:
+    found = row("fp16", 1, 768, 768)
+    assert found.time_s == pytest.approx(50_001e-9, rel=0.02) and found.gb_per_s == pytest.approx(
+        23.6, rel=0.02
+    )
+
+
+def test_wide_sums_are_cut_into_tiles() -> None:
+    assert row("fp16", 16, 2048, 64).npu_ops != 1
+
+
+def test_what_the_npu_cannot_do_is_flagged() -> None:
+    assert row("fp16", 16, 63, 63).flags == "cpu-fallback"
+
+
+def test_a_product_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_npu.bench.rknn.plain_graph", lambda problem: b"no graph")
+    with pytest.raises(Failed, match="cannot be compiled for rk3588"):
+        row("fp16", 16, 16, 16)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    common = ["bench", "matmul", "--sizes", "32,64", "--backends", "rknn", "--resume", tmp_path / "rows.json"]
+    status, out, _ = run_main(capsys, *common, "-o", "json")
+    assert status == 0 and [found["estimated"] for found in json.loads(out)["results"]] == [True, True]
+    status, out, _ = run_main(capsys, *common)
+    assert status == 0 and out.count("| rknn (estimate) |") == 2 and "An estimate, not a measurement" in out

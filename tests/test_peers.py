@@ -1,0 +1,275 @@
+"""The study of peers: the GGUF export, the worker processes, and what is made of the turns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.peers import results, study
+from bench.peers.children import Child
+from bench.peers.export_gguf import entries, export, gguf_name, metadata
+from bench.peers.systems import OURS, REFERENCE, SYSTEMS, Failed, chosen, fitting, size_on_disk
+from rwkv_npu.checkpoint import open_checkpoint
+from tools.make_checkpoint import make_checkpoint
+
+D, L, V, F, N = 96, 2, 67, 160, 32
+RANKS = {"w": 8, "a": 16, "v": 24, "g": 40}  # no two alike
+
+
+@pytest.fixture(scope="module")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("peers") / "tiny.pth"
+    make_checkpoint(path, generation="7", D=D, L=L, V=V, N=N, F=F, ranks=RANKS)
+    return path
+
+
+# -- GGUF --------------------------------------------------------------------------------------------------
+
+# What llama.cpp asks of a layer, in NumPy's order of the dimensions.
+_LAYER = {
+    "attn_norm.weight": (D,),
+    "attn_norm.bias": (D,),
+    "attn_norm_2.weight": (D,),
+    "attn_norm_2.bias": (D,),
+    "time_mix_w0.weight": (D,),
+    "time_mix_w1.weight": (8, D),
+    "time_mix_w2.weight": (D, 8),
+    "time_mix_a0.weight": (D,),
+    "time_mix_a1.weight": (16, D),
+    "time_mix_a2.weight": (D, 16),
+    "time_mix_v0.weight": (D,),
+    "time_mix_v1.weight": (24, D),
+    "time_mix_v2.weight": (D, 24),
+    "time_mix_g1.weight": (40, D),
+    "time_mix_g2.weight": (D, 40),
+    "time_mix_lerp_fused.weight": (6, 1, 1, D),
+    "time_mix_k_k.weight": (D,),
+    "time_mix_k_a.weight": (D,),
+    "time_mix_r_k.weight": (D,),
+    "time_mix_key.weight": (D, D),
+    "time_mix_value.weight": (D, D),
+    "time_mix_receptance.weight": (D, D),
+    "time_mix_output.weight": (D, D),
+    "time_mix_ln.weight": (D,),
+    "time_mix_ln.bias": (D,),
+    "channel_mix_lerp_k.weight": (D,),
+    "channel_mix_key.weight": (F, D),
+    "channel_mix_value.weight": (D, F),
+}
+_TOP = {
+    "token_embd.weight": (V, D),
+    "token_embd_norm.weight": (D,),
+    "token_embd_norm.bias": (D,),
+    "output_norm.weight": (D,),
+    "output_norm.bias": (D,),
+    "output.weight": (V, D),
+}
+
+
+def test_gguf_has_every_tensor_that_llama_cpp_wants(checkpoint_file: Path) -> None:
+    expected = _TOP | {f"blk.{layer}.{name}": shape for layer in range(L) for name, shape in _LAYER.items()}
+    expected |= {"blk.0.time_mix_v1.weight": (16, D), "blk.0.time_mix_v2.weight": (D, 16)}  # unused stand-ins
+    found = list(entries(open_checkpoint(checkpoint_file)))
+    assert {entry.name: entry.shape for entry in found} == expected
+    assert len(found) == len(expected)
+    for entry in found:
+        array = entry.read()
+        assert (array.shape, array.dtype) == (entry.shape, np.dtype(entry.dtype)), entry.name
+        assert array.flags.c_contiguous, entry.name
+
+
+def test_gguf_values(checkpoint_file: Path) -> None:
+    checkpoint = open_checkpoint(checkpoint_file)
+    found = {entry.name: entry for entry in entries(checkpoint)}
+
+    def stored(name: str) -> np.ndarray:
+        return checkpoint.stored(name).astype(np.float32)
+
+    np.testing.assert_array_equal(found["blk.1.time_mix_w1.weight"].read(), stored("blocks.1.att.w1").T)
+    np.testing.assert_array_equal(
+        found["blk.1.channel_mix_key.weight"].read(), stored("blocks.1.ffn.key.weight")
+    )
+    np.testing.assert_array_equal(
+        found["blk.1.time_mix_r_k.weight"].read(), stored("blocks.1.att.r_k").ravel()
+    )
+    fused = found["blk.1.time_mix_lerp_fused.weight"].read()
+    for i, mix in enumerate("rwkvag"):
+        np.testing.assert_array_equal(fused[i, 0, 0], stored(f"blocks.1.att.x_{mix}").ravel())
+    assert found["blk.0.time_mix_w1.weight"].dtype == np.float32  # as llama.cpp's converter has it
+    assert found["blk.0.time_mix_g1.weight"].dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("emb.weight", "token_embd.weight"),
+        ("blocks.0.ln0.bias", "token_embd_norm.bias"),
+        ("blocks.11.ln2.weight", "blk.11.attn_norm_2.weight"),
+        ("blocks.3.att.ln_x.bias", "blk.3.time_mix_ln.bias"),
+        ("blocks.3.att.w1", "blk.3.time_mix_w1.weight"),
+        ("blocks.3.ffn.x_k", "blk.3.channel_mix_lerp_k.weight"),
+    ],
+)
+def test_gguf_names(name: str, expected: str) -> None:
+    assert gguf_name(name) == expected
+
+
+def test_gguf_metadata(checkpoint_file: Path) -> None:
+    found = metadata(open_checkpoint(checkpoint_file))
+    assert {key.removeprefix("rwkv7."): value for key, value in found.items()} == {
+        "context_length": 1 << 20,
+        "embedding_length": D,
+        "block_count": L,
+        "feed_forward_length": F,
+        "vocab_size": V,
+        "wkv.head_size": N,
+        "attention.head_count": 0,
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.decay_lora_rank": 8,
+        "attention.iclr_lora_rank": 16,
+        "attention.value_residual_mix_lora_rank": 24,
+        "attention.gate_lora_rank": 40,
+        "tokenizer.ggml.model": "no_vocab",
+    }
+
+
+def test_gguf_file_reads_back(checkpoint_file: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    export(checkpoint_file, tmp_path / "tiny.gguf")
+    reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    read = {tensor.name: tensor.data for tensor in reader.tensors}
+    for entry in entries(open_checkpoint(checkpoint_file)):
+        np.testing.assert_array_equal(read.pop(entry.name).reshape(entry.shape), entry.read())
+    assert not read
+    assert reader.fields["rwkv7.vocab_size"].contents() == V
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+# -- worker processes --------------------------------------------------------------------------------------
+
+
+def test_worker_answers(checkpoint_file: Path, tmp_path: Path) -> None:
+    ids = {"prompt": [1, 2, 3], "tokens": [4, 5]}
+    with Child(Path(sys.executable), "ours", 1, tmp_path / "log") as child:
+        with pytest.raises(Failed, match="cannot be read: No such file"):
+            child.ask("open", model=str(tmp_path / "missing.rwkv"), weights="fp32", generation="7", threads=1)
+        opened = child.ask("open", model=str(checkpoint_file), weights="fp32", generation="7", threads=1)
+        assert opened["ready_s"] > 0 and "onnxruntime" in opened["versions"]
+        child.ask("logits", out=str(tmp_path / "a.npy"), **ids)
+        turn = child.ask("turn", **ids)
+        assert turn["prefill_s"] > 0 and turn["decode_s"] > 0 and turn["others"] >= 0
+        child.ask("logits", out=str(tmp_path / "b.npy"), **ids)
+        assert 0 < child.ask("memory")["own_bytes"] <= child.ask("memory")["peak_rss_bytes"]
+    logits = np.load(tmp_path / "a.npy")
+    assert logits.shape == (3, V)
+    np.testing.assert_array_equal(logits, np.load(tmp_path / "b.npy"))  # each begins with a fresh state
+
+
+def test_worker_that_dies_is_one_line(tmp_path: Path) -> None:
+    with Child(Path(sys.executable), "no such runtime", 1, tmp_path / "log") as child:
+        with pytest.raises(Failed, match="open: KeyError: 'no such runtime'; see .*log"):
+            child.ask("open")
+        child._process.kill()
+        with pytest.raises(Failed, match="turn: the process ended with status -9; see .*log"):
+            child.ask("turn")
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------
+
+
+def test_difference_is_in_units_of_the_spread() -> None:
+    reference = np.array([[0.0, 2.0], [0.0, 2.0]], np.float32)  # standard deviation 1
+    logits = np.array([[0.5, 2.0], [0.0, -2.0]], np.float32)
+    found = results.difference(logits, reference)
+    assert found == pytest.approx({"largest": 4.0, "rms": (16.25 / 4) ** 0.5, "same_best": 0.5})
+    logits[0, 0] = np.nan
+    assert results.difference(logits, reference)["largest"] == float("inf")
+    with pytest.raises(ValueError, match="shape"):
+        results.difference(logits[:1], reference)
+
+
+def test_wrong_logits_end_the_study() -> None:
+    rows = {system.name: {"logits": {"largest": system.tolerance}} for system in SYSTEMS}
+    study.refuse_wrong(rows)
+    for largest in (0.06, float("inf"), float("nan")):
+        rows["llama.cpp F16"]["logits"]["largest"] = largest
+        with pytest.raises(Failed, match="llama.cpp F16 computes something else"):
+            study.refuse_wrong(rows)
+
+
+def test_rounds_begin_with_each_in_turn() -> None:
+    assert [results.rotation("abc", turn) for turn in (0, 1, 2, 3)] == [
+        [*"abc"],
+        [*"bca"],
+        [*"cab"],
+        [*"abc"],
+    ]
+    assert results.rotation([], 1) == []
+
+
+def _turns(*seconds: float) -> list[dict[str, float]]:
+    return [{"prefill_s": s, "decode_s": 2 * s, "others": s / 10} for s in seconds]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The machine halves its speed in the third round: no ratio notices.
+    found = results.ratios(_turns(1, 1, 2), _turns(3, 3, 6))
+    assert found == {use: {"median": 3.0, "low": 3.0, "high": 3.0} for use in ("decode", "prefill")}
+
+
+def test_report_names_everything() -> None:
+    row = {"logits": {"largest": 0.01, "rms": 0.001, "same_best": 1.0}, "file_bytes": 2e9, "ready_s": 3.0}
+    row |= {"peak_rss_bytes": 4e9, "own_bytes": 1e9}
+    size = {
+        "parameters": 190_000_000,
+        "systems": {
+            f"{OURS} fp16": row | {"turns": _turns(2, 1, 4)},
+            REFERENCE: row | {"turns": _turns(4, 4, 4)},
+        },
+        "left_out": {"llama.cpp F16": "no compiler"},
+    }
+    results.summarise(size, {"prefill": 8, "decode": 8})
+    ours = size["systems"][f"{OURS} fp16"]
+    assert ours["tokens_per_s"]["prefill"] == {"median": 4.0, "low": 2.0, "high": 8.0}
+    assert ours["disturbed_turns"] == 2
+    assert list(size["ratios"]) == [f"{OURS} fp16"] and list(size["ratios"][f"{OURS} fp16"]) == [REFERENCE]
+    whole = {
+        "machine": {"cpu": "Some CPU", "cores": 2, "memory_gb": 25.0},
+        "settings": {"threads": 2, "prompt": 8, "tokens": 8, "rounds": 3},
+        "date": "2026-01-01",
+        "command": "python -m bench.peers --folder x",
+        "versions": {"rwkv": "1"},
+        "sizes": {"v7-0.1b": size},
+    }
+    text = results.report(whole)
+    assert "Some CPU" in text and "`python -m bench.peers --folder x`" in text
+    assert "| rwkv_npu fp16 | 2.0 (1.0-4.0) | 4.0 (2.0-8.0) | 4.00 | 2.00 | 3.0 | 0.01 | 0.001 | 2 |" in text
+    assert "| rwkv fp32 | 2.00 (1.00-4.00) |" in text
+    assert "- llama.cpp F16: no compiler" in text
+
+
+# -- systems -----------------------------------------------------------------------------------------------
+
+
+def test_systems_are_chosen_by_generation_and_name() -> None:
+    assert {system.runtime for system in chosen([], "7")} == {"ours", "llama.cpp", "package"}
+    assert {system.runtime for system in chosen([], "4")} == {"ours", "transformers", "package"}
+    assert [system.name for system in chosen(["Q4", "bf16"], "7")] == ["llama.cpp Q4_0", "rwkv bf16"]
+
+
+def test_what_does_not_fit_is_left_out_from_the_end() -> None:
+    systems = chosen([], "7")
+    everything = int(sum(system.resident for system in systems) * 1000) + len(systems)
+    assert fitting(systems, 1000, everything, reserve=0) == systems
+    assert fitting(systems, 1000, everything - 3000, reserve=0) == systems[:-1]
+    assert fitting(systems, 1000, 100, reserve=0) == []
+
+
+def test_size_on_disk_of_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b").write_bytes(b"123")
+    (tmp_path / "c").write_bytes(b"4567")
+    assert (size_on_disk(tmp_path), size_on_disk(tmp_path / "c")) == (7, 4)
