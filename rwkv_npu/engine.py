@@ -9,12 +9,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from rwkv_npu.backends.base import Backend, Runner
 from rwkv_npu.errors import UsageError
-from rwkv_npu.models.network import Network, Program
+from rwkv_npu.models.network import Network, Program, Run
 from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import State, new_state
 
@@ -42,17 +43,18 @@ class Dispatcher:
     def __init__(self, decode: Backend, prefill: Backend):
         self.decode, self.prefill = decode, prefill
         self.counters = Counters()
-        self._runners: dict[tuple[str, str, int, int], Runner] = {}
+        self._runners: dict[tuple[int, str, int, int], Runner] = {}
 
-    def run(self, group: Group, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        rows, batch = _extent(group, inputs)
+    def run(self, group: Group, inputs: Mapping[str, np.ndarray], *, batch: int) -> Mapping[str, np.ndarray]:
+        """Run `group` on rows of `batch` sequences; the outputs are valid until its next run."""
+        rows = _rows(group, inputs)
         backend = self.decode if rows == batch else self.prefill
         counts = backend.row_counts(group)
         if counts is None:
             # Runners for chunks are made anew: their buffers would add up over the layers.
             return self._call(backend, group, inputs, rows, batch, keep=rows == batch)
         if rows > counts[-1]:
-            return self._in_pieces(group, inputs, rows, counts[-1])
+            return self._in_pieces(group, inputs, counts[-1], batch)
         enough = next(count for count in counts if count >= rows)
         return self._call(backend, group, inputs, enough, batch, keep=True)
 
@@ -67,7 +69,7 @@ class Dispatcher:
     ) -> Mapping[str, np.ndarray]:
         """One call of a runner of `capacity` rows; rows are causal, so that padding goes to the end."""
         begin = time.perf_counter()
-        key = backend.name, group.name, capacity, batch
+        key = id(backend), group.name, capacity, batch
         runner = self._runners.get(key) or backend.open(group, capacity, batch)
         if keep:
             self._runners[key] = runner
@@ -80,25 +82,30 @@ class Dispatcher:
         self.counters.calls += 1
         self.counters.run_s[group.role] += time.perf_counter() - filled
         self.counters.dispatch_s += filled - begin
-        rows, _ = _extent(group, inputs)
+        rows = _rows(group, inputs)
         return outputs if rows == capacity else {name: array[:rows] for name, array in outputs.items()}
 
     def _in_pieces(
-        self, group: Group, inputs: Mapping[str, np.ndarray], rows: int, step: int
+        self, group: Group, inputs: Mapping[str, np.ndarray], step: int, batch: int
     ) -> Mapping[str, np.ndarray]:
         """For a group without a memory of the row before (the head), more rows than it is built for."""
         pieces = []
-        for start in range(0, rows, step):
-            out = self.run(group, {name: array[start : start + step] for name, array in inputs.items()})
-            pieces.append({name: array.copy() for name, array in out.items()})
+        for start in range(0, _rows(group, inputs), step):
+            rows = {name: array[start : start + step] for name, array in inputs.items()}
+            pieces.append({name: array.copy() for name, array in self.run(group, rows, batch=batch).items()})
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def open(self, groups: Sequence[Group]) -> None:
-        """Open every group for one token, and for all the row counts that a backend has of it."""
-        for backend in {id(backend): backend for backend in (self.decode, self.prefill)}.values():
-            for group in groups:
-                for rows in backend.row_counts(group) or (1,):
-                    self._runners[backend.name, group.name, rows, 1] = backend.open(group, rows)
+        """Open what the plan will use of every group: whatever cannot be opened is said when a model is loaded."""
+        for group in groups:
+            counts = self.decode.row_counts(group) or (1,)
+            if self.prefill is self.decode:
+                chosen = [(self.decode, rows) for rows in counts]
+            else:
+                several = [] if group.role == "head" else (self.prefill.row_counts(group) or ())
+                chosen = [(self.decode, counts[0]), *((self.prefill, rows) for rows in several if rows > 1)]
+            for backend, rows in chosen:
+                self._runners[id(backend), group.name, rows, 1] = backend.open(group, rows)
 
     def close(self) -> None:
         self._runners.clear()
@@ -107,10 +114,8 @@ class Dispatcher:
             self.prefill.close()
 
 
-def _extent(group: Group, inputs: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Rows and sequences of a call."""
-    rows = next(len(inputs[port.name]) for port in group.inputs if not port.per_sequence)
-    return rows, next((len(inputs[port.name]) for port in group.inputs if port.per_sequence), 1)
+def _rows(group: Group, inputs: Mapping[str, np.ndarray]) -> int:
+    return next(len(inputs[port.name]) for port in group.inputs if not port.per_sequence)
 
 
 class Engine:
@@ -133,7 +138,11 @@ class Engine:
         self.program, self.fingerprint = program, fingerprint
         self._network = Network(program, host)
         self._dispatcher = Dispatcher(decode, prefill)
-        self._dispatcher.open(program.groups)
+        try:
+            self._dispatcher.open(program.groups)
+        except BaseException:
+            self._dispatcher.close()
+            raise
         self._initial = initial
         self._chunk = self._rows(prefill) or PREFILL_ROWS
         # Artifacts are built for one sequence.
@@ -181,7 +190,7 @@ class Engine:
         collected = []
         for start in range(0, len(ids), self._chunk):
             piece = ids[start : start + self._chunk]
-            x = self._network.hidden(self._dispatcher.run, piece[:, None], batched)
+            x = self._network.hidden(self._run(1), piece[:, None], batched)
             state.tokens_seen += len(piece)
             if all_logits:
                 collected.append(self._logits(x))
@@ -211,8 +220,8 @@ class Engine:
         batched = {name: np.stack([state.parts[name] for state in states], axis=1) for name in names}
         step = max(1, self._chunk // B)
         for start in range(0, len(ids), step):
-            x = self._network.hidden(self._dispatcher.run, ids[start : start + step], batched)
-        logits = self._logits(x[-B:])
+            x = self._network.hidden(self._run(B), ids[start : start + step], batched)
+        logits = self._logits(x[-B:], B)
         advanced = [
             replace(
                 state,
@@ -228,8 +237,11 @@ class Engine:
         """Give back what the backend holds; the engine cannot be used after it."""
         self._dispatcher.close()
 
-    def _logits(self, x: np.ndarray) -> np.ndarray:
-        return self._network.logits(self._dispatcher.run, x).copy()
+    def _run(self, batch: int) -> Run:
+        return partial(self._dispatcher.run, batch=batch)
+
+    def _logits(self, x: np.ndarray, batch: int = 1) -> np.ndarray:
+        return self._network.logits(self._run(batch), x).copy()
 
     def _rows(self, backend: Backend) -> int | None:
         """The most tokens that a backend takes in one call; None: any number."""
@@ -237,7 +249,10 @@ class Engine:
         return min((count[-1] for count in counts if count is not None), default=None)
 
     def _check(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            ids = np.empty(0)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError("tokens must be a non-empty sequence of integer ids")
         if ids.min() < 0 or ids.max() >= self.spec.V:

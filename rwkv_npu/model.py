@@ -157,7 +157,8 @@ def load(
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, as {"prefill": NAME, "decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of the CPU's backends; None leaves it to them.
+    threads: of the CPU's backends; None leaves it to them. ONNX Runtime's are one pool for the process, made at the
+        first load: other sessions in the process must set `SessionOptions.use_per_session_threads = False`.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     if fusion is not None and fusion not in FUSIONS:

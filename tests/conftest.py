@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 
-from rwkv_npu import toolkit
-from rwkv_npu.toolkit.install import install
+# Before NumPy is imported: on busy cores the threads of its BLAS wait for each other more than they work.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from rwkv_npu import toolkit  # noqa: E402
+from rwkv_npu.toolkit.install import install  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,13 @@ from bench.peers.systems import (
     fitting,
     size_on_disk,
 )
+from bench.peers.worker import busy_seconds
 from tools.make_checkpoint import SIZES, make_spec
 
 CHECKED = 16  # tokens after the prompt whose logits are compared
-PAUSE = 0.3  # seconds between turns, in which the threads of the last one stop spinning
-TRIES = 3  # at a turn that others disturb
+PAUSE = 0.3  # seconds over which the machine is looked at; the threads of the last turn have stopped spinning
+PATIENCE = 30  # seconds that a turn waits for a quiet machine
+TRIES = 4  # at a turn that others disturb
 
 
 @dataclass
@@ -162,6 +164,16 @@ def quiet_turn(task: Task, child: Child) -> dict[str, Any]:
     """A turn; one that others disturb is taken anew, and the least disturbed counts."""
     taken: list[dict[str, Any]] = []
     while not taken or (taken[-1]["others"] > BUSY and len(taken) < TRIES):
-        time.sleep(PAUSE)
+        wait_for_quiet()
         taken.append(child.ask("turn", prompt=task.prompt, tokens=task.tokens))
     return min(taken, key=lambda turn: turn["others"])
+
+
+def wait_for_quiet() -> None:
+    """Until nobody works, for as long as PATIENCE lasts."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < PATIENCE:
+        busy = busy_seconds()
+        time.sleep(PAUSE)
+        if busy_seconds() - busy < BUSY * PAUSE:
+            return

@@ -50,7 +50,8 @@ ARTICLE = Article()
 
 @dataclass(frozen=True)
 class Fit:
-    """A model fitted to a series. `errors` are Minuit's, for chi2/NDf = 1; multiply them by `scale` where it is not."""
+    """A model fitted to a series. `errors` are Minuit's; with equal weights for the scatter about the model, as ROOT
+    gives them, else for the points' own errors."""
 
     series: str
     model: str
@@ -73,7 +74,7 @@ class Fit:
     @property
     def scale(self) -> float:
         """By how much the errors are too small if the model is right and the points' errors are not."""
-        return float(np.sqrt(self.reduced))
+        return float(np.sqrt(self.reduced)) if self.weights == "repeats" else 1.0
 
     def time(self, n: np.ndarray) -> np.ndarray:
         return MODELS[self.model](n, *self.parameters.values())
@@ -120,27 +121,20 @@ def check_installed() -> None:
 
 
 def fit(series: str, model: str, weights: str, n: np.ndarray, t: np.ndarray, sigma: np.ndarray) -> Fit:
-    """One fit by Migrad, errors by Hesse."""
-    from iminuit import Minuit
-    from iminuit.cost import LeastSquares
-
-    function = MODELS[model]
-    # Equal weights: in units in which the largest time is 1, since Minuit's tolerance is an absolute one.
-    unit = float(t.max()) if weights == "equal" else 1.0
-    start = _start(model, n, t / unit)
-    minuit = Minuit(LeastSquares(n, t / unit, sigma, function), **start)
-    minuit.strategy = 2
-    if model == "power":
-        minuit.limits["t0"] = (0, None)
-        minuit.limits["a"] = (0, None)
-    minuit.migrad(ncall=20_000)
-    minuit.hesse()
-    assert minuit.fmin is not None
-    values, errors = minuit.values.to_dict(), minuit.errors.to_dict()
-    if unit != 1.0:
-        values, errors = _in_seconds(model, values, errors, unit)
-    chi2, count = float(minuit.fval) * unit**2, len(values)
-    residuals = function(n, *values.values()) - t
+    """One fit by Migrad, errors by Hesse. With equal weights `sigma` is what the residuals say, whatever is given."""
+    equal = weights == "equal"
+    unit = float(t.max()) if equal else 1.0
+    minuit = _minimise(model, n, t / unit, np.ones_like(t) if equal else sigma, _start(model, n, t / unit))
+    calls, scatter = int(minuit.nfcn), 1.0
+    if (
+        equal
+    ):  # once more with errors of the right size: Minuit stops at a distance that is small against them
+        scatter = max(1e-12, float(np.sqrt(minuit.fval / (len(n) - len(minuit.values)))))
+        minuit = _minimise(model, n, t / unit, np.full_like(t, scatter), minuit.values.to_dict())
+        calls += int(minuit.nfcn)
+    values, errors = _in_seconds(minuit.values.to_dict(), minuit.errors.to_dict(), unit)
+    chi2, count = float(minuit.fval) * (scatter * unit) ** 2, len(values)
+    residuals = MODELS[model](n, *values.values()) - t
     return Fit(
         series=series,
         model=model,
@@ -150,15 +144,27 @@ def fit(series: str, model: str, weights: str, n: np.ndarray, t: np.ndarray, sig
         chi2=chi2,
         ndf=len(n) - count,
         edm=float(minuit.fmin.edm),
-        calls=int(minuit.nfcn),
+        calls=calls,
         valid=bool(minuit.valid),
         # Known errors: chi2 is -2 ln L up to a constant. Unknown ones are one parameter more.
-        aic=chi2 + 2 * count
-        if weights == "repeats"
-        else len(n) * float(np.log(chi2 / len(n))) + 2 * (count + 1),
+        aic=len(n) * float(np.log(chi2 / len(n))) + 2 * (count + 1) if equal else chi2 + 2 * count,
         rms_relative=float(np.sqrt(np.mean((residuals / t) ** 2))),
         at_limit=model == "power" and values["t0"] < 1e-3 * float(t.min()),
     )
+
+
+def _minimise(model: str, n: np.ndarray, t: np.ndarray, sigma: np.ndarray, start: dict[str, float]) -> Any:
+    from iminuit import Minuit
+    from iminuit.cost import LeastSquares
+
+    minuit = Minuit(LeastSquares(n, t, sigma, MODELS[model]), **start)
+    minuit.strategy = 2
+    if model == "power":
+        minuit.limits["t0"] = (0, None)
+        minuit.limits["a"] = (0, None)
+    minuit.migrad(ncall=20_000)
+    minuit.hesse()
+    return minuit
 
 
 def _start(model: str, n: np.ndarray, t: np.ndarray) -> dict[str, float]:
@@ -172,15 +178,14 @@ def _start(model: str, n: np.ndarray, t: np.ndarray) -> dict[str, float]:
 
 
 def _in_seconds(
-    model: str, values: dict[str, float], errors: dict[str, float], unit: float
+    values: dict[str, float], errors: dict[str, float], unit: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Parameters of a fit to t / unit as those of a fit to t. Errors are for points off by 1 s, as in ROOT."""
-    if model == "exponential":
-        return {**values, "c": values["c"] + float(np.log(unit))}, {k: e / unit for k, e in errors.items()}
-    scaled = {key: unit if key != "b" else 1.0 for key in values}
+    """Parameters of a fit to t / unit as those of a fit to t."""
+    factors = {name: unit if name in ("a", "t0") else 1.0 for name in values}
+    shifts = {name: float(np.log(unit)) if name == "c" else 0.0 for name in values}
     return (
-        {key: value * scaled[key] for key, value in values.items()},
-        {key: error * scaled[key] / unit for key, error in errors.items()},
+        {name: value * factors[name] + shifts[name] for name, value in values.items()},
+        {name: error * factors[name] for name, error in errors.items()},
     )
 
 

@@ -160,7 +160,9 @@ class Sweep:
 
     def _keep(self, row: Row) -> None:
         key = row.series, row.size
-        self.document.results = [old for old in self.document.results if (old.series, old.size) != key] + [row]
+        self.document.results = [old for old in self.document.results if (old.series, old.size) != key] + [
+            row
+        ]
         if self.settings.file:
             self.document.save(self.settings.file)
 

@@ -89,7 +89,7 @@ def fit_log(fits: Sequence[Fit]) -> str:
         "exponential: t = exp(c + s N); power: t = a (N/1024)^b + t0.",
         f'Weights "repeats": the error of a point is that of its median, with {100 * FLOOR:.0f} % of the time added in '
         "quadrature; for an estimate, that alone.",
-        'Weights "equal": as in the article, chi2 in s^2; errors are multiplied by sqrt(chi2/NDf), as ROOT does.',
+        'Weights "equal": as in the article, chi2 in s^2; errors from the scatter about the model, as ROOT gives them.',
         "",
     ]
     for one in fits:
@@ -99,7 +99,6 @@ def fit_log(fits: Sequence[Fit]) -> str:
 
 def _fit_block(one: Fit) -> list[str]:
     warning = "" if one.valid else "   NOT CONVERGED"
-    scale = one.scale if one.weights == "equal" else 1.0
     lines = [
         f"{one.series}, {one.model}, weights {one.weights}{warning}",
         f"  chi2 {one.chi2:.6g}   NDf {one.ndf}   chi2/NDf {one.reduced:.4g}   EDM {one.edm:.3g}   calls {one.calls}   "
@@ -107,7 +106,7 @@ def _fit_block(one: Fit) -> list[str]:
     ]
     for name, value in one.parameters.items():
         limit = "   at its limit of 0" if name == "t0" and one.at_limit else ""
-        lines.append(f"  {name:<3} {value:>14.6g} +/- {scale * one.errors[name]:.3g}{limit}")
+        lines.append(f"  {name:<3} {value:>14.6g} +/- {one.errors[name]:.3g}{limit}")
     if one.weights == "repeats" and one.reduced > 1:
         lines.append(f"  (chi2/NDf > 1: the errors would have to be {one.scale:.1f} times as large)")
     return [*lines, ""]
@@ -159,8 +158,8 @@ def _article_lines(fits: Sequence[Fit]) -> list[str]:
     if ours:
         lines.append("Our own times, fitted as the article's were (exponential, equal weights):")
         lines += [
-            f"- {one.series}: Constant {one.parameters['c']:.4g} +/- {one.scale * one.errors['c']:.2g}, "
-            f"Slope {one.parameters['s']:.4g} +/- {one.scale * one.errors['s']:.2g}, "
+            f"- {one.series}: Constant {one.parameters['c']:.4g} +/- {one.errors['c']:.2g}, "
+            f"Slope {one.parameters['s']:.4g} +/- {one.errors['s']:.2g}, "
             f"chi2 {one.chi2:.3g} s^2, NDf {one.ndf}"
             for one in ours
         ]

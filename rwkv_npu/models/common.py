@@ -82,12 +82,17 @@ def _safe_chunk(log_w: np.ndarray, start: int) -> int:
     return start + length
 
 
+def _exp(log_w: np.ndarray) -> np.ndarray:
+    """Decays to the last bit of fp32: with one near 1 the state adds up its error over thousands of tokens."""
+    return np.exp(log_w, dtype=np.float64).astype(np.float32)
+
+
 def _wkv_step(
     r: np.ndarray, log_w: np.ndarray, u: np.ndarray, k: np.ndarray, v: np.ndarray, S: np.ndarray
 ) -> np.ndarray:
-    r, log_w, k, v = r[0], log_w[0], k[0], v[0]
+    r, w, k, v = r[0], _exp(log_w[0]), k[0], v[0]
     y = (S @ r[..., None])[..., 0] + v * (u * k * r).sum(-1, keepdims=True)
-    S *= np.exp(log_w)[..., None, :]
+    S *= w[..., None, :]
     S += outer(v, k)
     return y[None]
 
@@ -97,9 +102,9 @@ def _wkv_chunk(
 ) -> np.ndarray:
     """The same for C tokens at once, as products over time within each head."""
     by_head = (1, 2, 0, 3)  # (C, B, H, N) -> (B, H, C, N)
-    log_gamma = np.cumsum(log_w, 0)
-    gamma = np.exp(log_gamma)
-    decayed_r = (r * np.exp(log_gamma - log_w)).transpose(by_head)
+    log_gamma = np.cumsum(log_w, 0, dtype=np.float64)
+    gamma = _exp(log_gamma)
+    decayed_r = (r * _exp(log_gamma - log_w)).transpose(by_head)
     grown_k = (k / gamma).transpose(by_head)
     values = v.transpose(by_head)
     scores = np.tril(decayed_r @ grown_k.swapaxes(-1, -2), -1)

@@ -41,7 +41,7 @@ def prepare(vectors: Arrays, spec: Spec) -> Arrays:
         return np.broadcast_to(x.reshape(spec.H, -1), (spec.H, spec.N))
 
     return {
-        "log_w": -np.exp(per_channel(vectors["att.time_decay"])),
+        "log_w": -np.exp(per_channel(vectors["att.time_decay"]).astype(np.float64)),
         "u": per_channel(vectors["att.time_faaaa"]),
         "ln_x.weight": vectors["att.ln_x.weight"],
         "ln_x.bias": vectors["att.ln_x.bias"],
