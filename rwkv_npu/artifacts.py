@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_npu.bundle import Artifact, Manifest, artifact_file, write_atomically
+from rwkv_npu.bundle import Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
+from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import trace_group
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.models.network import Program

@@ -30,6 +30,7 @@ from rwkv_npu.tensorfile import TensorFile
 FORMAT = (1, 0)  # another major is refused, a newer minor opens
 MATHS = 1  # version of the meaning of the groups' inputs and outputs
 MANIFEST = "manifest.json"
+MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 HOST = "host.safetensors"
 WEIGHTS = "graphs/weights.safetensors"
 
@@ -159,6 +160,9 @@ def artifact_file(target: str, group: str, fusion: str, precision: str, rows: in
 
 
 def is_bundle(path: Path) -> bool:
+    """Raises BundleError for one whose conversion did not end."""
+    if (path / MARK).is_file():
+        raise BundleError(f"{path} is an unfinished conversion: run the same rwkv-npu convert again")
     return (path / MANIFEST).is_file()
 
 
@@ -230,17 +234,3 @@ def file_digest(path: Path) -> str:
 
 def record_file(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, file_digest(path))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside and rename, so that the file is there whole or not at all."""
-    aside = path.with_name(path.name + ".writing")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

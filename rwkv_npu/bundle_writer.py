@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.bundle import HOST, MATHS, WEIGHTS, Bundle, Manifest, graph_file, record_file, write_atomically
+from rwkv_npu.bundle import HOST, MATHS, WEIGHTS, Bundle, Manifest, graph_file, record_file
+from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import Constant, external_model, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import CheckpointSource

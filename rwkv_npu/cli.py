@@ -76,9 +76,10 @@ def _add_generate(commands: Any) -> None:
     p = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     _add_model(p)
     p.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads stdin")
-    p.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    p.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file, less its last newline")
     p.add_argument("--ids", action="store_true", help="prompt and output are token ids, not text")
-    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    limit = "-1 goes on to the end of the text, 0 only reads the prompt into --state (default: 256)"
+    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help=limit)
     p.add_argument("--temp", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="(default: 0.85)")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
@@ -117,7 +118,9 @@ def _add_info(commands: Any) -> None:
     p = commands.add_parser("info", help="describe a bundle or checkpoint", description="Describe a model.")
     p.add_argument("path", nargs="?", help="bundle or checkpoint (default: the demo model)")
     p.add_argument("--json", action="store_true", help="print it as JSON")
-    p.add_argument("--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint")
+    p.add_argument(
+        "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
+    )
 
 
 def _add_toolkit(commands: Any) -> None:
@@ -154,22 +157,38 @@ def _add_bench_matmul(actions: Any) -> None:
     what = "what to multiply (default: --sizes 128:4096:128)"
     p.add_argument("--sizes", metavar="LIST", help=f"{what}: M = K = N, such as 256,512 or FIRST:LAST:STEP")
     p.add_argument("--shapes", metavar="LIST", help="MxKxN, joined by commas")
-    p.add_argument("--model", metavar="MODEL", help="a bundle's projections, or an official size's, such as v7-1.5b")
+    p.add_argument(
+        "--model", metavar="MODEL", help="a bundle's projections, or an official size's, such as v7-1.5b"
+    )
     p.add_argument(
         "--backends",
         metavar="LIST",
         help="of numpy, torch, ort, rknn (default: these), tinygrad (CPU and OpenCL), rknn-matmul",
     )
-    p.add_argument("--dtypes", metavar="LIST", help="of fp32, fp16, bf16, int8, int4 (default: each backend's own)")
-    p.add_argument("-r", "--repeats", type=int, metavar="N", help="runs at least (default: 7, and until the spread is known)")
+    p.add_argument(
+        "--dtypes", metavar="LIST", help="of fp32, fp16, bf16, int8, int4 (default: each backend's own)"
+    )
+    p.add_argument(
+        "-r",
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="runs at least (default: 7, and until the spread is known)",
+    )
     p.add_argument("-t", "--threads", type=int, metavar="N", help="(default: one a core)")
     p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     p.add_argument(
-        "--resume", metavar="FILE", help="keep every row in this JSON file, and measure only what it does not hold"
+        "--resume",
+        metavar="FILE",
+        help="keep every row in this JSON file, and measure only what it does not hold",
     )
-    p.add_argument("--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again")
+    p.add_argument(
+        "--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again"
+    )
     p.add_argument("--fit", action="store_true", help="fit time against N with Minuit, and print the log")
-    p.add_argument("--plot", metavar="FILE", help="draw FILE-time, -roofline, -bars and -fit; FILE ends in .png or .svg")
+    p.add_argument(
+        "--plot", metavar="FILE", help="draw FILE-time, -roofline, -bars and -fit; FILE ends in .png or .svg"
+    )
     p.add_argument("--bars", metavar="LIST", help="sizes in the bar chart (default: 512,1024,2048,4096)")
 
 
@@ -183,21 +202,31 @@ def _add_bench_inference(actions: Any) -> None:
     which = "bundle or checkpoint (default: the demo model); repeatable"
     p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
     p.add_argument("--backends", metavar="LIST", help="of ort, torch, numpy (default: these)")
-    p.add_argument("-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)")
+    p.add_argument(
+        "-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)"
+    )
     limit = "of each stage; slow backends write fewer tokens (default: 30)"
     p.add_argument("--seconds", type=float, metavar="S", help=limit)
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
     p.add_argument(
-        "--call-overhead-us", type=float, metavar="US", help="estimates: what a call to the NPU costs (default: 270)"
+        "--call-overhead-us",
+        type=float,
+        metavar="US",
+        help="estimates: what a call to the NPU costs (default: 270)",
     )
     p.add_argument(
-        "--host-factor", type=float, metavar="X", help="estimates: how much slower the board's CPU is (default: 4)"
+        "--host-factor",
+        type=float,
+        metavar="X",
+        help="estimates: how much slower the board's CPU is (default: 4)",
     )
     p.add_argument("--profile", action="store_true", help="where a token goes, by group and by function")
     p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     p.add_argument(
-        "--resume", metavar="FILE", help="keep every row in this JSON file, and measure only what it does not hold"
+        "--resume",
+        metavar="FILE",
+        help="keep every row in this JSON file, and measure only what it does not hold",
     )
     p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
 

@@ -21,6 +21,7 @@ from rwkv_npu.artifacts import build_artifacts, plan_artifacts
 from rwkv_npu.bundle import (
     FORMAT,
     MANIFEST,
+    MARK,
     MATHS,
     Artifact,
     Bundle,
@@ -28,7 +29,6 @@ from rwkv_npu.bundle import (
     damaged_files,
     is_bundle,
     read_manifest,
-    write_atomically,
 )
 from rwkv_npu.bundle_writer import (
     STORAGE,
@@ -40,6 +40,7 @@ from rwkv_npu.bundle_writer import (
 )
 from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.files import locked, write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import FUSIONS, Scaling, Spec
@@ -49,8 +50,6 @@ from rwkv_npu.toolkit.compiler import TARGETS, CompileOptions
 from rwkv_npu.verify import verify_graphs
 
 Say = Callable[[str], None]
-
-MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,9 @@ def convert(
             say("verifying the graphs in ONNX Runtime")
             verify_graphs(bundle)
         if compiler:
-            rows = ",".join(map(str, sorted({a.rows for a in planned})))
-            say(f"compiling {len(planned)} graphs for {request.target}, {request.precision}, rows {rows}")
+            say(
+                f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those that are not there"
+            )
             source = BundleSource(bundle, request.fusion)
             build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
         if request.verify:
@@ -192,6 +192,8 @@ def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
 
 def _stem(checkpoint: Path) -> str:
     resolved = checkpoint.resolve()
+    if resolved.name.endswith(".index.json"):  # of a sharded model: its folder has the better name
+        resolved = resolved.parent
     return resolved.name if resolved.is_dir() else resolved.stem
 
 
@@ -256,11 +258,18 @@ def _workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
     """The folder to write to: OUT itself when it is added to, else OUT.partial, which becomes OUT at the end."""
     folder = place if adding else place.with_name(place.name + ".partial")
     try:
-        if not adding:
-            _prepare_partial(folder, manifest)
-        yield folder
-        if not adding:
-            _replace(folder, place)
+        with contextlib.ExitStack() as held:
+            if adding:
+                held.enter_context(locked(folder / MANIFEST))
+            else:
+                _prepare_partial(folder, manifest, held)
+            yield folder
+            if not adding:
+                _replace(folder, place)
+    except BlockingIOError:
+        raise BundleError(
+            f"another conversion is writing to {place}: wait for it, or name another output"
+        ) from None
     except OSError as error:
         line = f"cannot write the bundle: {error.strerror or error} ({folder})"
         if not adding and (folder / MARK).is_file():
@@ -268,16 +277,20 @@ def _workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
         raise BundleError(line) from error
 
 
-def _prepare_partial(folder: Path, manifest: Manifest) -> None:
-    """Keep what an interrupted conversion of the same weights left, remove what another left."""
+def _prepare_partial(folder: Path, manifest: Manifest, held: contextlib.ExitStack) -> None:
+    """Keep what an interrupted conversion of the same weights left, remove what another left; lock the folder."""
     mark = folder / MARK
     key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
-    if mark.is_file() and mark.read_text(encoding="utf-8") != key:
+    if mark.is_file():
+        held.enter_context(locked(mark))
+        if mark.read_text(encoding="utf-8") == key:
+            return
         shutil.rmtree(folder)
-    elif folder.is_dir() and not mark.exists() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise BundleError(f"{folder} is in the way, and not from an interrupted conversion: move it away")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, key.encode())
+    held.enter_context(locked(mark))
 
 
 def _replace(folder: Path, place: Path) -> None:

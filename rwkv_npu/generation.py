@@ -5,6 +5,7 @@ Stop strings are looked for in the text, across tokens; what may be the start of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -111,11 +112,11 @@ def steps(
     state: State,
     sampler: Sampler,
     *,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> Iterator[Step]:
-    """Sample from `logits` on, at most `max_tokens` tokens; `state` is updated in place."""
+    """Sample from `logits` on, at most `max_tokens` tokens (None: no bound); `state` is updated in place."""
     reader = _Reader(engine, logits, state)
-    for count in range(1, max_tokens + 1):
+    for count in itertools.count(1):
         token, logprob = reader.sample(sampler)
         text, stopped = stream.push(token)
         reason = "stop" if stopped or token == END_OF_TEXT else "length" if count == max_tokens else None

@@ -77,7 +77,7 @@ class Model:
         prompt: str | Sequence[int],
         state: State | None = None,
         stop: str | Sequence[str] = (),
-        max_tokens: int = 64,
+        max_tokens: int | None = 64,
         temperature: float = 1.0,
         top_p: float = 0.85,
         top_k: int = 0,
@@ -91,7 +91,8 @@ class Model:
     ) -> Iterator[generation.Step]:
         """Continue `prompt` (text, or ids) after `state`, one `Step` a token, as soon as it is sampled.
 
-        Ends after `max_tokens`, at the end-of-text token 0, or at a stop string; closing the generator stops it.
+        Ends after `max_tokens` (None: not by number), at the end-of-text token 0, or at a stop string; closing
+        the generator stops it.
         `state` is left as it was; `step.state` is the state after a step, and has read its token.
         Raises UsageError for values out of range or an empty prompt without a state, TokenizerError for text
         where the model has no tokenizer.
@@ -99,7 +100,7 @@ class Model:
         options = sampling.SamplingOptions(
             temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, penalty_decay
         )
-        if max_tokens < 1:
+        if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
         uncounted = self.tokenizer.uncounted if self.tokenizer else None
         sampler = sampling.Sampler(options, seed=seed, banned=self._banned, uncounted=uncounted)

@@ -5,7 +5,6 @@ fp32 and independent of backend, precision and fusion, so that a state made on o
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import StateError
+from rwkv_npu.files import write_atomically
 from rwkv_npu.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"
@@ -58,13 +58,9 @@ class State:
             "fingerprint": self.fingerprint,
             "tokens_seen": str(self.tokens_seen),
         }
-        aside = Path(f"{os.fspath(path)}.partial")
         try:
-            aside.write_bytes(save(tensors, metadata))
-            os.replace(aside, path)
+            write_atomically(Path(path), save(tensors, metadata))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
             raise StateError(f"cannot write the state to {path}: {error.strerror}") from error
 
 

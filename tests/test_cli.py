@@ -236,8 +236,7 @@ def test_state_that_cannot_be_used_is_refused_before_anything_is_generated(
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["-n", "0"], "max-tokens"),
-        (["-n", "-1"], "max-tokens"),
+        (["-n", "-2"], "max-tokens"),
         (["--temp", "-0.5"], "--temp"),
         (["--temp", "nan"], "--temp"),
         (["--temp", "inf"], "--temp"),
@@ -636,3 +635,12 @@ def test_interrupt_before_anything_runs(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("rwkv_npu.commands.generate.load_model", interrupted)
     assert main(["generate", "-p", "x"]) == 130
     assert capsys.readouterr().err == "rwkv-npu: interrupted\n"
+
+
+def test_reading_a_prompt_into_a_state_and_going_on_to_the_end(generate: Run, tmp_path: Path) -> None:
+    state = str(tmp_path / "s")
+    status, out, _ = generate("-p", "the turning", "-n", "0", "--state", state)
+    assert (status, out) == (0, "") and (tmp_path / "s").is_file()
+    _, whole, _ = generate("-p", "the turning", "-n", "12", "--temp", "0")
+    _, rest, _ = generate("--state", state, "-p", "", "-n", "12", "--temp", "0")
+    assert whole and whole == rest

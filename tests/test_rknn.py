@@ -21,7 +21,9 @@ FP16_ERROR = 3e-3  # relative, rms: what fp16 leaves of a group's worst output
 
 
 @pytest.fixture(scope="module", params=GENERATIONS)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toolkit_environment: Environment):
+def bundle(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toolkit_environment: Environment
+):
     """A two-layer model of a generation with artifacts of both fusions, converted in two steps."""
     folder = tmp_path_factory.mktemp(f"v{request.param}")
     checkpoint = folder / "model.pth"

@@ -264,7 +264,7 @@ def failing(kind: int) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("where", ["pathlib.Path.write_bytes", "os.replace"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
 def test_a_failed_write_leaves_the_old_file(
     where: str, saved: Path, v7: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,12 +283,10 @@ def test_an_interrupted_write_leaves_the_old_file(
 ) -> None:
     before = saved.read_bytes()
 
-    def interrupted(path: Path, data: bytes) -> int:
-        with open(path, "wb") as file:
-            file.write(data[:100])
+    def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    monkeypatch.setattr("os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         v7.new_state().save(saved)
     assert saved.read_bytes() == before

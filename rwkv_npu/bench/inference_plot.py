@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.bench.inference_record import PREFILLS, Document, Row, by_subject
+from rwkv_npu.bench.inference_record import PREFILLS, Document, Row, by_model
 from rwkv_npu.errors import UsageError
 
 KINDS = ("png", "svg")
@@ -54,7 +54,7 @@ def draw(document: Document, path: Path) -> None:
     from matplotlib import pyplot
 
     subjects = [
-        shown for rows in by_subject(document.results) if (shown := [row for row in rows if row.decode_tps])
+        shown for rows in by_model(document.results) if (shown := [row for row in rows if row.decode_tps])
     ]
     counts = [len(rows) for rows in subjects]
     with pyplot.rc_context(_style()):  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def _style() -> dict[str, Any]:
 def _name(row: Row, machine: Mapping[str, Any]) -> str:
     if row.estimated:
         return f"{row.device.replace(', ', chr(10), 1)} (estimate)"
-    return f"{row.backend} {row.weights}\n{machine.get('cpu', 'this machine')}, {machine.get('cores', '?')} cores"
+    return f"{row.backend} {row.precision}\n{machine.get('cpu', 'this machine')}, {machine.get('cores', '?')} cores"
 
 
 def _colour(row: Row) -> str:

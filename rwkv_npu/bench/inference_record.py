@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.bundle import write_atomically
 from rwkv_npu.errors import UsageError
+from rwkv_npu.files import write_atomically
 
 FORMAT = "inference 1"
 PREFILLS = (128, 512)  # tokens of the prompts
@@ -82,17 +82,17 @@ class Row:
     @property
     def name(self) -> str:
         """What the row is called in tables and pictures."""
-        return f"{self.backend} {self.weights}".strip() + (" (estimate)" if self.estimated else "")
+        return f"{self.backend} {self.precision}".strip() + (" (estimate)" if self.estimated else "")
 
     @property
-    def subject(self) -> tuple[str, str]:
-        """What the row is about: rows of one subject are compared with each other."""
-        return self.fingerprint, self.model
+    def precision(self) -> str:
+        """As held, and as stored where that is another."""
+        return self.weights + (f" of {self.stored}" if self.stored not in ("", self.weights) else "")
 
     @property
-    def is_complete(self) -> bool:
-        """Measured to its end."""
-        return not (self.failed or self.estimated or "interrupted" in self.flags)
+    def is_whole(self) -> bool:
+        """Neither failed nor cut short."""
+        return not (self.failed or "interrupted" in self.flags)
 
     def finish(self, bandwidth_gb_per_s: float | None) -> None:
         """Fill in what follows from the other fields."""
@@ -144,9 +144,9 @@ def load(path: Path) -> Document:
         raise UsageError(f"{path} does not hold results of `rwkv-npu bench inference` ({error})") from error
 
 
-def by_subject(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of each model together, in the order in which the models came."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def by_model(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of the same weights together, whatever file they lie in; what was measured comes first."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.subject, []).append(row)
-    return list(found.values())
+        found.setdefault(row.fingerprint, []).append(row)
+    return [sorted(some, key=lambda row: row.estimated) for some in found.values()]

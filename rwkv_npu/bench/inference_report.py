@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from rwkv_npu.bench.inference_record import PARTS, PREFILLS, Document, Row, by_subject
+from rwkv_npu.bench.inference_record import PARTS, PREFILLS, Document, Row, by_model
 from rwkv_npu.bench.record import Document as Facts
 from rwkv_npu.bench.report import ESTIMATE, machine_lines
 
@@ -22,7 +22,7 @@ WARNING = (
 def table(document: Document) -> str:
     """Markdown: the machine, and for each model speeds, where the time goes, and the terms of the estimates."""
     parts = [machine_lines(Facts(document.machine, document.command, notes=document.notes))]
-    for rows in by_subject(document.results):
+    for rows in by_model(document.results):
         first = rows[0]
         parts.append(f"## {first.model}: RWKV-{first.generation}, {first.parameters / 1e6:.3g} M parameters")
         parts.append(_speeds(rows))
@@ -52,7 +52,7 @@ def _speeds(rows: Sequence[Row]) -> str:
             [
                 _backend(row),
                 row.device,
-                row.weights,
+                row.precision,
                 *(_marked(mark, getattr(row, f"prefill_{count}_tps")) for count in PREFILLS),
                 _marked(mark, row.decode_tps),
                 spread,
@@ -70,7 +70,7 @@ def _speeds(rows: Sequence[Row]) -> str:
 def _split(rows: Sequence[Row], what: str) -> str:
     """Milliseconds by part; for a token also calls, bytes and bandwidth."""
     a_token = what == "decode"
-    head = ["backend", "device", *TERMS, "total"]
+    head = ["backend", "device", "weights", *TERMS, "total"]
     head += ["calls", "MB", "GB/s", "of what memory reads"] if a_token else []
     lines = []
     for row in rows:
@@ -78,7 +78,7 @@ def _split(rows: Sequence[Row], what: str) -> str:
         if not parts:
             continue
         mark = ESTIMATE if row.estimated else ""
-        line = [_backend(row), row.device, *(_marked(mark, parts.get(term)) for term in TERMS)]
+        line = [_backend(row), row.device, row.precision, *(_marked(mark, parts.get(term)) for term in TERMS)]
         line.append(_marked(mark, sum(parts.values())))
         if a_token:
             share = "" if row.bandwidth_share is None else f"{100 * row.bandwidth_share:.0f} %"

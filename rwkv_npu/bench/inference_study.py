@@ -84,7 +84,7 @@ class Subject:
         return Row(self.name, self.fingerprint, spec.generation, spec.parameters, backend, **more)
 
     def is_in(self, row: Row) -> bool:
-        return row.subject == (self.fingerprint, self.name)
+        return (row.fingerprint, row.model) == (self.fingerprint, self.name)
 
 
 def open_subject(path: Path) -> Subject:
@@ -108,8 +108,8 @@ class Study:
             self.document = inference_record.load(settings.file)
             self._check_same(here)
             self.document.command = settings.command or self.document.command
-            # What failed or was cut short is tried again; estimates follow from the rest.
-            self.document.results = [row for row in self.document.results if row.is_complete]
+            # What failed or was cut short is tried again.
+            self.document.results = [row for row in self.document.results if row.is_whole]
 
     @property
     def total(self) -> int:
@@ -142,11 +142,15 @@ class Study:
             yield subject.name, max(0, STAGES - done)
 
     def add_estimates(self) -> None:
-        """Replace the estimates by those that follow from the rows."""
-        rows = [row for row in self.document.results if not row.estimated]
+        """Replace the estimates of the models by those that follow from the rows."""
+        rows = [
+            row
+            for row in self.document.results
+            if not (row.estimated and any(subject.is_in(row) for subject in self.subjects))
+        ]
         if machine.board() is None:
             for subject in self.subjects:
-                about = [row for row in rows if subject.is_in(row)]
+                about = [row for row in rows if subject.is_in(row) and not row.estimated]
                 rows += estimates(
                     subject.spec, subject.artifacts, about, self.settings.assumptions, subject.row
                 )
@@ -168,8 +172,9 @@ class Study:
         return found
 
     def _is_known(self, row: Row, subject: Subject, backend: str, precision: str | None) -> bool:
-        same = subject.is_in(row) and row.backend == backend and precision in (None, row.weights)
-        return same and self.settings.fusion in (None, row.fusion)
+        if row.estimated or not subject.is_in(row) or row.backend != backend:
+            return False
+        return precision in (None, row.weights) and self.settings.fusion in (None, row.fusion)
 
     def _request(self, subject: Subject, backend: str, precision: str | None) -> dict[str, Any]:
         settings = self.settings

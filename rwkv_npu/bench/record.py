@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.bundle import write_atomically
 from rwkv_npu.errors import UsageError
+from rwkv_npu.files import write_atomically
 
 FORMAT = 1
 

@@ -9,19 +9,23 @@ from rwkv_npu.converter import convert
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = convert(
-        arguments.checkpoint,
-        arguments.out,
-        target=arguments.target,
-        precision=arguments.precision,
-        fusion=arguments.fusion,
-        rows=arguments.rows,
-        cpu=arguments.cpu,
-        force=arguments.force,
-        jobs=arguments.jobs,
-        verify=arguments.verify,
-        tokenizer=arguments.tokenizer,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    try:
+        path = convert(
+            arguments.checkpoint,
+            arguments.out,
+            target=arguments.target,
+            precision=arguments.precision,
+            fusion=arguments.fusion,
+            rows=arguments.rows,
+            cpu=arguments.cpu,
+            force=arguments.force,
+            jobs=arguments.jobs,
+            verify=arguments.verify,
+            tokenizer=arguments.tokenizer,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    except KeyboardInterrupt:
+        print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     print(path)
     return 0

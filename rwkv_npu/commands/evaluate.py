@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.resources
 import json
 
@@ -17,7 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise UsageError(f"--max-tokens is {arguments.max_tokens}: it must be at least 1")
     text = read_text(arguments.text) if arguments.text else default_text()
-    with load_model(arguments) as model:
+    with contextlib.ExitStack() as opened:
+        model = opened.enter_context(load_model(arguments))
         ids = model.encode(text)
         size = len(text.encode())
         if arguments.max_tokens is not None and arguments.max_tokens < len(ids):
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "plan": None,
                 "fusion": None,
             }
-            reference = load_model(argparse.Namespace(**{**vars(arguments), **other}))
+            reference = opened.enter_context(load_model(argparse.Namespace(**{**vars(arguments), **other})))
         with tqdm(total=len(ids), desc="eval", unit="token", leave=False, disable=None) as bar:
             result = evaluate(model, ids, text_bytes=size, reference=reference, progress=bar.update)
     print(json.dumps(result.to_json(), indent=1) if arguments.json else _table(result))

@@ -96,12 +96,15 @@ def _stream(
     statistics: Statistics,
     interrupt: Interrupt,
 ) -> State | None:
-    """Print the continuation; the state after it, None where nothing was sampled."""
+    """Print the continuation; the state after it, None where it would be no other than before."""
     begin = time.perf_counter()
     step = None
     with _PromptBar(len(ids), interrupt) as bar:
-        steps = _steps(model, ids, state, arguments, bar)
-        if steps is None:
+        try:
+            if arguments.max_tokens == 0:  # the prompt is only read, for its state
+                return model.forward(ids, state, progress=bar.update)[1]
+            steps = _steps(model, ids, state, arguments, bar)
+        except _PromptInterrupted:
             return None
     for step in steps:
         statistics.total = time.perf_counter() - begin
@@ -118,26 +121,22 @@ def _stream(
 
 def _steps(
     model: Model, ids: Sequence[int], state: State | None, arguments: argparse.Namespace, bar: _PromptBar
-) -> Iterable[Step] | None:
-    """Read the prompt; None if that was interrupted."""
-    try:
-        return model.generate(
-            ids,
-            state,
-            stop=arguments.stop,
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temp,
-            top_p=arguments.top_p,
-            top_k=arguments.top_k,
-            min_p=arguments.min_p,
-            presence_penalty=arguments.presence_penalty,
-            frequency_penalty=arguments.frequency_penalty,
-            penalty_decay=arguments.penalty_decay,
-            seed=arguments.seed,
-            progress=bar.update,
-        )
-    except _PromptInterrupted:
-        return None
+) -> Iterable[Step]:
+    return model.generate(
+        ids,
+        state,
+        stop=arguments.stop,
+        max_tokens=None if arguments.max_tokens == -1 else arguments.max_tokens,
+        temperature=arguments.temp,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        penalty_decay=arguments.penalty_decay,
+        seed=arguments.seed,
+        progress=bar.update,
+    )
 
 
 class _PromptInterrupted(Exception):
@@ -168,10 +167,11 @@ def _prompt(arguments: argparse.Namespace) -> str:
     """The prompt, "" where there is only a state to go on from."""
     if arguments.prompt is not None and arguments.file is not None:
         raise UsageError("give --prompt or --file, not both")
-    if arguments.file is not None:
-        return read_text(arguments.file)
-    if arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty()):
-        return read_text("-")
+    source = arguments.file
+    if source is None and (arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty())):
+        source = "-"
+    if source is not None:
+        return read_text(source).removesuffix("\n")  # editors and echo end with one; prompts do not
     if arguments.prompt is None and not arguments.state:
         raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
     prompt: str = arguments.prompt or ""
