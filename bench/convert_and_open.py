@@ -60,8 +60,12 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="v7-0.4b", help="official size, as tools/make_checkpoint.py names it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", default="v7-0.4b", help="official size, as tools/make_checkpoint.py names it"
+    )
     parser.add_argument("--folder", required=True, help="where checkpoint and bundles go, and stay")
     parser.add_argument("--save", help="write the figures to this JSON file")
     return parser.parse_args()
@@ -141,7 +145,8 @@ def table(results: dict[str, Any]) -> str:
             f"{name}: {r['seconds']:.0f} s, largest process {r['largest_process_bytes'] / gb:.2f} GB, "
             f"bundle {r['bundle_bytes'] / gb:.2f} GB"
         )
-    lines.append("| backend | CPU weights | prepack | open s | first token s | prefill t/s | decode t/s | peak GB | own GB |")
+    titles = "backend | CPU weights | prepack | open s | first token s | prefill t/s | decode t/s | peak GB | own GB"
+    lines.append(f"| {titles} |")
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for r in results["open"]:
         lines.append(

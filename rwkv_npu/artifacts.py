@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_npu.bundle import Artifact, Manifest, artifact_file
+from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import trace_group
@@ -29,20 +29,23 @@ BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
 def plan_artifacts(
     manifest: Manifest, program: Program, target: str, precision: str, rows: Sequence[int] | None
 ) -> list[Artifact]:
-    """What has to be built for `target`; `rows` None is `--rows auto`.
+    """What there has to be for `target`; `rows` None is `--rows auto`, and what the bundle has already counts.
 
     auto: decode and prefill have artifacts of their own where the NPU's memory holds the weights twice, else one
     artifact serves both. Raises UsageError, with the arithmetic, where not even that fits.
     """
     attempts = [rows] if rows else [BOTH_ROWS, ONE_ROWS]
+    kind = target, precision, program.fusion
+    there = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == kind]
     for attempt in attempts:
         artifacts = [
             _planned(program, group, target, precision, count)
             for group in program.groups
             # The head reads one row at a time.
-            for count in ([1] if group.role == "head" else sorted(set(attempt)))
+            for count in ((1,) if group.role == "head" else attempt)
         ]
-        memory = plan_memory(manifest, artifacts)
+        paths = {artifact.path for artifact in artifacts}
+        memory = plan_memory(manifest, [*artifacts, *(a for a in there if a.path not in paths)])
         if memory.fits:
             return artifacts
     raise UsageError(
@@ -83,15 +86,14 @@ class Build:
     def notes(self) -> Path:
         return self.out.with_name(self.out.name + ".json")
 
-    def finished(self) -> Artifact | None:
+    def noted(self, environment: Environment) -> Artifact | None:
         """The artifact of an earlier, interrupted conversion, if it is there and as much is known as is asked."""
         try:
-            notes = json.loads(self.notes.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        artifact = Artifact(**{**notes, "on_cpu": tuple(notes["on_cpu"])})
-        wanted = self.verify_inputs is None or artifact.error is not None
-        return artifact if wanted and self.out.exists() else None
+        good = self.out.exists() and _enough(artifact, environment, self.verify_inputs is not None)
+        return artifact if good else None
 
     @property
     def graph(self) -> Path:
@@ -126,21 +128,35 @@ def build_artifacts(
     """Compile what the bundle's manifest lacks of `planned` and add it to the manifest.
 
     Builds run in child processes, `jobs` at a time or as many as memory and cores allow. With `verify` each is run
-    in Rockchip's simulator right after it was built, since a loaded `.rknn` cannot be.
+    in Rockchip's simulator right after it was built, since a loaded `.rknn` cannot be. An artifact of another
+    version of the compiler than `environment`'s is built again.
     """
-    manifest = source.bundle.manifest
-    known = {a.path: a for a in manifest.artifacts if a.error is not None or not verify}
-    builds = _builds(source, [a for a in planned if a.path not in known], verify)
-    done = {build.artifact.path: artifact for build in builds if (artifact := build.finished())}
-    waiting = [build for build in builds if build.artifact.path not in done]
+    bundle, manifest = source.bundle, source.bundle.manifest
+    wanted = {artifact.path for artifact in planned}
+    stale = {a.path for a in manifest.artifacts if a.path in wanted and not _enough(a, environment, verify)}
+    if stale:  # they leave the manifest before they are replaced, in case of a kill
+        manifest.artifacts = [a for a in manifest.artifacts if a.path not in stale]
+        manifest.files = {name: record for name, record in manifest.files.items() if name not in stale}
+        write_atomically(bundle.path / MANIFEST, manifest.to_json().encode())
+    there = {artifact.path for artifact in manifest.artifacts}
+    builds = _builds(source, [a for a in planned if a.path not in there], verify)
+    finished = [(build, build.noted(environment)) for build in builds]
+    manifest.artifacts += [artifact for _, artifact in finished if artifact]
+    waiting = [build for build, artifact in finished if not artifact]
     total = len(planned)
     with tqdm(total=total, initial=total - len(waiting), desc="compile", unit="graph", disable=None) as bar:
-        for artifact in _run_builds(waiting, environment, jobs, bar):
-            done[artifact.path] = artifact
-    manifest.artifacts = [a for a in manifest.artifacts if a.path not in done] + list(done.values())
-    for build in builds:
-        manifest.files.pop(build.artifact.path, None)
-        build.notes.unlink()
+        manifest.artifacts += _run_builds(waiting, environment, jobs, bar)
+
+
+def remove_notes(folder: Path) -> None:
+    """Once the manifest knows the artifacts, what was noted beside them is no longer needed."""
+    for notes in folder.glob("rknn/*/*.rknn.json"):
+        notes.unlink()
+
+
+def _enough(artifact: Artifact, environment: Environment, verify: bool) -> bool:
+    """Whether an artifact need not be built again: of this compiler, and verified if that is asked."""
+    return artifact.toolkit == environment.version and (artifact.error is not None or not verify)
 
 
 def _builds(source: BundleSource, artifacts: Sequence[Artifact], verify: bool) -> list[Build]:

@@ -63,10 +63,19 @@ class Artifact:
     toolkit: str = ""
     error: float | None = None
 
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Artifact:
+        artifact: Artifact = _known(Artifact, {**data, "on_cpu": tuple(data["on_cpu"])})
+        return artifact
+
 
 @dataclass
 class Manifest:
-    """All that a bundle says of itself. `tokenizer` is a shipped vocabulary's name, a file, or None."""
+    """All that a bundle says of itself.
+
+    tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None. fingerprint: of a sample of the
+    weights, quick to have of any checkpoint; weights_digest: of every value.
+    """
 
     spec: Spec
     fingerprint: str
@@ -75,6 +84,7 @@ class Manifest:
     cpu: str
     scaling: Scaling
     tokenizer: str | None
+    weights_digest: str = ""
     format: tuple[int, int] = FORMAT
     made_by: str = ""
     groups: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -96,15 +106,15 @@ class Manifest:
             raise _OtherVersion(f"{major}.{minor}")
         if data.pop("checksum") != _checksum(data):
             raise ValueError("its checksum does not match")
+        maths = {group["maths"] for groups in data["groups"].values() for group in groups}
+        if maths - {MATHS}:
+            raise _OtherVersion(f"{major}.{minor}, maths {max(maths)}")
         known = {name: data[name] for name in Manifest.__dataclass_fields__}  # a newer minor may have more
         known["format"] = (major, minor)
         known["spec"] = _known(Spec, data["spec"])
         known["scaling"] = _known(Scaling, data["scaling"])
         known["files"] = {name: _file_record(name, record) for name, record in data["files"].items()}
-        known["artifacts"] = [
-            _known(Artifact, {**artifact, "on_cpu": tuple(artifact["on_cpu"])})
-            for artifact in data["artifacts"]
-        ]
+        known["artifacts"] = [Artifact.from_json(artifact) for artifact in data["artifacts"]]
         return Manifest(**known)
 
 
@@ -160,10 +170,11 @@ def artifact_file(target: str, group: str, fusion: str, precision: str, rows: in
 
 
 def is_bundle(path: Path) -> bool:
-    """Raises BundleError for one whose conversion did not end."""
-    if (path / MARK).is_file():
+    """Whether there is a bundle at `path`. Raises BundleError for a conversion that did not end."""
+    finished = (path / MANIFEST).is_file()
+    if not finished and (path / MARK).is_file():
         raise BundleError(f"{path} is an unfinished conversion: run the same rwkv-npu convert again")
-    return (path / MANIFEST).is_file()
+    return finished
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:

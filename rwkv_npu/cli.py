@@ -59,6 +59,9 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
+    p.add_argument(
+        "--toolkit", metavar="X.Y.Z", help="version of the compiler, for a board with an older runtime"
+    )
     p.add_argument("--force", action="store_true", help="replace whatever is at the output")
 
 
@@ -233,7 +236,12 @@ def _add_bench_inference(actions: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = parser().parse_args(argv)
         module = {"eval": "evaluate"}.get(arguments.command, arguments.command)

@@ -8,6 +8,7 @@ one rename. A bundle of the same weights that is there already is added to.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rwkv_npu
-from rwkv_npu.artifacts import build_artifacts, plan_artifacts
+from rwkv_npu.artifacts import build_artifacts, plan_artifacts, remove_notes
 from rwkv_npu.bundle import (
     FORMAT,
     MANIFEST,
@@ -43,54 +44,56 @@ from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import BundleSource, CheckpointSource
-from rwkv_npu.spec import FUSIONS, Scaling, Spec
+from rwkv_npu.spec import Scaling, Spec, check_fusion
 from rwkv_npu.tokenizer import find_tokenizer
-from rwkv_npu.toolkit import environment as toolkit
-from rwkv_npu.toolkit.compiler import TARGETS, CompileOptions
+from rwkv_npu.toolkit import TARGETS, environment
 from rwkv_npu.verify import verify_graphs
 
 Say = Callable[[str], None]
 
+NO_TARGET = "none"  # graphs for the CPU only
+
+
+# What the disk, or its permissions, can do to us; any other OSError is a bug of ours.
+_DISK = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a conversion, checked. `target` None builds for the CPU only; `rows` None is auto."""
+    """What is asked of a conversion. Raises UsageError for a value that does not exist."""
 
-    target: str | None
+    target: str
     precision: str
     fusion: str
-    rows: tuple[int, ...] | None
+    rows: tuple[int, ...] | None  # None: auto
     cpu: str
     jobs: int | None
     verify: bool
     force: bool
 
-    @staticmethod
-    def of(
-        target: str,
-        precision: str,
-        fusion: str,
-        rows: str | int | Sequence[int],
-        cpu: str,
-        jobs: int | None,
-        verify: bool,
-        force: bool,
-    ) -> Request:
-        """Raises UsageError for a value that does not exist."""
-        if fusion not in FUSIONS:
-            raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
-        if cpu not in STORAGE:
-            raise UsageError(f"CPU precision {cpu!r} is unknown: use one of {', '.join(STORAGE)}")
-        if target not in (*TARGETS, "none"):
-            raise UsageError(f"target {target!r} is unknown: use one of {', '.join(TARGETS)}, none")
-        if precision != "fp16":
-            raise UsageError(f"precision {precision!r} is unknown: use fp16")
-        if jobs is not None and jobs < 1:
-            raise UsageError(f"jobs is {jobs}: it must be at least 1")
-        chip = None if target == "none" else target
-        if chip:
-            CompileOptions(target=chip, precision=precision)
-        return Request(chip, precision, fusion, parse_rows(rows), cpu, jobs, verify, force)
+    def __post_init__(self) -> None:
+        check_fusion(self.fusion)
+        known = {"CPU precision": STORAGE, "target": (*TARGETS, NO_TARGET), "precision": ("fp16",)}
+        for (what, values), value in zip(known.items(), (self.cpu, self.target, self.precision), strict=True):
+            if value not in values:
+                raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
+
+    @property
+    def compiles(self) -> bool:
+        return self.target != NO_TARGET
 
 
 def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
@@ -125,6 +128,7 @@ def convert(
     jobs: int | None = None,
     verify: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
+    toolkit: str | None = None,
     say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
@@ -134,33 +138,28 @@ def convert(
     cpu: precision in which the CPU's backends find the weights, fp16 or fp32.
     force: replace whatever is at `out`. jobs: builds at a time (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
+    toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
     say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
     anything is written where the input is at fault.
     """
-    request = Request.of(target, precision, fusion, rows, cpu, jobs, verify, force)
-    opened = open_checkpoint(Path(checkpoint))
-    words = find_tokenizer(
-        vocab_size=opened.spec.V,
-        beside=Path(checkpoint),
-        override=None if tokenizer is None else os.fspath(tokenizer),
-    )
-    place = Path(out) if out is not None else Path(f"{_stem(Path(checkpoint))}.rwkv")
-    _check_place(place, Path(checkpoint))
+    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force)
+    source = Path(checkpoint)
+    opened = open_checkpoint(source)
+    override = None if tokenizer is None else os.fspath(tokenizer)
+    words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
+    place = Path(out) if out is not None else Path(f"{_stem(source)}.rwkv")
+    _check_place(place, source)
     adding = _existing(place, opened, request)
-    spec = opened.spec
-    for note in opened.notes:
-        warnings.warn(note, stacklevel=2)
-    say(f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters: checking every value")
-    check_finite(opened, fp16=request.cpu == "fp16" or request.target is not None)
-    compiler = toolkit.require() if request.target else None
     manifest = adding or _new_manifest(opened, request)
-    program = Program(manifest.spec, request.fusion, manifest.scaling)
-    planned = []
-    if request.target:
+    compiler, planned = None, []
+    if request.compiles:
+        compiler = environment.require(toolkit)
+        program = Program(manifest.spec, request.fusion, manifest.scaling)
         planned = plan_artifacts(manifest, program, request.target, request.precision, request.rows)
+    _check_values(opened, manifest, request, place, say)
     with _workspace(place, manifest, adding is not None) as folder:
-        _drop_damaged(folder, manifest, say)
+        _drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)
         bundle = Bundle(folder, manifest)
         write_graphs(bundle)
@@ -172,15 +171,34 @@ def convert(
             verify_graphs(bundle)
         if compiler:
             say(
-                f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those that are not there"
+                f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those not there yet"
             )
-            source = BundleSource(bundle, request.fusion)
-            build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
+            compiled = BundleSource(bundle, request.fusion)
+            build_artifacts(compiled, planned, compiler, jobs=request.jobs, verify=request.verify)
         if request.verify:
             say(_errors(manifest, planned))
         record_files(folder, manifest)
         write_atomically(folder / MANIFEST, manifest.to_json().encode())
+        remove_notes(folder)
     return place
+
+
+def _check_values(
+    checkpoint: Checkpoint, manifest: Manifest, request: Request, place: Path, say: Say
+) -> None:
+    """Read every value once. Raises CheckpointError for one that cannot be used, BundleError for other weights."""
+    spec = checkpoint.spec
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=3)
+    say(f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters: checking every value")
+    digest = check_finite(checkpoint, fp16=request.cpu == "fp16" or request.compiles)
+    if manifest.weights_digest not in ("", digest):
+        raise _other_weights(place)
+    manifest.weights_digest = digest
+
+
+def _other_weights(place: Path) -> BundleError:
+    return BundleError(f"{place} was made from other weights: name another output, or give --force")
 
 
 def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
@@ -206,10 +224,16 @@ def _check_place(place: Path, checkpoint: Path) -> None:
         raise UsageError(f"the output {place} holds the checkpoint itself: name another")
 
 
-def _drop_damaged(folder: Path, manifest: Manifest, say: Say) -> None:
-    """Forget what a bundle has lost, so that it is made again."""
+def _drop_damaged(folder: Path, manifest: Manifest, planned: set[str], say: Say) -> None:
+    """Forget what a bundle has lost, so that it can be made again."""
+    others = {a.path: a for a in manifest.artifacts if a.path not in planned}
     for name in list(damaged_files(folder, manifest)):
-        say(f"{name} is missing or damaged: it is made again")
+        again = "it is made again"
+        if name in others:
+            again = (
+                f"convert with --target {others[name].target} --fusion {others[name].fusion} to have it again"
+            )
+        say(f"{name} is missing or damaged: {again}")
         (folder / name).unlink(missing_ok=True)
         del manifest.files[name]
     manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]
@@ -230,7 +254,7 @@ def _existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest
         )
     manifest = read_manifest(place)
     if manifest.fingerprint != checkpoint.fingerprint:
-        raise BundleError(f"{place} was made from other weights: name another output, or give --force")
+        raise _other_weights(place)
     if manifest.cpu != request.cpu:
         raise BundleError(
             f"{place} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
@@ -271,6 +295,8 @@ def _workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
             f"another conversion is writing to {place}: wait for it, or name another output"
         ) from None
     except OSError as error:
+        if error.errno not in _DISK:
+            raise
         line = f"cannot write the bundle: {error.strerror or error} ({folder})"
         if not adding and (folder / MARK).is_file():
             line += "; what is done is kept there, and the same command goes on from it"
@@ -288,7 +314,10 @@ def _prepare_partial(folder: Path, manifest: Manifest, held: contextlib.ExitStac
         shutil.rmtree(folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise BundleError(f"{folder} is in the way, and not from an interrupted conversion: move it away")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # where folders cannot be made, such as /proc
+        raise BundleError(f"cannot make {folder}: {error.strerror}") from error
     write_atomically(mark, key.encode())
     held.enter_context(locked(mark))
 
@@ -306,4 +335,4 @@ def _replace(folder: Path, place: Path) -> None:
                 raise
     else:
         os.replace(folder, place)
-    (place / MARK).unlink()
+    (place / MARK).unlink()  # with the manifest there it means nothing, should we be killed before this

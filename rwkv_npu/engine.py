@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from rwkv_npu.backends.base import Backend, Runner
-from rwkv_npu.errors import UsageError
+from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.models.network import Network, Program, Run
 from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import State, new_state
@@ -98,6 +98,9 @@ class Dispatcher:
     def open(self, groups: Sequence[Group]) -> None:
         """Open what the plan will use of every group: whatever cannot be opened is said when a model is loaded."""
         for group in groups:
+            for backend in (self.decode, self.prefill):
+                if backend.row_counts(group) == ():
+                    raise BackendError(f"backend {backend.name} has no artifact of {group.name}")
             counts = self.decode.row_counts(group) or (1,)
             if self.prefill is self.decode:
                 chosen = [(self.decode, rows) for rows in counts]
@@ -138,11 +141,7 @@ class Engine:
         self.program, self.fingerprint = program, fingerprint
         self._network = Network(program, host)
         self._dispatcher = Dispatcher(decode, prefill)
-        try:
-            self._dispatcher.open(program.groups)
-        except BaseException:
-            self._dispatcher.close()
-            raise
+        self._dispatcher.open(program.groups)
         self._initial = initial
         self._chunk = self._rows(prefill) or PREFILL_ROWS
         # Artifacts are built for one sequence.
@@ -177,7 +176,8 @@ class Engine:
         """Read `tokens` after `state` (None: from the start).
 
         Returns logits, fp32, (V,) after the last token or (T, V) after each, and the new state; `state` is
-        left as it was unless `inplace`. `progress` is called with the number of tokens of every chunk read.
+        left as it was unless `inplace`, and then lost after an exception. `progress` is called with the number of
+        tokens of every chunk read.
         Raises UsageError for no tokens at all, ids outside the vocabulary, or a state of another model.
         """
         ids = self._check(tokens)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rwkv_npu.engine import Engine
-from rwkv_npu.errors import TokenizerError, UsageError
+from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.sampling import Sampler
 from rwkv_npu.state import State
 from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
@@ -22,12 +22,15 @@ class Step:
 
     token, logprob: its id and its log-probability in the softmax of the unchanged logits.
     text: what became certain with it, "" while a character or a stop string is incomplete.
+    held: text that may be the start of a stop string; for whoever ends the generation here.
     finish_reason: None, "stop" (end of text or a stop string) or "length", on the last step only.
     """
 
-    def __init__(self, token: int, logprob: float, text: str, finish_reason: str | None, reader: _Reader):
+    def __init__(
+        self, token: int, logprob: float, text: str, finish_reason: str | None, held: str, reader: _Reader
+    ):
         self.token, self.logprob, self.text, self.finish_reason = token, logprob, text, finish_reason
-        self._reader = reader
+        self.held, self._reader = held, reader
 
     @property
     def state(self) -> State:
@@ -48,6 +51,7 @@ class _Reader:
     def __init__(self, engine: Engine, logits: np.ndarray, state: State):
         self._engine, self.logits, self._state = engine, logits, state
         self._pending: int | None = None
+        self._broken = False
 
     def sample(self, sampler: Sampler) -> tuple[int, float]:
         self.read()
@@ -56,9 +60,12 @@ class _Reader:
         return token, logprob
 
     def read(self) -> State:
+        if self._broken:
+            raise BackendError("the state is lost: the backend failed while it read a token")
         if self._pending is not None:
-            token, self._pending = self._pending, None
-            self.logits, _ = self._engine.forward([token], self._state, inplace=True)
+            self._broken = True  # while some layers have read it and others have not
+            self.logits, _ = self._engine.forward([self._pending], self._state, inplace=True)
+            self._pending, self._broken = None, False
         return self._state
 
 
@@ -74,28 +81,28 @@ class TextStream:
             raise UsageError("a stop string must not be empty")
         self._decoder = tokenizer.decoder() if tokenizer else None
         self._stop = tuple(stop)
-        self._held = ""
+        self.held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
         """(text that is certain now, whether a stop string was completed); the stop string is left out."""
         if self._decoder is None or token == END_OF_TEXT:
             return "", False
-        self._held += self._decoder.push(token)
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self.held += self._decoder.push(token)
+        found = [(at + len(stop), at) for stop in self._stop if (at := self.held.find(stop)) >= 0]
         if found:
             _, begin = min(found)  # the stop string that ends first, as if letters came one by one
-            text, self._held = self._held[:begin], ""
+            text, self.held = self.held[:begin], ""
             self._decoder = None
             return text, True
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        certain = len(self._held) - keep
-        text, self._held = self._held[:certain], self._held[certain:]
+        keep = max((_overlap(self.held, stop) for stop in self._stop), default=0)
+        certain = len(self.held) - keep
+        text, self.held = self.held[:certain], self.held[certain:]
         return text, False
 
     def finish(self) -> str:
         """What was held back."""
         rest = self._decoder.finish() if self._decoder else ""
-        text, self._held = self._held + rest, ""
+        text, self.held = self.held + rest, ""
         return text
 
 
@@ -122,6 +129,6 @@ def steps(
         reason = "stop" if stopped or token == END_OF_TEXT else "length" if count == max_tokens else None
         if reason:
             text += stream.finish()
-        yield Step(token, logprob, text, reason, reader)
+        yield Step(token, logprob, text, reason, stream.held, reader)
         if reason:
             return

@@ -218,8 +218,9 @@ class Tracer:
         return [min(step, width - start) for start in range(0, width, step)]
 
     def _cut(self, x: Value, widths: Sequence[int]) -> Value:
-        if len(x.names) == len(widths):
+        if x.widths == tuple(widths):
             return x
+        assert len(x.names) == 1, "parts are never cut again"
         return Value(self, [self._columns(x, *span) for span in _spans(widths) if span], widths)
 
     def _columns(self, x: Value, start: int, stop: int) -> str:

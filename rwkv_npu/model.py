@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
 import warnings
@@ -18,7 +19,7 @@ from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.sources import BundleSource, CheckpointSource, ModelSource
-from rwkv_npu.spec import FUSIONS, Spec
+from rwkv_npu.spec import Spec, check_fusion
 from rwkv_npu.state import State
 from rwkv_npu.state import load_state as _load_state
 from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
@@ -158,12 +159,13 @@ def load(
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, as {"prefill": NAME, "decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of the CPU's backends; None leaves it to them. ONNX Runtime's are one pool for the process, made at the
-        first load: other sessions in the process must set `SessionOptions.use_per_session_threads = False`.
+    threads: of ort and torch; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX Runtime's are one
+        pool for the process, made at the first load: other sessions in the process must set
+        `SessionOptions.use_per_session_threads = False`.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
-    if fusion is not None and fusion not in FUSIONS:
-        raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+    if fusion is not None:
+        check_fusion(fusion)
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}: it must be at least 1")
     where = Path(path) if path is not None else demo_model()
@@ -180,18 +182,21 @@ def load(
         source = CheckpointSource(checkpoint, fusion)
         words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
     chosen = _parse_plan(plan, backend)
-    opened: dict[str, Backend] = {}
-    for name in chosen.values():
-        if name not in opened:
-            opened[name] = open_backend(name, source, threads=threads)
-    engine = Engine(
-        source.program,
-        source.tensor,
-        decode=opened[chosen["decode"]],
-        prefill=opened[chosen["prefill"]],
-        fingerprint=source.fingerprint,
-        initial=source.initial_states(),
-    )
+    with contextlib.ExitStack() as on_failure:
+        opened: dict[str, Backend] = {}
+        for name in chosen.values():
+            if name not in opened:
+                opened[name] = open_backend(name, source, threads=threads)
+                on_failure.callback(opened[name].close)
+        engine = Engine(
+            source.program,
+            source.tensor,
+            decode=opened[chosen["decode"]],
+            prefill=opened[chosen["prefill"]],
+            fingerprint=source.fingerprint,
+            initial=source.initial_states(),
+        )
+        on_failure.pop_all()
     return Model(engine, words)
 
 

@@ -106,7 +106,7 @@ class CheckpointSource(ModelSource):
         return tensor
 
     def has(self, name: str) -> bool:
-        return name in self.checkpoint.names
+        return name in self.checkpoint
 
     def onnx(self, group: Group) -> bytes:
         from rwkv_npu.graphs import inline_model, trace_group

@@ -91,7 +91,7 @@ class Spec:
 
     @property
     def parameters(self) -> int:
-        return sum(prod(t.shape) for t in tensors(self) if not t.optional or ".time_state" not in t.name)
+        return sum(prod(t.shape) for t in tensors(self) if not t.optional)
 
 
 @dataclass(frozen=True)
@@ -241,41 +241,61 @@ class Group:
         return self.role if self.layer < 0 or self.role in ("first", "last") else f"{self.role}.{self.layer}"
 
 
+_ATT_OUTPUTS = {
+    "4": "r k v",
+    "5.0": "r k v",
+    "5.1": "r k v g",
+    "5.2": "r k v g",
+    "6": "r w k v g",
+    "7": "r w k v a g vmix",  # vmix mixes in the values of layer 0, which has none
+    "7a": "r w k v a g vmix",
+}
+_ATT_INPUTS = {
+    "4": "xr xk xv",
+    "5.0": "xr xk xv",
+    "5.1": "xr xk xv xg",
+    "5.2": "xr xk xv xg",
+    "6": "h dx",  # the mixes depend on the data, through matrices: they belong to the group
+    "7": "xr xw xk xv xa xg",
+    "7a": "xr xw xk xv xa xg",
+}
+_FFN_INPUTS = {
+    "4": "xk xr",
+    "5.0": "xk xr",
+    "5.1": "xk xr",
+    "5.2": "xk xr",
+    "6": "xk xr",
+    "7": "xk",
+    "7a": "xk h s",
+}
+
+
 def att_outputs(spec: Spec, layer: int) -> tuple[Port, ...]:
     """What the attention projections of a layer hand to its recurrence, each (M, A)."""
-    names = {
-        "4": ["r", "k", "v"],
-        "5.0": ["r", "k", "v"],
-        "5.1": ["r", "k", "v", "g"],
-        "5.2": ["r", "k", "v", "g"],
-        "6": ["r", "w", "k", "v", "g"],
-    }.get(spec.generation, ["r", "w", "k", "v", "a", "g"] + (["vmix"] if layer > 0 else []))
-    return tuple(Port(name, spec.A) for name in names)
+    names = _ATT_OUTPUTS[spec.generation].split()
+    return tuple(Port(name, spec.A) for name in names if name != "vmix" or layer > 0)
 
 
 def att_inputs(spec: Spec) -> tuple[Port, ...]:
     """What the attention projections read, mixed on the CPU: the inputs of `att.in`, each (M, D)."""
-    names = {
-        "4": ["xr", "xk", "xv"],
-        "5.0": ["xr", "xk", "xv"],
-        "5.1": ["xr", "xk", "xv", "xg"],
-        "5.2": ["xr", "xk", "xv", "xg"],
-        "6": ["h", "dx"],  # the mixes depend on the data, through matrices: they belong to the group
-    }.get(spec.generation, ["xr", "xw", "xk", "xv", "xa", "xg"])
-    return tuple(Port(name, spec.D) for name in names)
+    return tuple(Port(name, spec.D) for name in _ATT_INPUTS[spec.generation].split())
 
 
 def ffn_inputs(spec: Spec) -> tuple[Port, ...]:
     """What the channel mix reads: the inputs of `ffn`."""
-    if spec.generation == "7a":
-        return (Port("xk", spec.D), Port("h", spec.D), deep_embedding(spec))
-    names = ["xk"] if spec.generation == "7" else ["xk", "xr"]
-    return tuple(Port(name, spec.D) for name in names)
+    names = _FFN_INPUTS[spec.generation].split()
+    return tuple(deep_embedding(spec) if name == "s" else Port(name, spec.D) for name in names)
 
 
 def deep_embedding(spec: Spec) -> Port:
     """7a: per token an (R, R) matrix, row-major, looked up on the host."""
     return Port("s", spec.ranks["s"] ** 2)
+
+
+def check_fusion(fusion: str) -> None:
+    """Raises UsageError for one that does not exist."""
+    if fusion not in FUSIONS:
+        raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
 
 
 def groups(spec: Spec, fusion: str) -> list[Group]:
@@ -297,11 +317,10 @@ def groups(spec: Spec, fusion: str) -> list[Group]:
             for i in range(spec.L)
         )
         return [group for layer in per_layer for group in layer] + [head]
-    if fusion != "layer":
-        raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+    check_fusion(fusion)
     att_last, ffn_last = Port("att_last", spec.D, True), Port("ffn_last", spec.D, True)
     att_h, ffn_h, x_out = Port("att_h", spec.D), Port("ffn_h", spec.D), Port("x_out", spec.D)
-    deep = (deep_embedding(spec),) if spec.generation == "7a" else ()
+    deep = tuple(port for port in ffn_inputs(spec) if port.name == "s")
     first = Group("first", 0, (x, att_last), (att_h, *att_outputs(spec, 0)))
     mids = [
         Group("mid", i, (y, x, ffn_last, *deep, att_last), (x_out, ffn_h, att_h, *att_outputs(spec, i + 1)))

@@ -19,6 +19,7 @@ from rwkv_npu.files import write_atomically
 from rwkv_npu.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"
+EMPTY_Q = -1e30  # v4: the running maximum of an empty history
 
 
 @dataclass
@@ -68,7 +69,7 @@ def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> S
     """The state before the first token; `initial` gives the tuned `time_state` (H, N, N) of a layer."""
     parts = {name: np.zeros((spec.L, *shape), np.float32) for name, shape in state_shapes(spec).items()}
     if "att.q" in parts:
-        parts["att.q"].fill(-1e30)  # the running maximum of an empty history
+        parts["att.q"].fill(EMPTY_Q)
     for layer, time_state in initial.items():
         parts["att.wkv"][layer] = time_state
     return State(spec, fingerprint, parts)

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,26 @@ def test_interrupted_and_gone_on_with(checkpoint: Path, tmp_path: Path) -> None:
     assert [asdict(row) for row in load(file).results] == [kept, added]
 
 
+def test_an_interrupted_row_is_kept_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    def measure(row: Row, request: dict[str, Any]) -> Iterator[str]:
+        yield "load"
+        row.update({"load_s": 3.0, "flags": "busy"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference_study, "measure", measure)
+    file = tmp_path / "rows.json"
+    status, out, err = run_main(
+        capsys, "bench", "inference", "-m", checkpoint, "--resume", file, "-o", "json"
+    )
+    assert status == 130 and str(file) in err
+    assert [(row["load_s"], row["flags"]) for row in json.loads(out)["results"]] == [
+        (3.0, "busy interrupted")
+    ]
+    assert load(file).results[0].load_s == 3.0
+
+
 def processes() -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -328,6 +349,7 @@ def test_the_terms_of_one_core(checkpoint: Path) -> None:
     prompt = estimate.on_npu(spec, artifacts(), 128, estimate.TABLE, Assumptions(100.0, 3.0), host)
     assert prompt.npu_calls == 2 * 3 + 1 and prompt.ms["projections"] == pytest.approx(2 * 3 * 7400e-6)
     assert estimate.estimate_ms(artifacts(), 128) == pytest.approx(2 * 3 * 7400e-6 + 1100e-6)
+    assert estimate.estimate_ms(artifacts(), 65) == pytest.approx(3 * (7400e-6 + 1100e-6) + 1100e-6)
 
 
 def test_the_rates_of_boards(checkpoint: Path) -> None:

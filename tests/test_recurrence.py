@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.models import common, v4, v7
+from rwkv_npu.state import EMPTY_Q
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -200,7 +201,7 @@ def test_v4(T: int, B: int, scale: float, seed: int) -> None:
     p = {"w": -np.exp(drawn(rng, A)), "u": drawn(rng, A)}
     r, k, v = drawn(rng, T, B, A), drawn(rng, T, B, A) * np.float32(scale), drawn(rng, T, B, A)
     state = {"att.a": np.zeros((B, A), np.float32), "att.b": np.zeros((B, A), np.float32)}
-    state["att.q"] = np.full((B, A), v4.INITIAL_Q, np.float32)
+    state["att.q"] = np.full((B, A), EMPTY_Q, np.float32)
     y = v4.time_mix(p, {"r": r, "k": k, "v": v}, state, {})
     for t in range(T):
         age = np.arange(t - 1, -1, -1, dtype=np.float64)[:, None, None]

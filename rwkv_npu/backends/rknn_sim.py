@@ -7,6 +7,7 @@ options of its artifact.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,8 @@ class RknnSimBackend:
                 "rknn-sim simulates the artifacts of a bundle, and there are none: run rwkv-npu convert"
             )
         chosen = artifacts[0].target, artifacts[0].precision
+        if len({a.target for a in artifacts}) > 1:
+            warnings.warn(f"simulating the artifacts for {chosen[0]}, of several targets", stacklevel=3)
         self._artifacts = {(a.group, a.rows): a for a in artifacts if (a.target, a.precision) == chosen}
         self._source, self._environment = source, require()
         self._simulators: dict[tuple[str, int], Simulator] = {}
@@ -72,6 +75,8 @@ class RknnSimBackend:
         if key not in self._simulators:
             self._simulators[key] = self._build(group, self._artifacts[key])
             self._bar.update()
+            if len(self._simulators) == len(self._artifacts):
+                self._bar.close()
         return SimulatorRunner(self._simulators[key], group, rows)
 
     def close(self) -> None:

@@ -163,7 +163,7 @@ def _time_picture(pyplot: Any, document: Document) -> Any:
     if is_square:
         axes.set_xlabel("N  (M = K = N)")
         _size_ticks(axes, sorted({row.n for rows in lines.values() for row in rows}))
-        _mark_crossovers(axes, crossovers(document.results), _colours(list(lines)))
+        _mark_crossovers(axes, crossovers(document.results), MOST_LINES - len(lines))
     else:
         axes.set_xlabel("work of the product (2 M K N), GFLOP")
     axes.set_title("Time of a matrix product")
@@ -184,10 +184,9 @@ def _size_ticks(axes: Any, sizes: Sequence[int]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _mark_crossovers(axes: Any, found: Sequence[Crossover], colours: dict[str, str]) -> None:
-    """A numbered ring at each, and the list beside the picture: within it the notes would hide the lines."""
-    room = max(0, MOST_LINES - len(colours))
-    chosen = sorted(found, key=lambda one: not one.estimated)[:room]
+def _mark_crossovers(axes: Any, found: Sequence[Crossover], room: int) -> None:
+    """A numbered ring at each, and `room` lines at most of explanation beside the picture, where they hide nothing."""
+    chosen = sorted(found, key=lambda one: not one.estimated)[: max(0, room)]
     chosen = sorted(chosen, key=lambda one: one.size)
     for number, one in enumerate(chosen, 1):
         y = one.time_s * 1e3
@@ -202,7 +201,7 @@ def _mark_crossovers(axes: Any, found: Sequence[Crossover], colours: dict[str, s
             line,
             transform=axes.transAxes,
             fontsize=8.5,
-            color=colours[one.winner],
+            color="#333333",
         )
     if chosen:
         heading = "crossovers" + (" (~ estimate)" if any(one.estimated for one in chosen) else "")
@@ -263,12 +262,21 @@ def _roofline_picture(pyplot: Any, document: Document) -> Any:
         )
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set(xlabel="operations per byte of A, B and C", ylabel="GFLOP/s")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    _plain_ticks(axes)
     axes.set_title("Roofline: how fast, and what sets the limit")
     _subtitle(axes, document, "; what fits into a cache may lie above the line of memory")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02))
     return figure
+
+
+def _plain_ticks(axes: Any) -> None:
+    """1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _roofs(document: Document) -> dict[str, float]:
@@ -333,14 +341,8 @@ def _bar_picture(pyplot: Any, document: Document, wanted: Sequence[int]) -> Any:
     )
     machine = document.machine
     figure.suptitle("Time of a matrix product, ms", x=0.01, ha="left", fontsize=13, fontweight="bold")
-    figure.text(
-        0.01,
-        -0.01,
-        f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores{hatched}",
-        fontsize=9,
-        color="#666666",
-        va="top",
-    )
+    text = f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores{hatched}; lines: p10 to p90"
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=9, color="#666666")
     return figure
 
 

@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
             jobs=arguments.jobs,
             verify=arguments.verify,
             tokenizer=arguments.tokenizer,
+            toolkit=arguments.toolkit,
             say=lambda line: print(line, file=sys.stderr),
         )
     except KeyboardInterrupt:

@@ -24,7 +24,9 @@ def run(arguments: argparse.Namespace) -> int:
         size = len(text.encode())
         if arguments.max_tokens is not None and arguments.max_tokens < len(ids):
             ids = ids[: arguments.max_tokens]
-            size = len(model.tokenizer.decode(ids).encode()) if model.tokenizer else 0
+            size = (
+                sum(len(model.tokenizer.token_bytes(token) or b"") for token in ids) if model.tokenizer else 0
+            )
         reference = None
         if arguments.against or arguments.against_backend:
             other = {

@@ -115,6 +115,7 @@ def _stream(
         elif step.text:
             print(step.text, end="", flush=True)
         if interrupt.asked:
+            print("" if arguments.ids else step.held, end="", flush=True)  # the state has read it
             break
     return step.state if step is not None else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rwkv_npu import spec as _spec
 from rwkv_npu.maths import LAYER_NORM_EPS, Maths, NumpyMaths, layer_norm, matmul
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays, scale
-from rwkv_npu.spec import Group, Kind, Scaling, Spec
+from rwkv_npu.spec import Group, Scaling, Spec
 
 # Rows (M, width) in, rows out; what it returns is valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]
@@ -33,7 +34,7 @@ class Program:
     fusion: str
     scaling: Scaling = Scaling()
 
-    @property
+    @cached_property
     def groups(self) -> list[Group]:
         return _spec.groups(self.spec, self.fusion)
 
@@ -100,12 +101,8 @@ class Network:
         self._groups = {(group.role, group.layer): group for group in program.groups}
         self._maths = NumpyMaths(host)
         module = MODULES[spec.generation]
-        table = [name for name, kind, _ in _spec.layer_table(spec.generation) if kind is Kind.VECTOR]
-        unused = ("att.v0",)  # only ever read inside the groups
-        self._recurrence = [
-            module.prepare({name: host(f"blocks.{i}.{name}") for name in table if name not in unused}, spec)
-            for i in range(spec.L)
-        ]
+        self._recurrence = [module.prepare(self._maths.block(i).vector, spec) for i in range(spec.L)]
+        self._recurrent_ports = [_spec.att_outputs(spec, i) for i in range(spec.L)]
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """(M,) token ids -> (M, D) fp32, through ln0."""
@@ -172,7 +169,7 @@ class Network:
         self, layer: int, out: Mapping[str, np.ndarray], state: Arrays, carry: Arrays, T: int, B: int
     ) -> np.ndarray:
         """The recurrence of a layer over the outputs of its projections: (M, A) each -> y (M, A)."""
-        ports = _spec.att_outputs(self.spec, layer)
+        ports = self._recurrent_ports[layer]
         inputs = {port.name: out[port.name].reshape(T, B, port.width) for port in ports}
         recurrent = {name: value[layer] for name, value in state.items()}
         module = MODULES[self.spec.generation]

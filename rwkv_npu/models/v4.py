@@ -5,6 +5,7 @@ Letters: T tokens, B sequences, A attention width. Names of tensors are those of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,6 @@ import numpy as np
 from rwkv_npu.maths import Maths, sigmoid
 from rwkv_npu.models.common import Arrays, squared_relu_mix
 from rwkv_npu.spec import Scaling, Spec
-
-INITIAL_Q = -1e30  # the running maximum of an empty history
 
 
 def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
@@ -39,9 +38,9 @@ def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
     return receptance * squared_relu_mix(f, x["xk"], layer, scaling)
 
 
-def prepare(vectors: Arrays, spec: Spec) -> Arrays:
+def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
     """What the recurrence of a layer reads, computed once: w = -exp(time_decay) and u, (A,)."""
-    return {"w": -np.exp(vectors["att.time_decay"]), "u": vectors["att.time_first"]}
+    return {"w": -np.exp(vector("att.time_decay")), "u": vector("att.time_first")}
 
 
 def time_mix(p: Arrays, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:

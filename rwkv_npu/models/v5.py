@@ -6,6 +6,7 @@ Letters: T tokens, B sequences, H heads, N head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,17 @@ def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any
     return out
 
 
-def prepare(vectors: Arrays, spec: Spec) -> Arrays:
+def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
     """What the recurrence of a layer reads: log_w = -exp(time_decay) and u, both (H, N)."""
 
     def per_channel(x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(x.reshape(spec.H, -1), (spec.H, spec.N))
 
     return {
-        "log_w": -np.exp(per_channel(vectors["att.time_decay"]).astype(np.float64)),
-        "u": per_channel(vectors["att.time_faaaa"]),
-        "ln_x.weight": vectors["att.ln_x.weight"],
-        "ln_x.bias": vectors["att.ln_x.bias"],
+        "log_w": -np.exp(per_channel(vector("att.time_decay")).astype(np.float64)),
+        "u": per_channel(vector("att.time_faaaa")),
+        "ln_x.weight": vector("att.ln_x.weight"),
+        "ln_x.bias": vector("att.ln_x.bias"),
     }
 
 

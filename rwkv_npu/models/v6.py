@@ -5,13 +5,17 @@ Letters: T tokens, B sequences, H heads, N head size. The five mixes come in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from rwkv_npu.maths import Maths, sigmoid
-from rwkv_npu.models.common import Arrays, group_norm, heads, squared_relu_mix, wkv
-from rwkv_npu.spec import Scaling, Spec
+from rwkv_npu.models.common import Arrays, group_norm, heads, wkv
+from rwkv_npu.models.v4 import ffn
+from rwkv_npu.spec import Spec
+
+__all__ = ["att_in", "att_mix", "ffn", "ffn_mix", "prepare", "time_mix"]
 
 
 def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
@@ -42,18 +46,13 @@ def ffn_mix(f: Maths, h: Any, previous: Any) -> dict[str, Any]:
     return {f"x{c}": h + dx * f.vector(f"ffn.time_maa_{c}") for c in "kr"}
 
 
-def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
-    receptance = f.sigmoid(f.linear(x["xr"], "ffn.receptance.weight"))
-    return receptance * squared_relu_mix(f, x["xk"], layer, scaling)
-
-
-def prepare(vectors: Arrays, spec: Spec) -> Arrays:
+def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
     """What the recurrence of a layer reads: time_decay (A,) and u (H, N)."""
     return {
-        "time_decay": vectors["att.time_decay"],
-        "u": vectors["att.time_faaaa"],
-        "ln_x.weight": vectors["att.ln_x.weight"],
-        "ln_x.bias": vectors["att.ln_x.bias"],
+        "time_decay": vector("att.time_decay"),
+        "u": vector("att.time_faaaa"),
+        "ln_x.weight": vector("att.ln_x.weight"),
+        "ln_x.bias": vector("att.ln_x.bias"),
     }
 
 

@@ -5,6 +5,7 @@ Letters: T tokens, B sequences, H heads, N head size, C tokens of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,9 @@ def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
     return squared_relu_mix(f, x["xk"], layer, scaling, gate)
 
 
-def prepare(vectors: Arrays, spec: Spec) -> Arrays:
+def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
     """What the recurrence of a layer reads: w0, k_k, k_a (A,), r_k (H, N), and the group norm."""
-    return {name: vectors["att." + name] for name in ("w0", "k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")}
+    return {name: vector("att." + name) for name in ("w0", "k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")}
 
 
 def time_mix(p: Arrays, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:

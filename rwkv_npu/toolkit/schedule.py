@@ -100,10 +100,12 @@ def _run(
             while job := _next(waiting, list(running.values()), parallel, limit):
                 running[pool.submit(_compile, environment, job, workers)] = job
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            results = [(running.pop(future), future.result()) for future in ended]
+            results = [(running.pop(future), future) for future in ended]
             while job := _next(waiting, list(running.values()), parallel, limit):
                 running[pool.submit(_compile, environment, job, workers)] = job
-            yield from results
+            # A failure is raised last: what ended with it is finished, and stays.
+            for job, future in sorted(results, key=lambda pair: pair[1].exception() is not None):
+                yield job, future.result()
     finally:
         workers.kill()
         pool.shutdown(wait=True, cancel_futures=True)
