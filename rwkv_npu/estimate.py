@@ -91,12 +91,15 @@ class Assumptions:
             raise UsageError(f"--host-factor is {self.host_factor:g}: it must be a number above 0")
 
 
-def estimate_ms(artifacts: Sequence[Artifact], tokens: int) -> float:
+def estimate_ms(artifacts: Sequence[Artifact], tokens: int) -> float | None:
     """The compiler's cycles for `tokens` tokens read at once and one pass of the head, as milliseconds.
 
-    One core, no dispatch, no recurrence: an estimate, and an optimistic one.
+    One core, no dispatch, no recurrence: an estimate, and an optimistic one. None where the compiler gives no cycles.
     """
-    return sum(times * _ms(artifact, TABLE) for artifact, times in served_by(artifacts, tokens))
+    used = served_by(artifacts, tokens)
+    if not all(artifact.cycles for artifact, _ in used):
+        return None
+    return sum(times * _ms(artifact, TABLE) for artifact, times in used)
 
 
 def served_by(artifacts: Sequence[Artifact], tokens: int) -> list[tuple[Artifact, int]]:

@@ -126,9 +126,16 @@ def _artifact_lines(facts: dict[str, Any]) -> list[str]:
         f"  NPU          {facts['target']} {facts['precision']}, {facts['fusion']} fusion, rows {rows}: "
         f"{facts['count']} artifacts by toolkit {', '.join(facts['toolkit'])}",
         f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
-        f"    estimate   {facts['estimated_ms_per_token']:.2f} ms a token, "
-        f"{facts['estimated_ms_per_prefill']:.2f} ms for {PREFILL_TOKENS} tokens: the compiler's cycles on one core, "
-        "not a measurement, without calls and recurrence",
+        f"    estimate   {_estimate(facts['estimated_ms_per_token'], facts['estimated_ms_per_prefill'])}",
         f"    on its CPU {left}",
         f"    verified   {verified} ({facts['verified']} of {facts['count']} simulated)",
     ]
+
+
+def _estimate(token_ms: float | None, prefill_ms: float | None) -> str:
+    if token_ms is None or prefill_ms is None:
+        return "none: the compiler gives no cycles for this chip"
+    return (
+        f"{token_ms:.2f} ms a token, {prefill_ms:.2f} ms for {PREFILL_TOKENS} tokens\n"
+        "               (the compiler's cycles on one core: no measurement; calls and recurrence come on top)"
+    )
