@@ -41,3 +41,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"rwkv_npu.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -216,12 +216,14 @@ def _stem(checkpoint: Path) -> str:
 
 
 def _check_place(place: Path, checkpoint: Path) -> None:
-    """Raises UsageError for an output that cannot be made, or whose replacement would remove the checkpoint."""
+    """Raises UsageError for an output that cannot be made, or whose replacement would remove what is needed."""
     if place.name in ("", ".."):
         raise UsageError(f"the output cannot be {place}: name a folder to make")
-    source = checkpoint.resolve()
-    if place.resolve() in (source, *source.parents):
-        raise UsageError(f"the output {place} holds the checkpoint itself: name another")
+    holds = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd(), "your home": Path.home()}
+    for what, path in holds.items():
+        inside = path.resolve()
+        if place.resolve() in (inside, *inside.parents):
+            raise UsageError(f"the output {place} holds {what}: name another")
 
 
 def _drop_damaged(folder: Path, manifest: Manifest, planned: set[str], say: Say) -> None:

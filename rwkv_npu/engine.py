@@ -5,6 +5,7 @@ The engine knows ids, states and backends; it knows nothing of text, of sampling
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -143,6 +144,8 @@ class Engine:
         self._dispatcher = Dispatcher(decode, prefill)
         self._dispatcher.open(program.groups)
         self._initial = initial
+        self._lock = threading.Lock()  # runners own their buffers: one call at a time
+        self._closed = False
         self._chunk = self._rows(prefill) or PREFILL_ROWS
         # Artifacts are built for one sequence.
         self._batches = self._rows(prefill) is None and self._rows(decode) is None
@@ -186,6 +189,12 @@ class Engine:
         else:
             self._check_state(state)
             state = state if inplace else state.copy()
+        with self._lock:
+            return self._read(ids, state, all_logits, progress)
+
+    def _read(
+        self, ids: np.ndarray, state: State, all_logits: bool, progress: Callable[[int], object] | None
+    ) -> tuple[np.ndarray, State]:
         batched = {name: part[:, None] for name, part in state.parts.items()}
         collected = []
         for start in range(0, len(ids), self._chunk):
@@ -214,7 +223,10 @@ class Engine:
         if not self._batches:
             results = [self.forward(row, state) for row, state in zip(rows, states, strict=True)]
             return np.stack([logits for logits, _ in results]), [state for _, state in results]
-        ids = np.stack(rows, axis=1)
+        with self._lock:
+            return self._read_batch(np.stack(rows, axis=1), states)
+
+    def _read_batch(self, ids: np.ndarray, states: Sequence[State]) -> tuple[np.ndarray, list[State]]:
         B = len(states)
         names = states[0].parts
         batched = {name: np.stack([state.parts[name] for state in states], axis=1) for name in names}
@@ -235,6 +247,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back what the backend holds; the engine cannot be used after it."""
+        self._closed = True
         self._dispatcher.close()
 
     def _run(self, batch: int) -> Run:
@@ -249,6 +262,8 @@ class Engine:
         return min((count[-1] for count in counts if count is not None), default=None)
 
     def _check(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._closed:
+            raise UsageError("this model is closed")
         try:
             ids = np.asarray(tokens)
         except ValueError:  # rows of different lengths
@@ -261,5 +276,7 @@ class Engine:
         return ids.astype(np.int64)
 
     def _check_state(self, state: State) -> None:
+        if not isinstance(state, State):
+            raise UsageError(f"a state is needed, not a {type(state).__name__}")
         if state.spec != self.spec:
             raise UsageError("this state belongs to a model of another generation or size")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.errors import UsageError
+from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.model import Model
 from rwkv_npu.tokenizer import END_OF_TEXT
 
-CHUNK = 128  # tokens whose logits are in memory together
+CHUNK = 64  # tokens whose logits are in memory together
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def evaluate(
 ) -> Evaluation:
     """Read `ids` after an end-of-text token and score each of them; `text_bytes` is the length of their text.
 
-    Raises UsageError for no ids, or a reference of another vocabulary size.
+    Raises UsageError for no ids or a reference of another vocabulary size, BackendError for logits that are not
+    finite.
     """
     if not len(ids):
         raise UsageError("there is nothing to evaluate: the text is empty")
@@ -86,6 +87,8 @@ def evaluate(
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(M, V) -> (M, V), in fp32."""
-    shifted = logits - logits.max(-1, keepdims=True)
+    """(M, V) fp32 -> (M, V) fp64: what two models differ by can be less than fp32 resolves."""
+    if not np.isfinite(logits).all():
+        raise BackendError("the model's logits are not finite: its weights, or its precision, are at fault")
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -6,6 +6,7 @@ import contextlib
 import importlib.resources
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from rwkv_npu import generation, sampling
 from rwkv_npu.backends import BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend
 from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.engine import Engine
-from rwkv_npu.errors import BackendError, TokenizerError, UsageError
+from rwkv_npu.errors import BackendError, StateError, TokenizerError, UsageError
 from rwkv_npu.sources import BundleSource, CheckpointSource, ModelSource
-from rwkv_npu.spec import Spec, check_fusion
-from rwkv_npu.state import State
+from rwkv_npu.spec import Spec, check_fusion, state_shapes
+from rwkv_npu.state import State, new_state
 from rwkv_npu.state import load_state as _load_state
 from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
 
@@ -124,8 +125,25 @@ class Model:
         return self.tokenizer.encode(text)
 
     def load_state(self, path: str | os.PathLike[str]) -> State:
-        """Read a state file. Raises StateError if it is of another generation or shape."""
+        """Read a state file, or the `time_state` of a state-tuned `.pth`.
+
+        Raises StateError if it is of another generation or shape, CheckpointError for a damaged `.pth`.
+        """
+        if zipfile.is_zipfile(path):
+            return self._tuned_state(Path(path))
         return _load_state(path, self.spec, self.fingerprint)
+
+    def _tuned_state(self, path: Path) -> State:
+        tensors = read_tensors(path)
+        shape = state_shapes(self.spec).get("att.wkv")
+        tuned = {}
+        for layer in range(self.spec.L):
+            found = tensors.get(f"blocks.{layer}.att.time_state")
+            if shape is None or found is None or found.shape != shape:
+                what = "nothing" if found is None else f"{found.shape}"
+                raise StateError(f"{path}: blocks.{layer}.att.time_state is {what}, the model needs {shape}")
+            tuned[layer] = found.astype(np.float32)
+        return new_state(self.spec, self.fingerprint, tuned)
 
     def describe(self) -> str:
         """The plan in a few words: backends and fusion."""
@@ -159,15 +177,17 @@ def load(
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, as {"prefill": NAME, "decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of ort and torch; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX Runtime's are one
-        pool for the process, made at the first load: other sessions in the process must set
+    threads: of ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX
+        Runtime's are one pool for the process, made at the first load: other sessions in the process must set
         `SessionOptions.use_per_session_threads = False`.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     if fusion is not None:
         check_fusion(fusion)
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}: it must be at least 1")
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads is {threads}: it must be at least 1")
+        threads = min(threads, os.cpu_count() or 1)  # more would only wait for each other
     where = Path(path) if path is not None else demo_model()
     if is_bundle(where):
         bundle = open_bundle(where)

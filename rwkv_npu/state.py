@@ -87,8 +87,10 @@ def load_state(path: str | os.PathLike[str], spec: Spec, fingerprint: str) -> St
         with safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"cannot read the state {path}: {error}") from error
+    except OSError as error:
+        raise StateError(f"cannot read the state {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise StateError(f"{path} is no state file, or is cut short ({error})") from error
     if metadata.get("format") != FORMAT:
         raise StateError(f"{path} is not a state file of rwkv_npu")
     if metadata.get("generation") != spec.generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -411,3 +412,32 @@ def test_batches_that_do_not_fit(rows: list[list[int]], folder: Path) -> None:
     engine = engine_of(source_of(folder, "7"))
     with pytest.raises(UsageError, match="sequences of one length"):
         engine.forward_batch(rows, [engine.new_state(), engine.new_state()])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "ort"])
+def test_threads_may_share_a_model(backend: str, folder: Path) -> None:
+    """Each with a state of its own: the buffers of the backend are one thread's at a time."""
+    with rwkv_npu.load(folder / "7.pth", backend=backend) as model:
+
+        def decode(seed: int) -> np.ndarray:
+            state, logits = model.new_state(), None
+            for token in np.random.default_rng(seed).integers(1, model.spec.V, 30):
+                logits, state = model.forward([token], state, inplace=True)
+            return logits
+
+        expected = [decode(seed) for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            for found, want in zip(pool.map(decode, range(4)), expected, strict=True):
+                np.testing.assert_array_equal(found, want)
+
+
+def test_a_closed_model_says_so(folder: Path) -> None:
+    model = rwkv_npu.load(folder / "7.pth", backend="numpy")
+    model.close()
+    with pytest.raises(UsageError, match="closed"):
+        model.forward([1])
+
+
+def test_a_state_that_is_none_is_refused(folder: Path) -> None:
+    with rwkv_npu.load(folder / "7.pth", backend="numpy") as model, pytest.raises(UsageError, match="not a dict"):
+        model.forward([1], {})

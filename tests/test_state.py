@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +20,7 @@ from rwkv_npu.model import Model
 from rwkv_npu.spec import GENERATIONS, state_shapes
 from rwkv_npu.state import State
 from tests.tiny import write_model
+from tools.make_checkpoint import make_checkpoint
 
 L, V, D, N = 2, 40, 32, 16
 TOKENS = np.random.default_rng(5).integers(0, V, 40).tolist()
@@ -169,7 +171,7 @@ def assert_refused(path: Path, model: Model, *words: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"x", b"\x00" * 100, b"PK\x03\x04" + b"\x00" * 60, b"some text"])
 def test_what_is_no_safetensors_file(content: bytes, v7: Model, tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(content)
-    assert_refused(tmp_path / "s", v7, "cannot read the state")
+    assert_refused(tmp_path / "s", v7, "is no state file")
 
 
 def test_what_is_no_file(v7: Model, tmp_path: Path) -> None:
@@ -193,7 +195,7 @@ def test_a_format_of_the_future(saved: Path, v7: Model) -> None:
 def test_a_truncated_file(keep: float, saved: Path, v7: Model) -> None:
     data = saved.read_bytes()
     saved.write_bytes(data[: int(len(data) * keep)])
-    assert_refused(saved, v7, "cannot read the state")
+    assert_refused(saved, v7, "is no state file")
 
 
 @pytest.mark.parametrize("other", ["4", "6", "7a"])
@@ -301,3 +303,18 @@ def test_a_place_that_cannot_be_written(name: str, v7: Model, tmp_path: Path) ->
     with pytest.raises(StateError, match="cannot write the state to"):
         v7.new_state().save(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_tuned_state_is_where_a_model_starts(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "tuned.pth", generation="7", D=64, L=2, V=64, time_state=True)
+    tensors = torch.load(tmp_path / "tuned.pth", weights_only=True)
+    states = {name: tensors.pop(name) for name in list(tensors) if name.endswith("time_state")}
+    torch.save(states, tmp_path / "state.pth")
+    torch.save(tensors, tmp_path / "plain.pth")
+    tuned, plain = (rwkv_npu.load(tmp_path / f"{name}.pth", backend="numpy") for name in ("tuned", "plain"))
+    state = rwkv_npu.load_state(tmp_path / "state.pth", plain)
+    np.testing.assert_array_equal(plain.forward([1, 2], state)[0], tuned.forward([1, 2])[0])
+    assert np.abs(plain.forward([1, 2])[0] - tuned.forward([1, 2])[0]).max() > 1e-3
+    states["blocks.1.att.time_state"] = states["blocks.1.att.time_state"][..., :5]
+    torch.save(states, tmp_path / "cut.pth")
+    assert_refused(tmp_path / "cut.pth", plain, "blocks.1.att.time_state", "(1, 64, 5)")

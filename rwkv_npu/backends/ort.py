@@ -32,8 +32,8 @@ def share_threads(threads: int | None) -> None:
         _pybind_state.set_global_thread_pool_sizes(wanted, 1)
         _pool_threads = wanted
     elif threads is not None and wanted != _pool_threads:
-        kept = _pool_threads or "ONNX Runtime's own number of"
-        warnings.warn(f"ONNX Runtime's threads are the process's: staying with {kept}", stacklevel=4)
+        kept = f"{_pool_threads} threads" if _pool_threads else "the number of threads it chose"
+        warnings.warn(f"ONNX Runtime has one pool for the process: it stays with {kept}", stacklevel=4)
 
 
 class OrtRunner:

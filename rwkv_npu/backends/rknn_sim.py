@@ -52,7 +52,8 @@ class RknnSimBackend:
         artifacts = source.artifacts()
         if not artifacts:
             raise BackendError(
-                "rknn-sim simulates the artifacts of a bundle, and there are none: run rwkv-npu convert"
+                "rknn-sim simulates a bundle's artifacts, and there are none of this precision and fusion: "
+                "run rwkv-npu convert (with --fusion projection for that one)"
             )
         chosen = artifacts[0].target, artifacts[0].precision
         if len({a.target for a in artifacts}) > 1:

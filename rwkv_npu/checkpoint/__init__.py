@@ -180,7 +180,7 @@ def read_tensors(path: Path | str) -> dict[str, Any]:
 _FOREIGN = (
     (b"GGUF", "a GGUF file"),
     (b"fmgg", "an rwkv.cpp file"),
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file itself)"),
     (b"\x89HDF", "an HDF5 file"),
 )
 

@@ -50,7 +50,9 @@ def refuse_unsupported(names: Iterable[str]) -> None:
         if any(re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL) for name in names):
             raise CheckpointError(f"the checkpoint {what}")
     if names and all(name.endswith(".time_state") for name in names):
-        raise CheckpointError("the checkpoint holds a tuned state only, not a model: load it as a state")
+        raise CheckpointError(
+            "the checkpoint holds a tuned state only, not a model: give it to --state, with its model"
+        )
 
 
 def detect(arrays: dict[str, np.ndarray]) -> Spec:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from rwkv_npu.commands.common import load_model, read_text
 from rwkv_npu.errors import UsageError
 from rwkv_npu.generation import Step
 from rwkv_npu.model import Model
+from rwkv_npu.sampling import Sampler, SamplingOptions
 from rwkv_npu.state import State
 
 LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
@@ -69,6 +71,7 @@ class Interrupt:
 def run(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
     state_file = _state_file(arguments)
+    _check_sampling(arguments)
     statistics = Statistics()
     begin = time.perf_counter()
     model = load_model(arguments, verbose=arguments.verbose)
@@ -82,7 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
         final = _stream(model, ids, state, arguments, statistics, interrupt)
         if sys.stdout.isatty():
             print(flush=True)
-        if state_file and final is not None:
+        if state_file and state_file.suffix == ".pth":
+            print(f"{state_file} is a tuned state and stays as it is", file=sys.stderr)
+        elif state_file and final is not None:
             final.save(state_file)
     print(statistics.line(), file=sys.stderr)
     return 130 if interrupt.asked else 0
@@ -128,15 +133,8 @@ def _steps(
         state,
         stop=arguments.stop,
         max_tokens=None if arguments.max_tokens == -1 else arguments.max_tokens,
-        temperature=arguments.temp,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        presence_penalty=arguments.presence_penalty,
-        frequency_penalty=arguments.frequency_penalty,
-        penalty_decay=arguments.penalty_decay,
-        seed=arguments.seed,
         progress=bar.update,
+        **_sampling(arguments),
     )
 
 
@@ -179,6 +177,30 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python hands on what it cannot decode
         raise UsageError("--prompt is not UTF-8 text")
     return prompt
+
+
+def _check_sampling(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for what would be refused anyway, before a model is loaded for it."""
+    options = _sampling(arguments)
+    seed = options.pop("seed")
+    Sampler(SamplingOptions(**options), seed=seed)
+    if arguments.max_tokens < -1:
+        raise UsageError(f"--max-tokens is {arguments.max_tokens}: it must be at least -1")
+    if "" in arguments.stop:
+        raise UsageError("--stop must not be empty: a stop string has at least one letter")
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "temperature": arguments.temp,
+        "top_p": arguments.top_p,
+        "top_k": arguments.top_k,
+        "min_p": arguments.min_p,
+        "presence_penalty": arguments.presence_penalty,
+        "frequency_penalty": arguments.frequency_penalty,
+        "penalty_decay": arguments.penalty_decay,
+        "seed": arguments.seed,
+    }
 
 
 def _state_file(arguments: argparse.Namespace) -> Path | None:
