@@ -439,5 +439,8 @@ def test_a_closed_model_says_so(folder: Path) -> None:
 
 
 def test_a_state_that_is_none_is_refused(folder: Path) -> None:
-    with rwkv_npu.load(folder / "7.pth", backend="numpy") as model, pytest.raises(UsageError, match="not a dict"):
+    with (
+        rwkv_npu.load(folder / "7.pth", backend="numpy") as model,
+        pytest.raises(UsageError, match="not a dict"),
+    ):
         model.forward([1], {})
