@@ -40,7 +40,8 @@ def main() -> int:
     checkpoint = folder / f"{arguments.size}.pth"
     if not checkpoint.exists():
         run([sys.executable, "tools/make_checkpoint.py", str(checkpoint), "--size", arguments.size])
-    results: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv), "size": arguments.size}
+    command = f"python bench/convert_and_open.py --size {arguments.size} --folder FOLDER"
+    results: dict[str, Any] = {"machine": machine(), "command": command, "size": arguments.size}
     bundles = {cpu: folder / f"{arguments.size}.{cpu}.rwkv" for cpu in ("fp16", "fp32")}
     convert = ["rwkv-npu", "convert", str(checkpoint), "--force", "-o"]
     rk3588 = ["--target", "rk3588", "--rows", "1,64"]

@@ -328,6 +328,17 @@ def test_another_major_is_refused(copy: Path, version: list[int]) -> None:
     assert f"format {version[0]}.{version[1]}" in line and "damaged" not in line
 
 
+def test_groups_of_another_meaning_are_refused(copy: Path) -> None:
+    rewrite(copy, lambda manifest: manifest["groups"]["layer"][1].update(maths=2))
+    line = refused(copy, str(copy))
+    assert "maths 2" in line and "damaged" not in line
+
+
+def test_a_bundle_without_its_manifest_is_named(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    assert "without its manifest.json" in refused(copy, str(copy))
+
+
 def test_another_major_is_refused_whatever_it_looks_like(copy: Path) -> None:
     (copy / MANIFEST).write_text('{"format": [2, 0]}')
     assert "format 2.0" in refused(copy, str(copy))

@@ -1,0 +1,135 @@
+"""Artifacts survive whatever interrupts a conversion: a stand-in for the compiler counts what it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rwkv_npu
+from rwkv_npu import artifacts, converter
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.errors import ToolkitError, UsageError
+from rwkv_npu.spec import groups
+from rwkv_npu.toolkit import Cycles, Environment, Job, schedule
+from tests.tiny import write_model
+
+
+class Compiler:
+    """Writes files instead of compiling; `fail_at` ends it at that build."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.fail_at: int | None = None
+
+    def __call__(
+        self, environment: Environment, jobs: Sequence[Job], *, parallel: int | None
+    ) -> Iterator[Any]:
+        for job in jobs:
+            if len(self.built) == self.fail_at:
+                raise ToolkitError("the compiler gave up")
+            job.write_graph()
+            assert job.onnx_path.is_file()
+            job.onnx_path.unlink()
+            job.out_path.write_bytes(f"{environment.version} {job.out_path.name}".encode())
+            self.built.append(job.out_path.name)
+            yield (
+                job,
+                SimpleNamespace(
+                    cycles=Cycles(1, 2, 3), cpu_fallback=(), version=environment.version, verify_outputs=None
+                ),
+            )
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    stand_in = Compiler()
+    monkeypatch.setattr(artifacts, "compile_many", stand_in)
+    monkeypatch.setattr(
+        converter.environment,
+        "require",
+        lambda version: Environment(Path("python"), version or "2.5.0", False),
+    )
+    return stand_in
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model.pth", vocabulary=False)
+    return tmp_path / "model.pth"
+
+
+def convert(checkpoint: Path, **options: Any) -> Path:
+    return rwkv_npu.convert(checkpoint, checkpoint.parent / "out.rwkv", **{"rows": "1,16", **options})
+
+
+def test_a_failed_build_loses_none_that_was_finished(checkpoint: Path, compiler: Compiler) -> None:
+    compiler.fail_at = 4
+    with pytest.raises(ToolkitError):
+        convert(checkpoint)
+    compiler.fail_at = None
+    bundle = open_bundle(convert(checkpoint))
+    expected = 2 * (len(groups(bundle.spec, "layer")) - 1) + 1
+    assert len(compiler.built) == len(set(compiler.built)) == expected == len(bundle.manifest.artifacts)
+    assert not list(bundle.path.glob("rknn/*/*.json"))
+
+
+def test_an_interruption_after_the_last_build_loses_none(
+    checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(converter, "record_files", interrupted)
+        convert(checkpoint)
+    built = len(compiler.built)
+    convert(checkpoint)
+    assert len(compiler.built) == built
+
+
+def test_another_version_of_the_compiler_builds_again(checkpoint: Path, compiler: Compiler) -> None:
+    convert(checkpoint)
+    built = list(compiler.built)
+    convert(checkpoint, toolkit="2.5.0")
+    assert compiler.built == built
+    bundle = open_bundle(convert(checkpoint, toolkit="2.3.2"))
+    assert sorted(compiler.built) == sorted(2 * built)
+    assert {artifact.toolkit for artifact in bundle.manifest.artifacts} == {"2.3.2"}
+
+
+def test_row_counts_add_up_over_conversions(
+    checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_npu.memory.MAX_CONTEXTS", 8)  # the model has 4 groups
+    convert(checkpoint, rows="1")
+    convert(checkpoint, rows="16")  # with the head's, seven
+    with pytest.raises(UsageError, match="10 contexts"):
+        convert(checkpoint, rows="32")
+    assert {a.rows for a in open_bundle(checkpoint.parent / "out.rwkv").manifest.artifacts} == {1, 16}
+
+
+def test_what_ends_together_with_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_one(environment: Environment, job: Job, workers: object) -> str:
+        if job.weight_bytes == 2:
+            raise ToolkitError("this one")
+        return job.out_path.name
+
+    def all_done(futures: Any, **_: object) -> tuple[list[Any], list[Any]]:
+        for future in futures:
+            future.exception()
+        return list(futures), []
+
+    monkeypatch.setattr(schedule, "_compile", compile_one)
+    monkeypatch.setattr(schedule, "wait", all_done)
+    jobs = [Job(Path("a"), Path(f"{n}.rknn"), n) for n in (1, 2, 3)]
+    kept = []
+    with pytest.raises(ToolkitError, match="this one"):
+        for _, result in schedule.compile_many(
+            Environment(Path("python"), "2.5.0", False), jobs, parallel=3, memory_limit_bytes=10**12
+        ):
+            kept.append(result)
+    assert sorted(kept) == ["1.rknn", "3.rknn"]
