@@ -336,7 +336,8 @@ def test_groups_of_another_meaning_are_refused(copy: Path) -> None:
 
 def test_a_bundle_without_its_manifest_is_named(copy: Path) -> None:
     (copy / MANIFEST).unlink()
-    assert "without its manifest.json" in refused(copy, str(copy))
+    with pytest.raises(BundleError, match="without its manifest.json"):
+        rwkv_npu.load(copy)
 
 
 def test_another_major_is_refused_whatever_it_looks_like(copy: Path) -> None:
