@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from rwkv_npu.bench import (
+    backends,
     child,
     machine,
     problem,
@@ -97,6 +98,11 @@ def test_a_slow_call_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.median > 0.01 and (len(calls), found.repeats, found.p10, found.error) == (1, 1, None, None)
 
 
+def test_slow_calls_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LONG_S", 0.02)
+    assert timing.time_calls([lambda: time.sleep(0.01)], None, replace(QUICK, repeats=50)).repeats == 3
+
+
 def test_the_error_of_a_median() -> None:
     rng = np.random.default_rng(0)
     medians = [np.median(rng.exponential(size=100)) for _ in range(2000)]
@@ -164,7 +170,7 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(work=now["work"] + 25) == "busy"  # five seconds of ten were somebody else's
     assert after(clocks={"cpu_mhz": "1800/1200"}) == "throttled"
     assert after(probe=1.3) == "throttled"
-    assert after(probe=0.7) == ""
+    assert after(probe=0.7) == ""  # the best so far
     assert after(probe=0.9) == "throttled"
 
 
@@ -174,7 +180,20 @@ def test_the_roof() -> None:
     assert roofline.peaks({}, rows)["fp32"] == 80.0
 
 
+def test_the_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "PEAK_SIZE", 32)
+    _, found = child.answer(None, {"roofline": 2})
+    assert set(found) == {"bandwidth_gb_per_s", "peak_fp32_gflops"} and min(found.values()) > 0
+
+
 # --- backends, each in its process
+
+
+def test_the_kernels_are_named_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.NumpyBackend("fp32", 1, "cpu").versions.endswith(" kernels)")
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    assert "kernels" not in backends.NumpyBackend("fp32", 1, "cpu").versions
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,17 @@ def test_estimates_are_marked_everywhere() -> None:
     assert [row["estimated"] for row in parsed] == ["False", "True"]
 
 
+def test_tilings() -> None:
+    counts = {100: 1, 200: 1, 300: 2, 400: 1}
+    rows = [estimate(n) for n in counts]
+    rows = [replace(row, npu_ops=counts[row.n]) for row in rows]
+    (line,) = steps.tilings(rows)
+    assert line.startswith("rknn fp16 (estimate)") and line.endswith(
+        "1 at N = 100 to 200, 2 at N = 300, 1 at N = 400"
+    )
+    assert line in report.table(record.Document({}, "", rows)) and steps.tilings(rows[:2]) == []
+
+
 def test_the_fields_that_were_promised() -> None:
     promised = "backend device dtype m k n time_s time_p10_s time_p90_s gflops gb_per_s"
     promised += " max_rel_error estimated threads versions"
@@ -72,9 +83,14 @@ def test_the_last_change_of_the_lead_counts() -> None:
 def test_steps_and_spikes() -> None:
     rng = np.random.default_rng(0)
     n = np.arange(128, 4097, 128)
-    t = 1e-11 * n**3 * np.exp(0.005 * rng.standard_normal(len(n)))
+    t = 1e-11 * n**3.0 * np.exp(0.005 * rng.standard_normal(len(n)))
     assert (
         steps.find_steps([square(int(a), b, time_error_s=0.005 * b) for a, b in zip(n, t, strict=True)]) == []
+    )
+    overhead = t + 2e-4 + 1e-9 * n**2.0  # a call, and moving the matrices: no steps
+    assert (
+        steps.find_steps([square(int(a), b, time_error_s=0.0) for a, b in zip(n, overhead, strict=True)])
+        == []
     )
     t[n >= 1024] *= 1.3
     t[n == 2048] *= 1.5

@@ -137,7 +137,8 @@ def test_gguf_metadata(checkpoint_file: Path) -> None:
 
 
 def test_gguf_file_reads_back(checkpoint_file: Path, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     export(checkpoint_file, tmp_path / "tiny.gguf")
     reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
     read = {tensor.name: tensor.data for tensor in reader.tensors}
@@ -240,6 +241,7 @@ def test_report_names_everything() -> None:
         "machine": {"cpu": "Some CPU", "cores": 2, "memory_gb": 25.0},
         "settings": {"threads": 2, "prompt": 8, "tokens": 8, "rounds": 3},
         "date": "2026-01-01",
+        "commit": "1234567",
         "command": "python -m bench.peers --folder x",
         "versions": {"rwkv": "1"},
         "sizes": {"v7-0.1b": size},

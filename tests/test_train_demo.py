@@ -195,7 +195,13 @@ def test_a_run_resumes_and_reports(
     monkeypatch.setattr(demo_report, "PROMPTS", ["Return the ", ""])
     arguments = ["--threads", "1", "--out", str(run), "--corpus", str(tmp_path / "corpus.jsonl")]
     assert train_demo.main(["report", *arguments, "--data", str(data)]) == 0
-    assert {path.name for path in data.iterdir()} == {"model.pth", "vocab.txt", "loss.csv", "PROVENANCE.md"}
+    assert {path.name for path in data.iterdir()} == {
+        "model.pth",
+        "vocab.txt",
+        "heldout.txt",
+        "loss.csv",
+        "PROVENANCE.md",
+    }
     provenance = (data / "PROVENANCE.md").read_text()
     assert "PSF-2.0" in provenance and str(tmp_path) not in provenance
     capsys.readouterr()

@@ -14,13 +14,14 @@ import argparse
 import datetime
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench.peers.results import report
 from bench.peers.study import Task, study
-from bench.peers.systems import SYSTEMS, Failed, Workshop
+from bench.peers.systems import REPOSITORY, SYSTEMS, Failed, Workshop
 from rwkv_npu.bench.machine import describe
 from tools.make_checkpoint import SIZES
 
@@ -32,6 +33,7 @@ def main() -> int:
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m bench.peers " + shlex.join(sys.argv[1:]),
+        "commit": commit(),
         "machine": describe(),
         "settings": {key: getattr(arguments, key) for key in ("threads", "prompt", "tokens", "rounds")},
         "versions": {},
@@ -50,6 +52,12 @@ def main() -> int:
         return 1
     print(report(results))
     return 0
+
+
+def commit() -> str:
+    """What of this project was measured."""
+    described = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def save(stem: str | None, results: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def report(results: Mapping[str, Any]) -> str:
         "# RWKV on a CPU: this project beside its peers",
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {results['date']}; "
-        f"`{results['command']}`.",
+        f"this project at {results['commit']}; `{results['command']}`.",
         f"The same random weights for all; {settings['threads']} threads; prompts of {settings['prompt']} tokens, "
         f"then {settings['tokens']} tokens one by one; {settings['rounds']} rounds in which every system takes "
         "its turn. Median, and in brackets the lowest and highest.",

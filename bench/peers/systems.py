@@ -112,7 +112,10 @@ class Workshop:
 
     def checkpoint(self, size: str, hf: bool = False) -> Path:
         path = self.folder / (f"{size}-hf" if hf else f"{size}.pth")
-        make = [REPOSITORY / "tools/make_checkpoint.py", path, "--size", size, *(["--hf"] if hf else [])]
+        # The rwkv package, with RWKV-4, rounds the embeddings of a bf16 file to bf16 whatever it computes in.
+        dtype = "fp32" if size.startswith("v4") else "bf16"
+        options = ["--size", size, "--dtype", dtype, *(["--hf"] if hf else [])]
+        make = [REPOSITORY / "tools/make_checkpoint.py", path, *options]
         return self._made(path, "ours", make)
 
     def model(self, system: System, size: str) -> Path:

@@ -58,9 +58,8 @@ class NumpyBackend:
         configuration: Any = np.show_config(mode="dicts")
         blas = configuration["Build Dependencies"]["blas"]
         self.dtype, self.device, self.accumulate = dtype, f"CPU ({cpu_model()})", "fp32"
-        self.versions = (
-            f"numpy {np.__version__}, {blas.get('name', 'unknown BLAS')} {blas.get('version', '')}".strip()
-        )
+        name = f"{blas.get('name', 'unknown BLAS')} {blas.get('version', '')}".strip()
+        self.versions = f"numpy {np.__version__}, {name}{_kernels()}"
         self._type = {"fp32": np.float32, "fp16": np.float16}[dtype]
 
     def prepare(self, problem: Problem) -> Operation:
@@ -68,6 +67,17 @@ class NumpyBackend:
         c = np.empty((problem.m, problem.n), self._type)
         size = c.itemsize
         return Operation([lambda: np.matmul(a, b, out=c)], lambda: c, moved(problem, size, size, size))
+
+
+def _kernels() -> str:
+    """For which processor the BLAS has chosen its kernels, where threadpoolctl is there to tell: it can be an older
+    one than this, at half the speed."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return ""
+    names = {str(found["architecture"]) for found in threadpool_info() if found.get("architecture")}
+    return f" ({'/'.join(sorted(names))} kernels)" if names else ""
 
 
 class TorchBackend:

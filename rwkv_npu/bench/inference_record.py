@@ -29,7 +29,8 @@ class Row:
     *_ms              milliseconds by part of a token (decode), or of a prompt of so many tokens and the first choice;
                       an estimate has `calls` besides: what the calls themselves cost
     bytes_per_token   projections once, as held, and the state read and written; gb_per_s is that over the time of a
-                      token, bandwidth_share that over what the machine can read
+                      token, bandwidth_share that over the most that the machine was seen to read
+    read_gb_per_s     what it could read just before the row: others on the same host may take their part
     peak_bytes, own_bytes   of resident memory: the most, and without mapped files, at the end
     basis             of an estimate: where its terms come from. terms: the figures that went in
     profile           where a token goes, finer: see inference_profile.py
@@ -67,6 +68,7 @@ class Row:
     bytes_per_token: int | None = None
     gb_per_s: float | None = None
     bandwidth_share: float | None = None
+    read_gb_per_s: float | None = None
     peak_bytes: int | None = None
     own_bytes: int | None = None
     decode_ms: dict[str, float] = field(default_factory=dict)

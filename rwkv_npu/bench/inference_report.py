@@ -21,7 +21,11 @@ WARNING = (
 
 def table(document: Document) -> str:
     """Markdown: the machine, and for each model speeds, where the time goes, and the terms of the estimates."""
-    parts = [machine_lines(Facts(document.machine, document.command, notes=document.notes))]
+    reads = [row.read_gb_per_s for row in document.results if row.read_gb_per_s]
+    seen = [f"memory read before each row: {min(reads):.0f} to {max(reads):.0f} GB/s"] if reads else []
+    parts = [machine_lines(Facts(document.machine, document.command, notes=[*seen, *document.notes]))]
+    if any(row.precision != row.weights for row in document.results):
+        parts.append("`fp32 of fp16`: fp16 in the file, widened to fp32 when it is opened.")
     for rows in by_model(document.results):
         first = rows[0]
         parts.append(f"## {first.model}: RWKV-{first.generation}, {first.parameters / 1e6:.3g} M parameters")
@@ -71,7 +75,7 @@ def _split(rows: Sequence[Row], what: str) -> str:
     """Milliseconds by part; for a token also calls, bytes and bandwidth."""
     a_token = what == "decode"
     head = ["backend", "device", "weights", *TERMS, "total"]
-    head += ["calls", "MB", "GB/s", "of what memory reads"] if a_token else []
+    head += ["calls", "MB", "GB/s", "of the best read"] if a_token else []
     lines = []
     for row in rows:
         parts: Mapping[str, float] = getattr(row, f"{what}_ms")

@@ -107,7 +107,8 @@ class Study:
         if settings.file and settings.file.exists() and settings.file.stat().st_size:
             self.document = inference_record.load(settings.file)
             self._check_same(here)
-            self.document.command = settings.command or self.document.command
+            if settings.command not in self.document.command:
+                self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
             # What failed or was cut short is tried again.
             self.document.results = [row for row in self.document.results if row.is_whole]
 
@@ -118,17 +119,13 @@ class Study:
 
     def run(self) -> Iterator[tuple[str, int]]:
         """(what is being done, stages done with), as it goes. A row is kept before the next begins."""
-        if "bandwidth_gb_per_s" not in self.document.machine:
-            yield "memory bandwidth", 0
-            try:
-                self.document.machine |= roofline(self.settings.threads or len(os.sched_getaffinity(0)))
-            except (Failed, BackendError) as error:
-                self.settings.say(f"the machine's bandwidth could not be measured: {error}")
         for subject, backend, precision in self._cases():
             if any(self._is_known(row, subject, backend, precision) for row in self.document.results):
                 yield subject.name, STAGES
                 continue
+            yield f"{subject.name} {backend} memory bandwidth", 0
             row = subject.row(backend, threads=self.settings.threads or len(os.sched_getaffinity(0)))
+            row.read_gb_per_s = self._measure_roofline()
             done = 0
             try:
                 for stage in measure(row, self._request(subject, backend, precision)):
@@ -140,6 +137,17 @@ class Study:
             finally:
                 self._keep(row)
             yield subject.name, max(0, STAGES - done)
+
+    def _measure_roofline(self) -> float | None:
+        """GB/s that all threads read now; the machine's facts keep the best."""
+        try:
+            found = roofline(self.settings.threads or len(os.sched_getaffinity(0)))
+        except (Failed, BackendError) as error:
+            self.settings.say(f"the machine's bandwidth could not be measured: {error}")
+            return None
+        facts = self.document.machine
+        facts |= {name: max(value, facts.get(name, 0.0)) for name, value in found.items()}
+        return found["bandwidth_gb_per_s"]
 
     def add_estimates(self) -> None:
         """Replace the estimates of the models by those that follow from the rows."""

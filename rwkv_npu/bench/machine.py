@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SLOWER = 1.10  # a probe, or a clock, off by this factor is called throttled
+SLOWER = 1.10  # a clock that fell by this factor is called throttled,
+PROBE_SLOWER = 1.25  # and a probe: it varies more, with what ran just before
 BUSY = 0.15  # cores' worth of work by others
 SYS = Path("/sys")
 
@@ -110,7 +111,7 @@ class Watch:
             _highest(self._clocks, key) > SLOWER * _highest(after, key)
             for key in ("cpu_mhz", "npu_mhz", "ddr_mhz")
         )
-        if fell or last > SLOWER * self.best_probe:
+        if fell or last > PROBE_SLOWER * self.best_probe:
             found.append("throttled")
         return " ".join(found)
 

@@ -33,8 +33,8 @@ def table(document: Document) -> str:
         parts.append("\n".join(f"- failed: {row.series} {_size(row)}: {row.failed}" for row in failed))
     if lines := by_series(rows, square=True):
         parts.append("## Crossovers\n\n" + _list(crossover.describe(crossover.crossovers(rows), list(lines))))
-    if found := steps.find_steps(rows):
-        parts.append("## Steps\n\n" + _list(map(steps.describe, found)))
+    if found := [*map(steps.describe, steps.find_steps(rows)), *steps.tilings(rows)]:
+        parts.append("## Steps\n\n" + _list(found))
     return "\n\n".join(parts)
 
 

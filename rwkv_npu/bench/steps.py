@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations, groupby
 
 import numpy as np
 
 from rwkv_npu.bench.record import Row, by_series
 
-SMALLEST = 0.05  # relative; smaller jumps are not worth a line
+SMALLEST = 0.07  # relative; smaller jumps are not worth a line
 FEWEST = 8  # points
 SIDE = 3  # points on each side that must agree that it is a step
 
 
 @dataclass(frozen=True)
 class Step:
-    """Between `before` and `after` the time is `factor` times what the growth on both sides lets expect. A `spike` is
-    one size off its neighbours, and `before` is then that size."""
+    """From `before` to `after` the time grows `factor` times as much as a smooth curve. A `spike` is one size off its
+    neighbours, and `before` is then that size."""
 
     series: str
     kind: str
@@ -39,12 +40,28 @@ def find_steps(rows: Iterable[Row]) -> list[Step]:
 
 
 def _of(series: str, n: np.ndarray, t: np.ndarray, errors: np.ndarray) -> list[Step]:
-    """Works on y = ln(t / N^3), the inverse of the speed: flat where the speed is."""
-    y = np.log(t / n.astype(float) ** 3)
+    """Works on y, the logarithm of the time over that of a smooth curve."""
+    y = np.log(t / smooth(n, t))
     spikes = _spikes(n, y, errors)
     keep = np.array([size not in spikes for size in n])
     steps = [Step(series, "spike", size, size, factor) for size, factor in spikes.items()]
     return sorted(steps + _jumps(series, n[keep], y[keep], errors[keep]), key=lambda step: step.before)
+
+
+def smooth(n: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """The curve c0 + c1 N + c2 N^2 + c3 N^3 (a call, vectors, moving matrices, arithmetic) with the least relative
+    deviation, no coefficient negative: the best of all choices of terms that give none."""
+    terms = np.stack([(n / n.max()) ** power for power in range(4)])
+    best, least = t, np.inf
+    for count in range(1, 5):
+        for chosen in combinations(range(4), count):
+            columns = terms[list(chosen)]
+            factors = np.linalg.lstsq((columns / t).T, np.ones_like(t), rcond=None)[0]
+            curve = factors @ columns
+            deviation = float(np.sum((curve / t - 1) ** 2))
+            if factors.min() >= 0 and deviation < least:
+                best, least = curve, deviation
+    return best
 
 
 def _threshold(values: np.ndarray) -> float:
@@ -73,6 +90,21 @@ def _jumps(series: str, n: np.ndarray, y: np.ndarray, errors: np.ndarray) -> lis
     return found
 
 
+def tilings(rows: Iterable[Row]) -> list[str]:
+    """A line for each series of the NPU: into how many operations the compiler cuts which sizes."""
+    lines = []
+    for series, points in by_series(rows, square=True).items():
+        parts = []
+        for count, some in groupby(
+            (row for row in points if row.npu_ops is not None), key=lambda row: row.npu_ops
+        ):
+            sizes = [row.n for row in some]
+            parts.append(f"{count} at N = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else ""))
+        if len(parts) > 1:
+            lines.append(f"{series}, operations that the compiler makes of a product: {', '.join(parts)}")
+    return lines
+
+
 def describe(step: Step) -> str:
     """One line."""
     if step.kind == "spike":
@@ -80,4 +112,4 @@ def describe(step: Step) -> str:
             f"{step.series}: N = {step.before} takes {step.factor:.2f} times what its neighbours let expect"
         )
     sizes = f"from N = {step.before} to {step.after}"
-    return f"{step.series}: {sizes} the time grows {step.factor:.2f} times as much as N^3"
+    return f"{step.series}: {sizes} the time grows {step.factor:.2f} times as much as a smooth curve"

@@ -11,6 +11,7 @@ import numpy as np
 
 STOP_S = 20.0  # a series ends at the first run that is longer
 WARM_S, WARM_CALLS = 0.05, 2
+LONG_S, FEWEST = 20.0, 3  # a row of slow calls ends after so long with so few
 MOST_CALLS = 20_000
 
 Stage = Callable[[], object]
@@ -18,7 +19,8 @@ Stage = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """When to stop: at least `repeats` calls, then once the median is known to `precision` or after `seconds`."""
+    """When to stop: after at least `repeats` calls (fewer if they take LONG_S), once the median is known to `precision`
+    or after `seconds`."""
 
     repeats: int = 7
     precision: float = 0.005
@@ -48,7 +50,7 @@ def time_calls(stages: Sequence[Stage], submit: int | None, effort: Effort) -> T
         now = time.perf_counter()
         if now - first > STOP_S:
             return Timing(now - first, None, None, None, 1, None)
-        if count >= WARM_CALLS and now - begin > WARM_S:
+        if (count >= WARM_CALLS and now - begin > WARM_S) or now - first > 1.0:
             break
     collecting = gc.isenabled()
     gc.disable()
@@ -81,9 +83,11 @@ def _calls(stages: Sequence[Stage], effort: Effort) -> np.ndarray:
             moments.append(time.perf_counter())
         marks.append(moments)
         totals.append(moments[-1] - moments[0])
-        if len(marks) < effort.repeats:
-            continue
         spent = moments[-1] - begin
+        if len(marks) < effort.repeats:
+            if spent > LONG_S and len(marks) >= FEWEST:
+                break
+            continue
         if spent > effort.seconds or len(marks) >= MOST_CALLS:
             break
         if len(marks) >= check:  # not after each call: quantiles cost more than a small product
