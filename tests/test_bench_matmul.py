@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -156,7 +160,7 @@ def test_a_backend_that_fails_in_the_middle() -> None:
         ("numpy", 24, None),
         *(("ort", n, None) for n in (8, 16, 24)),
     ]
-    assert stage.said == ["numpy fp32 failed at 16x16x16: it broke"] == stage.sweep.document.notes
+    assert stage.said == ["numpy fp32 failed at 16x16x16: it broke"]
     assert sum(count for _, count, _ in stage.steps) == stage.sweep.total == 6
 
 
@@ -186,7 +190,7 @@ def test_a_series_ends_after_a_run_of_20_seconds() -> None:
         ("numpy", 16),
         *(("rknn", n) for n in (8, 16, 24)),
     ]
-    assert stage.said == ["numpy fp32 ends at 16x16x16: a run took 21 s"]
+    assert stage.said == ["numpy fp32 ends at 16x16x16: a run took 21 s"] == stage.sweep.document.notes
 
 
 def test_resuming(tmp_path: Path) -> None:
@@ -374,6 +378,35 @@ def test_control_c_keeps_what_was_measured(tmp_path: Path) -> None:
     rows = json.loads(file.read_text())["results"]
     assert len(rows) >= 1 and len(out.splitlines()) == len(rows) + 1
     assert f"interrupted; {len(rows)} rows were measured, {file} holds them" in err
+
+
+def test_everything_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run_main(capsys, "bench", "matmul", "--sizes", "1000000", "--backends", "numpy")
+    assert (
+        status == 1 and one_line(err) and "not enough memory: about" in err and "- failed: numpy fp32" in out
+    )
+
+
+def test_progress_on_a_terminal() -> None:
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    words = command("bench", "matmul", "--sizes", "8:32:8", "--backends", "numpy", "-r", "2")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=end) as process:
+        os.close(end)
+        assert process.stdout is not None
+        table = process.stdout.read().decode()
+    shown = b""
+    while block := read_terminal(terminal):
+        shown += block
+    os.close(terminal)
+    assert b"matmul:" in shown and b"0/4" in shown and b"numpy fp32 N 8" in shown and "matmul:" not in table
+
+
+def read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other end is closed
+        return b""
 
 
 def test_help_says_what_the_pictures_are_called(capsys: pytest.CaptureFixture[str]) -> None:

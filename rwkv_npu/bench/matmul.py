@@ -88,7 +88,6 @@ class Sweep:
             self.document = record.load(settings.file)
             _check_same(self.document, here, settings)
             self.document.command = settings.command or self.document.command
-            self.document.notes = [note for note in self.document.notes if " failed at " not in note]
         spoilt = {"busy", "throttled"} if settings.redo else set()
         # What failed is tried again. Rows to be measured again stay until the new ones are there.
         self._known = {
@@ -124,17 +123,14 @@ class Sweep:
             return
         try:
             for count, shape in enumerate(waiting, 1):
-                stop = False
                 try:
                     row = opened.row(shape)
-                    if _is_slow(row):
-                        stop = self._note(
-                            count < len(waiting),
-                            f"{series.name} ends at {_text(shape)}: a run took {row.time_s:.0f} s",
-                        )
+                    stop = _is_slow(row)
+                    if stop and count < len(waiting):
+                        self._note(f"{series.name} ends at {_text(shape)}: a run took {row.time_s:.0f} s")
                 except Failed as error:
                     row = opened.blank(shape, str(error))
-                    self._note(True, f"{series.name} failed at {_text(shape)}: {error}")
+                    self.settings.say(f"{series.name} failed at {_text(shape)}: {error}")
                     stop = error.fatal
                 self._keep(row)
                 yield series, 1, row
@@ -145,18 +141,18 @@ class Sweep:
 
     def _measure_roofline(self) -> None:
         facts = self.document.machine
-        if "bandwidth_gb_per_s" not in facts:
+        if "bandwidth_gb_per_s" not in facts or self.settings.redo:
             try:
-                facts |= roofline(self.settings.threads)
+                found = roofline(self.settings.threads)
+                # Whatever disturbs this makes it slower.
+                facts |= {key: max(value, facts.get(key, 0.0)) for key, value in found.items()}
             except (Failed, BackendError) as error:
                 self.settings.say(f"the machine's bandwidth could not be measured: {error}")
 
-    def _note(self, worth: bool, line: str) -> bool:
-        if worth:
-            self.settings.say(line)
-            if line not in self.document.notes:
-                self.document.notes.append(line)
-        return True
+    def _note(self, line: str) -> None:
+        self.settings.say(line)
+        if line not in self.document.notes:
+            self.document.notes.append(line)
 
     def _keep(self, row: Row) -> None:
         key = row.series, row.size

@@ -46,7 +46,8 @@ def _matmul(arguments: argparse.Namespace) -> int:
     if not sweep.document.results and not interrupted:
         raise BackendError("nothing was measured: none of these backends can run here")
     _print(sweep.document, arguments, picture, bars)
-    return 130 if interrupted else 0
+    failed = all(row.failed for row in sweep.document.results)
+    return 130 if interrupted else int(failed)
 
 
 def _settings(arguments: argparse.Namespace, file: Path | None) -> matmul.Settings:
