@@ -231,6 +231,9 @@ def _add_bench_inference(actions: Any) -> None:
         metavar="FILE",
         help="keep every row in this JSON file, and measure only what it does not hold",
     )
+    p.add_argument(
+        "--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again"
+    )
     p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
 
 

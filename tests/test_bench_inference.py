@@ -246,6 +246,29 @@ def test_an_interrupted_row_is_kept_and_says_so(
     assert load(file).results[0].load_s == 3.0
 
 
+def test_rows_that_others_disturbed_are_measured_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = iter(["busy", "", "busy", "interrupted", ""])
+    measured = []
+
+    def measure(row: Row, request: dict[str, Any]) -> Iterator[str]:
+        measured.append(row.backend)
+        yield "load"
+        row.update({"load_s": float(len(measured)), "flags": next(flags)})
+
+    monkeypatch.setattr(inference_study, "measure", measure)
+    found = ("-m", checkpoint, "--backends", "ort,torch,numpy", "--resume", tmp_path / "rows.json")
+    run_json(capsys, *found)
+    assert measured == ["ort", "torch", "numpy"]
+    run_json(capsys, *found)
+    assert measured == ["ort", "torch", "numpy"]
+    rows = run_json(capsys, *found, "--redo")["results"]
+    assert measured == ["ort", "torch", "numpy", "ort", "numpy"]
+    times = sorted((row["backend"], row["load_s"]) for row in rows)  # what was cut short replaces nothing
+    assert times == [("numpy", 5.0), ("ort", 1.0), ("ort", 4.0), ("torch", 2.0)]
+
+
 def processes() -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():

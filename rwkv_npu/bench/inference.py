@@ -68,6 +68,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             estimate.HOST_FACTOR if factor is None else factor,
         ),
         profile=arguments.profile,
+        redo=arguments.redo,
         command=_command(arguments),
         say=lambda line: tqdm.write(f"rwkv-npu: {line}", file=sys.stderr),
         **{name: value for name, value in given.items() if value is not None},

@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Settings:
     """What to measure. seconds: of a stage, after which it is not repeated. `file` keeps the rows, `say` takes
-    lines for people."""
+    lines for people. redo: measure rows of the file again that others disturbed."""
 
     models: Sequence[Path]
     backends: Sequence[str] = DEFAULT_BACKENDS
@@ -47,6 +47,7 @@ class Settings:
     assumptions: estimate.Assumptions = field(default_factory=estimate.Assumptions)
     profile: bool = False
     file: Path | None = None
+    redo: bool = False
     command: str = ""
     say: Say = lambda line: None
 
@@ -120,7 +121,8 @@ class Study:
     def run(self) -> Iterator[tuple[str, int]]:
         """(what is being done, stages done with), as it goes. A row is kept before the next begins."""
         for subject, backend, precision in self._cases():
-            if any(self._is_known(row, subject, backend, precision) for row in self.document.results):
+            known = [row for row in self.document.results if self._is_of(row, subject, backend, precision)]
+            if known and not (self.settings.redo and known[0].flags):
                 yield subject.name, STAGES
                 continue
             yield f"{subject.name} {backend} memory bandwidth", 0
@@ -135,7 +137,7 @@ class Study:
                 row.flags = f"{row.flags} interrupted".strip()
                 raise
             finally:
-                self._keep(row)
+                self._keep(row, known)
             yield subject.name, max(0, STAGES - done)
 
     def _measure_roofline(self) -> float | None:
@@ -179,7 +181,7 @@ class Study:
                 found += [(subject, backend, precision) for precision in precisions]
         return found
 
-    def _is_known(self, row: Row, subject: Subject, backend: str, precision: str | None) -> bool:
+    def _is_of(self, row: Row, subject: Subject, backend: str, precision: str | None) -> bool:
         if row.estimated or not subject.is_in(row) or row.backend != backend:
             return False
         return precision in (None, row.weights) and self.settings.fusion in (None, row.fusion)
@@ -190,8 +192,11 @@ class Study:
         request = {name: getattr(settings, name) for name in names}
         return {**request, "model": str(subject.path), "backend": backend, "precision": precision}
 
-    def _keep(self, row: Row) -> None:
+    def _keep(self, row: Row, replaced: Sequence[Row]) -> None:
+        """Add a row; those that it measured again go."""
         row.finish(self.document.machine.get("bandwidth_gb_per_s"))
+        if row.is_whole:
+            self.document.results = [other for other in self.document.results if other not in replaced]
         self.document.results.append(row)
         if row.failed:
             self.settings.say(f"{row.model} {row.backend} failed: {row.failed}")
