@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rwkv_npu import __version__
 from rwkv_npu.errors import RwkvNpuError
 
-BACKENDS = ("auto", "numpy", "ort", "torch", "rknn-sim")
+BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
 from rwkv_npu.maths import Maths
 from rwkv_npu.models.network import Program
+from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Group, Spec
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class ModelSource:
 
     def tensor(self, name: str) -> np.ndarray:
         raise KeyError(name)
+
+    def packed(self, name: str, index: int | None = None) -> Packed | None:
+        """A projection, or number `index` of a stack, as it was quantised; None where it was not."""
+        return None
 
     def has(self, name: str) -> bool:
         return False

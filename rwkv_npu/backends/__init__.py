@@ -12,6 +12,7 @@ from rwkv_npu.errors import BackendError
 BACKENDS = {
     "numpy": ("numpy", "NumpyBackend", "numpy"),
     "ort": ("ort", "OrtBackend", "onnxruntime"),
+    "numba": ("numba", "NumbaBackend", "numba"),
     "torch": ("torch", "TorchBackend", "torch"),
     "rknn-sim": ("rknn_sim", "RknnSimBackend", "rwkv_npu"),
 }
