@@ -191,7 +191,8 @@ def load(
     where = Path(path) if path is not None else demo_model()
     if is_bundle(where):
         bundle = open_bundle(where)
-        _check_precision(precision, {bundle.manifest.cpu, *(a.precision for a in bundle.manifest.artifacts)})
+        manifest = bundle.manifest
+        _check_precision(precision, {*manifest.cpu_precisions, *(a.precision for a in manifest.artifacts)})
         source: ModelSource = BundleSource(bundle, fusion, precision)
         words = _bundle_tokenizer(bundle, tokenizer)
     else:

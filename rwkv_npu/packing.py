@@ -17,17 +17,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rwkv_npu.spec import Kind, Tensor
+
 BLOCK = 64  # rows that share a scale
 LANES = 16  # columns of a strip
 PANEL = 64  # columns that a product of many rows takes at once
 
-BITS = {"int8": 8, "int4": 4}
+PRECISIONS = ("int8", "int4")
 ZERO = {8: 128, 4: 8}
 
 # int4: scales tried for a block, relative to the largest value over 8. The best has the least squared error: cutting
 # the few largest values off a little is made up for by finer steps for all others.
 _CANDIDATES = np.linspace(0.80, 1.16, 10, dtype=np.float32)
 _CHUNK = 1 << 22  # elements quantised at a time
+
+
+def bits_of(precision: str, tensor: Tensor) -> int:
+    """Bits of a projection. What feeds the state keeps 8 in an int4 model: an error there is not made once, but read
+    again by every token after it. That is r, k, v and the low-rank controls; the rest is three quarters of the weights.
+    """
+    feeds_state = tensor.kind is not Kind.LINEAR or any(
+        tensor.name.endswith(f".att.{name}.weight") for name in ("receptance", "key", "value")
+    )
+    return 8 if precision == "int8" or feeds_state else 4
 
 
 @dataclass(frozen=True)

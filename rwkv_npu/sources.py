@@ -62,16 +62,22 @@ class ModelSource:
 
 
 class BundleSource(ModelSource):
-    """`precision` chooses among artifacts of several."""
+    """`precision` chooses among those of the artifacts and of the CPU's weights; None takes the bundle's own."""
 
     def __init__(self, bundle: Bundle, fusion: str | None = None, precision: str | None = None):
         manifest = bundle.manifest
         program = Program(manifest.spec, fusion or manifest.fusion, manifest.scaling)
         super().__init__(program, manifest.fingerprint)
         self.bundle, self._precision = bundle, precision
+        on_cpu = manifest.cpu_precisions
+        self.cpu_precision = precision if precision in on_cpu else on_cpu[0]
+        self._quantised = self.cpu_precision in manifest.packed
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
+
+    def packed(self, name: str, index: int | None = None) -> Packed | None:
+        return self.bundle.packed(self.cpu_precision, name, index) if self._quantised else None
 
     def has(self, name: str) -> bool:
         return name in self.bundle

@@ -29,7 +29,7 @@ engine sources
 graphs sampling state tokenizer
 backends checkpoint models
 bundle
-maths tensorfile toolkit
+maths tensorfile toolkit packing
 spec files
 errors
 """
