@@ -175,6 +175,9 @@ class Bundle:
         shape = self._weights.entry(name).shape[-2:]
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
 
+    def is_projection(self, name: str) -> bool:
+        return name in self._weights
+
     def __contains__(self, name: str) -> bool:
         return name in self._host or name in self._weights
 

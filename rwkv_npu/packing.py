@@ -88,15 +88,30 @@ def pack(weight: np.ndarray, bits: int) -> Packed:
 
 def unpack(packed: Packed) -> np.ndarray:
     """What the numbers stand for, (K, N) fp32."""
-    bits, k = packed.bits, packed.padded_k
-    rows = 4 * 8 // bits
-    q = packed.data.reshape(-1, k // rows, LANES, 4)
-    halves = [q] if bits == 8 else [q & 15, q >> 4]
-    q = np.stack(halves, 2).astype(np.float32) - ZERO[bits]  # (strips, k // rows, halves, LANES, 4)
-    q = q.swapaxes(-1, -2).reshape(len(q), k // BLOCK, BLOCK, LANES)
-    values = q * packed.scales[:, :, None, :].astype(np.float32)
+    q = numbers(packed).astype(np.float32) - ZERO[packed.bits]
+    values = q.reshape(len(q), -1, BLOCK, LANES) * packed.scales[:, :, None, :].astype(np.float32)
     K, N = packed.shape
-    return np.ascontiguousarray(values.transpose(1, 2, 0, 3).reshape(k, -1)[:K, :N])
+    return np.ascontiguousarray(values.transpose(1, 2, 0, 3).reshape(packed.padded_k, -1)[:K, :N])
+
+
+def numbers(packed: Packed) -> np.ndarray:
+    """q of every strip, (strips, K, LANES) uint8, with its padding."""
+    rows = 4 * 8 // packed.bits
+    q = packed.data.reshape(-1, packed.padded_k // rows, LANES, 4)
+    halves = [q] if packed.bits == 8 else [q & 15, q >> 4]
+    # (strips, k // rows, halves, LANES, 4) -> the 4 of a column below each other
+    return np.stack(halves, 2).swapaxes(-1, -2).reshape(len(q), -1, LANES)
+
+
+def pack_floats(weight: np.ndarray) -> np.ndarray:
+    """(K, N) of any float type as strips, (strips, K, LANES) of the same type: N in whole panels, K a multiple of 4."""
+    K, N = weight.shape
+    strips = np.zeros((padded(K, N)[1] // LANES, -(-K // 4) * 4, LANES), weight.dtype)
+    whole = N // LANES
+    strips[:whole, :K] = weight[:, : whole * LANES].reshape(K, whole, LANES).swapaxes(0, 1)
+    if N % LANES:
+        strips[whole, :K, : N % LANES] = weight[:, whole * LANES :]
+    return strips
 
 
 def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:

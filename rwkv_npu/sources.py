@@ -12,7 +12,7 @@ from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
 from rwkv_npu.maths import Maths
 from rwkv_npu.models.network import Program
-from rwkv_npu.packing import Packed
+from rwkv_npu.packing import Packed, unpack
 from rwkv_npu.spec import Group, Spec
 
 if TYPE_CHECKING:
@@ -36,8 +36,12 @@ class ModelSource:
         raise KeyError(name)
 
     def packed(self, name: str, index: int | None = None) -> Packed | None:
-        """A projection, or number `index` of a stack, as it was quantised; None where it was not."""
+        """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
         return None
+
+    def weight(self, name: str) -> np.ndarray:
+        """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
+        return self.tensor(name)
 
     def has(self, name: str) -> bool:
         return False
@@ -72,12 +76,23 @@ class BundleSource(ModelSource):
         on_cpu = manifest.cpu_precisions
         self.cpu_precision = precision if precision in on_cpu else on_cpu[0]
         self._quantised = self.cpu_precision in manifest.packed
+        self._unpacked: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
 
     def packed(self, name: str, index: int | None = None) -> Packed | None:
         return self.bundle.packed(self.cpu_precision, name, index) if self._quantised else None
+
+    def weight(self, name: str) -> np.ndarray:
+        stored = self.tensor(name)
+        if self._precision != self.cpu_precision or not (self._quantised and self.bundle.is_projection(name)):
+            return stored
+        if name not in self._unpacked:
+            indices: list[int | None] = list(range(len(stored))) if stored.ndim == 3 else [None]
+            matrices = [unpack(self.bundle.packed(self.cpu_precision, name, index)) for index in indices]
+            self._unpacked[name] = np.stack(matrices) if stored.ndim == 3 else matrices[0]
+        return self._unpacked[name]
 
     def has(self, name: str) -> bool:
         return name in self.bundle
@@ -93,11 +108,22 @@ class BundleSource(ModelSource):
         identity = json.dumps({"fingerprint": self.fingerprint, "group": artifact.group})
         return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
 
-    def onnx(self, group: Group) -> str:
+    def onnx(self, group: Group) -> str | bytes:
+        if self._quantised:
+            return self._quantised_onnx(group)
         path = self.bundle.graph_path(self.program.fusion, group.name)
         if not path.is_file():
             raise BundleError(f"{path} is missing from the bundle: convert the checkpoint again")
         return str(path)
+
+    def _quantised_onnx(self, group: Group) -> bytes:
+        from rwkv_npu.graphs import Constant, quantised_model, trace_group
+
+        def packed(constant: Constant) -> Packed:
+            return self.bundle.packed(self.cpu_precision, constant.name, constant.index)
+
+        trace = trace_group(self.program, group)
+        return quantised_model(trace, group.name, self.tensor, packed).SerializeToString()
 
 
 class CheckpointSource(ModelSource):

@@ -12,9 +12,8 @@ from rwkv_npu.backends.base import Source
 from rwkv_npu.errors import BackendError
 from rwkv_npu.kernels import tape as _tape
 from rwkv_npu.kernels.pool import Pool, shared_pool
-from rwkv_npu.kernels.products import scratch_bytes
 from rwkv_npu.kernels.tape import Matrix, Recording, Weight
-from rwkv_npu.packing import LANES, Packed, padded
+from rwkv_npu.packing import LANES, Packed, pack_floats, padded
 from rwkv_npu.spec import Group
 
 FORMATS = {"float16": _tape.FP16, "bfloat16": _tape.BF16, "float32": _tape.FP32}
@@ -41,10 +40,9 @@ class NumbaRunner:
         addresses |= {key: arena.ctypes.data + offset for key, offset in offsets.items()}
         self._tape = _tape.bind(recording, rows, batch, addresses, backend.vectors, backend.matrices)
         self._address = self._tape.ctypes.data
-        self._scratch = scratch_bytes(int(self._tape["k"].max()))
 
     def run(self) -> Mapping[str, np.ndarray]:
-        self._pool.run(self._tape, self._address, self._scratch)
+        self._pool.run(self._tape, self._address)
         return self._outputs
 
 
@@ -102,13 +100,9 @@ class NumbaBackend:
             return format_, k, n, weight.data.ctypes.data, weight.scales.ctypes.data
         if weight.dtype.name not in FORMATS:
             raise BackendError(f"numba has no product with {weight.dtype} weights")
-        K, N = weight.shape
-        if N % LANES or not weight.flags.c_contiguous:
-            whole = np.zeros((K, -(-N // LANES) * LANES), weight.dtype)
-            whole[:, :N] = weight
-            weight = whole
-        self._kept.append(weight)
-        return FORMATS[weight.dtype.name], K, weight.shape[1], weight.ctypes.data, 0
+        strips = pack_floats(weight)
+        self._kept.append(strips)
+        return FORMATS[weight.dtype.name], strips.shape[1], len(strips) * LANES, strips.ctypes.data, 0
 
 
 class _Weights(dict[Matrix, Weight]):

@@ -186,11 +186,11 @@ def _one_row(t, row, thread, threads):  # type: ignore[no-untyped-def]
     elif t.format == INT8:
         row_times_int8(t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out)
     elif t.format == FP16:
-        row_times_fp16(t.a + row * t.a_stride * 4, t.weights, t.k, t.n, first * 16, last * 16, out)
+        row_times_fp16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
     elif t.format == BF16:
-        row_times_bf16(t.a + row * t.a_stride * 4, t.weights, t.k, t.n, first * 16, last * 16, out)
+        row_times_bf16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
     else:
-        row_times_fp32(t.a + row * t.a_stride * 4, t.weights, t.k, t.n, first * 16, last * 16, out)
+        row_times_fp32(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
 
 
 @njit(nogil=True)
@@ -211,11 +211,11 @@ def _rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
                 8, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
             )
         elif t.format == FP16:
-            rows_times_fp16(t.a, t.a_stride, first, last, t.weights, t.k, t.n, panel, scratch, t.out, t.stride)
+            rows_times_fp16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
         elif t.format == BF16:
-            rows_times_bf16(t.a, t.a_stride, first, last, t.weights, t.k, t.n, panel, scratch, t.out, t.stride)
+            rows_times_bf16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
         else:
-            rows_times_fp32(t.a, t.a_stride, first, last, t.weights, t.k, t.n, panel, scratch, t.out, t.stride)
+            rows_times_fp32(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
 
 
 @njit(nogil=True)

@@ -18,6 +18,7 @@ from numba import carray, from_dtype, njit, types
 from numba.extending import intrinsic
 
 from rwkv_npu.kernels.machine import execute
+from rwkv_npu.kernels.products import SCRATCH_BYTES
 from rwkv_npu.kernels.simd import add_atomically, pause, read_atomically, write_atomically
 from rwkv_npu.kernels.tape import INSTRUCTION, aligned_bytes
 
@@ -106,15 +107,14 @@ class Pool:
         self.threads = threads
         self._lock = threading.Lock()
         self._scratch: list[np.ndarray] = []
-        self._start(1 << 16)
+        self._start()
         _open_pools.add(self)
 
-    def run(self, tape: np.ndarray, address: int, scratch: int) -> None:
-        """Execute a tape (INSTRUCTION records, at `address`). scratch: bytes that each thread needs for itself."""
+    def run(self, tape: np.ndarray, address: int) -> None:
+        """Execute a tape (INSTRUCTION records, at `address`)."""
         with self._lock:
-            if len(self._scratch[0]) < scratch or self._owner != os.getpid():
-                self._stop()
-                self._start(scratch)
+            if self._owner != os.getpid():  # a forked child has no threads but its own
+                self._start()
             control, own = self._control.ctypes.data, self._scratch[0].ctypes.data
             self._met = _lead(control, self.threads, tape, address, self._met, own)
 
@@ -123,9 +123,9 @@ class Pool:
             self._stop()
         _open_pools.discard(self)
 
-    def _start(self, scratch: int) -> None:
+    def _start(self) -> None:
         self._owner, self._met = os.getpid(), 0
-        self._scratch = [aligned_bytes(scratch) for _ in range(self.threads)]
+        self._scratch = [aligned_bytes(SCRATCH_BYTES) for _ in range(self.threads)]
         self._control = aligned_bytes(_PER_THREAD + self.threads * _THREAD_BYTES)
         control = self._control.ctypes.data
         _prepare(control, self.threads)
@@ -142,7 +142,7 @@ class Pool:
             helper.start()
 
     def _stop(self) -> None:
-        if self._owner == os.getpid():  # in a forked child they are not there
+        if self._owner == os.getpid():
             _publish(self._control.ctypes.data, self.threads, 0, 0)
             for helper in self._helpers:
                 helper.join()

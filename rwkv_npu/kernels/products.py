@@ -52,18 +52,15 @@ ROWS = 4  # rows of a tile
 STRIPS = PANEL // simd.LANES
 # Strips of a tile: as many as the registers hold.
 SPAN = STRIPS if simd.WIDE else 1
-K_STEP = 512  # rows of a float panel: 128 KiB of it stay in the second cache
+
+# Rows of a panel that are unpacked at a time: 16 KiB stay in the first cache while all rows of x pass by.
+K_STEP_BYTES = 256
+K_STEP_FLOATS = 64
+SCRATCH_BYTES = PANEL * K_STEP_BYTES
 
 INT4, INT8, FP16, BF16, FP32 = range(5)
 ZERO_INT4 = 8
 ZERO_INT8 = 0 if simd.SIGNED_DOT else 128
-
-# Scratch of a thread, in bytes for a matrix of K rows: an unpacked panel.
-PANEL_BYTES = PANEL * K_STEP * 4
-
-
-def scratch_bytes(k: int) -> int:
-    return max(PANEL * k, PANEL_BYTES)
 
 
 # -- tiles: ROWS x SPAN vectors of sums in registers ---------------------------------------------------------
@@ -257,27 +254,19 @@ def row_times_int8(q, scales, sums, weights, weight_scales, K, first, last, y): 
 
 def _row_times(load: Any, size: int) -> Any:
     @njit(nogil=True)
-    def row_times(x, weights, K, N, first, last, y):  # type: ignore[no-untyped-def]
-        """Columns first .. last of x (K) @ weights (K, N) with N a multiple of 16: four rows at a time, so that the
-        sums travel to the cache and back once for four."""
-        for n in range(first, last, 16):
-            store_floats(floats(types.float32(0)), y + n * 4)
-        whole = K // 4 * 4
-        row = N * size
-        for k in range(0, whole, 4):
-            x0, x1 = floats(load_float(x + k * 4)), floats(load_float(x + k * 4 + 4))
-            x2, x3 = floats(load_float(x + k * 4 + 8)), floats(load_float(x + k * 4 + 12))
-            w = weights + k * row
-            for n in range(first, last, 16):
-                at = w + n * size
-                part = fma(x0, load(at), load_floats(y + n * 4))
-                part = fma(x1, load(at + row), part)
-                part = fma(x2, load(at + 2 * row), part)
-                store_floats(fma(x3, load(at + 3 * row), part), y + n * 4)
-        for k in range(whole, K):
-            x0 = floats(load_float(x + k * 4))
-            for n in range(first, last, 16):
-                store_floats(fma(x0, load(weights + k * row + n * size), load_floats(y + n * 4)), y + n * 4)
+    def row_times(x, weights, K, first, last, y):  # type: ignore[no-untyped-def]
+        """Strips first .. last of the product of one row of floats; K is a multiple of 4."""
+        step = 16 * size
+        for strip in range(first, last):
+            w = weights + strip * K * step
+            a = b = c = d = floats(types.float32(0))
+            for k in range(0, K, 4):
+                at = w + k * step
+                a = fma(floats(load_float(x + k * 4)), load(at), a)
+                b = fma(floats(load_float(x + k * 4 + 4)), load(at + step), b)
+                c = fma(floats(load_float(x + k * 4 + 8)), load(at + 2 * step), c)
+                d = fma(floats(load_float(x + k * 4 + 12)), load(at + 3 * step), d)
+            store_floats(add(add(a, b), add(c, d)), y + strip * 64)
 
     return row_times
 
@@ -291,16 +280,24 @@ row_times_fp32 = _row_times(load_floats, 4)
 
 
 @njit(nogil=True)
-def _unpack_int4(strip, K, target):  # type: ignore[no-untyped-def]
-    for k in range(0, K, 8):
+def _clear(y, stride, first, last):  # type: ignore[no-untyped-def]
+    """A panel's columns of rows first .. last."""
+    for row in range(first, last):
+        for n in range(0, PANEL, 16):
+            store_floats(floats(types.float32(0)), y + (row * stride + n) * 4)
+
+
+@njit(nogil=True)
+def _unpack_int4(strip, count, target):  # type: ignore[no-untyped-def]
+    for k in range(0, count, 8):
         both = load_bytes(strip + k * 8)
         store_bytes(low_nibbles(both), target + k * 16)
         store_bytes(high_nibbles(both), target + k * 16 + 64)
 
 
 @njit(nogil=True)
-def _unpack_int8(strip, K, target):  # type: ignore[no-untyped-def]
-    for k in range(0, K, 4):
+def _unpack_int8(strip, count, target):  # type: ignore[no-untyped-def]
+    for k in range(0, count, 4):
         store_bytes(operand(load_bytes(strip + k * 16)), target + k * 16)
 
 
@@ -311,56 +308,49 @@ def rows_times_quantised(  # type: ignore[no-untyped-def]
     """Rows first .. last (whole tiles) of quantised rows times one panel of the matrix."""
     blocks = K // BLOCK
     zero = types.int32(ZERO_INT4 if bits == 4 else ZERO_INT8)
-    for s in range(STRIPS):
-        strip = weights + (panel * STRIPS + s) * K * 2 * bits
-        if bits == 4:
-            _unpack_int4(strip, K, scratch + s * K * 16)
-        else:
-            _unpack_int8(strip, K, scratch + s * K * 16)
-    of_panel = weight_scales + panel * STRIPS * blocks * 32
-    for row in range(first, last, ROWS):
-        of_row, place = q + row * K, row * blocks * 4
-        out = y + (row * stride + panel * PANEL) * 4
-        for r in range(ROWS):
-            for n in range(0, PANEL, 16):
-                store_floats(floats(types.float32(0)), out + (r * stride + n) * 4)
-        for s in range(0, STRIPS, SPAN):
-            w, ws = scratch + s * K * 16, of_panel + s * blocks * 32
-            for block in range(blocks):
-                tile = zeros_of(sums + place + block * 4, blocks * 4, zero)
-                for k in range(block * BLOCK, (block + 1) * BLOCK, 4):
-                    tile = add_dots(tile, w + k * 16, K * 16, of_row + k, K)
-                add_scaled(
-                    tile, scales + place + block * 4, blocks * 4, ws + block * 32, blocks * 32,
-                    out + s * 64, stride * 4,
-                )  # fmt: skip
+    strips, of_panel = weights + panel * STRIPS * K * 2 * bits, weight_scales + panel * STRIPS * blocks * 32
+    out = y + panel * PANEL * 4
+    _clear(out, stride, first, last)
+    for k0 in range(0, K, K_STEP_BYTES):
+        count = min(K_STEP_BYTES, K - k0)
+        for s in range(STRIPS):
+            strip, target = strips + (s * K + k0) * 2 * bits, scratch + s * count * 16
+            if bits == 4:
+                _unpack_int4(strip, count, target)
+            else:
+                _unpack_int8(strip, count, target)
+        for row in range(first, last, ROWS):
+            of_row = (row * blocks + k0 // BLOCK) * 4
+            for s in range(0, STRIPS, SPAN):
+                w, ws = scratch + s * count * 16, of_panel + (s * blocks + k0 // BLOCK) * 32
+                for block in range(count // BLOCK):
+                    tile = zeros_of(sums + of_row + block * 4, blocks * 4, zero)
+                    for k in range(block * BLOCK, (block + 1) * BLOCK, 4):
+                        tile = add_dots(tile, w + k * 16, count * 16, q + row * K + k0 + k, K)
+                    place, columns = of_row + block * 4, ws + block * 32
+                    to = out + row * stride * 4 + s * 64
+                    add_scaled(tile, scales + place, blocks * 4, columns, blocks * 32, to, stride * 4)
 
 
 def _rows_times(load: Any, size: int) -> Any:
     @njit(nogil=True)
-    def rows_times(x, x_stride, first, last, weights, K, N, panel, scratch, y, stride):  # type: ignore[no-untyped-def]
-        """Rows first .. last (whole tiles) of x times one panel of a float matrix (K, N), N a multiple of 16."""
-        begin = panel * PANEL
-        width = min(PANEL, N - begin)
-        for k0 in range(0, K, K_STEP):
-            k1 = min(K, k0 + K_STEP)
-            for k in range(k0, k1):
-                for n in range(0, width, 16):
-                    at = scratch + (k - k0) * PANEL * 4 + n * 4
-                    store_floats(load(weights + (k * N + begin + n) * size), at)
+    def rows_times(x, x_stride, first, last, weights, K, panel, scratch, y, stride):  # type: ignore[no-untyped-def]
+        """Rows first .. last (whole tiles) of x times one panel of a float matrix."""
+        strips, out = weights + panel * STRIPS * K * 16 * size, y + panel * PANEL * 4
+        _clear(out, stride, first, last)
+        for k0 in range(0, K, K_STEP_FLOATS):
+            count = min(K_STEP_FLOATS, K - k0)
+            for s in range(STRIPS):
+                for k in range(count):
+                    store_floats(load(strips + (s * K + k0 + k) * 16 * size), scratch + (k * PANEL + s * 16) * 4)
             for row in range(first, last, ROWS):
-                out = y + (row * stride + begin) * 4
-                if k0 == 0:
-                    for r in range(ROWS):
-                        for n in range(0, PANEL, 16):
-                            store_floats(floats(types.float32(0)), out + (r * stride + n) * 4)
-                of_row = x + row * x_stride * 4
+                of_row = x + (row * x_stride + k0) * 4
                 for s in range(0, STRIPS, SPAN):
-                    tile = load_tile(out + s * 64, stride * 4)
-                    for k in range(k0, k1):
-                        w = scratch + (k - k0) * PANEL * 4 + s * 64
-                        tile = add_products(tile, w, of_row + k * 4, x_stride * 4)
-                    store_tile(tile, out + s * 64, stride * 4)
+                    to = out + row * stride * 4 + s * 64
+                    tile = load_tile(to, stride * 4)
+                    for k in range(count):
+                        tile = add_products(tile, scratch + k * PANEL * 4 + s * 64, of_row + k * 4, x_stride * 4)
+                    store_tile(tile, to, stride * 4)
 
     return rows_times
 
