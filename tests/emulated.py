@@ -34,7 +34,7 @@ class EmulatedBoard:
     ) -> dict[str, str]:
         """`null`: nothing computes, every run returns at once."""
         stand_in = {"RKNN_STANDIN_FAULTS": faults, "RKNN_STANDIN_LOG": str(log or "")}
-        stand_in["RKNN_STANDIN_SOCKET"] = "" if null else str(self.socket)
+        stand_in |= {"RKNN_STANDIN_SOCKET": str(self.socket), "RKNN_STANDIN_NULL": "1" if null else ""}
         return {**os.environ, **stand_in, **more}
 
     def run(

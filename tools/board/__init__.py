@@ -14,7 +14,8 @@ what its NPU computes: every version that the stand-in reports says that it is o
 
 The stand-in's environment variables:
 
-    RKNN_STANDIN_SOCKET   where the computing process listens; without it runs return at once, and zeros
+    RKNN_STANDIN_SOCKET   where the process listens that computes groups (the matmul family computes by itself)
+    RKNN_STANDIN_NULL     1: nothing is computed, every run returns at once
     RKNN_STANDIN_LOG      a file that gets a line for every call
     RKNN_STANDIN_FAULTS   FAULT[,FAULT...], each NAME[@N | @N+ | /N][:GROUP]: at the N-th call, from the N-th on, at
                           every N-th, else always; with :GROUP, of contexts of that group alone

@@ -118,7 +118,9 @@ static void query_version(rknn_sdk_version *version, const char *group) {
 static int query(network *n, int command, void *info) {
     const model *m = &n->model;
     switch (command) {
-    case RKNN_QUERY_IN_OUT_NUM: *(rknn_input_output_num *)info = (rknn_input_output_num){m->n_inputs, m->n_outputs}; break;
+    case RKNN_QUERY_IN_OUT_NUM:
+        *(rknn_input_output_num *)info = (rknn_input_output_num){m->n_inputs, m->n_outputs};
+        break;
     case RKNN_QUERY_INPUT_ATTR: return query_port(m->inputs, m->n_inputs, info);
     case RKNN_QUERY_OUTPUT_ATTR: return query_port(m->outputs, m->n_outputs, info);
     case RKNN_QUERY_SDK_VERSION: query_version(info, m->group); break;

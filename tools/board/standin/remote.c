@@ -1,6 +1,6 @@
 /* The process on the host that computes: a local socket at RKNN_STANDIN_SOCKET, one connection a context.
  *
- * Without that variable nothing is computed: every run returns at once and outputs are zeros ("null").
+ * With RKNN_STANDIN_NULL=1 nothing is computed: every run returns at once, and outputs stay as they were.
  * Messages are numbers of the machine: u32 count, then as many bytes of text (opening) or fp32 numbers (running).
  * Opening sends the identity and the names of inputs and outputs, a line each; the answer is an i32, 0 for yes.
  * Running sends the inputs side by side; the answer is an i32, then the outputs likewise.
@@ -48,10 +48,19 @@ static size_t add_names(char *text, size_t length, size_t room, const port *port
     return length;
 }
 
+bool computes_nothing(void) {
+    const char *value = getenv("RKNN_STANDIN_NULL");
+    return value && !strcmp(value, "1");
+}
+
 int remote_open(const model *m) {
     const char *path = getenv("RKNN_STANDIN_SOCKET");
-    if (!path || !*path)
+    if (computes_nothing())
         return REMOTE_NULL;
+    if (!path || !*path) {
+        complain("RKNN_STANDIN_SOCKET names no process that computes (and RKNN_STANDIN_NULL is not 1)");
+        return REMOTE_FAILED;
+    }
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
     int connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);

@@ -52,7 +52,10 @@ void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 enum { REMOTE_NULL = -1, REMOTE_FAILED = -2 };
 
-/* A connection for the contexts of `m`; REMOTE_NULL where nothing is to be computed, REMOTE_FAILED. */
+/* Whether every run returns at once: RKNN_STANDIN_NULL is 1. */
+bool computes_nothing(void);
+
+/* A connection for the contexts of `m`; REMOTE_NULL where nothing is computed, REMOTE_FAILED. */
 int remote_open(const model *m);
 
 /* Sends fp32 inputs, side by side, and receives the outputs. */
@@ -73,6 +76,14 @@ long handles_open(void);
 /* Takes `count` file descriptors, as buffers of the NPU do; NULL, and none taken, when they run out. */
 int *descriptors_take(long count);
 void descriptors_release(int *taken);
+
+/* -- memory.c ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    rknn_tensor_mem mem; /* first: the caller knows no more of it */
+    void *device;        /* what the NPU sees */
+    int *descriptors;
+} memory;
 
 /* -- context.c ---------------------------------------------------------------------------------------------- */
 
