@@ -30,7 +30,7 @@ graphs sampling state tokenizer
 backends checkpoint models
 bundle
 maths tensorfile toolkit
-spec files
+spec files board
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]
