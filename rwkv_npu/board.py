@@ -59,6 +59,11 @@ def cpu_model(root: Path = ROOT) -> str:
     )
 
 
+def cores(root: Path = ROOT) -> int:
+    """How many there are and are online."""
+    return len(_cpuinfo(root, "processor"))
+
+
 def big_cores(root: Path = ROOT) -> list[int]:
     """Numbers of the large cores that are online; empty where all are of one kind."""
     numbers = [int(number) for number in _cpuinfo(root, "processor")]
@@ -70,22 +75,24 @@ def big_cores(root: Path = ROOT) -> list[int]:
 
 def _cpuinfo(root: Path, key: str) -> list[str]:
     lines = (read(root / "proc/cpuinfo") or "").splitlines()
-    return [value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key]
+    return [
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key
+    ]
 
 
 def clocks(root: Path = ROOT) -> list[Clock]:
     """The clusters of the CPU, then DDR and NPU; virtual machines hide them."""
     found = []
     for policy in sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*")):
-        name = "cpu" + policy.name.removeprefix("policy")
         speeds = [_number(policy / file, 1000) for file in ("scaling_cur_freq", "cpuinfo_max_freq")]
-        found.append(Clock(name, policy, read(policy / "scaling_governor"), *speeds))
+        cluster = "cpu" + policy.name.removeprefix("policy")
+        found.append(Clock(cluster, policy, read(policy / "scaling_governor"), *speeds))
     for device in sorted((root / "sys/class/devfreq").glob("*")):
         if name := _DEVFREQ.get(device.name.rpartition(".")[2]):
             steps = (read(device / "available_frequencies") or "").split()
             highest = max((int(step) // 1_000_000 for step in steps if step.isdigit()), default=None)
-            speed = _number(device / "cur_freq", 1_000_000)
-            found.append(Clock(name, device, read(device / "governor"), speed, highest))
+            now = _number(device / "cur_freq", 1_000_000)
+            found.append(Clock(name, device, read(device / "governor"), now, highest))
     return found
 
 
@@ -106,7 +113,7 @@ def runtime_version(library: Path) -> str | None:
     """What a librknnrt.so says of itself, without loading it."""
     try:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            match = re.search(rb"librknnrt version: (\d+\.\d+\.\d+)", data)  # type: ignore[call-overload]
+            match = re.search(rb"librknnrt version: (\d+\.\d+\.\d+)", data)
             return match[1].decode() if match else None
     except (OSError, ValueError):  # unreadable, or empty
         return None
