@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.bundle import HOST, MATHS, WEIGHTS, Bundle, Manifest, graph_file, record_file
+from rwkv_npu.bundle import HOST, MATHS, SELF_TEST, WEIGHTS, Bundle, Manifest, graph_file, record_file
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import Constant, external_model, trace_group
 from rwkv_npu.models.network import Program
@@ -113,7 +113,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
 
 def record_files(folder: Path, manifest: Manifest) -> None:
     """Sizes and digests of every file that the bundle has, other than the manifest."""
-    names = [HOST, WEIGHTS, *(a.path for a in manifest.artifacts)]
+    names = [HOST, WEIGHTS, SELF_TEST, *(a.path for a in manifest.artifacts)]
     for fusion, described in manifest.groups.items():
         names += [graph_file(fusion, group["name"]) for group in described]
     if manifest.tokenizer and not manifest.tokenizer.startswith("builtin:"):

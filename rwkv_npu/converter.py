@@ -43,6 +43,7 @@ from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
 from rwkv_npu.models.network import Program
+from rwkv_npu.recording import write_self_test
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import Scaling, Spec, check_fusion
 from rwkv_npu.tokenizer import find_tokenizer
@@ -163,6 +164,7 @@ def convert(
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)
         bundle = Bundle(folder, manifest)
         write_graphs(bundle)
+        write_self_test(bundle)
         if tokenizer is not None or not _has_tokenizer(manifest):
             manifest.tokenizer = write_tokenizer(folder, words)
             manifest.files.pop(manifest.tokenizer or "", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
 from rwkv_npu.maths import Maths
+from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.spec import Group, Spec
 
@@ -74,6 +76,12 @@ class BundleSource(ModelSource):
     def artifacts(self) -> list[Artifact]:
         all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
         return [a for a in all_ if self._precision in (None, a.precision)]
+
+    def artifact_path(self, artifact: Artifact) -> Path:
+        return self.bundle.path / artifact.path
+
+    def memory_plan(self, artifacts: list[Artifact]) -> MemoryPlan:
+        return plan_memory(self.bundle.manifest, artifacts)
 
     def compile_options(self, artifact: Artifact) -> CompileOptions:
         """How an artifact is compiled; the simulator has to be given the same."""

@@ -1,92 +1,57 @@
-"""The emulated board itself: Rockchip's wheel on the stand-in, which computes what the compiled graphs compute."""
+"""What is read of a board, from trees of files such as boards show."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.bundle import open_bundle
-from rwkv_npu.sources import BundleSource
-from tests.emulated import GENERATIONS, EmulatedBoard
-from tools.board.calls import bytes_moved, count
-
-pytestmark = pytest.mark.board
-
-FP16_ERROR = 3e-3  # relative, rms: as for the simulator in test_rknn.py
-
-# Opens every artifact with RKNNLite, runs it on the inputs beside it, and keeps the outputs.
-LITE = """
-import sys, numpy as np
-from pathlib import Path
-from rknnlite.api import RKNNLite
-for path in map(Path, sys.argv[1:]):
-    lite = RKNNLite()
-    assert lite.load_rknn(str(path)) == 0
-    code = lite.init_runtime(core_mask=RKNNLite.NPU_CORE_0)
-    if code:
-        raise SystemExit(f"init {code}")
-    inputs = np.load(path.with_suffix(".in.npz"))
-    runtime = lite.rknn_runtime
-    code = runtime.set_inputs([inputs[name] for name in inputs.files], None, None) or runtime.run(False)
-    if code:
-        raise SystemExit(f"run {code}")
-    np.savez(path.with_suffix(".out.npz"), *runtime.get_outputs(False))
-    lite.release()
-print(lite.__class__.__name__)
-"""
+from rwkv_npu import board
+from tests.boards import plant
 
 
-def run_artifacts(board: EmulatedBoard, folder: Path, bundle: Path, rows: int, **options: str):
-    """Outputs of every group with that many rows: (group, found, expected by NumPy)."""
-    opened = open_bundle(bundle)
-    files, expected = [], {}
-    for artifact in opened.manifest.artifacts:
-        if artifact.rows != rows:
-            continue
-        source = BundleSource(opened, artifact.fusion)
-        group = next(group for group in source.program.groups if group.name == artifact.group)
-        runner = NumpyBackend(source).open(group, rows)
-        rng = np.random.default_rng(0)
-        for array in runner.inputs.values():
-            array[:] = rng.standard_normal(array.shape)
-        file = folder / Path(artifact.path).name
-        file.symlink_to(opened.path / artifact.path)
-        np.savez(file.with_suffix(".in.npz"), **runner.inputs)
-        outputs = runner.run()
-        expected[file] = group, [outputs[port.name].copy() for port in group.outputs]
-        files.append(file)
-    result = board.run("python", "-c", LITE, *files, **options)
-    assert result.returncode == 0, result.stderr[-2000:]
-    for file in files:
-        found = np.load(file.with_suffix(".out.npz"))
-        yield expected[file][0], [found[name] for name in found.files], expected[file][1]
+def test_a_board_is_read(tmp_path: Path) -> None:
+    root = plant(tmp_path)
+    assert board.soc(root) == "rk3588"
+    assert board.model(root) == "Radxa ROCK 5B"
+    assert board.kernel(root) == "6.1.43-15-rk2312"
+    assert board.cpu_model(root) == "4 x Cortex-A76 + 4 x Cortex-A55"
+    assert board.big_cores(root) == [4, 5, 6, 7]
+    assert board.driver_version(root) == "0.9.8"
+    assert board.runtime_library(root) == root / "usr/lib/librknnrt.so"
+    assert board.runtime_version(root / "usr/lib/librknnrt.so") == "2.3.2"
+    assert board.npu_nodes(root) == [root / "dev/dri/renderD129"]
+    assert board.memory(root)["CmaFree"] == 8192 * 1024
+    speeds = {clock.name: (clock.governor, clock.mhz, clock.max_mhz) for clock in board.clocks(root)}
+    assert speeds == {
+        "cpu0": ("performance", 1800, 1800),
+        "cpu4": ("performance", 2400, 2400),
+        "ddr": ("performance", 2112, 2112),
+        "npu": ("rknpu_ondemand", 1000, 1000),
+    }
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_rknnlite_computes_every_group(
-    emulated_board: EmulatedBoard, board_bundles, tmp_path: Path, generation: str
-) -> None:
-    ran = 0
-    for group, found, expected in run_artifacts(emulated_board, tmp_path, board_bundles[generation], 16):
-        for port, one, other in zip(group.outputs, found, expected, strict=True):
-            error = np.sqrt(np.square(one - other).mean() / np.square(other).mean())
-            assert error < FP16_ERROR, f"{group.name}.{port.name}"
-            ran += 1
-    assert ran > 8
+def test_a_machine_that_shows_nothing_is_no_board(tmp_path: Path) -> None:
+    assert board.soc(tmp_path) is board.model(tmp_path) is board.driver_version(tmp_path) is None
+    assert board.runtime_library(tmp_path) is None
+    assert board.clocks(tmp_path) == board.npu_nodes(tmp_path) == board.big_cores(tmp_path) == []
+    assert board.memory(tmp_path) == {}
 
 
-def test_the_log_counts_calls_and_bytes(emulated_board: EmulatedBoard, board_bundles, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    groups = [
-        group for group, _, _ in run_artifacts(emulated_board, tmp_path, board_bundles["7"], 1, log=log)
-    ]
-    calls = emulated_board.calls(log)
-    for name in ("init", "inputs_set", "run", "outputs_get", "destroy"):
-        assert count(calls, name).total() == len(groups), name
-    assert set(count(calls, "run")) == {group.name for group in groups}
-    widths = sum(port.width for group in groups for port in (*group.inputs, *group.outputs))
-    assert bytes_moved(calls) == 4 * widths
-    assert calls[-1].name == "destroy" and calls[-1].number("open") == 0
+@pytest.mark.parametrize(
+    ("compatible", "chip"),
+    [
+        (b"xunlong,orangepi-5\0rockchip,rk3588s\0", "rk3588"),
+        (b"friendlyelec,nanopi-r5s\0rockchip,rk3568\0", "rk3568"),
+        (b"raspberrypi,4-model-b\0brcm,bcm2711\0", None),
+        (b"rockchip,px30\0", None),
+    ],
+)
+def test_chips(tmp_path: Path, compatible: bytes, chip: str | None) -> None:
+    assert board.soc(plant(tmp_path, {"proc/device-tree/compatible": compatible})) == chip
+
+
+@pytest.mark.parametrize("content", [b"", b"a stripped library"])
+def test_a_library_without_a_version_has_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "librknnrt.so").write_bytes(content)
+    assert board.runtime_version(tmp_path / "librknnrt.so") is None

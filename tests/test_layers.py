@@ -24,13 +24,15 @@ commands
 serve bench
 converter evaluation
 artifacts bundle_writer model
-verify generation memory estimate
+verify generation estimate opening
+recording
 engine sources
-graphs sampling state tokenizer
+graphs sampling state tokenizer plan
 backends checkpoint models
+memory
 bundle
 maths tensorfile toolkit
-spec files
+spec files board npu
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]

@@ -14,7 +14,10 @@ BACKENDS = {
     "ort": ("ort", "OrtBackend", "onnxruntime"),
     "torch": ("torch", "TorchBackend", "torch"),
     "rknn-sim": ("rknn_sim", "RknnSimBackend", "rwkv_npu"),
+    "rknn": ("rknn", "RknnBackend", "rwkv_npu"),
 }
+# Those that need a board. They are opened behind a guard (guard.py), and take `cores` beside `threads`.
+NPU_BACKENDS = ("rknn",)
 
 
 def open_backend(name: str, source: Any, **options: Any) -> Backend:
