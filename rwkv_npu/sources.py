@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class ModelSource:
-    """Tensors and groups of a model. Subclasses say where its tensors and its graphs are."""
+    """Tensors and groups of a model. Subclasses say where its tensors and its graphs are.
+
+    precision: what the user asked for, None for whatever there is.
+    """
+
+    precision: str | None = None
 
     def __init__(self, program: Program, fingerprint: str):
         self.program, self.fingerprint = program, fingerprint
@@ -65,7 +70,7 @@ class BundleSource(ModelSource):
         manifest = bundle.manifest
         program = Program(manifest.spec, fusion or manifest.fusion, manifest.scaling)
         super().__init__(program, manifest.fingerprint)
-        self.bundle, self._precision = bundle, precision
+        self.bundle, self.precision = bundle, precision
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
@@ -75,7 +80,7 @@ class BundleSource(ModelSource):
 
     def artifacts(self) -> list[Artifact]:
         all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
-        return [a for a in all_ if self._precision in (None, a.precision)]
+        return [a for a in all_ if self.precision in (None, a.precision)]
 
     def artifact_path(self, artifact: Artifact) -> Path:
         return self.bundle.path / artifact.path

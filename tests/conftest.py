@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from rwkv_npu import toolkit  # noqa: E402
+from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402
 from rwkv_npu.toolkit.install import install  # noqa: E402
 from tests.emulated import GENERATIONS, EmulatedBoard, convert_for_board  # noqa: E402
 from tools.board import build  # noqa: E402
@@ -44,3 +47,24 @@ def emulated_board(board_bundles: dict[str, Path]) -> Iterator[EmulatedBoard]:
         path = Path(folder) / "socket"
         with Server(path, Bundles(list(board_bundles.values()))):
             yield EmulatedBoard(made, path)
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> Path:
+    """The stand-in for librknnrt.so as this machine loads it. For tests marked `board`."""
+    return build.make_standin(lambda line: print(line, file=sys.stderr)) / "x86_64" / "librknnrt.so"
+
+
+@pytest.fixture
+def run_alone(stand_in: Path) -> Callable[..., str]:
+    """Runs Python code in a process of its own, on the stand-in; gives what it prints. The stand-in reads its
+    variables once a process."""
+
+    def run(code: str, **variables: str) -> str:
+        environment = {**os.environ, OVERRIDE: str(stand_in), **variables}
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stdout
+
+    return run

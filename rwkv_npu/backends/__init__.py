@@ -15,9 +15,10 @@ BACKENDS = {
     "torch": ("torch", "TorchBackend", "torch"),
     "rknn-sim": ("rknn_sim", "RknnSimBackend", "rwkv_npu"),
     "rknn": ("rknn", "RknnBackend", "rwkv_npu"),
+    "rknn-matmul": ("rknn_matmul", "RknnMatmulBackend", "rwkv_npu"),
 }
 # Those that need a board. They are opened behind a guard (guard.py), and take `cores` beside `threads`.
-NPU_BACKENDS = ("rknn",)
+NPU_BACKENDS = ("rknn", "rknn-matmul")
 
 
 def open_backend(name: str, source: Any, **options: Any) -> Backend:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -73,18 +74,25 @@ def folder() -> Path:
 
 def make(say: Say) -> Path:
     """Make whatever is missing and return the board's folder. Raises BoardError."""
-    folder().mkdir(parents=True, exist_ok=True)
     with _alone(say):
-        install_programs(say)
+        _install_programs(say)
         wheel = _wheel(say)
         debian = _debian(say)
         wheels = _wheels(wheel, say)
-        libraries = standin(say)
-        return _assemble(wheel, debian, wheels, libraries, say)
+        return _assemble(wheel, debian, wheels, _standin(say), say)
 
 
-def install_programs(say: Say) -> None:
+def make_standin(say: Say) -> Path:
+    """Make the stand-in alone: the folder with x86_64/librknnrt.so and aarch64/librknnrt.so. Raises BoardError."""
+    with _alone(say):
+        _install_programs(say)
+        return _standin(say)
+
+
+def _install_programs(say: Say) -> None:
     """Install the programs that are not there, as root. Raises BoardError."""
+    if platform.machine() != "x86_64":
+        raise BoardError(f"the emulated board is made on x86-64, and this machine is {platform.machine()}")
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if not missing:
         return
@@ -175,8 +183,7 @@ def _requirements(wheel: Path) -> list[str]:
     return [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
 
 
-def standin(say: Say) -> Path:
-    """The folder with x86_64/librknnrt.so and aarch64/librknnrt.so. Raises BoardError."""
+def _standin(say: Say) -> Path:
     sources = sorted(STANDIN.glob("*.c"))
 
     def fill(place: Path) -> None:
@@ -240,6 +247,7 @@ def _layer(kind: str, key: str, fill: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def _alone(say: Say) -> Iterator[None]:
+    folder().mkdir(parents=True, exist_ok=True)
     with open(folder() / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 MODEL = "Emulated RK3588 board (tools/board of rwkv_npu)"
-DRIVER = "0.9.8"
+DRIVER, KERNEL = "0.9.8", "6.1.43-emulated"
+MEMORY_KB = {
+    "MemTotal": 16_000_000,
+    "MemFree": 9_000_000,
+    "MemAvailable": 12_000_000,
+    "CmaTotal": 16384,
+    "CmaFree": 8192,
+}
 LITTLE, BIG = range(4), range(4, 8)  # Cortex-A55, Cortex-A76
 CLUSTERS = ("0-3", "4-5", "6-7")  # cores that share a clock
 NPU, DDR = "fdab0000.npu", "dmc"
@@ -24,7 +31,11 @@ def chip_files() -> dict[str, str]:
         "proc/device-tree/compatible": "rwkv-npu,emulated\0rockchip,rk3588\0",
         "proc/device-tree/model": MODEL + "\0",
         "proc/cpuinfo": "\n".join(_cpuinfo(core) for core in (*LITTLE, *BIG)),
+        "proc/meminfo": "".join(f"{name}: {size} kB\n" for name, size in MEMORY_KB.items()),
+        "proc/sys/kernel/osrelease": f"{KERNEL}\n",
         "dev/dri/renderD129": "",
+        "sys/class/drm/renderD129/device/uevent": "DRIVER=RKNPU\nOF_NAME=npu\n",
+        "sys/module/rknpu/version": f"{DRIVER}\n",
         "sys/kernel/debug/rknpu/version": f"RKNPU driver: v{DRIVER}\n",
     }
     files |= _frequency(f"sys/class/devfreq/{NPU}", 1_000_000_000, 300_000_000)
