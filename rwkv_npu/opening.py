@@ -89,7 +89,10 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
     elif absent:
         plan, reason = Plan(CPU_BACKEND), f"{CPU_BACKEND}, since {absent}"
     else:
-        plan, reason = Plan(NPU_BACKEND), f"{NPU_BACKEND}: runtime and artifacts are there and pass their tests"
+        plan, reason = (
+            Plan(NPU_BACKEND),
+            f"{NPU_BACKEND}: runtime and artifacts are there and pass their tests",
+        )
     try:
         return open_engine(source, plan, options), reason
     except RwkvNpuError as error:
