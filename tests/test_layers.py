@@ -158,7 +158,8 @@ def test_help_is_there_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["ruff check --output-format concise", "ruff format --check --quiet", "mypy"]
+    "command",
+    ["ruff check --output-format concise", "ruff format --check --quiet", "mypy", "mypy -p tools.board"],
 )
 def test_the_linters_are_content(command: str) -> None:
     result = subprocess.run(
