@@ -229,7 +229,7 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
         if match := re.search(pattern, text):
             return f"{_first_line(match[0])}: {remedy}"
     said = [line for line in text.splitlines() if re.match(r"E |\w*(Error|Exception)\b", line)]
-    return _first_line(said[-1] if said else text) or "it does not say why: rwkv-npu doctor may"
+    return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
 
 
 def _older_file(artifact: Artifact, runtime: str | None) -> str:
