@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rwkv_npu import board
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
-from rwkv_npu.backends.guard import Guard
+from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError
@@ -44,6 +44,8 @@ def open_engine(
     guards: list[Guard] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
 
+    bound = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND
+
     def cpu() -> Backend:
         return opened.get(CPU_BACKEND) or open_backend(CPU_BACKEND, source, threads=options.threads)
 
@@ -51,7 +53,7 @@ def open_engine(
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
-                opened[name] = guard = Guard(npu, recorded, cpu, faults)
+                opened[name] = guard = Guard(npu, recorded, cpu, faults, bound=bound)
                 guards.append(guard)
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)

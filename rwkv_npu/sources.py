@@ -105,9 +105,9 @@ class BundleSource(ModelSource):
 class CheckpointSource(ModelSource):
     """A checkpoint used as it is: graphs are built in memory, in fp32."""
 
-    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None):
+    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None, precision: str | None = None):
         super().__init__(Program(checkpoint.spec, fusion or "layer"), checkpoint.fingerprint)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.precision = checkpoint, precision
         self._vectors: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str) -> np.ndarray:
