@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rwkv_npu import __version__
 from rwkv_npu.errors import RwkvNpuError
 
-BACKENDS = ("auto", "numpy", "ort", "torch", "rknn-sim", "rknn")
+BACKENDS = ("auto", "numpy", "ort", "torch", "rknn-sim", "rknn", "rknn-matmul")
 NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rwkv_npu import board
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
-from rwkv_npu.backends.guard import Guard
+from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError
@@ -42,6 +42,7 @@ def open_engine(
     groups = source.program.groups
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
+    bound = FP16_BOUND if source.precision in (None, "fp16") else INT8_BOUND
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
 
     def cpu() -> Backend:
@@ -51,7 +52,7 @@ def open_engine(
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
-                opened[name] = guard = Guard(npu, recorded, cpu, faults)
+                opened[name] = guard = Guard(npu, recorded, cpu, faults, bound=bound)
                 guards.append(guard)
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)
