@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path("/")
 # Where RKNNLite looks for the runtime, in this order.
 LIBRARIES = ("usr/lib/librknn_runtime.so", "usr/lib64/librknn_runtime.so", "usr/lib/librknnrt.so")
+OLDEST_DRIVER = "0.9.6"  # the oldest that is advised: older ones hang, and lose memory
 _CORES = {"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"}
 _BIG = ("0xd08", "0xd0b")
 _DEVFREQ = {"dmc": "ddr", "npu": "npu"}
@@ -117,6 +118,17 @@ def runtime_version(library: Path) -> str | None:
             return match[1].decode() if match else None
     except (OSError, ValueError):  # unreadable, or empty
         return None
+
+
+def version(text: str) -> str:
+    """The version in a text: 2.3.2 of `2.3.2 (429f97ae6b@2025-04-09)`."""
+    match = re.search(r"\d+(\.\d+)+", text)
+    return match[0] if match else "of no known version"
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The version in a text, to be compared; none is the oldest."""
+    return tuple(int(part) for part in version(text).split(".") if part.isdigit())
 
 
 def npu_nodes(root: Path = ROOT) -> list[Path]:

@@ -29,6 +29,7 @@ TRACEBACK = "E Catch exception when init runtime!\nE Traceback (most recent call
 class FakeRuntime:
     """`rknn_runtime` of an RKNNLite, as 2.5.0 has it. Codes are the class's to set, one for each call."""
 
+    versions = "2.5.0 (c949ad889d@2026)", "0.9.8"
     codes: dict[str, list[int]] = {}
     fed: list[Sequence[np.ndarray]] = []
 
@@ -52,6 +53,9 @@ class FakeRuntime:
         names = [port.name for port in self._group.inputs][::-1]  # the order of the file
         self._inputs = dict(zip(names, inputs, strict=True))
         return 0
+
+    def get_sdk_version(self) -> tuple[str, str, str]:
+        return ("RKNN VERSION:\n", *self.versions)
 
     def run(self, get_frame_id: bool = False) -> int:
         return self._code("run")

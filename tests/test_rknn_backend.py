@@ -12,7 +12,6 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu import board
-from rwkv_npu.backends import open_backend
 from rwkv_npu.backends.rknn import RknnBackend
 from rwkv_npu.bundle import Artifact, open_bundle
 from rwkv_npu.errors import BackendError
@@ -183,6 +182,15 @@ def test_a_runtime_older_than_every_toolkit_has_to_be_updated(
     refused(bundle, r"librknnrt 1\.6\.0 does not read .*: update it to 2\.2\.0 or later")
 
 
+def test_old_versions_are_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRuntime, "versions", ("1.5.2 (c6b7b351a@2023)", "0.8.2"))
+    with pytest.warns(
+        UserWarning, match=r"librknnrt 1\.5\.2 is .* 2\.5\.0, and .* driver 0\.8\.2 .* 0\.9\.6"
+    ) as said:
+        load(bundle).close()
+    assert len(said) == 1
+
+
 def test_a_pc_is_told_what_it_lacks(made: Path) -> None:
     with pytest.raises(BackendError, match="needs a board with a Rockchip NPU.*rknn-sim.*doctor"):
         load(made)
@@ -291,4 +299,3 @@ def test_the_names_of_the_command_line_are_those_of_the_backends() -> None:
 
     assert (*cli.BACKENDS,) == ("auto", *backends.BACKENDS)
     assert (*cli.NPU_CORES,) == (*rknn.CORES,)
-    assert open_backend

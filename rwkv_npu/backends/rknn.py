@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.board import numbers, version
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
 from rwkv_npu.memory import MemoryPlan
@@ -109,8 +111,10 @@ class RknnBackend:
         artifact = self._artifacts[key]
         path = self._source.artifact_path(artifact)
         if key not in self._contexts:
-            self._contexts[key] = _open_context(self._lite, path, artifact, self._cores)
+            self._contexts[key] = lite = _open_context(self._lite, path, artifact, self._cores)
             self._bar.update()
+            if len(self._contexts) == 1 and (said := _misfits(lite, artifact)):
+                warnings.warn(said, stacklevel=2)
         return RknnRunner(self._contexts[key], group, rows, _input_order(path, group))
 
     def close(self) -> None:
@@ -208,12 +212,30 @@ def _open_context(rknnlite: Any, path: Path, artifact: Artifact, cores: str) -> 
     return lite
 
 
+def _misfits(lite: Any, artifact: Artifact) -> str:
+    """What is older than it should be, "" if nothing: it may work all the same, and the self-test has to show it."""
+    with captured():
+        _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
+    found = []
+    if artifact.toolkit and numbers(runtime) < numbers(artifact.toolkit):
+        found.append(
+            f"librknnrt {version(runtime)} is older than the artifacts' compiler, {artifact.toolkit}"
+        )
+    if numbers(driver) < numbers(board.OLDEST_DRIVER):
+        found.append(f"the NPU's driver {_version(driver)} than advised, {board.OLDEST_DRIVER}")
+    if not found:
+        return ""
+    return (
+        f"older: {' and '.join(found)}; should anything fail, update it, or convert with an older --toolkit"
+    )
+
+
 def explain(text: str, artifact: Artifact, cores: str) -> str:
     """What RKNNLite logged, as one line that says what to do."""
     library = board.runtime_library()
-    version = board.runtime_version(library) if library else None
+    runtime = board.runtime_version(library) if library else None
     remedies = {
-        r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*": _older_file(artifact, version),
+        r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*": _older_file(artifact, runtime),
         r"Can not find dynamic library.*": "librknnrt.so belongs into /usr/lib; it comes with the board's image",
         r".*missing in the container.*": "start it with --device /dev/dri/renderD129 and "
         "-v /proc/device-tree/compatible:/proc/device-tree/compatible",
@@ -243,10 +265,6 @@ def _older_file(artifact: Artifact, runtime: str | None) -> str:
         return f"{what}: update it to {VERSIONS[-1]} or later"
     version = older[0] if runtime else VERSIONS[1]
     return f"{what}: on a PC, rwkv-npu toolkit install --version {version} and rwkv-npu convert --toolkit {version}"
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _check(what: str, code: Any) -> None:
