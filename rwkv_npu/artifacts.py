@@ -9,19 +9,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
+from rwkv_npu.backends.base import Recorded, relative_error
 from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import trace_group
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.models.network import Program
+from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import Group, tensors
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
-from rwkv_npu.verify import record_inputs, reference, relative_error
 
 BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
 
@@ -76,7 +76,7 @@ class Build:
     source: BundleSource
     group: Group
     artifact: Artifact
-    verify_inputs: dict[str, np.ndarray] | None = None
+    verify: Recorded | None = None
 
     @property
     def out(self) -> Path:
@@ -92,7 +92,7 @@ class Build:
             artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        good = self.out.exists() and _enough(artifact, environment, self.verify_inputs is not None)
+        good = self.out.exists() and _enough(artifact, environment, self.verify is not None)
         return artifact if good else None
 
     @property
@@ -161,7 +161,7 @@ def _enough(artifact: Artifact, environment: Environment, verify: bool) -> bool:
 
 def _builds(source: BundleSource, artifacts: Sequence[Artifact], verify: bool) -> list[Build]:
     groups = {group.name: group for group in source.program.groups}
-    recorded = {rows: record_inputs(source, rows) for rows in {a.rows for a in artifacts}} if verify else {}
+    recorded = {rows: record(source, rows) for rows in {a.rows for a in artifacts}} if verify else {}
     return [
         Build(source, groups[a.group], a, recorded[a.rows][a.group] if verify else None) for a in artifacts
     ]
@@ -177,7 +177,7 @@ def _run_builds(
             out_path=build.out,
             weight_bytes=2 * build.artifact.weight_bytes,  # the compiler works in fp32
             options=build.source.compile_options(build.artifact),
-            verify_inputs=build.verify_inputs,
+            verify_inputs=build.verify.inputs if build.verify else None,
             write_graph=build.write_graph,
         )
         for build in builds
@@ -185,9 +185,8 @@ def _run_builds(
     for job, result in compile_many(environment, queue, parallel=jobs):
         build = by_path[job.out_path]
         error = None
-        if build.verify_inputs is not None and result.verify_outputs is not None:
-            expected = reference(build.source, build.group, build.verify_inputs)
-            error = relative_error(result.verify_outputs, expected)
+        if build.verify and result.verify_outputs is not None:
+            error = relative_error(result.verify_outputs, build.verify.outputs)
         bar.set_postfix_str(f"{build.group.name} m{build.artifact.rows}")
         bar.update()
         yield build.complete(result, error)

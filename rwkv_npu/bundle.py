@@ -5,6 +5,7 @@
     graphs/weights.safetensors  every projection once, for every backend of the CPU
     graphs/FUSION.GROUP.onnx    the groups; they refer to the weights by offset
     cpu/PRECISION.safetensors   every projection quantised, as `packing` lays it out
+    selftest.safetensors        rows for every group, and what comes of them: how a board tests its NPU
     rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
     vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
 
@@ -35,6 +36,7 @@ MANIFEST = "manifest.json"
 MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 HOST = "host.safetensors"
 WEIGHTS = "graphs/weights.safetensors"
+SELF_TEST = "selftest.safetensors"
 
 _SMALL = 4 << 20  # files up to this size are read whole on opening
 
@@ -237,6 +239,12 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(
             f"{where} is damaged ({error}): copy the bundle again, or convert again with --force"
         ) from error
+
+
+def artifacts_digest(manifest: Manifest) -> str:
+    """Of the content of all artifacts and weights: what was measured or found with them holds for the same ones."""
+    files = {name: record.digest for name, record in manifest.files.items() if not name.endswith(".onnx")}
+    return _checksum(files)
 
 
 def verify_files(bundle: Bundle) -> Iterator[str]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from rwkv_npu.bundle import (
     HOST,
     MATHS,
+    SELF_TEST,
     WEIGHTS,
     Bundle,
     Manifest,
@@ -164,7 +165,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
 
 def record_files(folder: Path, manifest: Manifest) -> None:
     """Sizes and digests of every file that the bundle has, other than the manifest."""
-    names = [HOST, WEIGHTS, *map(packed_file, manifest.packed), *(a.path for a in manifest.artifacts)]
+    packed = map(packed_file, manifest.packed)
+    names = [HOST, WEIGHTS, SELF_TEST, *packed, *(a.path for a in manifest.artifacts)]
     for fusion, described in manifest.groups.items():
         names += [graph_file(fusion, group["name"]) for group in described]
     if manifest.tokenizer and not manifest.tokenizer.startswith("builtin:"):

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from rwkv_npu import __version__
 from rwkv_npu.errors import RwkvNpuError
 
-BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim")
+BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
+NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +73,8 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--backend", default="auto", choices=BACKENDS, help="what multiplies (default: auto)")
     p.add_argument("--precision", help="of the weights, where the bundle has a choice")
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
-    p.add_argument("--plan", metavar="PLAN", help="backends by use, such as prefill=ort,decode=numpy")
+    p.add_argument("--plan", metavar="PLAN", help="backends by use or group, such as prefill=rknn,decode=ort")
+    p.add_argument("--npu-cores", default="auto", choices=NPU_CORES, help="of rknn (default: auto)")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary file (or world, pile)")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
 

@@ -45,6 +45,7 @@ from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
+from rwkv_npu.recording import write_self_test
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import Scaling, Spec, check_fusion
 from rwkv_npu.tokenizer import find_tokenizer
@@ -175,6 +176,7 @@ def convert(
         manifest.cpu_default = request.cpu
         bundle = Bundle(folder, manifest)
         write_graphs(bundle)
+        write_self_test(bundle)
         if tokenizer is not None or not _has_tokenizer(manifest):
             manifest.tokenizer = write_tokenizer(folder, words)
             manifest.files.pop(manifest.tokenizer or "", None)

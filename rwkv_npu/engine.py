@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Runner
+from rwkv_npu.backends.base import Backend, Faults, Runner
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.models.network import Network, Program, Run
 from rwkv_npu.spec import Group, Spec
@@ -22,35 +22,43 @@ from rwkv_npu.state import State, new_state
 
 PREFILL_ROWS = 128  # tokens a call where the backend takes any number of rows
 
+# The backend of a group: for decoding, with one row a sequence, or for more.
+Serve = Callable[[Group, bool], Backend]
+
 
 @dataclass
 class Counters:
     """What the groups were asked to do since the engine was made, and how long it took.
 
     run_s: seconds inside the backends, by role of the group. dispatch_s: choosing runners and filling their inputs.
+    faults: what an NPU did wrong, and the CPU made up for.
     """
 
     calls: int = 0
     run_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     dispatch_s: float = 0.0
+    faults: Faults = field(default_factory=Faults)
 
 
 class Dispatcher:
-    """Runs groups on the plan's backends, in whatever row counts those have them.
+    """Runs groups on the backends that serve them, in whatever row counts those have them."""
 
-    `decode` serves calls of one row a sequence, `prefill` all others.
-    """
-
-    def __init__(self, decode: Backend, prefill: Backend):
-        self.decode, self.prefill = decode, prefill
-        self.counters = Counters()
+    def __init__(self, groups: Sequence[Group], serve: Serve, faults: Faults):
+        self.counters = Counters(faults=faults)
+        self._groups = groups
+        # Looked up at every call, asked for once.
+        self._served = {
+            (group.name, decode): (backend, backend.row_counts(group))
+            for group in groups
+            for decode in (True, False)
+            for backend in (serve(group, decode),)
+        }
         self._runners: dict[tuple[int, str, int, int], Runner] = {}
 
     def run(self, group: Group, inputs: Mapping[str, np.ndarray], *, batch: int) -> Mapping[str, np.ndarray]:
         """Run `group` on rows of `batch` sequences; the outputs are valid until its next run."""
         rows = _rows(group, inputs)
-        backend = self.decode if rows == batch else self.prefill
-        counts = backend.row_counts(group)
+        backend, counts = self._served[group.name, rows == batch]
         if counts is None:
             # Runners for chunks are made anew: their buffers would add up over the layers.
             return self._call(backend, group, inputs, rows, batch, keep=rows == batch)
@@ -74,10 +82,11 @@ class Dispatcher:
         runner = self._runners.get(key) or backend.open(group, capacity, batch)
         if keep:
             self._runners[key] = runner
+        targets = runner.inputs
         for port in group.inputs:
-            target, given = runner.inputs[port.name], inputs[port.name]
+            target, given = targets[port.name], inputs[port.name]
             target[: len(given)] = given
-            target[len(given) :] = 0
+            target[len(given) :] = given[-1]  # a chip might not survive the norm of a row of zeros
         filled = time.perf_counter()
         outputs = runner.run()
         self.counters.calls += 1
@@ -96,26 +105,44 @@ class Dispatcher:
             pieces.append({name: array.copy() for name, array in self.run(group, rows, batch=batch).items()})
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def open(self, groups: Sequence[Group]) -> None:
-        """Open what the plan will use of every group: whatever cannot be opened is said when a model is loaded."""
-        for group in groups:
-            for backend in (self.decode, self.prefill):
-                if backend.row_counts(group) == ():
+    def open(self) -> None:
+        """Open what will be used of every group: whatever cannot be opened is said when a model is loaded."""
+        for group in self._groups:
+            (token, counts), (prompt, several) = (
+                self._served[group.name, decode] for decode in (True, False)
+            )
+            for backend, found in ((token, counts), (prompt, several)):
+                if found == ():
                     raise BackendError(f"backend {backend.name} has no artifact of {group.name}")
-            counts = self.decode.row_counts(group) or (1,)
-            if self.prefill is self.decode:
-                chosen = [(self.decode, rows) for rows in counts]
+            if token is prompt:
+                chosen = [(token, rows) for rows in counts or (1,)]
             else:
-                several = [] if group.role == "head" else (self.prefill.row_counts(group) or ())
-                chosen = [(self.decode, counts[0]), *((self.prefill, rows) for rows in several if rows > 1)]
+                more = () if group.role == "head" else several or ()
+                chosen = [(token, counts[0] if counts else 1), *((prompt, rows) for rows in more if rows > 1)]
             for backend, rows in chosen:
                 self._runners[id(backend), group.name, rows, 1] = backend.open(group, rows)
 
+    def chunk(self) -> int | None:
+        """The most tokens of a prompt that can be read at once; None: any number."""
+        counts = [self._served[group.name, False][1] for group in self._groups if group.role != "head"]
+        return min((count[-1] for count in counts if count is not None), default=None)
+
+    def batches(self) -> bool:
+        """Whether several sequences can be read at once: artifacts are built for one."""
+        return all(counts is None for _, counts in self._served.values())
+
+    def describe(self) -> str:
+        """The backends in a few words."""
+        decode, prefill = (
+            "/".join(dict.fromkeys(self._served[group.name, use][0].name for group in self._groups))
+            for use in (True, False)
+        )
+        return decode if decode == prefill else f"{prefill} for prompts, {decode} for tokens"
+
     def close(self) -> None:
         self._runners.clear()
-        self.decode.close()
-        if self.prefill is not self.decode:
-            self.prefill.close()
+        for backend in {id(backend): backend for backend, _ in self._served.values()}.values():
+            backend.close()
 
 
 def _rows(group: Group, inputs: Mapping[str, np.ndarray]) -> int:
@@ -125,8 +152,8 @@ def _rows(group: Group, inputs: Mapping[str, np.ndarray]) -> int:
 class Engine:
     """A model that maps ids and a state to logits and a state.
 
-    program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `initial` is the tuned
-    state of each layer that has one.
+    program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `serve` chooses the backends;
+    `faults` is where they count theirs. `initial` is the tuned state of each layer that has one.
     """
 
     def __init__(
@@ -134,21 +161,20 @@ class Engine:
         program: Program,
         host: Callable[[str], np.ndarray],
         *,
-        decode: Backend,
-        prefill: Backend,
+        serve: Serve,
         fingerprint: str,
         initial: dict[int, np.ndarray],
+        faults: Faults | None = None,
     ):
         self.program, self.fingerprint = program, fingerprint
         self._network = Network(program, host)
-        self._dispatcher = Dispatcher(decode, prefill)
-        self._dispatcher.open(program.groups)
+        self._dispatcher = Dispatcher(program.groups, serve, faults or Faults())
+        self._dispatcher.open()
         self._initial = initial
         self._lock = threading.Lock()  # runners own their buffers: one call at a time
         self._closed = False
-        self._chunk = self._rows(prefill) or PREFILL_ROWS
-        # Artifacts are built for one sequence.
-        self._batches = self._rows(prefill) is None and self._rows(decode) is None
+        self._chunk = self._dispatcher.chunk() or PREFILL_ROWS
+        self._batches = self._dispatcher.batches()
 
     @property
     def spec(self) -> Spec:
@@ -160,9 +186,8 @@ class Engine:
 
     def describe(self) -> str:
         """Backends and fusion in a few words."""
-        decode, prefill = self._dispatcher.decode.name, self._dispatcher.prefill.name
-        used = decode if decode == prefill else f"{prefill} for prompts, {decode} for tokens"
-        return f"{used}, {self.program.fusion} fusion, {len(self.program.groups)} calls a token"
+        used, program = self._dispatcher.describe(), self.program
+        return f"{used}, {program.fusion} fusion, {len(program.groups)} calls a token"
 
     def new_state(self) -> State:
         return new_state(self.spec, self.fingerprint, self._initial)
@@ -255,11 +280,6 @@ class Engine:
 
     def _logits(self, x: np.ndarray, batch: int = 1) -> np.ndarray:
         return self._network.logits(self._run(batch), x).copy()
-
-    def _rows(self, backend: Backend) -> int | None:
-        """The most tokens that a backend takes in one call; None: any number."""
-        counts = [backend.row_counts(group) for group in self.program.groups if group.role != "head"]
-        return min((count[-1] for count in counts if count is not None), default=None)
 
     def _check(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         if self._closed:

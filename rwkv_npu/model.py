@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import os
 import warnings
@@ -13,29 +12,29 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_npu import generation, sampling
-from rwkv_npu.backends import BACKENDS, open_backend
-from rwkv_npu.backends.base import Backend
+from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
 from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.engine import Engine
-from rwkv_npu.errors import BackendError, StateError, TokenizerError, UsageError
+from rwkv_npu.errors import StateError, TokenizerError, UsageError
+from rwkv_npu.opening import CPU_BACKEND, Options, measured_plan, open_automatically, open_engine
+from rwkv_npu.plan import Plan, parse
 from rwkv_npu.sources import BundleSource, CheckpointSource, ModelSource
 from rwkv_npu.spec import Spec, check_fusion, state_shapes
 from rwkv_npu.state import State, new_state
 from rwkv_npu.state import load_state as _load_state
 from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
 
-DEFAULT_BACKEND = "ort"
-
 
 class Model:
     """A loaded model. Make one with `rwkv_npu.load`.
 
-    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work.
+    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work. reason: why these
+    backends were chosen.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
-        self.engine, self.tokenizer = engine, tokenizer
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, reason: str = ""):
+        self.engine, self.tokenizer, self.reason = engine, tokenizer, reason
         usable = None if tokenizer is None else tokenizer.has_text(engine.spec.V)
         self._banned = None if usable is None else ~usable
 
@@ -169,17 +168,21 @@ def load(
     plan: str | Mapping[str, str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    npu_cores: str = "auto",
 ) -> Model:
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
-    backend: numpy, ort, torch, rknn-sim, or auto (ort).
-    precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32.
+    backend: numpy, ort, torch, rknn-sim, rknn, rknn-matmul, or auto: what `rwkv-npu tune` measured to be fastest on
+        this machine, else rknn where the NPU, its runtime and artifacts are there and pass their self-test, else ort.
+    precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32. rknn-matmul makes fp16
+        (its default) and w8a8 of any.
     fusion: layer or projection; None is the bundle's own.
-    plan: backends by use, as {"prefill": NAME, "decode": NAME} or "prefill=NAME,decode=NAME".
+    plan: backends by use, group or both, as {"prefill": NAME, "head:decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
     threads: of ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX
         Runtime's are one pool for the process, made at the first load: other sessions in the process must set
         `SessionOptions.use_per_session_threads = False`.
+    npu_cores: of rknn and rknn-matmul, one of auto, 0, 1, 2, "0,1", "0,1,2".
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     if fusion is not None:
@@ -189,36 +192,32 @@ def load(
             raise UsageError(f"threads is {threads}: it must be at least 1")
         threads = min(threads, os.cpu_count() or 1)  # more would only wait for each other
     where = Path(path) if path is not None else demo_model()
+    measured: Plan | None = None
     if is_bundle(where):
         bundle = open_bundle(where)
         manifest = bundle.manifest
-        _check_precision(precision, {*manifest.cpu_precisions, *(a.precision for a in manifest.artifacts)})
-        source: ModelSource = BundleSource(bundle, fusion, precision)
+        present = {*manifest.cpu_precisions, *(a.precision for a in manifest.artifacts)}
+        if backend == "auto" and plan is None and precision is None:
+            measured = measured_plan(bundle)
+            measured = measured if measured and fusion in (None, measured.fusion) else None
+        source: ModelSource = BundleSource(bundle, measured.fusion if measured else fusion, precision)
         words = _bundle_tokenizer(bundle, tokenizer)
     else:
-        _check_precision(precision, {"fp32"})
+        present = {"fp32"}
         checkpoint = open_checkpoint(where)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
-        source = CheckpointSource(checkpoint, fusion)
+        source = CheckpointSource(checkpoint, fusion, precision)
         words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
-    chosen = _parse_plan(plan, backend)
-    with contextlib.ExitStack() as on_failure:
-        opened: dict[str, Backend] = {}
-        for name in chosen.values():
-            if name not in opened:
-                opened[name] = open_backend(name, source, threads=threads)
-                on_failure.callback(opened[name].close)
-        engine = Engine(
-            source.program,
-            source.tensor,
-            decode=opened[chosen["decode"]],
-            prefill=opened[chosen["prefill"]],
-            fingerprint=source.fingerprint,
-            initial=source.initial_states(),
-        )
-        on_failure.pop_all()
-    return Model(engine, words)
+    options = Options(threads, npu_cores)
+    if backend == "auto" and plan is None:
+        _check_precision(precision, present)
+        engine, reason = open_automatically(source, options, measured)
+    else:
+        parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
+        _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
+        engine, reason = open_engine(source, parsed, options), "as asked"
+    return Model(engine, words, reason)
 
 
 def load_state(path: str | os.PathLike[str], model: Model) -> State:
@@ -249,19 +248,3 @@ def _bundle_tokenizer(bundle: Bundle, override: str | os.PathLike[str] | None) -
     if name.startswith("builtin:"):
         return builtin(name.removeprefix("builtin:"))
     return find_tokenizer(vocab_size=bundle.spec.V, override=bundle.path / name)
-
-
-def _parse_plan(plan: str | Mapping[str, str] | None, backend: str) -> dict[str, str]:
-    """{"prefill": backend, "decode": backend}; `backend` serves what the plan leaves open."""
-    default = DEFAULT_BACKEND if backend == "auto" else backend
-    chosen = {"prefill": default, "decode": default}
-    if isinstance(plan, str):
-        pairs = [part.partition("=") for part in plan.split(",")]
-        plan = {use.strip(): name.strip() for use, _, name in pairs}
-    for use, name in (plan or {}).items():
-        if use not in chosen or name not in BACKENDS:
-            raise BackendError(
-                f"plan {use}={name} is unknown: write prefill=NAME,decode=NAME with names of {', '.join(BACKENDS)}"
-            )
-        chosen[use] = name
-    return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
 from rwkv_npu.maths import Maths
+from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import Packed, unpack
 from rwkv_npu.spec import Group, Spec
@@ -20,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class ModelSource:
-    """Tensors and groups of a model. Subclasses say where its tensors and its graphs are."""
+    """Tensors and groups of a model. Subclasses say where its tensors and its graphs are.
+
+    precision: what the user asked for, None for whatever there is.
+    """
+
+    precision: str | None = None
 
     def __init__(self, program: Program, fingerprint: str):
         self.program, self.fingerprint = program, fingerprint
@@ -72,7 +79,7 @@ class BundleSource(ModelSource):
         manifest = bundle.manifest
         program = Program(manifest.spec, fusion or manifest.fusion, manifest.scaling)
         super().__init__(program, manifest.fingerprint)
-        self.bundle, self._precision = bundle, precision
+        self.bundle, self.precision = bundle, precision
         on_cpu = manifest.cpu_precisions
         self.cpu_precision = precision if precision in on_cpu else on_cpu[0]
         self._quantised = self.cpu_precision in manifest.packed
@@ -86,7 +93,7 @@ class BundleSource(ModelSource):
 
     def weight(self, name: str) -> np.ndarray:
         stored = self.tensor(name)
-        if self._precision != self.cpu_precision or not (self._quantised and self.bundle.is_projection(name)):
+        if self.precision != self.cpu_precision or not (self._quantised and self.bundle.is_projection(name)):
             return stored
         if name not in self._unpacked:
             indices: list[int | None] = list(range(len(stored))) if stored.ndim == 3 else [None]
@@ -99,7 +106,13 @@ class BundleSource(ModelSource):
 
     def artifacts(self) -> list[Artifact]:
         all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
-        return [a for a in all_ if self._precision in (None, a.precision)]
+        return [a for a in all_ if self.precision in (None, a.precision)]
+
+    def artifact_path(self, artifact: Artifact) -> Path:
+        return self.bundle.path / artifact.path
+
+    def memory_plan(self, artifacts: list[Artifact]) -> MemoryPlan:
+        return plan_memory(self.bundle.manifest, artifacts)
 
     def compile_options(self, artifact: Artifact) -> CompileOptions:
         """How an artifact is compiled; the simulator has to be given the same."""
@@ -129,9 +142,9 @@ class BundleSource(ModelSource):
 class CheckpointSource(ModelSource):
     """A checkpoint used as it is: graphs are built in memory, in fp32."""
 
-    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None):
+    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None, precision: str | None = None):
         super().__init__(Program(checkpoint.spec, fusion or "layer"), checkpoint.fingerprint)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.precision = checkpoint, precision
         self._vectors: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str) -> np.ndarray:

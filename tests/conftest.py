@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +16,11 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from rwkv_npu import toolkit  # noqa: E402
+from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402
 from rwkv_npu.toolkit.install import install  # noqa: E402
+from tests.emulated import GENERATIONS, EmulatedBoard, convert_for_board  # noqa: E402
+from tools.board import build  # noqa: E402
+from tools.board.compute import Bundles, Server  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +28,43 @@ def toolkit_environment() -> toolkit.Environment:
     """Rockchip's compiler, installed in the user's cache on first use. For tests marked `compiler`."""
     found = toolkit.find(toolkit.DEFAULT_VERSION)
     return found or install(progress=lambda line: print(line, file=sys.stderr))
+
+
+@pytest.fixture(scope="session")
+def board_bundles(
+    tmp_path_factory: pytest.TempPathFactory, toolkit_environment: toolkit.Environment
+) -> dict[str, Path]:
+    """Bundles for the RK3588 by generation, with both fusions; that of 7 is the demo model's."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return {generation: convert_for_board(folder, generation) for generation in GENERATIONS}
+
+
+@pytest.fixture(scope="session")
+def emulated_board(board_bundles: dict[str, Path]) -> Iterator[EmulatedBoard]:
+    """The emulated board, made on first use, and the process that computes for it. For tests marked `board`."""
+    made = build.make(lambda line: print(line, file=sys.stderr))
+    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:  # a socket's name is short
+        path = Path(folder) / "socket"
+        with Server(path, Bundles(list(board_bundles.values()))):
+            yield EmulatedBoard(made, path)
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> Path:
+    """The stand-in for librknnrt.so as this machine loads it. For tests marked `board`."""
+    return build.make_standin(lambda line: print(line, file=sys.stderr)) / "x86_64" / "librknnrt.so"
+
+
+@pytest.fixture
+def run_alone(stand_in: Path) -> Callable[..., str]:
+    """Runs Python code in a process of its own, on the stand-in; gives what it prints. The stand-in reads its
+    variables once a process."""
+
+    def run(code: str, *words: object, **variables: str) -> str:
+        environment = {**os.environ, OVERRIDE: str(stand_in), **variables}
+        command = [sys.executable, "-c", textwrap.dedent(code), *map(str, words)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stdout
+
+    return run

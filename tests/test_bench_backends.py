@@ -116,13 +116,13 @@ def test_the_error_of_a_median() -> None:
 
 def test_clocks_and_governors(tmp_path: Path) -> None:
     files = {
-        "devices/system/cpu/cpufreq/policy0/scaling_governor": "ondemand",
-        "devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "1800000",
-        "devices/system/cpu/cpufreq/policy4/scaling_governor": "performance",
-        "devices/system/cpu/cpufreq/policy4/scaling_cur_freq": "2400000",
-        "class/devfreq/dmc/cur_freq": "528000000",
-        "class/devfreq/fdab0000.npu/cur_freq": "200000000",
-        "class/devfreq/fdab0000.npu/governor": "rknpu_ondemand",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "ondemand",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "1800000",
+        "sys/devices/system/cpu/cpufreq/policy4/scaling_governor": "performance",
+        "sys/devices/system/cpu/cpufreq/policy4/scaling_cur_freq": "2400000",
+        "sys/class/devfreq/dmc/cur_freq": "528000000",
+        "sys/class/devfreq/fdab0000.npu/cur_freq": "200000000",
+        "sys/class/devfreq/fdab0000.npu/governor": "rknpu_ondemand",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,15 +135,6 @@ def test_clocks_and_governors(tmp_path: Path) -> None:
         "npu_governor": "rknpu_ondemand",
     }
     assert machine.clocks(tmp_path / "none") == {}
-
-
-def test_a_board_is_known_by_its_device_tree(tmp_path: Path) -> None:
-    tree = tmp_path / "compatible"
-    assert machine.board(tree) is None
-    tree.write_bytes(b"radxa,rock-5b\0rockchip,rk3588\0")
-    assert machine.board(tree) == "rk3588"
-    tree.write_bytes(b"raspberrypi,4\0")
-    assert machine.board(tree) is None
 
 
 def test_the_machine_describes_itself() -> None:
@@ -420,7 +411,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     api.RKNNLite = FakeLite  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rknnlite", types.ModuleType("rknnlite"))
     monkeypatch.setitem(sys.modules, "rknnlite.api", api)
-    monkeypatch.setattr(machine, "board", lambda: "rk3588")
+    monkeypatch.setattr(rknn, "soc", lambda: "rk3588")
     monkeypatch.setattr(rknn, "require", lambda: types.SimpleNamespace(version="2.5.0"))
 
     def compile_product(*_: Any, out: Path, **__: Any) -> Any:

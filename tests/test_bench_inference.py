@@ -357,7 +357,7 @@ def test_an_estimate_counts_the_calls_that_the_engine_makes(checkpoint: Path, to
     source = CheckpointSource(open_checkpoint(checkpoint))
     backend = FixedRows(source)
     engine = Engine(
-        source.program, source.tensor, decode=backend, prefill=backend, fingerprint="", initial={}
+        source.program, source.tensor, serve=lambda group, decode: backend, fingerprint="", initial={}
     )
     engine.forward([1] * tokens)
     found = estimate.on_npu(source.spec, artifacts(rows=(1, 16)), tokens, estimate.TABLE, Assumptions(), {})

@@ -268,7 +268,7 @@ def test_the_plan() -> None:
 
 
 def test_on_a_board_rknn_is_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "board", lambda: "rk3588")
+    monkeypatch.setattr(matmul.board, "soc", lambda: "rk3588")
     monkeypatch.setattr(matmul.importlib.util, "find_spec", lambda name: name == "rknnlite")
     said: list[str] = []
     found = matmul.plan(matmul.Settings([(1, 1, 1)], ["rknn", "rknn-matmul"], say=said.append))

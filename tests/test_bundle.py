@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import rwkv_npu
 from rwkv_npu import bundle as bundle_module
-from rwkv_npu.bundle import HOST, MANIFEST, WEIGHTS, Bundle, _checksum, open_bundle, verify_files
+from rwkv_npu.bundle import HOST, MANIFEST, SELF_TEST, WEIGHTS, Bundle, _checksum, open_bundle, verify_files
 from rwkv_npu.errors import BundleError, RwkvNpuError
 from rwkv_npu.spec import FUSIONS, groups, tensors
 from rwkv_npu.tensorfile import TensorFile
@@ -82,7 +82,7 @@ def test_every_file_is_in_the_manifest(made: Path) -> None:
     manifest = open_bundle(made).manifest
     assert sorted([*manifest.files, MANIFEST]) == files(made)
     graphs = {f"graphs/{fusion}.{g.name}.onnx" for fusion in FUSIONS for g in groups(manifest.spec, fusion)}
-    assert set(manifest.files) == graphs | {HOST, WEIGHTS, "vocab.txt"}
+    assert set(manifest.files) == graphs | {HOST, WEIGHTS, SELF_TEST, "vocab.txt"}
     for name, record in manifest.files.items():
         assert (made / name).stat().st_size == record.size
 

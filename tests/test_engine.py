@@ -86,8 +86,7 @@ def engine_of(
     return Engine(
         source.program,
         source.tensor,
-        decode=decode,
-        prefill=prefill or decode,
+        serve=lambda group, tokens: decode if tokens or prefill is None else prefill,
         fingerprint=source.fingerprint,
         initial=source.initial_states(),
     )

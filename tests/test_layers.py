@@ -24,13 +24,15 @@ commands
 serve bench
 converter evaluation
 artifacts bundle_writer model
-verify generation memory estimate
+verify generation estimate opening
+recording
 engine sources
-graphs sampling state tokenizer
+graphs sampling state tokenizer plan
 backends checkpoint models
+memory
 bundle
 maths tensorfile toolkit packing
-spec files
+spec files board npu
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]
@@ -156,7 +158,8 @@ def test_help_is_there_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["ruff check --output-format concise", "ruff format --check --quiet", "mypy"]
+    "command",
+    ["ruff check --output-format concise", "ruff format --check --quiet", "mypy", "mypy -p tools.board"],
 )
 def test_the_linters_are_content(command: str) -> None:
     result = subprocess.run(

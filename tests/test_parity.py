@@ -108,8 +108,7 @@ def scaled_engine(path: Path, backend: str, fusion: str, scaling: Scaling) -> En
     return Engine(
         source.program,
         source.tensor,
-        decode=opened,
-        prefill=opened,
+        serve=lambda group, decode: opened,
         fingerprint=source.fingerprint,
         initial=source.initial_states(),
     )

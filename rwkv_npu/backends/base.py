@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,22 @@ import numpy as np
 from rwkv_npu.maths import Maths
 from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Group, Spec
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Inputs of a group in a pass of the model, and what the reference made of them: (rows, width) or (1, width)."""
+
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+
+@dataclass
+class Faults:
+    """What went wrong on an NPU: calls that failed, and the groups that the CPU runs since then, with the reason."""
+
+    calls: int = 0
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -45,7 +62,8 @@ class Runner(Protocol):
     returns is valid until the next run of this runner. Runners of different groups may run at the same time.
     """
 
-    inputs: dict[str, np.ndarray]
+    @property
+    def inputs(self) -> dict[str, np.ndarray]: ...
 
     def run(self) -> Mapping[str, np.ndarray]: ...
 
@@ -60,6 +78,17 @@ class Backend(Protocol):
         """Open `group` for M = `rows` of which `batch` sequences. Raises BackendError."""
 
     def close(self) -> None: ...
+
+
+def relative_error(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """The worst output's root mean square of the difference over that of the expected; inf where not finite."""
+    worst = 0.0
+    for name, want in expected.items():
+        difference = np.asarray(found[name], np.float64).reshape(want.shape) - want
+        scale = float(np.sqrt(np.square(want, dtype=np.float64).mean()))
+        error = float(np.sqrt(np.square(difference).mean())) / max(scale, 1e-12)
+        worst = max(worst, error if np.isfinite(error) else np.inf)
+    return worst
 
 
 def allocate_inputs(group: Group, rows: int, batch: int) -> dict[str, np.ndarray]:

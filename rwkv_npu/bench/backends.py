@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rwkv_npu.bench.machine import cpu_model
 from rwkv_npu.bench.problem import Problem
 from rwkv_npu.bench.timing import Stage
+from rwkv_npu.board import cpu_model
 from rwkv_npu.errors import BackendError
 
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")

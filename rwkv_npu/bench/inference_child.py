@@ -24,7 +24,8 @@ import numpy as np
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench.backends import first_line
 from rwkv_npu.bench.inference_record import DECODE, PARTS, PREFILLS
-from rwkv_npu.bench.machine import Watch, board, cpu_model
+from rwkv_npu.bench.machine import Watch
+from rwkv_npu.board import cpu_model, soc
 from rwkv_npu.engine import Engine
 from rwkv_npu.estimate import weights
 from rwkv_npu.model import Model, load
@@ -182,7 +183,7 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
     state_bytes = sum(part.nbytes for part in model.new_state().parts.values())
     packages = dict.fromkeys((BACKENDS[backend][2], "numpy"))
     return {
-        "device": f"{(board() or '').upper()} NPU" if backend.startswith("rknn") else f"CPU ({cpu_model()})",
+        "device": f"{(soc() or '').upper()} NPU" if backend.startswith("rknn") else f"CPU ({cpu_model()})",
         "weights": _short(held),
         "stored": _short(stored),
         "fusion": model.engine.program.fusion,

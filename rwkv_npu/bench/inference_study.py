@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu import estimate
+from rwkv_npu import board, estimate
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench import inference_record, machine
 from rwkv_npu.bench.inference_estimate import estimates
@@ -158,7 +158,7 @@ class Study:
             for row in self.document.results
             if not (row.estimated and any(subject.is_in(row) for subject in self.subjects))
         ]
-        if machine.board() is None:
+        if board.soc() is None:
             for subject in self.subjects:
                 about = [row for row in rows if subject.is_in(row) and not row.estimated]
                 rows += estimates(

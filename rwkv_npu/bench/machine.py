@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rwkv_npu import board
+from rwkv_npu.board import cpu_model
+
 SLOWER = 1.10  # a clock that fell by this factor is called throttled,
 PROBE_SLOWER = 1.25  # and a probe: it varies more, with what ran just before
 BUSY = 0.15  # cores' worth of work by others
-SYS = Path("/sys")
 
 
 def describe() -> dict[str, Any]:
@@ -27,7 +29,7 @@ def describe() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "board": board(),
+        "board": board.soc(),
         "virtual": _is_virtual() or None,
         "load_average": os.getloadavg()[0],
         **clocks(),
@@ -35,55 +37,23 @@ def describe() -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def cpu_model() -> str:
-    """The processor's name; on a board without one, its kinds of cores."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    if names:
-        return names[0]
-    parts = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("CPU part")]
-    known = {"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"}
-    kinds = sorted({known.get(part, part) for part in parts}, reverse=True)
-    counts = [f"{sum(known.get(part, part) == kind for part in parts)} x {kind}" for kind in kinds]
-    return " + ".join(counts) or platform.machine()
-
-
-def board(tree: Path = Path("/proc/device-tree/compatible")) -> str | None:
-    """The Rockchip SoC that this is, such as rk3588; None on other machines."""
-    try:
-        names = tree.read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    return next((name.partition(",")[2] for name in reversed(names) if name.startswith("rockchip,rk")), None)
-
-
-def clocks(root: Path = SYS) -> dict[str, Any]:
+def clocks(root: Path = board.ROOT) -> dict[str, Any]:
     """Governor, clocks of the CPU (MHz, of each cluster), the DDR and the NPU."""
+    found = board.clocks(root)
     facts: dict[str, Any] = {}
-    policies = sorted((root / "devices/system/cpu/cpufreq").glob("policy*"))
-    if governors := {text for policy in policies if (text := _read(policy / "scaling_governor"))}:
+    cpu = [clock for clock in found if clock.name.startswith("cpu")]
+    if governors := {clock.governor for clock in cpu if clock.governor}:
         facts["cpu_governor"] = "/".join(sorted(governors))
-    if speeds := [int(text) // 1000 for policy in policies if (text := _read(policy / "scaling_cur_freq"))]:
+    if speeds := [clock.mhz for clock in cpu if clock.mhz is not None]:
         facts["cpu_mhz"] = "/".join(map(str, speeds))
-    for device in sorted((root / "class/devfreq").glob("*")):
-        kind = {"dmc": "ddr", "npu": "npu"}.get(device.name.rpartition(".")[2])
-        if kind:
-            if text := _read(device / "cur_freq"):
-                facts[f"{kind}_mhz"] = int(text) // 1_000_000
-            if text := _read(device / "governor"):
-                facts[f"{kind}_governor"] = text
-    return facts
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return None
+    for clock in found:
+        if clock not in cpu:
+            facts[f"{clock.name}_mhz"], facts[f"{clock.name}_governor"] = clock.mhz, clock.governor
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _is_virtual() -> bool:
-    return " hypervisor" in (_read(Path("/proc/cpuinfo")) or "")
+    return " hypervisor" in (board.read(Path("/proc/cpuinfo")) or "")
 
 
 @dataclass

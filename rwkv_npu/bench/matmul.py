@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rwkv_npu import board
 from rwkv_npu.bench import machine, record
 from rwkv_npu.bench.backends import DTYPES
 from rwkv_npu.bench.record import Document, Row
@@ -61,18 +62,18 @@ class Settings:
 def plan(settings: Settings) -> list[Series]:
     """The series that can be tried here; what cannot is said in one line each."""
     found = []
-    board = machine.board()
+    chip = board.soc()
     for backend in dict.fromkeys(settings.backends):
         able, unasked = BACKENDS[backend]
         dtypes = [dtype for dtype in settings.dtypes or unasked if dtype in able]
         if not dtypes:
             settings.say(f"{backend} does none of these dtypes: it does {', '.join(able)}")
         elif backend == "rknn-matmul":
-            missing = "has no driver for the C matmul API in this version" if board else "needs a board"
+            missing = "has no driver for the C matmul API in this version" if chip else "needs a board"
             settings.say(f"rknn-matmul {missing}")
         else:
             devices = ("cpu", "opencl") if backend == "tinygrad" else ("cpu",)
-            estimated = backend == "rknn" and not (board and importlib.util.find_spec("rknnlite"))
+            estimated = backend == "rknn" and not (chip and importlib.util.find_spec("rknnlite"))
             found += [Series(backend, dtype, device, estimated) for device in devices for dtype in dtypes]
     return found
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.bench import machine
 from rwkv_npu.bench.backends import Operation, moved, plain_graph
 from rwkv_npu.bench.problem import Problem
+from rwkv_npu.board import soc
 from rwkv_npu.errors import BackendError
 from rwkv_npu.toolkit import CompileOptions, CompileResult, Environment, compile_graph, require
 
@@ -91,7 +91,7 @@ class RknnBackend:
     def __init__(self, dtype: str, threads: int, device: str) -> None:
         from rknnlite.api import RKNNLite
 
-        self._target = machine.board() or TARGET
+        self._target = soc() or TARGET
         self.dtype, self._environment = dtype, require()
         self.device = f"{self._target.upper()} NPU, core 0"
         self.accumulate = "int32" if dtype == "int8" else "fp32, fp16 between parts"

@@ -24,6 +24,7 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
         plan=arguments.plan,
         tokenizer=arguments.tokenizer,
         threads=arguments.threads,
+        npu_cores=arguments.npu_cores,
     )
     if verbose:
         spec, seconds = model.spec, time.perf_counter() - begin
@@ -32,6 +33,7 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
             f"opened in {seconds:.2f} s",
             file=sys.stderr,
         )
+        print(f"backend: {model.reason}", file=sys.stderr)
     return model
 
 

@@ -8,13 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
+from rwkv_npu.backends.base import Faults
 from rwkv_npu.commands.common import load_model, read_text
 from rwkv_npu.errors import UsageError
 from rwkv_npu.generation import Step
@@ -34,6 +35,7 @@ class Statistics:
     first_token: float = 0.0
     tokens: int = 0
     total: float = 0.0
+    faults: Faults = field(default_factory=Faults)
 
     def line(self) -> str:
         parts = [f"load {self.load:.2f} s"]
@@ -46,6 +48,9 @@ class Statistics:
         decode = self.total - self.first_token
         rate = f", {(self.tokens - 1) / decode:.1f} t/s" if self.tokens > 1 and decode > 0 else ""
         parts.append(f"generated {self.tokens} tokens{rate}")
+        if self.faults.calls or self.faults.groups:
+            groups = f", on the CPU: {', '.join(self.faults.groups)}" if self.faults.groups else ""
+            parts.append(f"{self.faults.calls} calls to the NPU failed{groups}")
         return " | ".join(parts)
 
 
@@ -76,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     model = load_model(arguments, verbose=arguments.verbose)
     with model, Interrupt() as interrupt:
+        statistics.faults = model.engine.counters.faults
         state = model.load_state(state_file) if state_file and state_file.exists() else None
         ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt)
         statistics.load = time.perf_counter() - begin

@@ -1,0 +1,329 @@
+"""Products on the NPU: x (M, K) fp32 times a weight that lies packed in its memory, the columns split over its cores.
+
+    Memory    a buffer of the NPU, and the same bytes as an array
+    Context   one shape on one core: its buffers for A and C, and whichever B is bound to it
+    Weight    a matrix, padded, cut into parts of K and of N, packed once
+    Products  makes contexts and weights, and multiplies
+
+Layouts, padding and types are hidden here. K is cut where it is wider than the NPU takes, and the parts are added in
+fp32; N is cut into a part for each core, and each is driven from a thread of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref, c_uint64
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from rwkv_npu.backends.rknn_api import (
+    C_BLOCK,
+    FROM_DEVICE,
+    INT8,
+    K_BLOCK,
+    MAX_K,
+    NATIVE,
+    TO_DEVICE,
+    IoAttr,
+    Kind,
+    Library,
+    MatmulInfo,
+    Shape,
+    TensorAttr,
+    check,
+)
+from rwkv_npu.errors import BackendError
+
+MIN_PART = 256  # columns below which a part of its own is not worth a thread
+_LARGEST_INT8 = 127
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a matrix (K, N) is cut: lengths of the parts, padded as the NPU wants them."""
+
+    K: int
+    N: int
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(K, N, number of the core) of every part; parts along K share the core's context."""
+        return [(depth, width, core) for depth in self.depths for core, width in enumerate(self.widths)]
+
+
+def cut(K: int, N: int, kind: Kind, cores: int) -> Cut:
+    """Parts as equal as alignment allows: N over `cores` unless it is narrow, K where it is above MAX_K."""
+    return Cut(
+        K, N, _parts(K, K_BLOCK, ceil(K / MAX_K)), _parts(N, kind.b_block, min(cores, max(1, N // MIN_PART)))
+    )
+
+
+def _parts(length: int, block: int, count: int) -> tuple[int, ...]:
+    blocks = ceil(length / block)
+    return tuple(block * (blocks * (i + 1) // count - blocks * i // count) for i in range(count))
+
+
+class Memory:
+    def __init__(self, library: Library, context: int, size: int):
+        self._library, self._context = library, context
+        self.pointer = library.create_mem(context, size)
+        if not self.pointer:
+            raise BackendError(
+                f"rknn_create_mem found no {size} bytes: out of NPU memory, or of file descriptors"
+            )
+        address = ctypes.cast(self.pointer.contents.virt_addr, ctypes.POINTER(ctypes.c_int8))
+        self.bytes = np.ctypeslib.as_array(address, (size,))
+
+    def sync(self, direction: int) -> None:
+        check("rknn_mem_sync", self._library.mem_sync(self._context, self.pointer, direction))
+
+    def close(self) -> None:
+        self._library.destroy_mem(self._context, self.pointer)
+
+
+@dataclass
+class _Shaped:
+    """What a context has for one M. `a` (M, K) and `c` (M, N), as callers see them, are views of native layouts."""
+
+    handle: int
+    shape: Shape
+    attr: IoAttr
+    a_memory: Memory
+    c_memory: Memory
+    a: np.ndarray
+    c: np.ndarray
+
+
+class Context:
+    """Products (M, K) @ (K, N) for each M of `rows`, on one core. One context of the library where it takes several
+    shapes in one, else one for each M."""
+
+    def __init__(self, library: Library, kind: Kind, rows: Sequence[int], K: int, N: int, core_mask: int):
+        self._library, self._kind = library, kind
+        self._handles: list[int] = []
+        self._memories: list[Memory] = []
+        self._shaped: dict[int, _Shaped] = {}
+        self._ready: set[int] = set()  # each M whose buffers are bound
+        self._bound: dict[int, Memory] = {}  # B, by handle
+        try:
+            attrs = self._create(rows, K, N)
+            for handle in self._handles:
+                check("rknn_matmul_set_core_mask", library.set_core_mask(handle, core_mask))
+            for number, M in enumerate(rows):
+                handle = self._handles[0 if self.dynamic else number]
+                self._shaped[M] = self._shape(handle, M, K, N, attrs[number])
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(self, rows: Sequence[int], K: int, N: int) -> ctypes.Array[IoAttr]:
+        library, info = (
+            self._library,
+            MatmulInfo(K=K, N=N, type=self._kind.code, B_layout=NATIVE, AC_layout=NATIVE),
+        )
+        attrs, handle = (IoAttr * len(rows))(), c_uint64()
+        self.dynamic = False
+        if len(rows) > 1 and library.create_dynamic is not None:
+            info.M, shapes = max(rows), (Shape * len(rows))(*(Shape(M, K, N) for M in rows))
+            self.dynamic = library.create_dynamic(byref(handle), byref(info), len(rows), shapes, attrs) == 0
+        if self.dynamic:
+            self._handles.append(handle.value)
+        for number, M in enumerate(rows if not self.dynamic else ()):
+            info.M = M
+            check(
+                f"rknn_matmul_create of {M}x{K}x{N}",
+                library.create(byref(handle), byref(info), byref(attrs[number])),
+            )
+            self._handles.append(handle.value)
+        return attrs
+
+    def _shape(self, handle: int, M: int, K: int, N: int, attr: IoAttr) -> _Shaped:
+        kind, block = self._kind, self._kind.a_block
+        a, c = self.memory(attr.A.size, handle), self.memory(attr.C.size, handle)
+        return _Shaped(
+            handle, Shape(M, K, N), attr, a, c,
+            a.bytes.view(kind.operand).reshape(K // block, M, block).swapaxes(0, 1),
+            c.bytes.view(kind.sum).reshape(N // C_BLOCK, M, C_BLOCK).swapaxes(0, 1),
+        )  # fmt: skip
+
+    def memory(self, size: int, handle: int | None = None) -> Memory:
+        """A buffer that lives as long as the context."""
+        found = Memory(self._library, self._handles[0] if handle is None else handle, size)
+        self._memories.append(found)
+        return found
+
+    def multiply(self, a: np.ndarray, b: Memory) -> np.ndarray:
+        """(M, K) of the operands' type times packed B -> (M, N / 4, 4), valid until the next call."""
+        s = self._shaped[len(a)]
+        if len(a) not in self._ready:
+            self._choose(s)
+        if self._bound.get(s.handle) is not b:
+            self._bind(s.handle, b, s.attr.B)
+            self._bound[s.handle] = b
+        s.a[...] = a.reshape(s.a.shape)
+        s.a_memory.sync(TO_DEVICE)
+        check("rknn_matmul_run", self._library.run(s.handle))
+        s.c_memory.sync(FROM_DEVICE)
+        return s.c
+
+    def _choose(self, s: _Shaped) -> None:
+        """Buffers belong to a shape, and are bound after it is chosen."""
+        if self.dynamic:
+            self._ready.clear()
+            check("rknn_matmul_set_dynamic_shape", self._library.set_shape(s.handle, byref(s.shape)))
+        self._bind(s.handle, s.a_memory, s.attr.A)
+        self._bind(s.handle, s.c_memory, s.attr.C)
+        self._ready.add(s.shape.M)
+
+    def _bind(self, handle: int, memory: Memory, attr: TensorAttr) -> None:
+        check("rknn_matmul_set_io_mem", self._library.set_io_mem(handle, memory.pointer, byref(attr)))
+
+    def close(self) -> None:
+        while self._memories:
+            self._memories.pop().close()
+        while self._handles:
+            self._library.destroy(self._handles.pop())
+
+
+@dataclass
+class Weight:
+    """`parts[i][j]` is part i along K and j along N: where it is multiplied, and its memory.
+
+    scale: (N,) fp32 of int8's columns, None in fp16.
+    """
+
+    cut: Cut
+    parts: list[list[tuple[Context, Memory]]]
+    scale: np.ndarray | None
+
+
+class Products:
+    """Contexts and weights of a model. `own`: each weight has contexts of its own, so that nothing is bound anew at
+    a call; else all weights of a shape share one.
+
+    cores: masks of those that columns are split over.
+    """
+
+    def __init__(self, library: Library, kind: Kind, cores: Sequence[int], *, own: bool):
+        self._library, self._kind, self._cores, self._own = library, kind, tuple(cores), own
+        self._contexts: dict[tuple[object, ...], Context] = {}
+        self._lock = threading.Lock()  # contexts have one set of buffers
+        # The calling thread drives the first core.
+        self._threads = ThreadPoolExecutor(max(1, len(cores) - 1), "rknn-matmul")
+
+    def weight(self, name: str, matrix: np.ndarray, rows: Sequence[int]) -> Weight:
+        """Pack a matrix (K, N) of any float type, to be multiplied by any of these numbers of rows.
+
+        Raises BackendError when memory or contexts end.
+        """
+        K, N = matrix.shape
+        how = cut(K, N, self._kind, len(self._cores))
+        scale = column_scale(matrix) if self._kind is INT8 else None
+        parts: list[list[tuple[Context, Memory]]] = []
+        for depth, k in zip(how.depths, spans(how.depths), strict=True):
+            parts.append([])
+            for core, (width, n) in enumerate(zip(how.widths, spans(how.widths), strict=True)):
+                context = self._context(name, rows, depth, width, core)
+                memory = context.memory(depth * width * self._kind.operand.itemsize)
+                part_scale = None if scale is None else scale[n]
+                pack(matrix[k, n], part_scale, memory.bytes.view(self._kind.operand), depth, self._kind)
+                memory.sync(TO_DEVICE)
+                parts[-1].append((context, memory))
+        return Weight(how, parts, scale)
+
+    def _context(self, name: str, rows: Sequence[int], K: int, N: int, core: int) -> Context:
+        key = (tuple(rows), K, N, core, *([name] if self._own else []))
+        if key not in self._contexts:
+            self._contexts[key] = Context(self._library, self._kind, rows, K, N, self._cores[core])
+        return self._contexts[key]
+
+    def multiply(self, x: np.ndarray, weight: Weight) -> np.ndarray:
+        """x (M, K) fp32 -> (M, N) fp32, an array of the caller's own. M is one of the rows. Raises BackendError."""
+        a, scale = (x, None) if weight.scale is None else quantized_rows(x)
+        depths = sum(weight.cut.depths)
+        if depths > a.shape[1]:
+            a = np.pad(a, ((0, 0), (0, depths - a.shape[1])))
+        with np.errstate(over="ignore"):  # past 65504 there is infinity, which the guard sees
+            a = np.ascontiguousarray(a, self._kind.operand)
+        result = np.empty((len(x), sum(weight.cut.widths)), np.float32)
+        with self._lock:
+            for number, rows in enumerate(spans(weight.cut.depths)):
+                self._all_cores(a[:, rows], weight.parts[number], result, weight.cut.widths, add=number > 0)
+        result = result[:, : weight.cut.N]
+        return result if weight.scale is None else result * (scale * weight.scale)
+
+    def _all_cores(
+        self,
+        a: np.ndarray,
+        parts: list[tuple[Context, Memory]],
+        result: np.ndarray,
+        widths: Sequence[int],
+        add: bool,
+    ) -> None:
+        def work(part: tuple[Context, Memory], columns: slice) -> Callable[[], None]:
+            def multiply() -> None:
+                target = result[:, columns].reshape(len(result), -1, C_BLOCK)
+                c = part[0].multiply(a, part[1])
+                if add:
+                    target += c
+                else:
+                    target[...] = c
+
+            return multiply
+
+        first, *others = [work(part, columns) for part, columns in zip(parts, spans(widths), strict=True)]
+        futures = [self._threads.submit(other) for other in others]
+        try:
+            first()
+        finally:
+            errors = [future.exception() for future in futures]  # none may run on behind the lock
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        while self._contexts:
+            self._contexts.popitem()[1].close()
+
+
+def spans(lengths: Sequence[int]) -> list[slice]:
+    ends = np.cumsum(lengths)
+    return [slice(int(end) - length, int(end)) for end, length in zip(ends, lengths, strict=True)]
+
+
+def column_scale(matrix: np.ndarray) -> np.ndarray:
+    """(K, N) -> (N,): what a step of int8 is worth in each column."""
+    largest = np.maximum(matrix.max(axis=0), -matrix.min(axis=0)).astype(np.float32)
+    return np.maximum(largest, np.float32(1e-30)) / np.float32(_LARGEST_INT8)
+
+
+def quantized_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(M, K) -> int8 values, still as floats, and the scale of each row (M, 1)."""
+    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-30)) / np.float32(_LARGEST_INT8)
+    return np.rint(x / scale), scale
+
+
+def pack(matrix: np.ndarray, scale: np.ndarray | None, target: np.ndarray, depth: int, kind: Kind) -> None:
+    """Fill `target` with a matrix (K, N), over its columns' scale, in the native layout (N/n, K/32, n, 32).
+
+    `depth` is K with its padding. One block of columns at a time: the whole would be there twice.
+    """
+    n, (K, N) = kind.b_block, matrix.shape
+    blocks = target.reshape(-1, depth // K_BLOCK, n, K_BLOCK)
+    for number, block in enumerate(blocks):
+        columns = slice(number * n, min((number + 1) * n, N))
+        values = np.zeros((n, depth), np.float32)
+        values[: columns.stop - columns.start, :K] = matrix[:, columns].T
+        if scale is not None:
+            values[: columns.stop - columns.start] /= scale[columns, None]
+            np.rint(values, out=values)
+        with np.errstate(over="ignore"):
+            block[...] = values.reshape(n, -1, K_BLOCK).swapaxes(0, 1)

@@ -1,0 +1,279 @@
+"""Rockchip's NPU through RKNNLite, on a board: one context per artifact, opened once.
+
+`RKNNLite.inference` hands out arrays even where `rknn_run` failed, so that its steps are called apart here, and
+every code is looked at. Inputs go in as fp32: librknnrt makes fp16 of them whatever they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_npu import board
+from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.board import numbers, version
+from rwkv_npu.bundle import Artifact
+from rwkv_npu.errors import BackendError
+from rwkv_npu.memory import MemoryPlan
+from rwkv_npu.npu import LOCK, captured, raise_file_limit
+from rwkv_npu.spec import Group
+from rwkv_npu.toolkit import VERSIONS, rknn_info
+
+CORES = {"auto": 0, "0": 1, "1": 2, "2": 4, "0,1": 3, "0,1,2": 7}
+PACKAGE = "rknn-toolkit-lite2"
+DEFAULT_CORES = "auto"
+
+
+class ArtifactSource(Source, Protocol):
+    """A model with artifacts on this machine's disk."""
+
+    def artifacts(self) -> list[Artifact]: ...
+
+    def artifact_path(self, artifact: Artifact) -> Path: ...
+
+    def memory_plan(self, artifacts: list[Artifact]) -> MemoryPlan: ...
+
+
+class RknnRunner:
+    """A context. `order` names its inputs as the artifact has them."""
+
+    def __init__(self, lite: Any, group: Group, rows: int, order: list[str]):
+        self._runtime, self._group, self._rows = lite.rknn_runtime, group, rows
+        self.inputs = allocate_inputs(group, rows, 1)
+        self._given = [self.inputs[name] for name in order]
+        # From 2.5.0 on RKNNLite can keep the arrays that it returns. Older ones leave them in reference cycles,
+        # which Python's collector finds: it runs every twenty calls or so, by the number of their objects.
+        able = "reuse_outputs" in inspect.signature(self._runtime.get_outputs).parameters
+        self._options = {"reuse_outputs": True} if able else {}
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        runtime = self._runtime
+        try:
+            _check("rknn_inputs_set", runtime.set_inputs(self._given, None, None))
+            _check("rknn_run", runtime.run(False))
+            arrays = runtime.get_outputs(False, **self._options)
+        except BackendError:
+            raise
+        except Exception as error:  # RKNNLite raises Exception itself
+            raise BackendError(f"RKNNLite: {_first_line(str(error))}") from error
+        return self._named(arrays)
+
+    def _named(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Raises BackendError where what came back is not what the group has to give."""
+        ports = self._group.outputs
+        found, wanted = [array.size for array in arrays], [self._rows * port.width for port in ports]
+        if found != wanted:
+            raise BackendError(f"RKNNLite returned outputs of {found} values instead of {wanted}")
+        return {
+            port.name: array.reshape(self._rows, port.width)
+            for port, array in zip(ports, arrays, strict=True)
+        }
+
+
+class RknnBackend:
+    """Contexts are opened one after the other, in the order in which they are asked for.
+
+    cores: which of the NPU's cores run them, a key of CORES. Raises BackendError with what is missing, and what to
+    do about it.
+    """
+
+    name = "rknn"
+
+    def __init__(self, source: ArtifactSource, *, threads: int | None = None, cores: str = DEFAULT_CORES):
+        if cores not in CORES:
+            raise BackendError(f"NPU cores {cores!r} are unknown: use one of {' '.join(CORES)}")
+        self._source, self._cores = source, cores
+        chosen = _fitting(source.artifacts(), chip=_chip())
+        self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
+        self._lite = _rknnlite()
+        _check_memory(source.memory_plan(chosen))
+        self._contexts: dict[tuple[str, int], Any] = {}
+        raise_file_limit()
+        LOCK.acquire()
+        self._locked = True
+        self._bar = tqdm(total=len(chosen), desc="load the NPU", unit="graph", leave=False, disable=None)
+
+    def row_counts(self, group: Group) -> tuple[int, ...]:
+        return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> RknnRunner:
+        key = group.name, rows
+        if batch != 1 or key not in self._artifacts:
+            raise BackendError(f"there is no artifact of {group.name} for {rows} rows and {batch} sequences")
+        artifact = self._artifacts[key]
+        path = self._source.artifact_path(artifact)
+        if key not in self._contexts:
+            self._contexts[key] = lite = _open_context(self._lite, path, artifact, self._cores)
+            self._bar.update()
+            if len(self._contexts) == 1 and (said := _misfits(lite, artifact)):
+                warnings.warn(said, stacklevel=2)
+        return RknnRunner(self._contexts[key], group, rows, _input_order(path, group))
+
+    def close(self) -> None:
+        self._bar.close()
+        while self._contexts:
+            with captured():
+                self._contexts.popitem()[1].release()
+        if self._locked:
+            self._locked = False
+            LOCK.release()
+
+
+# -- what has to be there --------------------------------------------------------------------------------
+
+
+def _chip() -> str:
+    chip = board.soc()
+    if chip is None:
+        raise BackendError(
+            "rknn needs a board with a Rockchip NPU, and this machine is none: rknn-sim computes the same, "
+            "and rwkv-npu doctor says what a board needs"
+        )
+    return chip
+
+
+def _fitting(artifacts: list[Artifact], chip: str) -> list[Artifact]:
+    """The artifacts for this chip, of one precision."""
+    fitting = [artifact for artifact in artifacts if artifact.target == chip]
+    if not fitting:
+        others = ", ".join(sorted({artifact.target for artifact in artifacts})) or "none at all"
+        raise BackendError(
+            f"there are no artifacts of this fusion for the {chip} (there are: {others}): add them on a PC with "
+            f"rwkv-npu convert --target {chip}, or use --backend ort"
+        )
+    return [artifact for artifact in fitting if artifact.precision == fitting[0].precision]
+
+
+def _rknnlite() -> Any:
+    with captured() as printed:
+        try:
+            from rknnlite.api import RKNNLite
+        except ImportError as error:
+            missing: ImportError | None = error
+        else:
+            return RKNNLite
+    raise BackendError(
+        f"rknn needs {PACKAGE}: pip install {PACKAGE} (on aarch64, Python 3.10 to 3.12; {missing}{printed.text[:80]})"
+    )
+
+
+def _check_memory(plan: MemoryPlan) -> None:
+    """Raises BackendError, with the arithmetic, for what the NPU or the board cannot hold."""
+    if not plan.fits:
+        raise BackendError(
+            f"the artifacts do not fit the NPU: {plan.arithmetic()}; convert with one row count (--rows 32)"
+        )
+    free = board.memory().get("MemAvailable")
+    if free is not None and plan.total > free:
+        raise BackendError(
+            f"the artifacts do not fit the memory that is free, {free / 2**30:.2f} GiB: {plan.arithmetic()}; "
+            "end other programs, or convert with one row count (--rows 32)"
+        )
+
+
+# -- opening ---------------------------------------------------------------------------------------------
+
+
+def _input_order(path: Path, group: Group) -> list[str]:
+    """Names of the artifact's inputs. Raises BackendError where it is not of this group."""
+    info = rknn_info(path)
+    inputs = [port["name"] for port in info["inputs"]]
+    outputs = [port["name"] for port in info["outputs"]]
+    if sorted(inputs) != sorted(port.name for port in group.inputs) or outputs != [
+        p.name for p in group.outputs
+    ]:
+        raise BackendError(f"{path} has inputs {inputs} and outputs {outputs}, which is not {group.name}")
+    return inputs
+
+
+def _open_context(rknnlite: Any, path: Path, artifact: Artifact, cores: str) -> Any:
+    """An RKNNLite that has loaded the artifact. Raises BackendError."""
+    with captured() as printed:
+        lite, raised = rknnlite(verbose=False), ""
+        try:
+            failed = lite.load_rknn(str(path)) or lite.init_runtime(core_mask=CORES[cores])
+        except Exception as error:  # it logs most of what goes wrong, and raises the rest
+            failed, raised = -1, f"E {error}"
+        if failed:
+            with contextlib.suppress(Exception):
+                lite.release()
+    if failed:
+        said = explain(f"{printed.text}\n{raised}", artifact, cores)
+        raise BackendError(f"RKNNLite cannot open {path.name}: {said}")
+    lite.rknn_data = None  # the file's content, which librknnrt has copied: weights need not be there twice
+    return lite
+
+
+def _misfits(lite: Any, artifact: Artifact) -> str:
+    """What is older than it should be, "" if nothing: it may work all the same, and the self-test has to show it."""
+    with captured():
+        _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
+    found = []
+    if artifact.toolkit and numbers(runtime) < numbers(artifact.toolkit):
+        found.append(
+            f"librknnrt {version(runtime)} is older than the artifacts' compiler, {artifact.toolkit}"
+        )
+    if numbers(driver) < numbers(board.OLDEST_DRIVER):
+        found.append(f"the NPU's driver {_version(driver)} than advised, {board.OLDEST_DRIVER}")
+    if not found:
+        return ""
+    return (
+        f"older: {' and '.join(found)}; should anything fail, update it, or convert with an older --toolkit"
+    )
+
+
+def explain(text: str, artifact: Artifact, cores: str) -> str:
+    """What RKNNLite logged, as one line that says what to do."""
+    library = board.runtime_library()
+    runtime = board.runtime_version(library) if library else None
+    remedies = {
+        r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*": _older_file(artifact, runtime),
+        r"Can not find dynamic library.*": "librknnrt.so belongs into /usr/lib; it comes with the board's image",
+        r".*missing in the container.*": "start it with --device /dev/dri/renderD129 and "
+        "-v /proc/device-tree/compatible:/proc/device-tree/compatible",
+        r".*(failed to open rknpu|need to insmod).*|.*RKNN_ERR_DEVICE_UNAVAILABLE.*": "the kernel's NPU driver cannot "
+        "be opened: rwkv-npu doctor says more",
+        r".*(RKNN_ERR_MALLOC_FAIL|failed to allocate|Cannot allocate memory).*": "end other programs, or convert with "
+        "one row count (--rows 32)",
+        r".*Too many open files.*": "raise the limit, ulimit -Hn",
+        r".*RKNN_ERR_TARGET_PLATFORM_UNMATCH.*": f"the artifact is for the {artifact.target}: convert with --target",
+        r".*(core mode|core mask|core_mask).*": f"--npu-cores {cores} is not for this chip: use auto",
+    }
+    for pattern, remedy in remedies.items():
+        if match := re.search(pattern, text):
+            return f"{_first_line(match[0])}: {remedy}"
+    said = [line for line in text.splitlines() if re.match(r"E |\w*(Error|Exception)\b", line)]
+    return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
+
+
+def _older_file(artifact: Artifact, runtime: str | None) -> str:
+    """The way to an artifact that the board's runtime reads."""
+    known = f"librknnrt {runtime}" if runtime else "this librknnrt"
+    what = f"{known} does not read what toolkit {artifact.toolkit or '(unknown)'} compiled"
+    older = [v for v in VERSIONS if runtime is None or numbers(v) <= numbers(runtime)]
+    if runtime is not None and artifact.toolkit and numbers(runtime) >= numbers(artifact.toolkit):
+        return f"{known} is no older than its compiler {artifact.toolkit}, so the file may be damaged: copy it again"
+    if not older:
+        return f"{what}: update it to {VERSIONS[-1]} or later"
+    version = older[0] if runtime else VERSIONS[1]
+    return f"{what}: on a PC, rwkv-npu toolkit install --version {version} and rwkv-npu convert --toolkit {version}"
+
+
+def _check(what: str, code: Any) -> None:
+    """Raises BackendError for a code that is not 0; `run` may pack it with a frame's number."""
+    code = code[0] if isinstance(code, (tuple, list)) else code
+    if code:
+        raise BackendError(f"{what} returned {code}")
+
+
+def _first_line(text: str) -> str:
+    lines = [re.sub(r"^(E |Exception: )+", "", line.strip()) for line in text.strip().splitlines()]
+    return lines[0][:200] if lines else ""

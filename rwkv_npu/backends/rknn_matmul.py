@@ -1,0 +1,167 @@
+"""The NPU through its matmul interface: it multiplies, and the CPU does all the rest in fp32.
+
+A group's large projections go to the NPU one by one, whatever the fusion; low-rank matrices stay on the CPU, since
+each takes less time there than a call. No artifact is needed: weights are packed from the bundle, once, and all row
+counts share them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from rwkv_npu import board
+from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.backends.npu_matmul import Products, Weight, cut
+from rwkv_npu.backends.rknn_api import CHIP, CORES, FP16, INT8, OVERRIDE, Kind, Library
+from rwkv_npu.errors import BackendError
+from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan
+from rwkv_npu.npu import LOCK, raise_file_limit
+from rwkv_npu.spec import Group, Spec, tensors
+from rwkv_npu.spec import Kind as TensorKind
+
+ROWS = (1, 64)  # of a call: tokens, and chunks of prompts
+HEAD, HEAD_ROWS = "head.weight", (1,)
+KINDS = {"fp16": FP16, "w8a8": INT8}
+DEFAULT_PRECISION, DEFAULT_CORES = "fp16", "auto"
+
+
+class MatmulSource(Source, Protocol):
+    """A model whose user may have asked for a precision."""
+
+    precision: str | None
+
+
+class NpuMaths(NumpyMaths):
+    """`maths.Maths` with large products on the NPU. `weight` packs a projection at its first use, and gives None for
+    those that stay on the CPU."""
+
+    def __init__(
+        self,
+        tensor: Callable[[str], np.ndarray],
+        weight: Callable[[str], Weight | None],
+        products: Products,
+        prefix: str = "",
+    ):
+        super().__init__(tensor, prefix)
+        self._tensor, self._packed, self._products = tensor, weight, products
+
+    def block(self, layer: int) -> NpuMaths:
+        return NpuMaths(self._tensor, self._packed, self._products, f"blocks.{layer}.")
+
+    def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        weight = self._packed(self._prefix + name)
+        return super().linear(x, name, index) if weight is None else self._products.multiply(x, weight)
+
+
+class RknnMatmulRunner:
+    def __init__(self, source: Source, maths: NpuMaths, group: Group, rows: int):
+        self._source, self._maths, self._group = source, maths, group
+        self.inputs = allocate_inputs(group, rows, 1)
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        return self._source.evaluate(self._group, self._maths, dict(self.inputs))
+
+
+class RknnMatmulBackend:
+    """cores: which of the NPU's three the columns are split over: `auto` is all of them, else numbers with commas.
+
+    Raises BackendError with what is missing, or with the arithmetic where the model does not fit.
+    """
+
+    name = "rknn-matmul"
+
+    def __init__(self, source: MatmulSource, *, threads: int | None = None, cores: str = DEFAULT_CORES):
+        _check_chip()
+        kind = KINDS.get(source.precision or DEFAULT_PRECISION)
+        if kind is None:
+            raise BackendError(f"rknn-matmul computes in {' or '.join(KINDS)}, not in {source.precision}")
+        masks, library = _masks(cores), Library()
+        plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
+        if not plan.fits:
+            raise BackendError(
+                f"the model does not fit the NPU: {plan.arithmetic()}; use --precision w8a8, or ort"
+            )
+        raise_file_limit()
+        LOCK.acquire()
+        self._source = source
+        self._products: Products | None = Products(library, kind, masks, own=own)
+        self._large, self._weights = set(_large(source.spec)), dict[str, Weight]()
+        self._maths = NpuMaths(source.tensor, self._weight, self._products)
+
+    def row_counts(self, group: Group) -> tuple[int, ...]:
+        return HEAD_ROWS if group.role == "head" else ROWS
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> RknnMatmulRunner:
+        if batch != 1 or rows not in self.row_counts(group):
+            raise BackendError(
+                f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows of one sequence"
+            )
+        runner = RknnMatmulRunner(self._source, self._maths, group, rows)
+        runner.run()  # packs its weights
+        return runner
+
+    def close(self) -> None:
+        if self._products is not None:
+            self._products.close()
+            self._products = None
+            LOCK.release()
+
+    def _weight(self, name: str) -> Weight | None:
+        if name not in self._large:
+            return None
+        if name not in self._weights:
+            assert self._products is not None
+            self._weights[name] = self._products.weight(name, self._source.tensor(name), _rows(name))
+        return self._weights[name]
+
+
+def _large(spec: Spec) -> dict[str, tuple[int, int]]:
+    """Shapes (K, N) of the projections that the NPU multiplies."""
+    linear = [tensor for tensor in tensors(spec) if tensor.kind is TensorKind.LINEAR]
+    return {tensor.name: (tensor.used_shape[0], tensor.used_shape[1]) for tensor in linear}
+
+
+def _rows(name: str) -> tuple[int, ...]:
+    return HEAD_ROWS if name == HEAD else ROWS
+
+
+def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryPlan, bool]:
+    """What the model takes, and whether every weight has contexts of its own: they share where those are too many."""
+    cuts = {name: cut(K, N, kind, cores) for name, (K, N) in _large(spec).items()}
+    for own in (True, False):
+        shapes = {
+            (_rows(name), shape, name if own else "") for name, how in cuts.items() for shape in how.shapes
+        }
+        plan = MemoryPlan(
+            weights=sum(kind.operand.itemsize * sum(how.depths) * sum(how.widths) for how in cuts.values()),
+            buffers=sum(
+                M * (K * kind.operand.itemsize + N * kind.sum.itemsize)
+                for rows, (K, N, _), _ in shapes
+                for M in rows
+            ),
+            contexts=sum(1 if dynamic else len(rows) for rows, _, _ in shapes),
+        )
+        if plan.contexts <= MAX_CONTEXTS:
+            break
+    return plan, own
+
+
+def _check_chip() -> None:
+    """Shapes and layouts here are the RK3588's. A library of the user's own is taken as it is."""
+    chip = board.soc()
+    if chip != CHIP and OVERRIDE not in os.environ:
+        raise BackendError(f"rknn-matmul needs an {CHIP} and this machine is {chip or 'none'}: use ort")
+
+
+def _masks(cores: str) -> tuple[int, ...]:
+    if cores == DEFAULT_CORES:
+        return CORES
+    numbers = cores.split(",")
+    if not set(numbers) <= {"0", "1", "2"} or len(set(numbers)) != len(numbers):
+        raise BackendError(f"NPU cores {cores!r} are unknown: use auto, or some of 0,1,2")
+    return tuple(CORES[int(number)] for number in numbers)

@@ -1,0 +1,134 @@
+"""Opens the backends of a model: what `auto` means, and the guard that stands before an NPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rwkv_npu import board
+from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
+from rwkv_npu.backends.base import Backend, Faults
+from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
+from rwkv_npu.bundle import Bundle, artifacts_digest
+from rwkv_npu.engine import Engine
+from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.plan import Plan, tuned
+from rwkv_npu.recording import self_test
+from rwkv_npu.sources import ModelSource
+
+# What steps in for an NPU, and the choice where there is none: the fastest that is installed.
+CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
+NPU_BACKEND = "rknn"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What backends are opened with: threads of the CPU's, cores of the NPU's."""
+
+    threads: int | None = None
+    npu_cores: str = "auto"
+
+
+def open_engine(
+    source: ModelSource,
+    plan: Plan,
+    options: Options,
+    wrap: Callable[[Backend], Backend] = lambda backend: backend,
+) -> Engine:
+    """An engine on the plan's backends, each of which `wrap` may dress. Raises RwkvNpuError, with nothing left open."""
+    groups = source.program.groups
+    opened: dict[str, Backend] = {}
+    guards: list[Guard] = []
+    bound = FP16_BOUND if source.precision in (None, "fp16") else INT8_BOUND
+    faults, recorded = Faults(), functools.cache(lambda: self_test(source))
+
+    bound = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND
+
+    def cpu() -> Backend:
+        return opened.get(CPU_BACKEND) or open_backend(CPU_BACKEND, source, threads=options.threads)
+
+    with contextlib.ExitStack() as on_failure:
+        for name in plan.backends(groups):
+            if name in NPU_BACKENDS:
+                npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
+                opened[name] = guard = Guard(npu, recorded, cpu, faults, bound=bound)
+                guards.append(guard)
+            else:
+                opened[name] = open_backend(name, source, threads=options.threads)
+            on_failure.callback(opened[name].close)
+        dressed = {name: wrap(backend) for name, backend in opened.items()}
+        engine = Engine(
+            source.program,
+            source.tensor,
+            serve=lambda group, decode: dressed[plan.backend(group, decode)],
+            fingerprint=source.fingerprint,
+            initial=source.initial_states(),
+            faults=faults,
+        )
+        for guard in guards:
+            guard.verdict(_advice(source))
+        on_failure.pop_all()
+    return engine
+
+
+def _advice(source: ModelSource) -> str:
+    if source.program.fusion == "layer":
+        return "; where the residual leaves fp16's range, --fusion projection keeps it on the CPU"
+    return "; rwkv-npu doctor compares the versions of compiler, runtime and driver"
+
+
+def open_automatically(source: ModelSource, options: Options, measured: Plan | None) -> tuple[Engine, str]:
+    """The engine on the fastest that is there and works, and why it was chosen.
+
+    That is the plan that was measured on this machine, or the NPU where it, its runtime and artifacts are there and
+    pass their self-test, else the CPU. What is there and does not work is warned of.
+    """
+    absent = why_absent(NPU_BACKEND, source)
+    if measured:
+        plan, reason = measured, f"measured by rwkv-npu tune on this machine: {measured.note}"
+    elif absent:
+        plan, reason = Plan(CPU_BACKEND), f"{CPU_BACKEND}, since {absent}"
+    else:
+        plan, reason = (
+            Plan(NPU_BACKEND),
+            f"{NPU_BACKEND}: runtime and artifacts are there and pass their tests",
+        )
+    try:
+        return open_engine(source, plan, options), reason
+    except RwkvNpuError as error:
+        if plan.names.isdisjoint(NPU_BACKENDS):
+            raise
+        warnings.warn(f"the NPU is not used: {error}", stacklevel=3)
+        return open_engine(source, Plan(CPU_BACKEND), options), f"{CPU_BACKEND}, since the NPU failed"
+
+
+def measured_plan(bundle: Bundle) -> Plan | None:
+    """What `rwkv-npu tune` found on this machine."""
+    plan = tuned(bundle.path, machine_key(), artifacts_digest(bundle.manifest))
+    return plan if plan and plan.names <= BACKENDS.keys() else None  # of another version, with other backends
+
+
+def machine_key() -> str:
+    """Machines with the same key are equally fast."""
+    library = board.runtime_library()
+    runtime = f", librknnrt {board.runtime_version(library)}" if library else ""
+    return f"{board.soc() or 'no NPU'}, {board.cpu_model()} x {board.cores()}{runtime}"
+
+
+def why_absent(backend: str, source: ModelSource) -> str | None:
+    """Why an NPU backend cannot be tried here; None where it can. The NPU is not touched."""
+    chip = board.soc()
+    if chip is None:
+        return "this machine has no Rockchip NPU"
+    if backend == "rknn":
+        if not any(artifact.target == chip for artifact in source.artifacts()):
+            return f"there are no artifacts for the {chip}, {source.program.fusion} fusion"
+        if importlib.util.find_spec("rknnlite") is None:
+            return "rknn-toolkit-lite2 is not installed (pip install rknn-toolkit-lite2)"
+    if board.runtime_library() is None:
+        return "librknnrt.so is not in /usr/lib"
+    return None

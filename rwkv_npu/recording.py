@@ -1,0 +1,92 @@
+"""Rows that a pass of the model gives its groups, and what the reference makes of them.
+
+Graphs and artifacts are compared on them when they are made, and a board's NPU before it is trusted: rows with the
+residual that the model's own weights make, outliers and all, which random ones do not have. For the board a few are
+kept in the bundle, since the reference takes seconds there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import numpy as np
+
+from rwkv_npu.backends.base import Recorded
+from rwkv_npu.bundle import SELF_TEST, Bundle
+from rwkv_npu.errors import BundleError
+from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.models.common import Arrays
+from rwkv_npu.models.network import Network
+from rwkv_npu.sources import BundleSource, ModelSource
+from rwkv_npu.spec import FUSIONS, Group
+from rwkv_npu.state import new_state
+from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
+
+HISTORY = 16  # tokens read before, at least: the state must have a past
+SELF_TEST_ROWS = 2  # the second shows whether a row sees the one before it
+
+
+def record(source: ModelSource, rows: int, seed: int = 0) -> dict[str, Recorded]:
+    """By group, inputs and outputs of a pass over `rows` tokens, after as many that were read before.
+
+    The tokens are random: what matters is a state with a history and a residual as large as the model makes it. The
+    head gets one row.
+    """
+    recorded: dict[str, Recorded] = {}
+    f = NumpyMaths(source.tensor)
+
+    def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
+        given = {port.name: inputs[port.name].copy() for port in group.inputs}
+        outputs = source.evaluate(group, f, dict(inputs))
+        recorded[group.name] = Recorded(given, {name: array.copy() for name, array in outputs.items()})
+        return outputs
+
+    network = Network(source.program, source.tensor)
+    state = new_state(source.spec, source.fingerprint, source.initial_states())
+    parts = {name: part[:, None] for name, part in state.parts.items()}
+    rng = np.random.default_rng(seed)
+    for count in (max(rows, HISTORY), rows):
+        x = network.hidden(run, rng.integers(1, source.spec.V, (count, 1)), parts)
+    network.logits(run, x[-1:])
+    return recorded
+
+
+def write_self_test(bundle: Bundle) -> None:
+    """Write the rows with which a board tests its NPU, for both fusions, unless they are there."""
+    path = bundle.path / SELF_TEST
+    if not path.exists():
+        plans = [plan for fusion in FUSIONS for plan in _plans(BundleSource(bundle, fusion))]
+        aside = path.with_name(path.name + ".writing")
+        write_tensors(aside, plans)
+        os.replace(aside, path)
+
+
+def self_test(source: ModelSource) -> dict[str, Recorded]:
+    """The rows of `write_self_test`, by group; recorded now where the bundle, an older one, has none."""
+    path = source.bundle.path / SELF_TEST if isinstance(source, BundleSource) else None
+    if path is None or not path.exists():
+        return record(source, SELF_TEST_ROWS)
+    with TensorFile(path, error=BundleError) as file:
+
+        def read(group: Group, kind: str) -> Arrays:
+            ports = group.inputs if kind == "in" else group.outputs
+            names = {port.name: _name(source.program.fusion, group.name, kind, port.name) for port in ports}
+            return {port: np.array(file.array(name)) for port, name in names.items()}
+
+        return {
+            group.name: Recorded(read(group, "in"), read(group, "out")) for group in source.program.groups
+        }
+
+
+def _plans(source: ModelSource) -> Iterator[TensorPlan]:
+    for group, recorded in record(source, SELF_TEST_ROWS).items():
+        for kind, arrays in (("in", recorded.inputs), ("out", recorded.outputs)):
+            for port, array in arrays.items():
+                name = _name(source.program.fusion, group, kind, port)
+                yield TensorPlan(name, np.float32, array.shape, partial(np.asarray, array, np.float32))
+
+
+def _name(fusion: str, group: str, kind: str, port: str) -> str:
+    return f"{fusion}/{group}/{kind}/{port}"

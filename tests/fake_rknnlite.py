@@ -1,0 +1,167 @@
+"""RKNNLite's shape without Rockchip's library: it computes with NumPy what a file's group computes, logs instead of
+raising as the real one does, and misbehaves on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rwkv_npu
+from rwkv_npu import artifacts, board, converter, npu
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import FUSIONS, Group, Spec, groups
+from rwkv_npu.toolkit import Cycles, Environment, Job
+
+TRACEBACK = "E Catch exception when init runtime!\nE Traceback (most recent call last):\n  File x, line 1\n"
+
+
+class FakeRuntime:
+    """`rknn_runtime` of an RKNNLite, as 2.5.0 has it. Codes are the class's to set, one for each call."""
+
+    versions = "2.5.0 (c949ad889d@2026)", "0.9.8"
+    codes: dict[str, list[int]] = {}
+    fed: list[Sequence[np.ndarray]] = []
+
+    def __init__(self, group: Group, source: BundleSource):
+        self._group, self._source = group, source
+        self._inputs: dict[str, np.ndarray] = {}
+
+    def _code(self, call: str) -> int:
+        codes = self.codes.get(call, [])
+        return codes.pop(0) if codes else 0
+
+    def set_inputs(
+        self, inputs: Any, data_type: Any, data_format: Any, inputs_pass_through: Any = None
+    ) -> int:
+        assert data_type is data_format is None
+        self.fed.append(inputs)
+        for array in inputs:
+            assert array.dtype == np.float32 and array.flags.c_contiguous and array.ndim == 2
+        if code := self._code("set"):
+            raise Exception(f"Set inputs failed. error code: {code}")
+        names = [port.name for port in self._group.inputs][::-1]  # the order of the file
+        self._inputs = dict(zip(names, inputs, strict=True))
+        return 0
+
+    def get_sdk_version(self) -> tuple[str, str, str]:
+        return ("RKNN VERSION:\n", *self.versions)
+
+    def run(self, get_frame_id: bool = False) -> int:
+        return self._code("run")
+
+    def get_outputs(self, get_frame_id: bool = False, reuse_outputs: bool = False) -> list[np.ndarray]:
+        if code := self._code("get"):
+            raise Exception(f"E Get outputs failed, error code: {code}")
+        outputs = self._source.evaluate(self._group, NumpyMaths(self._source.tensor), dict(self._inputs))
+        arrays = [np.array(outputs[port.name]).reshape(-1) for port in self._group.outputs]
+        return arrays[:-1] if self._code("fewer") else arrays
+
+
+class FakeLite:
+    """`says` is what init_runtime logs; with `fails` it then returns -1."""
+
+    says, fails = "W Query dynamic range failed.\n", False
+    opened: list[FakeLite] = []
+    masks: list[int] = []
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.rknn_data: bytes | None = None
+        self.rknn_runtime: FakeRuntime | None = None
+        self.released = False
+        self.opened.append(self)
+
+    def load_rknn(self, path: str) -> int:
+        self.rknn_data = Path(path).read_bytes()
+        return 0
+
+    def init_runtime(self, core_mask: int = 0) -> int:
+        assert self.rknn_data
+        os.write(1, b"I RKNN: librknnrt version: 2.3.2\n")
+        os.write(2, self.says.encode())
+        self.masks.append(core_mask)
+        if self.fails:
+            return -1
+        where = json.loads(self.rknn_data[64:].partition(b"\0")[0])
+        source = BundleSource(open_bundle(where["bundle"]), where["fusion"])
+        group = next(group for group in source.program.groups if group.name == where["group"])
+        self.rknn_runtime = FakeRuntime(group, source)
+        return 0
+
+    def release(self) -> None:
+        self.released = True
+
+
+def write_rknn(path: Path, group: Group, rows: int, payload: dict[str, str]) -> None:
+    """A file whose trailer describes the group, with its inputs in the reverse order."""
+    body = json.dumps(payload).encode() + b"\0"
+    ports = [("input", port) for port in group.inputs[::-1]] + [("output", port) for port in group.outputs]
+    trailer = {
+        "version": "2.5.0",
+        "target_platform": ["rk3588"],
+        "norm_tensor": [
+            {"tensor_id": n, "url": port.name, "size": [1 if port.per_sequence else rows, port.width]}
+            for n, (_, port) in enumerate(ports)
+        ],
+        "graph": [
+            {"left": kind, "left_tensor_id": n, "right_tensor_id": n} for n, (kind, _) in enumerate(ports)
+        ],
+    }
+    text = json.dumps(trailer).encode()
+    path.write_bytes(
+        struct.pack("<4s4xQQ40x", b"RKNN", 6, len(body)) + body + struct.pack("<Q", len(text)) + text
+    )
+
+
+def fake_bundle(patch: pytest.MonkeyPatch, checkpoint: Path, spec: Spec, **options: Any) -> Path:
+    """A bundle of `checkpoint`, whose artifacts FakeLite runs, as if the compiler had made them."""
+    out = checkpoint.parent / "out.rwkv"
+    known = {(fusion, group.name): group for fusion in FUSIONS for group in groups(spec, fusion)}
+
+    def compile_many(environment: Environment, jobs: Sequence[Job], *, parallel: int | None) -> Iterator[Any]:
+        for job in jobs:
+            job.write_graph()
+            job.onnx_path.unlink()
+            name, fusion, _, rows = job.out_path.stem.rsplit(".", 3)
+            where = {"bundle": str(out), "fusion": fusion, "group": name}
+            write_rknn(job.out_path, known[fusion, name], int(rows[1:]), where)
+            yield (
+                job,
+                SimpleNamespace(
+                    cycles=Cycles(1, 2, 3), cpu_fallback=(), version="2.5.0", verify_outputs=None
+                ),
+            )
+
+    patch.setattr(artifacts, "compile_many", compile_many)
+    patch.setattr(converter.environment, "require", lambda _: Environment(Path("python"), "2.5.0", False))
+    return rwkv_npu.convert(checkpoint, out, **{"rows": "1,16", **options})
+
+
+def become_a_board(monkeypatch: pytest.MonkeyPatch, folder: Path, runtime: str = "2.3.2") -> None:
+    """This machine is an RK3588 with RKNNLite and librknnrt, until the test ends."""
+    package, api = ModuleType("rknnlite"), ModuleType("rknnlite.api")
+    package.__path__ = []
+    package.__spec__ = SimpleNamespace(name="rknnlite")  # type: ignore[assignment]
+    api.RKNNLite = FakeLite  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rknnlite", package)
+    monkeypatch.setitem(sys.modules, "rknnlite.api", api)
+    library = folder / "librknnrt.so"
+    library.write_bytes(f"librknnrt version: {runtime} (x)".encode())
+    monkeypatch.setattr(board, "soc", lambda: "rk3588")
+    monkeypatch.setattr(board, "runtime_library", lambda: library)
+    monkeypatch.setattr(npu, "LOCK", npu.Lock(folder))
+    monkeypatch.setattr("rwkv_npu.backends.rknn.LOCK", npu.LOCK)
+    for name, value in {"says": FakeLite.says, "fails": False, "opened": [], "masks": []}.items():
+        monkeypatch.setattr(FakeLite, name, value)
+    monkeypatch.setattr(FakeRuntime, "codes", {})
+    monkeypatch.setattr(FakeRuntime, "fed", [])

@@ -1,0 +1,102 @@
+"""An NPU that misbehaves on request, and engines on it behind the guard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from rwkv_npu.backends.base import Backend, Faults, Recorded, Runner
+from rwkv_npu.backends.guard import Guard
+from rwkv_npu.backends.numpy import NumpyBackend
+from rwkv_npu.engine import Engine
+from rwkv_npu.errors import BackendError
+from rwkv_npu.recording import SELF_TEST_ROWS, record
+from rwkv_npu.sources import ModelSource
+from rwkv_npu.spec import Group
+
+KINDS = ("code", "nan", "inf", "zeros", "rows", "missing")
+
+
+class FaultyRunner:
+    """Computes like NumPy, into buffers that its next run reuses, unless the next fault says otherwise."""
+
+    def __init__(self, npu: FaultyNpu, group: Group, runner: Runner):
+        self._npu, self._group, self._runner = npu, group, runner
+        self.inputs = runner.inputs
+        self._outputs: dict[str, np.ndarray] = {}
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        for array in self._outputs.values():
+            array.fill(np.nan)
+        fault = self._npu.next_fault(self._group)
+        if fault == "code":
+            raise BackendError("rknn_run returned -3")
+        if fault == "hang":
+            self._npu.never.wait()
+        outputs = {name: np.array(array) for name, array in self._runner.run().items()}
+        last = self._group.outputs[-1].name
+        if fault == "missing":
+            del outputs[last]
+        elif fault == "rows":
+            outputs[last] = outputs[last][:-1]
+        elif fault:
+            outputs[last][-1, 0] = {"nan": np.nan, "inf": np.inf, "zeros": 0}[fault]
+            if fault == "zeros":
+                outputs = {name: np.zeros_like(array) for name, array in outputs.items()}
+        self._outputs = outputs
+        return outputs
+
+
+class FaultyNpu(NumpyBackend):
+    """Artifacts for a few row counts. `faults` are those of the calls after opening, "" for none; `chip` names the
+    fault of a group that it always has."""
+
+    name = "faulty"
+
+    def __init__(
+        self, source: ModelSource, faults: Iterable[str] = (), chip: Callable[[Group], str] = lambda g: ""
+    ):
+        super().__init__(source)
+        self._faults, self._chip = iter(faults), chip
+        self.opened = self.closed = False
+        self.made = 0  # faults since it was opened
+        self.never = threading.Event()
+
+    def row_counts(self, group: Group) -> tuple[int, ...]:  # type: ignore[override]
+        return (1,) if group.role == "head" else (1, 8)
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> FaultyRunner:  # type: ignore[override]
+        assert rows in self.row_counts(group) and batch == 1
+        return FaultyRunner(self, group, super().open(group, rows, batch))
+
+    def next_fault(self, group: Group) -> str:
+        fault = self._chip(group) or (next(self._faults, "") if self.opened else "")
+        self.made += bool(fault and self.opened)
+        return fault
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def guarded_engine(
+    source: ModelSource, npu: FaultyNpu, recorded: Mapping[str, Recorded] | None = None
+) -> tuple[Engine, Guard]:
+    """An engine on `npu` behind a guard that falls back to NumPy; its verdict is not asked for."""
+    rows = record(source, SELF_TEST_ROWS) if recorded is None else recorded
+    guard = Guard(npu, lambda: rows, lambda: NumpyBackend(source), Faults())
+    engine = plain_engine(source, guard, guard.faults)
+    npu.opened = True
+    return engine, guard
+
+
+def plain_engine(source: ModelSource, backend: Backend, faults: Faults | None = None) -> Engine:
+    return Engine(
+        source.program,
+        source.tensor,
+        serve=lambda group, decode: backend,
+        fingerprint=source.fingerprint,
+        initial=source.initial_states(),
+        faults=faults,
+    )

@@ -1,0 +1,232 @@
+"""Whatever an NPU does wrong, the text is the CPU's."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_npu.backends import guard as guard_module
+from rwkv_npu.backends.guard import Hang, Worker
+from rwkv_npu.backends.numpy import NumpyBackend
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.engine import Engine
+from rwkv_npu.errors import BackendError
+from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.recording import SELF_TEST_ROWS, record
+from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.spec import FUSIONS, Group
+from rwkv_npu.state import State
+from tests.faulty import KINDS, FaultyNpu, guarded_engine, plain_engine
+from tests.tiny import write_model
+
+IDS = np.random.default_rng(5).integers(1, 60, 19)
+STEPS = 4
+BOUND = 2e-5  # between chunks of other sizes
+
+
+@pytest.fixture(scope="module", params=[(g, f) for g in ("4", "6", "7") for f in FUSIONS], ids="-".join)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CheckpointSource:
+    generation, fusion = request.param
+    path = tmp_path_factory.mktemp("guard") / "model.pth"
+    write_model(path, generation, vocabulary=False, D=32, L=3, V=60)
+    return CheckpointSource(open_checkpoint(path), fusion)
+
+
+@pytest.fixture(scope="module")
+def recorded(source: CheckpointSource):
+    return record(source, SELF_TEST_ROWS)
+
+
+@pytest.fixture(scope="module")
+def expected(source: CheckpointSource) -> tuple[np.ndarray, State]:
+    return read(plain_engine(source, NumpyBackend(source)))
+
+
+def read(engine: Engine) -> tuple[np.ndarray, State]:
+    """Logits of the steps after a prompt, and the state after them."""
+    _, state = engine.forward(IDS)
+    return np.stack([engine.forward([token], state, inplace=True)[0] for token in range(1, STEPS + 1)]), state
+
+
+def assert_same(found: tuple[np.ndarray, State], expected: tuple[np.ndarray, State]) -> None:
+    assert np.abs(found[0] - expected[0]).max() < BOUND
+    assert found[1].tokens_seen == expected[1].tokens_seen == len(IDS) + STEPS
+    for name, part in expected[1].parts.items():
+        assert np.abs(found[1].parts[name] - part).max() < BOUND * max(1, np.abs(part).max()), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(faults=st.lists(st.sampled_from(("", "", *KINDS)), max_size=60))
+def test_no_pattern_of_faults_is_seen(source, recorded, expected, faults: list[str]) -> None:
+    npu = FaultyNpu(source, faults)
+    engine, guard = guarded_engine(source, npu, recorded)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert_same(read(engine), expected)
+    assert guard.faults.calls == npu.made
+    assert len(said) == (1 if guard.faults.groups else 0)
+
+
+def test_one_fault_is_made_good_by_the_second_attempt(source, recorded, expected) -> None:
+    npu = FaultyNpu(source, ["", "nan", "", "", "code"])
+    engine, guard = guarded_engine(source, npu, recorded)
+    assert_same(read(engine), expected)  # without a warning, which would be an error here
+    assert guard.faults.calls == 2 and not guard.faults.groups
+
+
+def test_two_in_a_row_give_the_group_to_the_cpu(source, recorded, expected) -> None:
+    npu = FaultyNpu(source, ["code", "zeros"])
+    engine, guard = guarded_engine(source, npu, recorded)
+    with pytest.warns(UserWarning, match="faulty failed at .* the CPU runs it from now on") as said:
+        assert_same(read(engine), expected)
+    assert len(said) == 1 and guard.faults.calls == 2
+    assert guard.faults.groups == {source.program.groups[0].name: "all outputs are zero"}
+    assert engine.counters.faults is guard.faults
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+def test_a_hang_does_not_hang(source, recorded, expected, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "CALL_SECONDS", 0.3)
+    npu = FaultyNpu(source, [""] * at + ["hang"])
+    engine, guard = guarded_engine(source, npu, recorded)
+    begin = time.monotonic()
+    with pytest.warns(UserWarning, match=r"no answer within 0\.3 s.*runs everything from now on") as said:
+        assert_same(read(engine), expected)
+    assert len(said) == 1 and npu.made == guard.faults.calls == 1  # not asked again, be it for another group
+    assert set(guard.faults.groups) == {group.name for group in source.program.groups}
+    engine.close()  # does not wait for it
+    assert not npu.closed and time.monotonic() - begin < 20
+    npu.never.set()
+
+
+def test_a_cpu_that_fails_too_is_an_error(source, recorded) -> None:
+    engine, guard = guarded_engine(source, FaultyNpu(source, ["code"] * 2), recorded)
+
+    def no_cpu() -> NumpyBackend:
+        raise BackendError("no memory")
+
+    guard._make_cpu = no_cpu
+    with pytest.raises(BackendError, match="no memory"), pytest.warns(UserWarning):
+        engine.forward(IDS)
+
+
+# -- self-tests ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_context_that_fails_its_self_test_leaves_its_group_to_the_cpu(
+    source, recorded, expected, kind: str
+) -> None:
+    broken = source.program.groups[1]
+    engine, guard = guarded_engine(
+        source, FaultyNpu(source, chip=lambda g: kind if g is broken else ""), recorded
+    )
+    assert set(guard.faults.groups) == {broken.name}
+    with pytest.warns(UserWarning, match=rf"of .* contexts fail .*{broken.name} at 1 rows.*; try something"):
+        guard.verdict("; try something")
+    assert_same(read(engine), expected)
+    assert guard.faults.calls == 0
+
+
+def test_an_npu_that_fails_all_tests_is_an_error(source, recorded) -> None:
+    _, guard = guarded_engine(source, FaultyNpu(source, chip=lambda group: "zeros"), recorded)
+    with pytest.raises(
+        BackendError, match=r"(\d+) of \1 contexts fail their self-test \(\S+ at 1 rows: all outputs are zero"
+    ):
+        guard.verdict()
+
+
+def test_a_hang_while_opening_is_an_error(source, recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "CALL_SECONDS", 0.2)
+    npu = FaultyNpu(source, chip=lambda group: "hang")
+    with pytest.raises(BackendError, match="cannot open .* at 1 rows: no answer within 0.2 s"):
+        guarded_engine(source, npu, recorded)
+    npu.never.set()
+
+
+class Narrow(FaultyNpu):
+    """A chip whose numbers end at `limit`: what is larger becomes infinite, and a norm makes NaN of it."""
+
+    limit = np.inf
+
+    def open(self, group: Group, rows: int, batch: int = 1):  # type: ignore[override]
+        runner = super().open(group, rows, batch)
+        run = runner.run
+
+        def narrow():
+            overflows = any(np.abs(array).max() > self.limit for array in runner.inputs.values())
+            return {
+                name: np.full_like(array, np.nan) if overflows else array for name, array in run().items()
+            }
+
+        runner.run = narrow  # type: ignore[method-assign]
+        return runner
+
+
+def test_the_self_test_carries_the_residual_that_the_model_makes(tmp_path: Path) -> None:
+    """fp16 ends at 65504: a chip on which this model's largest residual overflows is caught before the first token."""
+    write_model(tmp_path / "model.pth", "7", vocabulary=False, D=32, L=3, V=60)
+    source = CheckpointSource(open_checkpoint(tmp_path / "model.pth"), "layer")
+    recorded = record(source, SELF_TEST_ROWS)
+    largest = {name: np.abs(rows.inputs["x"]).max() for name, rows in recorded.items()}
+    npu = Narrow(source)
+    npu.limit = 0.999 * largest["mid.1"]
+    _, guard = guarded_engine(source, npu, recorded)
+    assert "mid.1" in guard.faults.groups and "first" not in guard.faults.groups
+    assert (
+        guard.faults.groups["mid.1"].startswith("self-test: ")
+        and "not finite" in guard.faults.groups["mid.1"]
+    )
+
+
+def test_recorded_rows_are_what_a_pass_computes(source, recorded) -> None:
+    for group in source.program.groups:
+        rows = recorded[group.name]
+        again = source.evaluate(group, NumpyMaths(source.tensor), dict(rows.inputs))
+        assert rows.inputs.keys() == {port.name for port in group.inputs}
+        for name, array in rows.outputs.items():
+            assert np.array_equal(again[name], array) and np.isfinite(array).all()
+
+
+# -- the thread ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker("test")
+    yield worker
+    worker.stop()
+
+
+def test_calls_return_and_raise(worker: Worker) -> None:
+    assert worker.call(lambda: threading.current_thread().name, 5) == "test"
+    with pytest.raises(ZeroDivisionError):
+        worker.call(lambda: 1 // 0, 5)
+    assert worker.call(lambda: 2, 5) == 2
+
+
+def test_a_call_that_does_not_return_is_left_behind(worker: Worker) -> None:
+    never = threading.Event()
+    with pytest.raises(Hang, match=r"no answer within 0\.05 s"):
+        worker.call(never.wait, 0.05)
+    never.set()
+
+
+def test_what_ctrl_c_interrupts_is_not_taken_for_the_next_answer(worker: Worker) -> None:
+    def interrupt() -> str:
+        time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+        return "late"
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.call(interrupt, 5)
+    assert worker.call(lambda: "next", 5) == "next"

@@ -1,0 +1,117 @@
+"""One process at a time has the NPU, and what its libraries print stays with us."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_npu import npu
+from rwkv_npu.errors import BackendError
+from rwkv_npu.npu import Lock
+
+HOLD = """
+import sys, pathlib
+from rwkv_npu.npu import Lock
+Lock(pathlib.Path(sys.argv[1])).acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_owner_is_named_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    with holder(tmp_path) as process:
+        with pytest.raises(BackendError, match=f"in use by process {process.pid}, .*--backend ort"):
+            lock.acquire()
+        process.send_signal(signal.SIGKILL)
+    assert lock.path.read_text() == f"{process.pid}\n"  # stale
+    lock.acquire()
+    assert lock.path.read_text() == f"{os.getpid()}\n"
+    lock.release()
+
+
+def test_a_process_has_it_as_often_as_it_likes(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.acquire()
+    lock.release()
+    other = Lock(tmp_path)
+    with pytest.raises(BackendError, match=f"process {os.getpid()}"):
+        other.acquire()
+    lock.release()
+    other.acquire()
+    other.release()
+
+
+def test_children_do_not_keep_it(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    lock.acquire()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        lock.release()
+        Lock(tmp_path).acquire()
+        assert child.poll() is None
+        child.communicate(b"\n")
+
+
+def test_any_user_may_be_the_next_owner(tmp_path: Path) -> None:
+    mask = os.umask(0o077)
+    try:
+        lock = Lock(tmp_path)
+        lock.acquire()
+        lock.release()
+    finally:
+        os.umask(mask)
+    assert lock.path.stat().st_mode & 0o777 == 0o666
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot open the NPU's lock .*none/rwkv_npu.lock"):
+        Lock(tmp_path / "none").acquire()
+
+
+def test_the_folder_is_the_same_for_all_users() -> None:
+    assert npu.lock_folder() in (Path("/run/lock"), Path("/tmp"))
+
+
+def test_more_files_may_be_opened() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        wanted = npu.FILES if hard == resource.RLIM_INFINITY else min(hard, npu.FILES)
+        assert npu.raise_file_limit() == wanted
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_is_printed_is_captured(capfd: pytest.CaptureFixture[str]) -> None:
+    with npu.captured() as printed:
+        os.write(1, b"raw, ")
+        ctypes.CDLL(None).puts(b"from C, in a buffer")
+        os.write(2, b"complaint\n")
+    assert all(part in printed.text for part in ("raw, ", "from C, in a buffer", "complaint"))
+    print("later")
+    assert capfd.readouterr() == ("later\n", "")
+
+
+def test_a_failure_within_is_not_swallowed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), npu.captured() as printed:
+        os.write(2, b"before\n")
+        1 / 0  # noqa: B018
+    assert printed.text == "before\n"
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"

@@ -1,0 +1,301 @@
+"""The backend that drives the NPU, on a fake of RKNNLite: what it feeds, checks, says and gives back."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rwkv_npu
+from rwkv_npu import board
+from rwkv_npu.backends.rknn import RknnBackend
+from rwkv_npu.bundle import Artifact, open_bundle
+from rwkv_npu.errors import BackendError
+from rwkv_npu.model import Model
+from rwkv_npu.sources import BundleSource
+from tests.fake_rknnlite import TRACEBACK, FakeLite, FakeRuntime, become_a_board, fake_bundle
+from tests.tiny import run_main, write_model
+
+IDS = np.random.default_rng(2).integers(1, 200, 21).tolist()
+CALLS = "first mid.0 last head".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rknn")
+    spec = write_model(folder / "model.pth", "7")
+    with pytest.MonkeyPatch.context() as patch:
+        for fusion in ("layer", "projection"):
+            made = fake_bundle(patch, folder / "model.pth", spec, fusion=fusion)
+    return made
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    become_a_board(monkeypatch, tmp_path)
+    return made
+
+
+def load(bundle: Path, **options: Any) -> Model:
+    return rwkv_npu.load(bundle, **{"backend": "rknn", **options})
+
+
+def refused(bundle: Path, message: str, **options: Any) -> str:
+    with pytest.raises(BackendError, match=message) as raised:
+        load(bundle, **options)
+    text = str(raised.value)
+    assert "\n" not in text and len(text) < 420
+    assert all(lite.released for lite in FakeLite.opened)
+    return text
+
+
+@pytest.mark.parametrize("fusion", ["layer", "projection"])
+def test_it_computes_what_numpy_computes(bundle: Path, fusion: str) -> None:
+    with load(bundle, fusion=fusion) as model, rwkv_npu.load(bundle, backend="numpy", fusion=fusion) as other:
+        logits, state = model.forward(IDS)
+        expected, expected_state = other.forward(IDS)
+        assert np.abs(logits - expected).max() < 1e-4
+        logits, state = model.forward([7], state)
+        assert np.abs(logits - other.forward([7], expected_state)[0]).max() < 1e-4
+
+
+def test_each_artifact_is_opened_once_and_given_back(bundle: Path) -> None:
+    with load(bundle) as model:
+        model.forward(IDS)
+        assert len(FakeLite.opened) == 2 * 3 + 1
+        assert all(lite.rknn_data is None and not lite.released for lite in FakeLite.opened)
+    assert all(lite.released for lite in FakeLite.opened)
+    with load(bundle):  # the lock was given back too
+        pass
+
+
+def test_inputs_go_in_the_order_of_the_file_and_are_not_copied(bundle: Path) -> None:
+    source = BundleSource(open_bundle(bundle))
+    backend = RknnBackend(source)
+    group = source.program.groups[1]
+    runner = backend.open(group, 16)
+    runner.run()
+    fed = FakeRuntime.fed[-1]
+    assert all(one is runner.inputs[port.name] for one, port in zip(fed, group.inputs[::-1], strict=True))
+    backend.close()
+
+
+@pytest.mark.parametrize(("cores", "mask"), [("auto", 0), ("0", 1), ("2", 4), ("0,1,2", 7)])
+def test_cores(bundle: Path, cores: str, mask: int) -> None:
+    load(bundle, npu_cores=cores).close()
+    assert set(FakeLite.masks) == {mask}
+
+
+def test_unknown_cores_are_named(bundle: Path) -> None:
+    refused(bundle, "NPU cores '5' are unknown: use one of auto 0 1 2 0,1 0,1,2", npu_cores="5")
+
+
+def test_nothing_that_rockchip_prints_reaches_the_user(
+    bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load(bundle).close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("call", ["set", "run", "get", "fewer"])
+def test_codes_are_looked_at(bundle: Path, call: str) -> None:
+    backend = RknnBackend(BundleSource(open_bundle(bundle)))
+    runner = backend.open(BundleSource(open_bundle(bundle)).program.groups[0], 1)
+    FakeRuntime.codes[call] = [-3]
+    messages = {"set": "Set inputs failed. error code: -3", "run": "rknn_run returned -3"}
+    messages |= {
+        "get": "Get outputs failed, error code: -3",
+        "fewer": "returned outputs of .* values instead of",
+    }
+    with pytest.raises(BackendError, match=messages[call]):
+        runner.run()
+    runner.run()
+    backend.close()
+
+
+def test_faults_while_it_runs_do_not_change_the_text(bundle: Path) -> None:
+    with load(bundle) as model, rwkv_npu.load(bundle, backend="numpy") as other:
+        FakeRuntime.codes.update(run=[0, -1, 0, 0, -1, -1], get=[0, 0, -5])
+        with pytest.warns(UserWarning, match="rknn failed at .*rknn_run returned -1"):
+            text = [step.token for step in model.generate(IDS, max_tokens=12, temperature=0)]
+        assert text == [step.token for step in other.generate(IDS, max_tokens=12, temperature=0)]
+        assert model.engine.counters.faults.calls == 4 and len(model.engine.counters.faults.groups) == 1
+
+
+# -- what is refused, and what is said -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            "E RKNN: Invalid RKNN model version 6\n" + TRACEBACK + "Exception: RKNN init failed. error code: "
+            "RKNN_ERR_MODEL_INVALID\n",
+            r"Invalid RKNN model version 6: librknnrt 2\.3\.2 does not read what toolkit 2\.5\.0 compiled: on a PC, "
+            r"rwkv-npu toolkit install --version 2\.3\.2 and rwkv-npu convert --toolkit 2\.3\.2",
+        ),
+        (
+            TRACEBACK + "Exception: RKNN init failed. error code: RKNN_ERR_MALLOC_FAIL\n",
+            "RKNN_ERR_MALLOC_FAIL: end other programs, or convert with one row count",
+        ),
+        (
+            TRACEBACK + "Exception: Can not find dynamic library on RK3588!\n",
+            "Can not find dynamic library on RK3588!: librknnrt.so belongs into /usr/lib",
+        ),
+        (
+            "!!! It is detected that some necessary files are missing in the container.\n" + TRACEBACK,
+            "missing in the container.: start it with --device /dev/dri/renderD129",
+        ),
+        (
+            "E RKNN: failed to open rknpu module, need to insmod rknpu dirver!\n" + TRACEBACK,
+            "need to insmod rknpu dirver!: .* rwkv-npu doctor",
+        ),
+        (
+            "E The core mode 99 is not supported currently.\nE Catch exception when set npu core mode.\n",
+            "core mode 99 is not supported currently.: --npu-cores auto is not for this chip",
+        ),
+        (TRACEBACK + "Exception: something new\n", "cannot open .*: something new"),
+        ("", "it does not say why: rwkv-npu doctor may"),
+    ],
+)
+def test_what_rknnlite_logs_is_one_line_with_a_remedy(
+    bundle: Path, said: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeLite, "says", said)
+    monkeypatch.setattr(FakeLite, "fails", True)
+    refused(bundle, message)
+    monkeypatch.setattr(FakeLite, "says", "")
+    monkeypatch.setattr(FakeLite, "fails", False)
+    load(bundle).close()  # nothing of the failure is left, the lock least of all
+
+
+def test_a_runtime_older_than_every_toolkit_has_to_be_updated(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become_a_board(monkeypatch, tmp_path, runtime="1.6.0")
+    monkeypatch.setattr(FakeLite, "says", "E RKNN: Invalid RKNN model version 6\n")
+    monkeypatch.setattr(FakeLite, "fails", True)
+    refused(bundle, r"librknnrt 1\.6\.0 does not read .*: update it to 2\.2\.0 or later")
+
+
+def test_old_versions_are_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRuntime, "versions", ("1.5.2 (c6b7b351a@2023)", "0.8.2"))
+    with pytest.warns(
+        UserWarning, match=r"librknnrt 1\.5\.2 is .* 2\.5\.0, and .* driver 0\.8\.2 .* 0\.9\.6"
+    ) as said:
+        load(bundle).close()
+    assert len(said) == 1
+
+
+def test_a_pc_is_told_what_it_lacks(made: Path) -> None:
+    with pytest.raises(BackendError, match="needs a board with a Rockchip NPU.*rknn-sim.*doctor"):
+        load(made)
+
+
+def test_another_chip(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "soc", lambda: "rk3576")
+    refused(bundle, r"no artifacts .* rk3576 \(there are: rk3588\).*convert --target rk3576")
+
+
+def test_a_board_without_rknnlite(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "rknnlite.api", None)
+    refused(bundle, "rknn needs rknn-toolkit-lite2: pip install rknn-toolkit-lite2")
+
+
+def test_memory_is_counted_before_anything_is_loaded(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "memory", lambda: {"MemAvailable": 1000})
+    refused(bundle, r"memory that is free, 0\.00 GiB: 7 contexts .* GiB of NPU memory")
+    monkeypatch.setattr(board, "memory", lambda: {})
+    big = BundleSource.artifacts
+    monkeypatch.setattr(
+        BundleSource, "artifacts", lambda self: [replace(a, weight_bytes=1 << 30) for a in big(self)]
+    )
+    refused(bundle, r"do not fit the NPU: 7 contexts \(of 150\), weights 7\.00 .*--rows 32")
+    assert not FakeLite.opened
+
+
+def test_a_file_of_another_group_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(self: BundleSource, artifact: Artifact) -> Path:
+        return self.bundle.path / artifact.path.replace("/last.", "/first.")
+
+    monkeypatch.setattr(BundleSource, "artifact_path", other)
+    refused(bundle, "has inputs .* which is not last")
+
+
+# -- auto ------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_npu_where_it_works(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, said = run_main(capsys, "generate", "-m", bundle, "-p", "the ", "-n", 3, "-v")
+    assert status == 0 and "rknn, layer fusion, 4 calls a token" in said
+    assert "backend: rknn: runtime and artifacts are there and pass their tests" in said
+
+
+@pytest.mark.parametrize("kind", ["opening", "self-test", "lock"])
+def test_auto_takes_the_cpu_and_says_so_where_the_npu_fails(
+    bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    message = {
+        "opening": "does not say why",
+        "self-test": "contexts fail",
+        "lock": "cannot open the NPU's lock",
+    }[kind]
+    if kind == "opening":
+        monkeypatch.setattr(FakeLite, "fails", True)
+        monkeypatch.setattr(FakeLite, "says", "")
+    elif kind == "self-test":
+        monkeypatch.setattr(FakeRuntime, "run", lambda self, frame: -1)
+    else:
+        (tmp_path / "rwkv_npu.lock").mkdir()
+    with pytest.warns(UserWarning, match=f"the NPU is not used: .*{message}"):
+        model = load(bundle, backend="auto")
+    assert model.describe().startswith("ort") and model.reason == "ort, since the NPU failed"
+    model.close()
+    with pytest.raises(BackendError, match=message):
+        load(bundle)
+
+
+def test_auto_is_quiet_about_what_is_not_there(
+    made: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "runtime_library", lambda: None)
+    with load(bundle, backend="auto") as model:
+        assert model.reason == "ort, since librknnrt.so is not in /usr/lib"
+    monkeypatch.setattr(board, "soc", lambda: "rk3576")
+    with load(bundle, backend="auto") as model:
+        assert model.reason == "ort, since there are no artifacts for the rk3576, layer fusion"
+    monkeypatch.setattr(board, "soc", lambda: None)
+    with load(bundle, backend="auto") as model:
+        assert model.reason == "ort, since this machine has no Rockchip NPU"
+
+
+def test_a_group_that_fails_its_test_runs_on_the_cpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRuntime.run
+    monkeypatch.setattr(
+        FakeRuntime, "run", lambda self, frame: -1 if self._group.name == "mid.0" else run(self, frame)
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.warns(UserWarning, match=r"1 of 6 contexts .*mid.0.* --fusion projection"))
+        model = stack.enter_context(load(bundle))
+        with rwkv_npu.load(bundle, backend="numpy") as other:
+            assert np.abs(model.forward(IDS)[0] - other.forward(IDS)[0]).max() < 1e-3
+
+
+def test_prompts_on_the_npu_and_tokens_on_the_cpu(bundle: Path) -> None:
+    with load(bundle, backend="auto", plan="prefill=rknn,decode=ort") as model:
+        assert len(FakeLite.opened) == 3  # the artifacts of many rows, and of these not the head
+        assert model.describe().startswith("rknn for prompts, ort for tokens")
+        with rwkv_npu.load(bundle, backend="numpy") as other:
+            assert np.abs(model.forward(IDS)[0] - other.forward(IDS)[0]).max() < 1e-3
+
+
+def test_the_names_of_the_command_line_are_those_of_the_backends() -> None:
+    from rwkv_npu import backends, cli
+    from rwkv_npu.backends import rknn
+
+    assert (*cli.BACKENDS,) == ("auto", *backends.BACKENDS)
+    assert (*cli.NPU_CORES,) == (*rknn.CORES,)

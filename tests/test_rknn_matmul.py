@@ -1,0 +1,249 @@
+"""The matmul backend on the stand-in, on this machine: packing, cutting, row counts, faults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rwkv_npu
+from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
+from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
+from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
+from rwkv_npu.bench.shapes import official_spec
+from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.memory import MAX_CONTEXTS
+from rwkv_npu.spec import FUSIONS, groups
+from tests.tiny import write_model
+from tools.board.calls import count, read_calls
+
+# -- cutting: no library needed ----------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40000), st.integers(1, 70000), st.sampled_from([FP16, INT8]), st.integers(1, 3))
+def test_parts_cover_a_matrix_and_are_aligned(K: int, N: int, kind, cores: int) -> None:
+    how = cut(K, N, kind, cores)
+    assert sum(how.depths) - K in range(32) and sum(how.widths) - N in range(kind.b_block)
+    assert all(0 < depth <= MAX_K and depth % 32 == 0 for depth in how.depths)
+    assert all(width > 0 and width % kind.b_block == 0 for width in how.widths)
+    assert len(how.widths) <= cores and (len(how.widths) == 1 or N // len(how.widths) >= MIN_PART)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([FP16, INT8]))
+def test_packing_puts_every_element_where_the_layout_has_it(K: int, N: int, kind) -> None:
+    matrix = (np.arange(K * N).reshape(K, N) % 251 - 125).astype(np.float32)
+    depth, width = sum(cut(K, N, kind, 1).depths), sum(cut(K, N, kind, 1).widths)
+    packed = np.ones(depth * width, kind.operand)
+    pack(matrix, None, packed, depth, kind)
+    blocks = packed.reshape(width // kind.b_block, depth // 32, kind.b_block, 32)
+    padded = np.zeros((depth, width), np.float32)
+    padded[:K, :N] = matrix
+    for k, n in [(0, 0), (K - 1, 0), (0, N - 1), (K - 1, N - 1), (depth - 1, width - 1), (K // 2, N // 3)]:
+        assert blocks[n // kind.b_block, k // 32, n % kind.b_block, k % 32] == padded[k, n]
+    assert packed.astype(np.int64).sum() == padded.astype(np.int64).sum()
+
+
+@pytest.mark.parametrize("name", ["v7-0.1b", "v7-1.5b", "v4-3b", "v6-1.6b"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_official_models_stay_below_the_limit_of_contexts(name: str, dynamic: bool) -> None:
+    plan, own = _plan(official_spec(name), FP16, 3, dynamic=dynamic)
+    assert plan.contexts <= MAX_CONTEXTS and not own
+    parameters = sum(K * N for K, N in _large(official_spec(name)).values())
+    assert 2 * parameters <= plan.weights < 2.05 * parameters
+
+
+def test_a_model_that_cannot_fit_is_seen_before_anything_is_loaded() -> None:
+    plan, _ = _plan(official_spec("v7-2.9b"), FP16, 3, dynamic=True)
+    assert not plan.fits and "contexts (of 150)" in plan.arithmetic()
+    assert _plan(official_spec("v7-2.9b"), INT8, 3, dynamic=True)[0].fits
+
+
+def test_without_a_board_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    write_model(tmp_path / "model.pth")
+    with pytest.raises(BackendError, match="needs an rk3588"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul")
+    monkeypatch.setenv(OVERRIDE, str(tmp_path / "none.so"))
+    with pytest.raises(BackendError, match=r"none.so cannot be used"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul")
+
+
+# -- on the stand-in ---------------------------------------------------------------------------------------
+
+on_the_stand_in = pytest.mark.board
+
+
+@pytest.fixture
+def library(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    monkeypatch.setenv(OVERRIDE, str(stand_in))
+    return Library()
+
+
+@pytest.fixture
+def products(library: Library) -> Iterator[Products]:
+    made = Products(library, FP16, CORES, own=False)
+    yield made
+    made.close()
+
+
+@on_the_stand_in
+@settings(max_examples=25, deadline=None)
+@given(M=st.sampled_from([1, 16, 64]), K=st.integers(1, 300), N=st.integers(1, 1000), int8=st.booleans())
+def test_products_of_any_shape(stand_in: Path, M: int, K: int, N: int, int8: bool) -> None:
+    os.environ[OVERRIDE] = str(stand_in)
+    made = Products(Library(), INT8 if int8 else FP16, CORES, own=False)
+    try:
+        rng = np.random.default_rng([M, K, N])
+        x, matrix = rng.standard_normal((M, K), np.float32), rng.standard_normal((K, N), np.float32)
+        exact = x.astype(np.float64) @ matrix
+        found = made.multiply(x, made.weight("w", matrix, (1, 16, 64)))
+        assert found.shape == (M, N) and found.dtype == np.float32
+        bound = (0.05 if int8 else 2e-3) * np.sqrt(K) + (0.03 if int8 else 0)
+        assert np.abs(found - exact).max() < bound
+    finally:
+        made.close()
+        del os.environ[OVERRIDE]
+
+
+@on_the_stand_in
+def test_fp16_operands_and_fp32_sums_are_exact(products: Products) -> None:
+    """A K that is cut, more rows than one, columns for three cores: to the last bits of fp32."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, MAX_K + 96)).astype(np.float16).astype(np.float32)
+    matrix = rng.standard_normal((MAX_K + 96, 3 * MIN_PART)).astype(np.float16)
+    weight = products.weight("w", matrix, (16,))
+    assert len(weight.parts) == 2 and len(weight.parts[0]) == 3
+    exact = x.astype(np.float64) @ matrix
+    assert np.abs(products.multiply(x, weight) - exact).max() < 1e-5 * np.abs(exact).max()
+
+
+@on_the_stand_in
+@pytest.mark.parametrize("faults", ["", "no-dynamic"])
+@pytest.mark.parametrize("own", [True, False])
+def test_weights_and_rows_in_turns(stand_in: Path, tmp_path: Path, faults: str, own: bool, run_alone) -> None:
+    """Weights of one shape, row counts in any order: what is bound is what is multiplied."""
+    log = tmp_path / "log"
+    run_alone(
+        f"""
+        import numpy as np
+        from rwkv_npu.backends.npu_matmul import Products
+        from rwkv_npu.backends.rknn_api import CORES, FP16, Library
+        products = Products(Library(), FP16, CORES, own={own})
+        rng = np.random.default_rng(0)
+        matrices = [rng.standard_normal((64, 600)).astype(np.float16) for _ in range(3)]
+        weights = [products.weight(str(i), matrix, (1, 16)) for i, matrix in enumerate(matrices)]
+        for M in (1, 16, 16, 1, 16, 1, 1):
+            for matrix, weight in zip(matrices, weights):
+                x = rng.standard_normal((M, 64)).astype(np.float16).astype(np.float32)
+                assert np.abs(products.multiply(x, weight) - x @ matrix.astype(np.float32)).max() < 1e-3
+        products.close()
+        """,
+        RKNN_STANDIN_FAULTS=faults,
+        RKNN_STANDIN_LOG=str(log),
+    )
+    calls = read_calls(log)
+    contexts = 2 * (3 if own else 1) * (2 if faults else 1)
+    assert count(calls, "matmul_create", by="code") == {"0": contexts}
+    assert count(calls, "matmul_run").total() == 7 * 3 * 2
+    assert calls[-1].name == "matmul_destroy" and calls[-1].number("open") == 0
+    assert [call.number("buffers") for call in calls if call.name == "destroy_mem"][-1] == 0
+    bindings = [call["tensor"] for call in calls if call.name == "matmul_set_io_mem"]
+    if own:  # each context, and each of its handles, is given its weight once
+        assert bindings.count("B") == contexts
+
+
+@on_the_stand_in
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("generation", ["4", "5.0", "5.2", "6", "7", "7a"])
+def test_every_generation(library: Library, tmp_path: Path, generation: str, fusion: str) -> None:
+    spec = write_model(tmp_path / "model.pth", generation)
+    ids = np.random.default_rng(0).integers(1, 200, ROWS[-1] + 7)
+    with rwkv_npu.load(tmp_path / "model.pth", backend="numpy", fusion=fusion) as reference:
+        expected, expected_state = reference.forward(ids)
+    with rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", fusion=fusion) as model:
+        logits, state = model.forward(ids)
+        calls = model.engine.counters.calls
+        model.forward([5], state)
+        assert model.engine.counters.calls - calls == len(groups(spec, fusion))
+    assert np.abs(logits - expected).max() < 0.01 * expected.std() + 0.01
+    for name, part in expected_state.parts.items():
+        assert np.abs(state.parts[name] - part).max() < 0.02 * max(1.0, np.abs(part).max())
+
+
+@on_the_stand_in
+def test_one_core_is_enough(library: Library, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.pth")
+    found = {}
+    for cores in ("auto", "1"):
+        with rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", npu_cores=cores) as model:
+            found[cores], _ = model.forward([1, 2, 3])
+    assert np.array_equal(found["auto"], found["1"])  # parts of N share no sums
+    with pytest.raises(BackendError, match="NPU cores '0,0' are unknown"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", npu_cores="0,0")
+
+
+@on_the_stand_in
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ("run-fails", "returned -3: the NPU is unavailable"),
+        ("init-memory", "out of NPU memory"),
+        ("core-mask", "refused"),
+    ],
+)
+def test_codes_are_looked_at(stand_in: Path, run_alone, faults: str, said: str) -> None:
+    code = """
+        import numpy as np
+        from rwkv_npu.backends.npu_matmul import Products
+        from rwkv_npu.backends.rknn_api import CORES, FP16, Library
+        from rwkv_npu.errors import BackendError, UsageError
+        products = Products(Library(), FP16, CORES, own=True)
+        try:
+            weight = products.weight("w", np.ones((32, 800), np.float16), (1, 16))
+            products.multiply(np.ones((1, 32), np.float32), weight)
+        except BackendError as error:
+            print(error)
+        products.close()
+        """
+    assert said in run_alone(code, RKNN_STANDIN_FAULTS=faults)
+
+
+@on_the_stand_in
+def test_file_descriptors_that_run_out_are_said(stand_in: Path, run_alone) -> None:
+    code = """
+        import numpy as np
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        from rwkv_npu.backends.npu_matmul import Products
+        from rwkv_npu.backends.rknn_api import CORES, FP16, Library
+        from rwkv_npu.errors import BackendError, UsageError
+        products = Products(Library(), FP16, CORES, own=True)
+        try:
+            for number in range(40):
+                products.weight(str(number), np.ones((32, 32), np.float16), (1,))
+        except BackendError as error:
+            print(error)
+        products.close()
+        """
+    assert "out of NPU memory, or of file descriptors" in run_alone(code)
+
+
+@on_the_stand_in
+def test_eight_bits_are_the_users_choice(library: Library, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.pth")
+    ids = list(range(1, 40))
+    found = {}
+    for precision in ("fp16", "w8a8"):
+        with rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", precision=precision) as model:
+            found[precision], _ = model.forward(ids)
+    difference = np.abs(found["w8a8"] - found["fp16"]).max() / found["fp16"].std()
+    assert 1e-3 < difference < 0.3
+    with pytest.raises(UsageError, match="no w8a8 weights: it has fp32"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="numpy", precision="w8a8")
+    with pytest.raises(BackendError, match="computes in fp16 or w8a8, not in fp32"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", precision="fp32")

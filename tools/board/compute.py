@@ -1,0 +1,151 @@
+"""The process that computes for the stand-in: rows of a group come over a local socket, its outputs go back.
+
+A context of the stand-in is a connection, and a thread here. It opens with the identity that the compiler put into
+the .rknn file, which says of which bundle and which group that is, or of which product of the matmul benchmark.
+Messages: standin/remote.c.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.backends.base import Backend
+from rwkv_npu.bench.problem import make_problem
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.errors import RwkvNpuError, UsageError
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import FUSIONS, Group
+from tools.board.half import HalfBackend
+
+Function = Callable[[list[np.ndarray]], list[np.ndarray]]  # arrays of a group's inputs -> of its outputs
+MakeBackend = Callable[[BundleSource], Backend]
+
+_COUNT, _ANSWER = struct.Struct("=I"), struct.Struct("=i")
+ACCEPTED, REFUSED = _ANSWER.pack(0), _ANSWER.pack(-1)
+
+
+class Bundles:
+    """The groups of several bundles, by fingerprint; `backend` makes what computes them."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], backend: MakeBackend = HalfBackend):
+        self._groups: dict[tuple[str, str], tuple[Backend, Group]] = {}
+        for bundle in map(open_bundle, paths):
+            for fusion in FUSIONS:
+                source = BundleSource(bundle, fusion)
+                opened = backend(source)
+                for group in source.program.groups:
+                    self._groups[source.fingerprint, group.name] = opened, group
+
+    def function(self, identity: str, inputs: dict[str, int], outputs: dict[str, int]) -> Function:
+        """What computes the group of `identity` for the numbers of elements of its ends. Raises KeyError."""
+        said = json.loads(identity)
+        if "product" in said:
+            return _product(*map(int, said["product"].split("x")))
+        backend, group = self._groups[said["fingerprint"], said["group"]]
+        names = [port.name for port in group.inputs], [port.name for port in group.outputs]
+        if names != (list(inputs), list(outputs)):
+            raise KeyError(f"{group.name} has other inputs and outputs than its file")
+        rows = outputs[names[1][0]] // group.outputs[0].width
+        runner = backend.open(group, rows)
+
+        def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            for name, array in zip(names[0], arrays, strict=True):
+                runner.inputs[name][:] = array.reshape(runner.inputs[name].shape)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # infinities and NaN are results here
+                found = runner.run()
+            return [found[name] for name in names[1]]
+
+        return compute
+
+
+def _product(m: int, k: int, n: int) -> Function:
+    """The benchmark's A @ B, whose B follows from the shape."""
+    b = make_problem(m, k, n).b.astype(np.float16).astype(np.float32)
+
+    def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return [arrays[0].reshape(m, k).astype(np.float16).astype(np.float32) @ b]
+
+    return compute
+
+
+class Server:
+    """Listens at `path` until it is closed; usable with `with`."""
+
+    def __init__(self, path: str | os.PathLike[str], bundles: Bundles):
+        if len(os.fsencode(path)) > 100:  # of the 108 bytes that an address has
+            raise UsageError(f"{path} is too long for a socket: name a shorter one")
+        self.path, self._bundles = Path(path), bundles
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(os.fspath(path))
+        self._socket.listen(256)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as stream:
+            text = _read(stream, 1)
+            if text is None:
+                return
+            try:
+                identity, *ends = text.decode().split("\n")
+                inputs, outputs = (_sizes(line) for line in ends)
+                compute = self._bundles.function(identity, inputs, outputs)
+            except (KeyError, ValueError, RwkvNpuError) as error:
+                print(f"the stand-in asks for {text[:200]!r}: {error!r}", flush=True)
+                connection.sendall(REFUSED)
+                return
+            connection.sendall(ACCEPTED)
+            bounds = np.cumsum(list(inputs.values()))[:-1]
+            while (data := _read(stream, 4)) is not None:
+                results = compute(np.split(np.frombuffer(data, np.float32), bounds))
+                parts = [np.ascontiguousarray(array, np.float32).tobytes() for array in results]
+                try:
+                    connection.sendall(b"".join([ACCEPTED, *parts]))
+                except OSError:  # the process died with its question
+                    return
+
+
+def _sizes(line: str) -> dict[str, int]:
+    return {name: int(size) for name, _, size in (word.rpartition(":") for word in line.split(" "))}
+
+
+def _read(stream: Any, width: int) -> bytes | None:
+    """A count and as many items of `width` bytes; None when the other side is gone."""
+    try:
+        head = stream.read(_COUNT.size)
+        if len(head) < _COUNT.size:
+            return None
+        size = width * _COUNT.unpack(head)[0]
+        data = stream.read(size)
+    except OSError:
+        return None
+    return data if len(data) == size else None

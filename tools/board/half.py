@@ -1,0 +1,92 @@
+"""A backend in fp16 arithmetic: what the NPU computes, as far as that is known, without it.
+
+Every operation's result is rounded to fp16; the sums of a product and of a norm are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rwkv_npu import maths
+from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.maths import LAYER_NORM_EPS
+from rwkv_npu.spec import Group
+
+
+class HalfMaths:
+    """`maths.Maths` over fp16 arrays. Weights are rounded to fp16 and kept in fp32, in which they are multiplied."""
+
+    def __init__(self, source: Source, prefix: str = "", weights: dict[str, np.ndarray] | None = None):
+        self._source, self._prefix = source, prefix
+        self._weights = {} if weights is None else weights
+
+    def block(self, layer: int) -> HalfMaths:
+        return HalfMaths(self._source, f"blocks.{layer}.", self._weights)
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._weight(name).astype(np.float16)
+
+    def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        weight = self._weight(name)
+        return _half(x.astype(np.float32) @ (weight if index is None else weight[index]))
+
+    def layer_norm(self, x: np.ndarray, name: str, eps: float = LAYER_NORM_EPS) -> np.ndarray:
+        weight, bias = self._weight(name + ".weight"), self._weight(name + ".bias")
+        return _half(maths.layer_norm(x.astype(np.float32), weight, bias, eps))
+
+    def tanh(self, x: np.ndarray) -> np.ndarray:
+        return _half(np.tanh(x.astype(np.float32)))
+
+    def sigmoid(self, x: np.ndarray) -> np.ndarray:
+        return _half(maths.sigmoid(x.astype(np.float32)))
+
+    def relu(self, x: np.ndarray) -> np.ndarray:
+        return np.maximum(x, np.float16(0))
+
+    def shift(self, h: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.concatenate([last, h])[: len(h)]
+
+    def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
+        rank = x.shape[1]
+        matrices = s.astype(np.float32).reshape(-1, rank, rank)
+        return _half((x.astype(np.float32)[:, None, :] @ matrices)[:, 0])
+
+    def _weight(self, name: str) -> np.ndarray:
+        full = self._prefix + name
+        if full not in self._weights:
+            self._weights[full] = _half(self._source.tensor(full)).astype(np.float32)
+        return self._weights[full]
+
+
+class HalfRunner:
+    def __init__(self, source: Source, maths: HalfMaths, group: Group, rows: int, batch: int):
+        self._source, self._maths, self._group = source, maths, group
+        self.inputs = allocate_inputs(group, rows, batch)
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        inputs = {name: _half(array) for name, array in self.inputs.items()}
+        outputs = self._source.evaluate(self._group, self._maths, inputs)
+        return {name: array.astype(np.float32) for name, array in outputs.items()}
+
+
+class HalfBackend:
+    name = "half"
+
+    def __init__(self, source: Source):
+        self._source, self._maths = source, HalfMaths(source)
+
+    def row_counts(self, group: Group) -> None:
+        return None
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> HalfRunner:
+        return HalfRunner(self._source, self._maths, group, rows, batch)
+
+    def close(self) -> None:
+        self._maths = HalfMaths(self._source)
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # past 65504 there is infinity, as on the NPU
+        return x.astype(np.float16)
