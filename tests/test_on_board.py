@@ -202,3 +202,19 @@ def test_nothing_leaks_through_the_matmul_interface(run_alone, board_bundles, tm
     log = tmp_path / "log"
     output = run_alone(HELD, board_bundles["4"], "rknn-matmul", "projection", 2000, RKNN_STANDIN_LOG=str(log))
     check_held(output, read_calls(log))
+
+
+def test_the_matmul_sweep_runs_on_the_board(emulated_board: EmulatedBoard, tmp_path: Path) -> None:
+    """Its products are checked against float64, so that what ran was what was asked for."""
+    file, log = tmp_path / "rows.json", tmp_path / "log"
+    arguments = ["--shapes", "1x64x800,16x96x64", "--backends", "rknn,rknn-matmul", "--dtypes", "fp16,int8"]
+    options = ["-r", 1, "-t", 1, "--resume", file]
+    result = emulated_board.run("rwkv-npu", "bench", "matmul", *arguments, *options, log=log)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = {(row["backend"], row["dtype"], row["n"]): row for row in json.loads(file.read_text())["results"]}
+    assert len(rows) == 8 and not [row for row in rows.values() if row["failed"]], result.stderr[-2000:]
+    for (backend, dtype, _), row in rows.items():
+        assert row["max_rel_error"] < (0.05 if dtype == "int8" else 2e-3), (backend, dtype)
+        assert "NPU" in row["device"] and not row["estimated"]
+    calls = emulated_board.calls(log)
+    assert count(calls, "run")["16x96x64"] > 1 and count(calls, "matmul_run")["16x96x64"] > 1
