@@ -30,6 +30,7 @@ from rwkv_npu.bench import (
 from rwkv_npu.bench.record import Row
 from rwkv_npu.bench.series import Failed, Measured, Series
 from rwkv_npu.errors import BackendError
+from rwkv_npu.npu import Lock
 from tests.bench_rows import square
 
 QUICK = timing.Effort(repeats=3, precision=1.0, seconds=0.01)
@@ -406,7 +407,8 @@ PRODUCT = problem.make_problem(4, 32, 16)
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rknn, "LOCK", Lock(tmp_path))  # which the backends keep
     api = types.ModuleType("rknnlite.api")
     api.RKNNLite = FakeLite  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rknnlite", types.ModuleType("rknnlite"))
