@@ -16,6 +16,7 @@ import numpy as np
 
 from rwkv_npu.backends.base import Backend, Runner
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.kernels import Compiled
 from rwkv_npu.models.network import Network, Program, Run
 from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import State, new_state
@@ -126,7 +127,7 @@ class Engine:
     """A model that maps ids and a state to logits and a state.
 
     program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `initial` is the tuned
-    state of each layer that has one.
+    state of each layer that has one. `recurrence`: None is NumPy's.
     """
 
     def __init__(
@@ -138,9 +139,11 @@ class Engine:
         prefill: Backend,
         fingerprint: str,
         initial: dict[int, np.ndarray],
+        recurrence: Compiled | None = None,
     ):
         self.program, self.fingerprint = program, fingerprint
-        self._network = Network(program, host)
+        self._network = Network(program, host, recurrence)
+        self._recurrence = recurrence
         self._dispatcher = Dispatcher(decode, prefill)
         self._dispatcher.open(program.groups)
         self._initial = initial
@@ -159,10 +162,12 @@ class Engine:
         return self._dispatcher.counters
 
     def describe(self) -> str:
-        """Backends and fusion in a few words."""
+        """Backends, fusion and what runs the recurrence, in a few words."""
         decode, prefill = self._dispatcher.decode.name, self._dispatcher.prefill.name
         used = decode if decode == prefill else f"{prefill} for prompts, {decode} for tokens"
-        return f"{used}, {self.program.fusion} fusion, {len(self.program.groups)} calls a token"
+        recurrence = self._recurrence.name if self._recurrence else "NumPy"
+        calls = len(self.program.groups)
+        return f"{used}, {self.program.fusion} fusion, {calls} calls a token, recurrence in {recurrence}"
 
     def new_state(self) -> State:
         return new_state(self.spec, self.fingerprint, self._initial)
@@ -249,6 +254,8 @@ class Engine:
         """Give back what the backend holds; the engine cannot be used after it."""
         self._closed = True
         self._dispatcher.close()
+        if self._recurrence:
+            self._recurrence.close()
 
     def _run(self, batch: int) -> Run:
         return partial(self._dispatcher.run, batch=batch)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_npu import generation, sampling
+from rwkv_npu import generation, kernels, sampling
 from rwkv_npu.backends import BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend
 from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
@@ -169,6 +169,7 @@ def load(
     plan: str | Mapping[str, str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    recurrence: str = "auto",
 ) -> Model:
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
@@ -177,9 +178,11 @@ def load(
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, as {"prefill": NAME, "decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX
+    threads: of ort, torch and the compiled recurrence, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX
         Runtime's are one pool for the process, made at the first load: other sessions in the process must set
         `SessionOptions.use_per_session_threads = False`.
+    recurrence: numba (extra `fast`), numpy, or auto: numba where it is installed, and numpy with the backend numpy,
+        which is the reference.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     if fusion is not None:
@@ -208,6 +211,9 @@ def load(
             if name not in opened:
                 opened[name] = open_backend(name, source, threads=threads)
                 on_failure.callback(opened[name].close)
+        if recurrence == "auto" and set(opened) == {"numpy"}:
+            recurrence = "numpy"
+        compiled = kernels.compiled(source.spec, recurrence, threads)
         engine = Engine(
             source.program,
             source.tensor,
@@ -215,6 +221,7 @@ def load(
             prefill=opened[chosen["prefill"]],
             fingerprint=source.fingerprint,
             initial=source.initial_states(),
+            recurrence=compiled,
         )
         on_failure.pop_all()
     return Model(engine, words)

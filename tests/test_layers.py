@@ -26,7 +26,7 @@ converter evaluation
 artifacts bundle_writer model
 verify generation memory estimate
 engine sources
-graphs sampling state tokenizer
+graphs kernels sampling state tokenizer
 backends checkpoint models
 bundle
 maths tensorfile toolkit
@@ -45,11 +45,13 @@ HOMES = {
     "rknnlite": {"backends", "bench"},
     "tokenizers": {"tokenizer"},
     "safetensors": {"state"},
+    "numba": {"kernels"},
+    "llvmlite": {"kernels"},
 }
 NUMPY_ONLY = {"errors", "spec", "maths", "models", "engine", "sampling", "generation"}
 # Modules of distributions with other names, and what only serves a benchmark where somebody installed it.
 ON_A_BOARD = {"rknn", "rknnlite", "tinygrad"}
-HEAVY = {"numpy", "onnx", "onnxruntime", "torch", "tokenizers", "safetensors", "ml_dtypes", "tqdm", "asyncio"}
+HEAVY = {"numpy", "onnx", "onnxruntime", "torch", "tokenizers", "safetensors", "ml_dtypes", "numba", "tqdm", "asyncio"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -134,7 +136,7 @@ def test_the_engine_is_light() -> None:
     loaded = loaded_by(
         "import rwkv_npu.engine, rwkv_npu.generation, rwkv_npu.backends.numpy, rwkv_npu.sources"
     )
-    assert not loaded & {"onnx", "onnxruntime", "torch", "rknn", "rknnlite", "tokenizers"}
+    assert not loaded & {"onnx", "onnxruntime", "torch", "rknn", "rknnlite", "tokenizers", "numba"}
 
 
 def cpu_seconds(*arguments: str) -> float:
