@@ -29,8 +29,10 @@ from rwkv_npu.models.v7 import LOG_DECAY, NORM_FLOOR
 STATES = ("att.wkv",)
 P_W0, P_K_K, P_K_A, P_R_K, P_WEIGHT, P_BIAS = range(6)
 X_R, X_W, X_K, X_V, X_A, X_G, X_VMIX, X_FIRST = range(8)
+TURN = 16  # tokens for which it pays to turn a state and to turn it back
+
 # Rows of the scratch array: what a token brings to the state of a head, and what it gets.
-R, W, K, V, KAPPA, B, Y = range(7)
+R, W, K, V, KAPPA, B, Y, REMOVED = range(8)
 
 
 def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
@@ -84,6 +86,36 @@ def _update(S: Any, c: Any, N: Any) -> None:
 
 
 @inlined
+def _transpose(source: Any, target: Any) -> None:
+    for i in range(len(source)):
+        for j in range(len(source)):
+            target[j, i] = source[i, j]
+
+
+@inlined
+def _update_turned(S: Any, c: Any, N: Any) -> None:
+    """The same over S^T: sums run down the columns, so that nothing is added up across a vector."""
+    for i in range(N):
+        c[REMOVED, i] = ZERO
+        c[Y, i] = ZERO
+    half = N // 2
+    for j in range(half):
+        kappa, kappa_ = c[KAPPA, j], c[KAPPA, j + half]
+        for i in range(N):
+            c[REMOVED, i] += S[j, i] * kappa + S[j + half, i] * kappa_
+    for j in range(half):
+        w, b, k, r = c[W, j], c[B, j], c[K, j], c[R, j]
+        w_, b_, k_, r_ = c[W, j + half], c[B, j + half], c[K, j + half], c[R, j + half]
+        for i in range(N):
+            v, removed = c[V, i], c[REMOVED, i]
+            new = S[j, i] * w - removed * b + v * k
+            new_ = S[j + half, i] * w_ - removed * b_ + v * k_
+            S[j, i] = new
+            S[j + half, i] = new_
+            c[Y, i] += new * r + new_ * r_
+
+
+@inlined
 def _get(x: Any, p: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: Any) -> None:
     """Group norm, bonus and gate."""
     mean, scale = moments(c[Y], N)
@@ -112,14 +144,22 @@ def run(outputs: Any, table: Any, states: Any, y: Any, begin: Any, end: Any) -> 
     )
     y = by_head(y, H, N)
     p = table.reshape((len(table), H, N))
-    c = np.empty((7, N), np.float32)
+    c = np.empty((8, N), np.float32)
+    turned = np.empty((N, N), np.float32)
+    turn = N == 64 and len(y) >= TURN
     for head in range(begin, end):
         b, h = head // H, head % H
         S = states[b, h]
+        if turn:
+            _transpose(S, turned)
         for t in range(len(y)):
             _bring(x, p, c, t, b, h, N)
-            if N == 64:
+            if turn:
+                _update_turned(turned, c, 64)
+            elif N == 64:
                 _update(S, c, 64)
             else:
                 _update(S, c, N)
             _get(x, p, c, y, t, b, h, N)
+        if turn:
+            _transpose(turned, S)
