@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,8 @@ import numpy as np
 
 from rwkv_npu.backends.base import Source
 from rwkv_npu.errors import BackendError
+from rwkv_npu import kernels
 from rwkv_npu.kernels import tape as _tape
-from rwkv_npu.kernels.pool import Pool, shared_pool
 from rwkv_npu.kernels.tape import Matrix, Recording, Weight
 from rwkv_npu.packing import LANES, Packed, pack_floats, padded
 from rwkv_npu.spec import Group
@@ -51,7 +52,8 @@ class NumbaBackend:
 
     def __init__(self, source: Source, *, threads: int | None = None):
         self._source = source
-        self.pool: Pool = shared_pool(threads or len(os.sched_getaffinity(0)))
+        pool = kernels.load("pool", "products of matrices")
+        self.pool = pool.shared_pool(threads or len(os.sched_getaffinity(0)))
         self._recordings: dict[str, Recording] = {}
         self._arenas: dict[int, np.ndarray] = {}
         self._kept: list[np.ndarray] = []
