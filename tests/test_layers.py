@@ -49,7 +49,7 @@ HOMES = {
     "rknnlite": {"backends", "bench"},
     "tokenizers": {"tokenizer"},
     "safetensors": {"state"},
-    "numba": {"kernels"},
+    "numba": {"kernels", "backends"},
     "llvmlite": {"kernels"},
 }
 NUMPY_ONLY = {"errors", "spec", "maths", "models", "engine", "sampling", "generation"}
