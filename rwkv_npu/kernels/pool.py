@@ -125,8 +125,7 @@ class Pool:
         with self._lock:
             if self._owner != os.getpid():  # a forked child has no threads but its own
                 self._start()
-            control, own = self._control.ctypes.data, self._scratch[0].ctypes.data
-            self._met = _lead(control, self.threads, tape, address, self._met, own)
+            self._met = _lead(self._address, self.threads, tape, address, self._met, self._own)
 
     def close(self) -> None:
         with self._lock:
@@ -137,7 +136,8 @@ class Pool:
         self._owner, self._met = os.getpid(), 0
         self._scratch = [aligned_bytes(SCRATCH_BYTES) for _ in range(self.threads)]
         self._control = aligned_bytes(_PER_THREAD + self.threads * _THREAD_BYTES)
-        control = self._control.ctypes.data
+        control = self._address = self._control.ctypes.data
+        self._own = self._scratch[0].ctypes.data
         _prepare(control, self.threads)
         self._helpers = [
             threading.Thread(
@@ -153,7 +153,7 @@ class Pool:
 
     def _stop(self) -> None:
         if self._owner == os.getpid():
-            _publish(self._control.ctypes.data, self.threads, 0, 0)
+            _publish(self._address, self.threads, 0, 0)
             for helper in self._helpers:
                 helper.join()
         self._helpers = []
