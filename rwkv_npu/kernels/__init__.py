@@ -21,7 +21,9 @@ from types import ModuleType
 
 from rwkv_npu.files import cache_dir
 
-KEEP = True  # whether what is compiled next goes to the cache folder
+# Whether what is compiled next is kept: only in our folder, since the one that numba would choose knows a function by
+# the date of its own file, and not what it calls.
+KEEP = False
 PATIENCE = 1.0  # seconds of compiling after which it is said
 
 _loading = threading.Lock()
@@ -45,8 +47,7 @@ def load(module: str, what: str) -> ModuleType:
                 f"{what} is compiled for this run only: {folder} cannot be used ({error})",
                 file=sys.stderr,
             )
-            with _uncached():
-                return importlib.import_module(name)
+            return importlib.import_module(name)
 
 
 def _identity() -> str:
@@ -66,25 +67,16 @@ def _identity() -> str:
 @contextlib.contextmanager
 def _numba_cache(folder: Path) -> Iterator[None]:
     """Have numba keep in `folder` what is compiled meanwhile. Raises OSError."""
+    global KEEP
     from numba.core import config
 
     folder.mkdir(parents=True, exist_ok=True)
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(folder)
+    config.CACHE_DIR, KEEP = str(folder), True
     try:
         yield
     finally:
-        config.CACHE_DIR = before
-
-
-@contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    global KEEP
-    KEEP = False
-    try:
-        yield
-    finally:
-        KEEP = True
+        config.CACHE_DIR, KEEP = before, False
 
 
 @contextlib.contextmanager

@@ -24,11 +24,11 @@ from rwkv_npu.kernels.simd import (
     absolute,
     add,
     add_ints,
-    at_least,
     dot,
     floats,
     fma,
     high_nibbles,
+    larger,
     largest,
     load_bfloats,
     load_bytes,
@@ -173,9 +173,7 @@ def quantise_rows(x, stride, first, last, K, q, scales, sums):  # type: ignore[n
             begin = source + block * BLOCK * 4
             a, b = load_floats(begin), load_floats(begin + 64)
             c, d = load_floats(begin + 128), load_floats(begin + 192)
-            peak = largest(
-                at_least(at_least(at_least(absolute(a), absolute(b)), absolute(c)), absolute(d))
-            )
+            peak = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
             scale = peak * types.float32(1 / 127)
             inverse = floats(types.float32(127) / peak if peak > 0 else types.float32(0))
             a, b = rounded(mul(a, inverse)), rounded(mul(b, inverse))

@@ -276,9 +276,20 @@ def total(b: Any, v: Any) -> Any:
     return _reduce(b, v, b.fadd)
 
 
+@operation(Floats, Floats, Floats)
+def larger(b: Any, x: Any, y: Any) -> Any:
+    """NaN where either is."""
+    return call(b, "llvm.maximum.v16f32", Floats.llvm, x, y)
+
+
 @operation(types.float32, Floats)
 def largest(b: Any, v: Any) -> Any:
-    return _reduce(b, v, lambda x, y: b.select(b.fcmp_unordered(">", x, y), x, y))
+    """NaN where any is."""
+    return _reduce(b, v, lambda x, y: call(b, f"llvm.maximum.{_suffix(x.type)}", x.type, x, y))
+
+
+def _suffix(kind: Any) -> str:
+    return f"v{kind.count}f32"
 
 
 def _reduce(b: Any, v: Any, combine: Callable[[Any, Any], Any]) -> Any:
