@@ -208,7 +208,7 @@ def _add_bench_inference(actions: Any) -> None:
     )
     which = "bundle or checkpoint (default: the demo model); repeatable"
     p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
-    p.add_argument("--backends", metavar="LIST", help="of ort, torch, numpy (default: these)")
+    p.add_argument("--backends", metavar="LIST", help="of numba, ort, torch, numpy (default: these)")
     p.add_argument(
         "-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)"
     )

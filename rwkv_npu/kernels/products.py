@@ -109,10 +109,7 @@ def add_scaled(
     b: Any, tile: Any, x_scales: Any, x_stride: Any, scales: Any, scales_stride: Any, y: Any, y_stride: Any
 ) -> None:
     """y += tile * scale of the block of the row * scales of the block of the columns."""
-    halves = ir.VectorType(ir.HalfType(), simd.LANES)
-    columns = [
-        b.fpext(simd.read(b, _at(b, scales, scales_stride, s), halves), Floats.llvm) for s in range(SPAN)
-    ]
+    columns = [simd.read_bfloats(b, _at(b, scales, scales_stride, s)) for s in range(SPAN)]
     for r in range(ROWS):
         scale = simd.spread(b, simd.read(b, _at(b, x_scales, x_stride, r), ir.FloatType()))
         for s in range(SPAN):
@@ -227,7 +224,7 @@ def row_times_int4(q, scales, sums, weights, weight_scales, K, first, last, y): 
                 b = dot(b, high_nibbles(some), repeat_four(q + k + 4))
                 a = dot(a, low_nibbles(more), repeat_four(q + k + 8))
                 b = dot(b, high_nibbles(more), repeat_four(q + k + 12))
-            scale = mul(floats(load_float(scales + block * 4)), load_halves(s + block * 32))
+            scale = mul(floats(load_float(scales + block * 4)), load_bfloats(s + block * 32))
             result = fma(to_floats(add_ints(a, b)), scale, result)
         store_floats(result, y + strip * 64)
 
@@ -245,7 +242,7 @@ def row_times_int8(q, scales, sums, weights, weight_scales, K, first, last, y): 
             for k in range(block * BLOCK, (block + 1) * BLOCK, 8):
                 a = dot(a, operand(load_bytes(w + k * 16)), repeat_four(q + k))
                 b = dot(b, operand(load_bytes(w + k * 16 + 64)), repeat_four(q + k + 4))
-            scale = mul(floats(load_float(scales + block * 4)), load_halves(s + block * 32))
+            scale = mul(floats(load_float(scales + block * 4)), load_bfloats(s + block * 32))
             result = fma(to_floats(add_ints(a, b)), scale, result)
         store_floats(result, y + strip * 64)
 

@@ -112,6 +112,12 @@ def call(builder: Any, name: str, result: Any, *values: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
+def read_bfloats(builder: Any, address: Any) -> Any:
+    """16 bfloat16, which are the upper halves of float32."""
+    wide = builder.zext(read(builder, address, ir.VectorType(_I16, LANES)), Ints.llvm)
+    return builder.bitcast(builder.shl(wide, constant(Ints, 16)), Floats.llvm)
+
+
 def emit_dot(builder: Any, total: Any, weights: Any, x: Any) -> Any:
     """total + the four products of each lane, added up: weights are unsigned (signed if SIGNED_DOT), x is signed."""
     if _features.get("avx512vnni"):
@@ -173,9 +179,8 @@ def load_halves(b: Any, address: Any) -> Any:
 
 @operation(Floats, ADDRESS)
 def load_bfloats(b: Any, address: Any) -> Any:
-    """16 bfloat16, widened: the upper halves of float32."""
-    wide = b.zext(read(b, address, ir.VectorType(_I16, LANES)), Ints.llvm)
-    return b.bitcast(b.shl(wide, constant(Ints, 16)), Floats.llvm)
+    """16 bfloat16, widened."""
+    return read_bfloats(b, address)
 
 
 @operation(Floats, types.float32)
