@@ -1,7 +1,8 @@
 """Quantised matrices of the CPU: blocks of a column that share a scale, in the order in which they are multiplied.
 
 A matrix (K, N), used as x @ W, is cut into strips of LANES columns; within a strip the rows follow each other, so that
-a product reads memory from front to back. BLOCK rows of a column share a bfloat16 scale (float16 has too few exponents for what is small):
+a product reads memory from front to back. BLOCK rows of a column share a scale, in bfloat16, since float16 has too few
+exponents for small numbers:
 
     W[k, n] = scale[k // BLOCK, n] * (q[k, n] - zero)
 

@@ -105,5 +105,7 @@ def test_what_feeds_the_state_keeps_eight_bits(generation: str) -> None:
     assert {bits_of("int8", tensor) for tensor in projections} == {8}
     four = {tensor.name for tensor in projections if bits_of("int4", tensor) == 4}
     assert {"head.weight", "blocks.1.ffn.key.weight", "blocks.1.att.output.weight"} <= four
-    assert not any(f".att.{name}.weight" in label for name in ("receptance", "key", "value") for label in four)
+    assert not any(
+        f".att.{name}.weight" in label for name in ("receptance", "key", "value") for label in four
+    )
     assert not any(label.endswith(("1", "2")) for label in four)

@@ -68,7 +68,10 @@ def assert_close(ours: Reference, theirs: Reference, slack: float = 1.0) -> None
 # -- the rwkv package ------------------------------------------------------------------------------------
 
 MODELS = [
-    (case, backend, fusion) for case in CASES for backend in ("numpy", "ort", "numba", "torch") for fusion in FUSIONS
+    (case, backend, fusion)
+    for case in CASES
+    for backend in ("numpy", "ort", "numba", "torch")
+    for fusion in FUSIONS
 ]
 
 

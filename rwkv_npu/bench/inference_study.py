@@ -176,12 +176,12 @@ class Study:
         found: list[tuple[Subject, str, str | None]] = []
         for subject in self.subjects:
             for backend in dict.fromkeys(self.settings.backends):
-                precisions: Sequence[str] = ()
+                precisions: Sequence[str | None] = ()
                 if backend.startswith("rknn"):
                     precisions = list(dict.fromkeys(a.precision for a in subject.artifacts))
                 elif backend in ("numba", "ort"):
                     precisions = subject.cpu_precisions
-                found += [(subject, backend, precision) for precision in precisions or [None]]
+                found += [(subject, backend, precision) for precision in precisions or (None,)]
         return found
 
     def _is_of(self, row: Row, subject: Subject, backend: str, precision: str | None) -> bool:

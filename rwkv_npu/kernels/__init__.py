@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rwkv_npu.files import cache_dir
 
@@ -57,7 +58,8 @@ def _identity() -> str:
 
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for file in (*sorted(here.glob("*.py")), *sorted((here.parent / "models").glob("*.py")), here.parent / "packing.py"):
+    used = [*here.glob("*.py"), *(here.parent / "models").glob("*.py"), here.parent / "packing.py"]
+    for file in sorted(used):
         digest.update(file.read_bytes())
     features = llvmlite.binding.get_host_cpu_features().flatten()
     digest.update(f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__}".encode())
@@ -68,8 +70,7 @@ def _identity() -> str:
 def _numba_cache(folder: Path) -> Iterator[None]:
     """Have numba keep in `folder` what is compiled meanwhile. Raises OSError."""
     global KEEP
-    from numba.core import config
-
+    config: Any = importlib.import_module("numba.core.config")
     folder.mkdir(parents=True, exist_ok=True)
     before = config.CACHE_DIR
     config.CACHE_DIR, KEEP = str(folder), True

@@ -337,14 +337,18 @@ def _rows_times(load: Any, size: int) -> Any:
             count = min(K_STEP_FLOATS, K - k0)
             for s in range(STRIPS):
                 for k in range(count):
-                    store_floats(load(strips + (s * K + k0 + k) * 16 * size), scratch + (k * PANEL + s * 16) * 4)
+                    store_floats(
+                        load(strips + (s * K + k0 + k) * 16 * size), scratch + (k * PANEL + s * 16) * 4
+                    )
             for row in range(first, last, ROWS):
                 of_row = x + (row * x_stride + k0) * 4
                 for s in range(0, STRIPS, SPAN):
                     to = out + row * stride * 4 + s * 64
                     tile = load_tile(to, stride * 4)
                     for k in range(count):
-                        tile = add_products(tile, scratch + k * PANEL * 4 + s * 64, of_row + k * 4, x_stride * 4)
+                        tile = add_products(
+                            tile, scratch + k * PANEL * 4 + s * 64, of_row + k * 4, x_stride * 4
+                        )
                     store_tile(tile, to, stride * 4)
 
     return rows_times

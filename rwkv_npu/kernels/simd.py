@@ -27,7 +27,7 @@ _BIT, _I8, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
 _F32 = ir.FloatType()
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """A vector of `count` elements of an LLVM type."""
 
     def __init__(self, name: str, element: Any, count: int):
@@ -35,7 +35,7 @@ class Vector(types.Type):  # type: ignore[misc]
         super().__init__(name)
 
 
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector):
         super().__init__(manager, vector, vector.llvm)
 
