@@ -4,6 +4,7 @@
     host.safetensors            embedding, norms, mixes, decays
     graphs/weights.safetensors  every projection once, for every backend of the CPU
     graphs/FUSION.GROUP.onnx    the groups; they refer to the weights by offset
+    cpu/PRECISION.safetensors   every projection quantised, as `packing` lays it out
     selftest.safetensors        rows for every group, and what comes of them: how a board tests its NPU
     rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
     vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
@@ -25,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import BundleError
+from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Scaling, Spec
 from rwkv_npu.tensorfile import TensorFile
 
-FORMAT = (1, 0)  # another major is refused, a newer minor opens
+FORMAT = (1, 1)  # another major is refused, a newer minor opens
 MATHS = 1  # version of the meaning of the groups' inputs and outputs
 MANIFEST = "manifest.json"
 MARK = "conversion"  # in OUT.partial: which conversion it belongs to
@@ -77,6 +79,8 @@ class Manifest:
 
     tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None. fingerprint: of a sample of the
     weights, quick to have of any checkpoint; weights_digest: of every value.
+    cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
+    cpu_default: the one in which the CPU runs unless told otherwise.
     """
 
     spec: Spec
@@ -93,6 +97,13 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
     graph_errors: dict[str, float] = field(default_factory=dict)
+    packed: list[str] = field(default_factory=list)
+    cpu_default: str = ""
+
+    @property
+    def cpu_precisions(self) -> tuple[str, ...]:
+        """Those in which the CPU can run, its default first."""
+        return tuple(dict.fromkeys([self.cpu_default or self.cpu, self.cpu, *self.packed]))
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -111,7 +122,8 @@ class Manifest:
         maths = {group["maths"] for groups in data["groups"].values() for group in groups}
         if maths - {MATHS}:
             raise _OtherVersion(f"{major}.{minor}, maths {max(maths)}")
-        known = {name: data[name] for name in Manifest.__dataclass_fields__}  # a newer minor may have more
+        # A newer minor may have more, an older one less.
+        known = {name: data[name] for name in Manifest.__dataclass_fields__ if name in data}
         known["format"] = (major, minor)
         known["spec"] = _known(Spec, data["spec"])
         known["scaling"] = _known(Scaling, data["scaling"])
@@ -147,6 +159,7 @@ class Bundle:
         self.path, self.manifest = path, manifest
         self._host = TensorFile(path / HOST, error=BundleError)
         self._weights = TensorFile(path / WEIGHTS, error=BundleError)
+        self._packed: dict[str, TensorFile] = {}
 
     @property
     def spec(self) -> Spec:
@@ -155,6 +168,17 @@ class Bundle:
     def tensor(self, name: str) -> np.ndarray:
         """A tensor in the shape in which the maths uses it. Raises BundleError for one that is not there."""
         return (self._host if name in self._host else self._weights).array(name)
+
+    def packed(self, precision: str, name: str, index: int | None = None) -> Packed:
+        """A projection, or number `index` of a stack, quantised. Raises BundleError for one that is not there."""
+        if precision not in self._packed:
+            self._packed[precision] = TensorFile(self.path / packed_file(precision), error=BundleError)
+        file, label = self._packed[precision], packed_label(name, index)
+        shape = self._weights.entry(name).shape[-2:]
+        return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
+
+    def is_projection(self, name: str) -> bool:
+        return name in self._weights
 
     def __contains__(self, name: str) -> bool:
         return name in self._host or name in self._weights
@@ -165,6 +189,15 @@ class Bundle:
 
 def graph_file(fusion: str, group: str) -> str:
     return f"graphs/{fusion}.{group}.onnx"
+
+
+def packed_file(precision: str) -> str:
+    return f"cpu/{precision}.safetensors"
+
+
+def packed_label(name: str, index: int | None) -> str:
+    """How a matrix is called there; its tensors are LABEL.data and LABEL.scales."""
+    return name if index is None else f"{name}.{index}"
 
 
 def artifact_file(target: str, group: str, fusion: str, precision: str, rows: int) -> str:

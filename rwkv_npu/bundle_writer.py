@@ -13,10 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.bundle import HOST, MATHS, SELF_TEST, WEIGHTS, Bundle, Manifest, graph_file, record_file
+from tqdm import tqdm
+
+from rwkv_npu.bundle import (
+    HOST,
+    MATHS,
+    SELF_TEST,
+    WEIGHTS,
+    Bundle,
+    Manifest,
+    graph_file,
+    packed_file,
+    packed_label,
+    record_file,
+)
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import Constant, external_model, trace_group
 from rwkv_npu.models.network import Program
+from rwkv_npu.packing import bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
 from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
@@ -56,6 +70,44 @@ def _plan(source: CheckpointSource, tensor: Tensor, dtype: Any) -> TensorPlan:
             yield array[start : start + step]
 
     return TensorPlan(tensor.name, stored, tensor.used_shape, produce)
+
+
+def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None:
+    """`cpu/PRECISION.safetensors`, unless it is there: every projection, quantised from what the checkpoint has."""
+    path = folder / packed_file(precision)
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    plans: list[TensorPlan] = []
+    with tqdm(desc=f"quantise to {precision}", unit="matrix", disable=None) as bar:
+        for tensor in tensors(source.spec):
+            if tensor.kind.is_projection and source.has(tensor.name):
+                plans += _packed_plans(source, tensor, bits_of(precision, tensor), bar)
+        bar.total = len(plans) // 2
+        aside = path.with_name(path.name + ".writing")
+        write_tensors(aside, plans)
+    os.replace(aside, path)
+
+
+def _packed_plans(
+    source: CheckpointSource, tensor: Tensor, bits: int, bar: tqdm[Any]
+) -> Iterator[TensorPlan]:
+    """data and scales of a projection, or of each matrix of a stack. They are written one after the other."""
+    *stack, k, n = tensor.used_shape
+    data_shape, scales_shape = packed_shapes(k, n, bits)
+    for index in range(stack[0]) if stack else [None]:
+        made: list[np.ndarray] = []
+
+        def data(index: int | None = index, made: list[np.ndarray] = made) -> np.ndarray:
+            array = source.tensor(tensor.name)
+            packed = pack(array if index is None else array[index], bits)
+            made.append(packed.scales)
+            bar.update()
+            return packed.data
+
+        label = packed_label(tensor.name, index)
+        yield TensorPlan(f"{label}.data", np.uint8, data_shape, data)
+        yield TensorPlan(f"{label}.scales", np.float16, scales_shape, made.pop)
 
 
 def write_graphs(bundle: Bundle) -> None:
@@ -113,7 +165,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
 
 def record_files(folder: Path, manifest: Manifest) -> None:
     """Sizes and digests of every file that the bundle has, other than the manifest."""
-    names = [HOST, WEIGHTS, SELF_TEST, *(a.path for a in manifest.artifacts)]
+    packed = map(packed_file, manifest.packed)
+    names = [HOST, WEIGHTS, SELF_TEST, *packed, *(a.path for a in manifest.artifacts)]
     for fusion, described in manifest.groups.items():
         names += [graph_file(fusion, group["name"]) for group in described]
     if manifest.tokenizer and not manifest.tokenizer.startswith("builtin:"):

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rwkv_npu import __version__
 from rwkv_npu.errors import RwkvNpuError
 
-BACKENDS = ("auto", "numpy", "ort", "torch", "rknn-sim", "rknn", "rknn-matmul")
+BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
 NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
 
 
@@ -58,7 +58,9 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--precision", default="fp16", help="of the NPU's artifacts: fp16")
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
-    p.add_argument("--cpu", default="fp16", help="of the CPU's weights: fp16 (default) or fp32")
+    p.add_argument(
+        "--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32"
+    )
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")

@@ -36,6 +36,7 @@ from rwkv_npu.bundle_writer import (
     describe_groups,
     record_files,
     write_graphs,
+    write_packed,
     write_tokenizer,
     write_weights,
 )
@@ -43,6 +44,7 @@ from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
 from rwkv_npu.models.network import Program
+from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import Scaling, Spec, check_fusion
@@ -85,12 +87,17 @@ class Request:
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
-        known = {"CPU precision": STORAGE, "target": (*TARGETS, NO_TARGET), "precision": ("fp16",)}
+        known = {"CPU precision": (*STORAGE, *PRECISIONS), "target": (*TARGETS, NO_TARGET), "precision": ("fp16",)}
         for (what, values), value in zip(known.items(), (self.cpu, self.target, self.precision), strict=True):
             if value not in values:
                 raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
+
+    @property
+    def storage(self) -> str:
+        """Precision of the weights that every backend can read; quantised ones are there beside them."""
+        return "fp32" if self.cpu == "fp32" else "fp16"
 
     @property
     def compiles(self) -> bool:
@@ -124,7 +131,7 @@ def convert(
     precision: str = "fp16",
     fusion: str = "layer",
     rows: str | int | Sequence[int] = "auto",
-    cpu: str = "fp16",
+    cpu: str = "int8",
     force: bool = False,
     jobs: int | None = None,
     verify: bool = False,
@@ -136,7 +143,8 @@ def convert(
 
     target: the chip whose `.rknn` files are built, or `none` for the CPU only.
     rows: row counts of the artifacts, such as "1,64"; auto chooses by memory.
-    cpu: precision in which the CPU's backends find the weights, fp16 or fp32.
+    cpu: precision in which the CPU multiplies: int8, int4, fp16 or fp32. Beside quantised weights there are those in
+        fp16, which the other backends read.
     force: replace whatever is at `out`. jobs: builds at a time (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
     toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
@@ -162,6 +170,10 @@ def convert(
     with _workspace(place, manifest, adding is not None) as folder:
         _drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)
+        if request.cpu in PRECISIONS:
+            write_packed(folder, CheckpointSource(opened), request.cpu)
+            manifest.packed = list(dict.fromkeys([*manifest.packed, request.cpu]))
+        manifest.cpu_default = request.cpu
         bundle = Bundle(folder, manifest)
         write_graphs(bundle)
         write_self_test(bundle)
@@ -193,7 +205,7 @@ def _check_values(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     say(f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters: checking every value")
-    digest = check_finite(checkpoint, fp16=request.cpu == "fp16" or request.compiles)
+    digest = check_finite(checkpoint, fp16=request.storage == "fp16" or request.compiles)
     if manifest.weights_digest not in ("", digest):
         raise _other_weights(place)
     manifest.weights_digest = digest
@@ -259,7 +271,7 @@ def _existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest
     manifest = read_manifest(place)
     if manifest.fingerprint != checkpoint.fingerprint:
         raise _other_weights(place)
-    if manifest.cpu != request.cpu:
+    if request.cpu not in PRECISIONS and manifest.cpu != request.cpu:
         raise BundleError(
             f"{place} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
             "name another output, or give --force"
@@ -273,7 +285,7 @@ def _new_manifest(checkpoint: Checkpoint, request: Request) -> Manifest:
         fingerprint=checkpoint.fingerprint,
         checkpoint=checkpoint.path.name,
         fusion=request.fusion,
-        cpu=request.cpu,
+        cpu=request.storage,
         scaling=default_scaling(checkpoint.spec),
         tokenizer=None,
         made_by=f"rwkv_npu {rwkv_npu.__version__}",

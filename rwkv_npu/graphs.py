@@ -22,10 +22,14 @@ from onnx import TensorProto, helper
 
 from rwkv_npu.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
+from rwkv_npu.packing import BLOCK, Packed, numbers
 from rwkv_npu.spec import Group, Port, tensors
 
 OPSET = 17  # the first with LayerNormalization; Rockchip's compiler takes up to 19
 IR_VERSION = 8  # a newer onnx would write one that Rockchip's compiler cannot read
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operations
+INT8_ROWS = 4  # MatMulNBits' accuracy level at which it quantises rows too, block by block
 
 # At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
 NPU_WIDTH = 8192
@@ -295,6 +299,38 @@ def external_model(
             proto.external_data.add(key=key, value=str(value))
         projections.append(proto)
     return _model(trace, name, tensor, projections)
+
+
+def quantised_model(
+    trace: Trace,
+    name: str,
+    tensor: Callable[[str], np.ndarray],
+    packed: Callable[[Constant], Packed],
+) -> onnx.ModelProto:
+    """The graph with its projections quantised, as ONNX Runtime's MatMulNBits takes them, and rows quantised as well."""
+    model = _model(trace, name, tensor, [])
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in trace.projections:
+            label = node.input[1]
+            weight = packed(trace.projections[label])
+            k, n = weight.padded_k, weight.shape[1]
+            attributes = {"K": weight.shape[0], "N": n, "bits": weight.bits, "block_size": BLOCK}
+            data, scales = f"{label}.data", f"{label}.scales"
+            node.CopyFrom(
+                helper.make_node(
+                    "MatMulNBits", [node.input[0], data, scales], list(node.output), name=node.name,
+                    domain=MICROSOFT, accuracy_level=INT8_ROWS, **attributes,
+                )  # fmt: skip
+            )
+            q = numbers(weight).swapaxes(0, 1).reshape(k, -1)[:, :n].T.reshape(n, k // BLOCK, BLOCK)
+            if weight.bits == 4:
+                q = q[..., ::2] | q[..., 1::2] << 4
+            by_column = weight.scales.swapaxes(0, 1).reshape(k // BLOCK, -1)[:, :n].T
+            model.graph.initializer.extend(
+                [_initialiser(data, q, np.uint8), _initialiser(scales, by_column.reshape(-1), np.float32)]
+            )
+    model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return model
 
 
 def compiler_model(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_npu import generation, sampling
-from rwkv_npu.backends import BACKENDS
+from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
 from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.engine import Engine
@@ -172,16 +172,17 @@ def load(
 ) -> Model:
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
-    backend: numpy, ort, torch, rknn-sim, rknn, or auto: what `rwkv-npu tune` measured to be fastest on this machine,
-        else rknn where the NPU, its runtime and artifacts are there and pass their self-test, else ort.
-    precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32.
+    backend: numpy, ort, torch, rknn-sim, rknn, rknn-matmul, or auto: what `rwkv-npu tune` measured to be fastest on
+        this machine, else rknn where the NPU, its runtime and artifacts are there and pass their self-test, else ort.
+    precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32. rknn-matmul makes fp16
+        (its default) and w8a8 of any.
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, group or both, as {"prefill": NAME, "head:decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
     threads: of ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX
         Runtime's are one pool for the process, made at the first load: other sessions in the process must set
         `SessionOptions.use_per_session_threads = False`.
-    npu_cores: of rknn, one of auto, 0, 1, 2, "0,1", "0,1,2".
+    npu_cores: of rknn and rknn-matmul, one of auto, 0, 1, 2, "0,1", "0,1,2".
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     if fusion is not None:
@@ -194,24 +195,27 @@ def load(
     measured: Plan | None = None
     if is_bundle(where):
         bundle = open_bundle(where)
-        _check_precision(precision, {bundle.manifest.cpu, *(a.precision for a in bundle.manifest.artifacts)})
+        manifest = bundle.manifest
+        present = {*manifest.cpu_precisions, *(a.precision for a in manifest.artifacts)}
         if backend == "auto" and plan is None and precision is None:
             measured = measured_plan(bundle)
             measured = measured if measured and fusion in (None, measured.fusion) else None
         source: ModelSource = BundleSource(bundle, measured.fusion if measured else fusion, precision)
         words = _bundle_tokenizer(bundle, tokenizer)
     else:
-        _check_precision(precision, {"fp32"})
+        present = {"fp32"}
         checkpoint = open_checkpoint(where)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
-        source = CheckpointSource(checkpoint, fusion)
+        source = CheckpointSource(checkpoint, fusion, precision)
         words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
     options = Options(threads, npu_cores)
     if backend == "auto" and plan is None:
+        _check_precision(precision, present)
         engine, reason = open_automatically(source, options, measured)
     else:
         parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
+        _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
         engine, reason = open_engine(source, parsed, options), "as asked"
     return Model(engine, words, reason)
 

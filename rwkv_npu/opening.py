@@ -20,7 +20,8 @@ from rwkv_npu.plan import Plan, tuned
 from rwkv_npu.recording import self_test
 from rwkv_npu.sources import ModelSource
 
-CPU_BACKEND = "ort"  # what steps in for an NPU, and the choice where there is none
+# What steps in for an NPU, and the choice where there is none: the fastest that is installed.
+CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
 NPU_BACKEND = "rknn"
 
 
@@ -44,6 +45,8 @@ def open_engine(
     guards: list[Guard] = []
     bound = FP16_BOUND if source.precision in (None, "fp16") else INT8_BOUND
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
+
+    bound = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND
 
     def cpu() -> Backend:
         return opened.get(CPU_BACKEND) or open_backend(CPU_BACKEND, source, threads=options.threads)

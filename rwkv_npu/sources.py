@@ -14,6 +14,7 @@ from rwkv_npu.errors import BundleError
 from rwkv_npu.maths import Maths
 from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.network import Program
+from rwkv_npu.packing import Packed, unpack
 from rwkv_npu.spec import Group, Spec
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ class ModelSource:
     def tensor(self, name: str) -> np.ndarray:
         raise KeyError(name)
 
+    def packed(self, name: str, index: int | None = None) -> Packed | None:
+        """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
+        return None
+
+    def weight(self, name: str) -> np.ndarray:
+        """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
+        return self.tensor(name)
+
     def has(self, name: str) -> bool:
         return False
 
@@ -64,16 +73,33 @@ class ModelSource:
 
 
 class BundleSource(ModelSource):
-    """`precision` chooses among artifacts of several."""
+    """`precision` chooses among those of the artifacts and of the CPU's weights; None takes the bundle's own."""
 
     def __init__(self, bundle: Bundle, fusion: str | None = None, precision: str | None = None):
         manifest = bundle.manifest
         program = Program(manifest.spec, fusion or manifest.fusion, manifest.scaling)
         super().__init__(program, manifest.fingerprint)
         self.bundle, self.precision = bundle, precision
+        on_cpu = manifest.cpu_precisions
+        self.cpu_precision = precision if precision in on_cpu else on_cpu[0]
+        self._quantised = self.cpu_precision in manifest.packed
+        self._unpacked: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
+
+    def packed(self, name: str, index: int | None = None) -> Packed | None:
+        return self.bundle.packed(self.cpu_precision, name, index) if self._quantised else None
+
+    def weight(self, name: str) -> np.ndarray:
+        stored = self.tensor(name)
+        if self.precision != self.cpu_precision or not (self._quantised and self.bundle.is_projection(name)):
+            return stored
+        if name not in self._unpacked:
+            indices: list[int | None] = list(range(len(stored))) if stored.ndim == 3 else [None]
+            matrices = [unpack(self.bundle.packed(self.cpu_precision, name, index)) for index in indices]
+            self._unpacked[name] = np.stack(matrices) if stored.ndim == 3 else matrices[0]
+        return self._unpacked[name]
 
     def has(self, name: str) -> bool:
         return name in self.bundle
@@ -95,19 +121,30 @@ class BundleSource(ModelSource):
         identity = json.dumps({"fingerprint": self.fingerprint, "group": artifact.group})
         return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
 
-    def onnx(self, group: Group) -> str:
+    def onnx(self, group: Group) -> str | bytes:
+        if self._quantised:
+            return self._quantised_onnx(group)
         path = self.bundle.graph_path(self.program.fusion, group.name)
         if not path.is_file():
             raise BundleError(f"{path} is missing from the bundle: convert the checkpoint again")
         return str(path)
 
+    def _quantised_onnx(self, group: Group) -> bytes:
+        from rwkv_npu.graphs import Constant, quantised_model, trace_group
+
+        def packed(constant: Constant) -> Packed:
+            return self.bundle.packed(self.cpu_precision, constant.name, constant.index)
+
+        trace = trace_group(self.program, group)
+        return quantised_model(trace, group.name, self.tensor, packed).SerializeToString()
+
 
 class CheckpointSource(ModelSource):
     """A checkpoint used as it is: graphs are built in memory, in fp32."""
 
-    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None):
+    def __init__(self, checkpoint: Checkpoint, fusion: str | None = None, precision: str | None = None):
         super().__init__(Program(checkpoint.spec, fusion or "layer"), checkpoint.fingerprint)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.precision = checkpoint, precision
         self._vectors: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str) -> np.ndarray:

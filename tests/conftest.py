@@ -60,9 +60,9 @@ def run_alone(stand_in: Path) -> Callable[..., str]:
     """Runs Python code in a process of its own, on the stand-in; gives what it prints. The stand-in reads its
     variables once a process."""
 
-    def run(code: str, **variables: str) -> str:
+    def run(code: str, *words: object, **variables: str) -> str:
         environment = {**os.environ, OVERRIDE: str(stand_in), **variables}
-        command = [sys.executable, "-c", textwrap.dedent(code)]
+        command = [sys.executable, "-c", textwrap.dedent(code), *map(str, words)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr[-2000:]
         return result.stdout

@@ -31,7 +31,7 @@ graphs sampling state tokenizer plan
 backends checkpoint models
 memory
 bundle
-maths tensorfile toolkit
+maths tensorfile toolkit packing
 spec files board npu
 errors
 """

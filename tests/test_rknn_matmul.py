@@ -16,7 +16,7 @@ from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
 from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
 from rwkv_npu.bench.shapes import official_spec
-from rwkv_npu.errors import BackendError
+from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.memory import MAX_CONTEXTS
 from rwkv_npu.spec import FUSIONS, groups
 from tests.tiny import write_model
@@ -201,7 +201,7 @@ def test_codes_are_looked_at(stand_in: Path, run_alone, faults: str, said: str) 
         import numpy as np
         from rwkv_npu.backends.npu_matmul import Products
         from rwkv_npu.backends.rknn_api import CORES, FP16, Library
-        from rwkv_npu.errors import BackendError
+        from rwkv_npu.errors import BackendError, UsageError
         products = Products(Library(), FP16, CORES, own=True)
         try:
             weight = products.weight("w", np.ones((32, 800), np.float16), (1, 16))
@@ -221,7 +221,7 @@ def test_file_descriptors_that_run_out_are_said(stand_in: Path, run_alone) -> No
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
         from rwkv_npu.backends.npu_matmul import Products
         from rwkv_npu.backends.rknn_api import CORES, FP16, Library
-        from rwkv_npu.errors import BackendError
+        from rwkv_npu.errors import BackendError, UsageError
         products = Products(Library(), FP16, CORES, own=True)
         try:
             for number in range(40):
@@ -231,3 +231,19 @@ def test_file_descriptors_that_run_out_are_said(stand_in: Path, run_alone) -> No
         products.close()
         """
     assert "out of NPU memory, or of file descriptors" in run_alone(code)
+
+
+@on_the_stand_in
+def test_eight_bits_are_the_users_choice(library: Library, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.pth")
+    ids = list(range(1, 40))
+    found = {}
+    for precision in ("fp16", "w8a8"):
+        with rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", precision=precision) as model:
+            found[precision], _ = model.forward(ids)
+    difference = np.abs(found["w8a8"] - found["fp16"]).max() / found["fp16"].std()
+    assert 1e-3 < difference < 0.3
+    with pytest.raises(UsageError, match="no w8a8 weights: it has fp32"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="numpy", precision="w8a8")
+    with pytest.raises(BackendError, match="computes in fp16 or w8a8, not in fp32"):
+        rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", precision="fp32")

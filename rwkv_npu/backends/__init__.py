@@ -12,6 +12,7 @@ from rwkv_npu.errors import BackendError
 BACKENDS = {
     "numpy": ("numpy", "NumpyBackend", "numpy"),
     "ort": ("ort", "OrtBackend", "onnxruntime"),
+    "numba": ("numba", "NumbaBackend", "numba"),
     "torch": ("torch", "TorchBackend", "torch"),
     "rknn-sim": ("rknn_sim", "RknnSimBackend", "rwkv_npu"),
     "rknn": ("rknn", "RknnBackend", "rwkv_npu"),
@@ -19,6 +20,8 @@ BACKENDS = {
 }
 # Those that need a board. They are opened behind a guard (guard.py), and take `cores` beside `threads`.
 NPU_BACKENDS = ("rknn", "rknn-matmul")
+# Those that make weights of these precisions themselves, of whatever there is.
+MADE_PRECISIONS = {"rknn-matmul": ("fp16", "w8a8")}
 
 
 def open_backend(name: str, source: Any, **options: Any) -> Backend:

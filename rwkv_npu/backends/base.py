@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rwkv_npu.maths import Maths
+from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Group, Spec
 
 
@@ -34,8 +35,18 @@ class Source(Protocol):
     @property
     def spec(self) -> Spec: ...
 
+    @property
+    def program(self) -> Any:
+        """What the groups compute (`models.network.Program`)."""
+
     def tensor(self, name: str) -> np.ndarray:
         """A tensor in the shape in which the maths uses it: vectors in fp32, the others as stored."""
+
+    def packed(self, name: str, index: int | None = None) -> Packed | None:
+        """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
+
+    def weight(self, name: str) -> np.ndarray:
+        """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
 
     def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
         """Outputs of a group for its inputs, computed with the operations of `f`."""

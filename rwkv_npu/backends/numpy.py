@@ -14,7 +14,7 @@ from rwkv_npu.spec import Group
 class NumpyRunner:
     def __init__(self, source: Source, group: Group, rows: int, batch: int):
         self._source, self._group = source, group
-        self._maths = NumpyMaths(source.tensor)
+        self._maths = NumpyMaths(source.weight)
         self.inputs = allocate_inputs(group, rows, batch)
 
     def run(self) -> Mapping[str, np.ndarray]:

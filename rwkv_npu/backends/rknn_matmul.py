@@ -27,7 +27,7 @@ from rwkv_npu.spec import Kind as TensorKind
 ROWS = (1, 64)  # of a call: tokens, and chunks of prompts
 HEAD, HEAD_ROWS = "head.weight", (1,)
 KINDS = {"fp16": FP16, "w8a8": INT8}
-DEFAULT_CORES = "auto"
+DEFAULT_PRECISION, DEFAULT_CORES = "fp16", "auto"
 
 
 class MatmulSource(Source, Protocol):
@@ -77,16 +77,19 @@ class RknnMatmulBackend:
 
     def __init__(self, source: MatmulSource, *, threads: int | None = None, cores: str = DEFAULT_CORES):
         _check_chip()
-        self._source, self._kind = source, KINDS[source.precision or "fp16"]
+        kind = KINDS.get(source.precision or DEFAULT_PRECISION)
+        if kind is None:
+            raise BackendError(f"rknn-matmul computes in {' or '.join(KINDS)}, not in {source.precision}")
         masks, library = _masks(cores), Library()
-        plan, own = _plan(source.spec, self._kind, len(masks), dynamic=library.create_dynamic is not None)
+        plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
         if not plan.fits:
             raise BackendError(
                 f"the model does not fit the NPU: {plan.arithmetic()}; use --precision w8a8, or ort"
             )
         raise_file_limit()
         LOCK.acquire()
-        self._products: Products | None = Products(library, self._kind, masks, own=own)
+        self._source = source
+        self._products: Products | None = Products(library, kind, masks, own=own)
         self._large, self._weights = set(_large(source.spec)), dict[str, Weight]()
         self._maths = NpuMaths(source.tensor, self._weight, self._products)
 

@@ -26,7 +26,7 @@ class TorchMaths:
     def vector(self, name: str) -> torch.Tensor:
         full = self._prefix + name
         if full not in self._tensors:
-            array = self._source.tensor(full)
+            array = self._source.weight(full)
             # A copy where nothing is to be widened: torch takes no read-only memory.
             self._tensors[full] = torch.from_numpy(array.astype(np.float32, order="K", copy=True))
         return self._tensors[full]

@@ -169,8 +169,8 @@ def _wheels(wheel: Path, say: Say) -> Path:
         say(f"downloading aarch64 wheels: {', '.join(wanted)}")
         platforms = [f"--platform={name}_aarch64" for name in PLATFORMS]
         version = PYTHON.removeprefix("python")
-        target = ["--target", place, "--python-version", version, "--implementation", "cp"]
-        _pip("install", *target, *platforms, "--only-binary=:all:", *wanted)
+        target = ["--python-version", version, "--implementation", "cp", "--only-binary=:all:"]
+        _pip("install", "--target", place, *target, *platforms, *wanted)
 
     return _layer("wheels", _digest(PYTHON, *wanted), fill)
 

@@ -1,4 +1,4 @@
-/* The matmul family, computed here: fp16 operands with fp32 sums, int8 operands with int32 sums. */
+/* The matmul family, computed here: fp16 operands with sums of at least fp32, int8 operands with exact ones. */
 #define _GNU_SOURCE
 #include "standin.h"
 
@@ -187,48 +187,69 @@ int rknn_matmul_destroy(rknn_matmul_ctx context) {
 
 /* -- a run -------------------------------------------------------------------------------------------------- */
 
-/* For each tile of B, TILE_N columns by TILE_K rows, unpacked once: what it adds to all rows of C. NUMBER holds
- * elements and sums, LOAD reads element number `at` of an operand. */
-#define DEFINE_MULTIPLY(NAME, NUMBER, LOAD, BLOCK_A, BLOCK_B)                                                        \
-    static void NAME(const product *p) {                                                                             \
-        size_t M = (size_t)p->info.M, K = (size_t)p->info.K, N = (size_t)p->info.N;                                  \
-        bool native = p->info.AC_layout == RKNN_LAYOUT_NATIVE;                                                       \
-        size_t step = p->info.B_layout == RKNN_LAYOUT_NORM ? N : 1; /* from one k to the next, within a tile */      \
-        const void *stored_a = p->a->device, *stored_b = p->b->device;                                               \
-        NUMBER *c = p->c->device, *a = malloc(M * K * sizeof *a), *sums = malloc(M * TILE_N * sizeof *sums);         \
-        for (size_t m = 0; m < M; m++)                                                                               \
-            for (size_t k = 0; k < K; k++)                                                                           \
-                a[m * K + k] = LOAD(stored_a, place(native, M, K, BLOCK_A, m, k));                                   \
-        for (size_t n = 0; n < N; n += TILE_N) {                                                                     \
-            memset(sums, 0, M * TILE_N * sizeof *sums);                                                              \
-            for (size_t k = 0; k < K; k += TILE_K) {                                                                 \
-                NUMBER tile[TILE_N][TILE_K];                                                                         \
-                for (size_t j = 0; j < TILE_N; j++) {                                                                \
-                    size_t start = place_b(p->info.B_layout, K, N, BLOCK_B, k, n + j);                               \
-                    for (size_t i = 0; i < TILE_K; i++)                                                              \
-                        tile[j][i] = LOAD(stored_b, start + i * step);                                               \
-                }                                                                                                    \
-                for (size_t m = 0; m < M; m++)                                                                       \
-                    for (size_t j = 0; j < TILE_N; j++) {                                                            \
-                        NUMBER sum = 0;                                                                              \
-                        for (size_t i = 0; i < TILE_K; i++)                                                          \
-                            sum += a[m * K + k + i] * tile[j][i];                                                    \
-                        sums[m * TILE_N + j] += sum;                                                                 \
-                    }                                                                                                \
-            }                                                                                                        \
-            for (size_t m = 0; m < M; m++)                                                                           \
-                for (size_t j = 0; j < TILE_N; j++)                                                                  \
-                    c[place(native, M, N, C_BLOCK, m, n + j)] = sums[m * TILE_N + j];                                \
-        }                                                                                                            \
-        free(a);                                                                                                     \
-        free(sums);                                                                                                  \
-    }
+static void widen(const void *stored, bool int8, float *floats, size_t count) {
+    if (!int8)
+        halves_to_floats(stored, floats, count);
+    else
+        for (size_t i = 0; i < count; i++)
+            floats[i] = ((const int8_t *)stored)[i];
+}
 
-static inline float load_half(const void *stored, size_t at) { return half_to_float(((const uint16_t *)stored)[at]); }
-static inline int32_t load_int8(const void *stored, size_t at) { return ((const int8_t *)stored)[at]; }
+/* B is multiplied again and again: it is widened once. */
+static const float *widened_b(memory *b, bool int8) {
+    size_t count = b->mem.size / (int8 ? 1 : 2);
+    if (!b->widened && (b->widened = malloc(count * sizeof *b->widened)))
+        widen(b->device, int8, b->widened, count);
+    return b->widened;
+}
 
-DEFINE_MULTIPLY(multiply_fp16, float, load_half, 8, 16)
-DEFINE_MULTIPLY(multiply_int8, int32_t, load_int8, 16, 32)
+/* A row-major, (M, K), to be freed. */
+static float *widened_a(const product *p) {
+    size_t M = (size_t)p->info.M, K = (size_t)p->info.K, block = is_int8(p) ? 16 : 8;
+    float *stored = malloc(M * K * sizeof *stored), *rows = malloc(M * K * sizeof *rows);
+    widen(p->a->device, is_int8(p), stored, M * K);
+    for (size_t m = 0; m < M; m++)
+        for (size_t k = 0; k < K; k++)
+            rows[m * K + k] = stored[place(p->info.AC_layout == RKNN_LAYOUT_NATIVE, M, K, block, m, k)];
+    free(stored);
+    return rows;
+}
+
+static void store(const product *p, size_t m, size_t n, double sum) {
+    bool native = p->info.AC_layout == RKNN_LAYOUT_NATIVE;
+    size_t at = place(native, (size_t)p->info.M, (size_t)p->info.N, C_BLOCK, m, n);
+    if (is_int8(p))
+        ((int32_t *)p->c->device)[at] = (int32_t)sum;
+    else
+        ((float *)p->c->device)[at] = (float)sum;
+}
+
+/* The sum over a tile, fp32, is exact for int8. */
+static float dot(const float *a, const float *b, size_t step) {
+    float sum = 0;
+    if (step == 1)
+        for (size_t i = 0; i < TILE_K; i++)
+            sum += a[i] * b[i];
+    else
+        for (size_t i = 0; i < TILE_K; i++)
+            sum += a[i] * b[i * step];
+    return sum;
+}
+
+static void multiply(product *p) {
+    size_t M = (size_t)p->info.M, K = (size_t)p->info.K, N = (size_t)p->info.N, block = is_int8(p) ? 32 : 16;
+    size_t step = p->info.B_layout == RKNN_LAYOUT_NORM ? N : 1; /* from one k to the next, within a tile */
+    const float *b = widened_b(p->b, is_int8(p));
+    float *a = widened_a(p);
+    for (size_t n = 0; n < N; n++)
+        for (size_t m = 0; m < M; m++) {
+            double sum = 0;
+            for (size_t k = 0; k < K; k += TILE_K)
+                sum += dot(a + m * K + k, b + place_b(p->info.B_layout, K, N, block, k, n), step);
+            store(p, m, n, sum);
+        }
+    free(a);
+}
 
 int rknn_matmul_run(rknn_matmul_ctx context) {
     product *p = handle_find(context, MATMUL);
@@ -240,10 +261,7 @@ int rknn_matmul_run(rknn_matmul_ctx context) {
         return code;
     if (computes_nothing())
         return RKNN_SUCC;
-    if (is_int8(p))
-        multiply_int8(p);
-    else
-        multiply_fp16(p);
+    multiply(p);
     if (fault("zeros", p->group))
         memset(p->c->device, 0, p->c->mem.size);
     if (fault("nan", p->group) && !is_int8(p))

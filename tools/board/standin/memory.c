@@ -23,6 +23,7 @@ static void release(memory *m) {
         descriptors_release(m->descriptors);
     if (m->device != m->mem.virt_addr)
         free(m->device);
+    free(m->widened);
     free(m->mem.virt_addr);
     free(m);
 }
@@ -61,8 +62,11 @@ int rknn_mem_sync(rknn_context context, rknn_tensor_mem *mem, int mode) {
         return RKNN_ERR_PARAM_INVALID;
     if (m->device == mem->virt_addr)
         return RKNN_SUCC;
-    if (mode & TO_DEVICE)
+    if (mode & TO_DEVICE) {
         memcpy(m->device, mem->virt_addr, mem->size);
+        free(m->widened);
+        m->widened = NULL;
+    }
     if (mode & FROM_DEVICE)
         memcpy(mem->virt_addr, m->device, mem->size);
     return RKNN_SUCC;

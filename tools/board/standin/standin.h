@@ -82,6 +82,7 @@ void descriptors_release(int *taken);
 typedef struct {
     rknn_tensor_mem mem; /* first: the caller knows no more of it */
     void *device;        /* what the NPU sees */
+    float *widened;      /* a B in fp16 as fp32, for its next products; NULL after it changed */
     int *descriptors;
 } memory;
 

@@ -1,0 +1,247 @@
+"""Executes tapes, compiled.
+
+All threads run the same tape: of rows each takes its own, of products its own columns. Where the tape says `wait` they
+meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from rwkv_npu.kernels import simd
+from rwkv_npu.kernels.products import (
+    ROWS,
+    load_float,
+    quantise_rows,
+    row_times_bf16,
+    row_times_fp16,
+    row_times_fp32,
+    row_times_int4,
+    row_times_int8,
+    rows_times_bf16,
+    rows_times_fp16,
+    rows_times_fp32,
+    rows_times_quantised,
+)
+from rwkv_npu.kernels.simd import (
+    ADDRESS,
+    add,
+    add_atomically,
+    at_least,
+    floats,
+    fma,
+    load_floats,
+    mul,
+    operation,
+    pause,
+    read_atomically,
+    sigmoid,
+    store_floats,
+    sub,
+    tanh,
+    total,
+)
+from rwkv_npu.kernels.tape import (
+    ADD,
+    ADD_VECTOR,
+    BF16,
+    FP16,
+    INT4,
+    INT8,
+    LAYER_NORM,
+    LINEAR,
+    MIX,
+    MUL,
+    MUL_VECTOR,
+    QUANTISE,
+    RELU,
+    ROW_MATMUL,
+    SCALE,
+    SHIFT,
+    SIGMOID,
+    SUB,
+    TANH,
+    TILE_ROWS,
+)
+from rwkv_npu.packing import PANEL
+
+assert ROWS == TILE_ROWS
+
+
+@operation(types.void, types.float32, ADDRESS)
+def store_float(b: Any, value: Any, address: Any) -> None:
+    simd.write(b, address, value)
+
+
+@njit(nogil=True)
+def _meet(counter, goal):  # type: ignore[no-untyped-def]
+    """Wait until the threads have come here `goal` times, all together."""
+    add_atomically(counter, 1)
+    while read_atomically(counter) < goal:
+        pause()
+
+
+@njit(nogil=True)
+def _layer_norm(row, out, width, weight, bias, eps):  # type: ignore[no-untyped-def]
+    whole = width // 16 * 16
+    sums = floats(types.float32(0))
+    for n in range(0, whole, 16):
+        sums = add(sums, load_floats(row + n * 4))
+    mean = total(sums)
+    for n in range(whole, width):
+        mean += load_float(row + n * 4)
+    mean = types.float32(mean / width)
+    centre, squares = floats(mean), floats(types.float32(0))
+    for n in range(0, whole, 16):
+        x = sub(load_floats(row + n * 4), centre)
+        squares = fma(x, x, squares)
+    variance = total(squares)
+    for n in range(whole, width):
+        x = types.float32(load_float(row + n * 4) - mean)
+        variance += x * x
+    factor = types.float32(1 / np.sqrt(variance / width + eps))
+    for n in range(0, width, 16):
+        x = mul(sub(load_floats(row + n * 4), centre), floats(factor))
+        store_floats(fma(x, load_floats(weight + n * 4), load_floats(bias + n * 4)), out + n * 4)
+
+
+@njit(nogil=True)
+def _row_matmul(x, s, out, R):  # type: ignore[no-untyped-def]
+    """(R,) times an (R, R) matrix, row-major."""
+    for n in range(R):
+        value = types.float32(0)
+        for k in range(R):
+            value += load_float(x + k * 4) * load_float(s + (k * R + n) * 4)
+        store_float(value, out + n * 4)
+
+
+@njit(nogil=True)
+def _of_row(t, row):  # type: ignore[no-untyped-def]
+    """What an instruction does to one row."""
+    op, width = t.op, t.width
+    at = row * t.stride * 4
+    a, b, out = t.a + at, t.b + at, t.out + at
+    if op == LAYER_NORM:
+        _layer_norm(a, out, width, t.vector, t.bias, t.number)
+    elif op == ROW_MATMUL:
+        _row_matmul(a, t.b + row * t.a_stride * 4, out, width)
+    elif op == SHIFT:
+        before = row - int(t.number)
+        source = t.a + before * t.stride * 4 if before >= 0 else t.b + row * t.stride * 4
+        for n in range(0, width, 16):
+            store_floats(load_floats(source + n * 4), out + n * 4)
+    elif op == MIX:
+        for n in range(0, width, 16):
+            value = fma(load_floats(b + n * 4), load_floats(t.vector + n * 4), load_floats(a + n * 4))
+            store_floats(value, out + n * 4)
+    elif op == ADD:
+        for n in range(0, width, 16):
+            store_floats(add(load_floats(a + n * 4), load_floats(b + n * 4)), out + n * 4)
+    elif op == SUB:
+        for n in range(0, width, 16):
+            store_floats(sub(load_floats(a + n * 4), load_floats(b + n * 4)), out + n * 4)
+    elif op == MUL:
+        for n in range(0, width, 16):
+            store_floats(mul(load_floats(a + n * 4), load_floats(b + n * 4)), out + n * 4)
+    elif op == ADD_VECTOR:
+        for n in range(0, width, 16):
+            store_floats(add(load_floats(a + n * 4), load_floats(t.vector + n * 4)), out + n * 4)
+    elif op == MUL_VECTOR:
+        for n in range(0, width, 16):
+            store_floats(mul(load_floats(a + n * 4), load_floats(t.vector + n * 4)), out + n * 4)
+    elif op == SCALE:
+        for n in range(0, width, 16):
+            store_floats(mul(load_floats(a + n * 4), floats(types.float32(t.number))), out + n * 4)
+    elif op == RELU:
+        for n in range(0, width, 16):
+            store_floats(at_least(load_floats(a + n * 4), floats(types.float32(0))), out + n * 4)
+    elif op == SIGMOID:
+        for n in range(0, width, 16):
+            store_floats(sigmoid(load_floats(a + n * 4)), out + n * 4)
+    elif op == TANH:
+        for n in range(0, width, 16):
+            store_floats(tanh(load_floats(a + n * 4)), out + n * 4)
+
+
+@njit(nogil=True)
+def _quantise(t, first, last):  # type: ignore[no-untyped-def]
+    """Rows as int8; what lies beyond their width is cleared first, since it would count."""
+    for row in range(first, last):
+        for n in range(t.width, t.stride):
+            store_float(types.float32(0), t.a + (row * t.stride + n) * 4)
+    quantise_rows(t.a, t.stride, first, last, t.stride, t.out, t.b, t.sums)
+
+
+@njit(nogil=True)
+def _one_row(t, row, thread, threads):  # type: ignore[no-untyped-def]
+    """A row times this thread's columns of a matrix."""
+    strips, out = t.n // 16, t.out + row * t.stride * 4
+    first, last = strips * thread // threads, strips * (thread + 1) // threads
+    blocks = row * (t.k // 64) * 4
+    if t.format == INT4:
+        row_times_int4(t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out)
+    elif t.format == INT8:
+        row_times_int8(t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out)
+    elif t.format == FP16:
+        row_times_fp16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
+    elif t.format == BF16:
+        row_times_bf16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
+    else:
+        row_times_fp32(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
+
+
+@njit(nogil=True)
+def _rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
+    """All rows times this thread's panels; where there are fewer panels than threads, they share the rows too."""
+    panels, tiles = -(-t.n // PANEL), -(-t.rows // ROWS)
+    pieces = 1 if panels >= threads else min(tiles, -(-threads // panels))
+    jobs = panels * pieces
+    for job in range(jobs * thread // threads, jobs * (thread + 1) // threads):
+        panel, piece = job // pieces, job % pieces
+        first, last = tiles * piece // pieces * ROWS, tiles * (piece + 1) // pieces * ROWS
+        if t.format == INT4:
+            rows_times_quantised(
+                4, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
+            )
+        elif t.format == INT8:
+            rows_times_quantised(
+                8, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
+            )
+        elif t.format == FP16:
+            rows_times_fp16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+        elif t.format == BF16:
+            rows_times_bf16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+        else:
+            rows_times_fp32(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+
+
+@njit(nogil=True)
+def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-untyped-def]
+    """This thread's share of a tape. counter: the address of what the threads meet at, which stands at `met`.
+
+    Returns where it stands afterwards: all threads are done then.
+    """
+    for i in range(len(tape)):
+        t = tape[i]
+        if t.wait:
+            met += threads
+            _meet(counter, met)
+        if t.op == LINEAR:
+            if t.rows == 1:
+                _one_row(t, 0, thread, threads)
+            else:
+                _rows(t, thread, threads, scratch)
+        else:
+            first, last = t.rows * thread // threads, t.rows * (thread + 1) // threads
+            if t.op == QUANTISE:
+                _quantise(t, first, last)
+            else:
+                for row in range(first, last):
+                    _of_row(t, row)
+    met += threads
+    _meet(counter, met)
+    return met
+

@@ -1,0 +1,363 @@
+"""Vectors of 64 bytes as a type of numba's: what its own loops cannot say, such as products of four bytes at once.
+
+A vector is a value like a number; memory is an address (an integer, in bytes). The operations become single LLVM
+instructions of the full width, and LLVM cuts them to the registers that the machine has: one on AVX-512, two on
+AVX2, four on NEON. Only the dot product of bytes is chosen by hand.
+
+    Bytes   64 unsigned bytes         Ints   16 int32         Floats   16 float32
+    lane    one of 16 places; a lane of Bytes holds four of them
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+VECTOR_BYTES = 64
+
+_BIT, _I8, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
+_F32 = ir.FloatType()
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """A vector of `count` elements of an LLVM type."""
+
+    def __init__(self, name: str, element: Any, count: int):
+        self.llvm = ir.VectorType(element, count)
+        super().__init__(name)
+
+
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, vector: Vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+register_model(Vector)(_VectorModel)
+
+Bytes = Vector("Bytes", _I8, VECTOR_BYTES)
+Ints = Vector("Ints", _I32, LANES)
+Floats = Vector("Floats", _F32, LANES)
+ADDRESS = types.intp
+
+_features = llvmlite.binding.get_host_cpu_features()
+_triple = llvmlite.binding.get_process_triple()
+
+# The dot product of bytes wants both sides signed on Arm, and weights unsigned on x86.
+SIGNED_DOT = _triple.startswith("aarch64")
+WIDE = bool(_features.get("avx512f"))  # 32 registers of the full width
+
+
+def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make an operation of a function that emits its LLVM code: (builder, *values) -> value, None for nothing."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            value = emit(builder, *values)
+            return context.get_dummy_value() if value is None else value
+
+        def typed(_context: Any, *given: Any) -> Any:
+            return result(*arguments), code
+
+        typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+        # numba binds the arguments of a call by the names of `emit`'s.
+        typed.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
+        return intrinsic(typed)
+
+    return decorate
+
+
+def pointer(builder: Any, address: Any, element: Any) -> Any:
+    return builder.inttoptr(address, element.as_pointer())
+
+
+def read(builder: Any, address: Any, kind: Any) -> Any:
+    """Load a value of an LLVM type that need not be aligned."""
+    value = builder.load(pointer(builder, address, kind))
+    value.align = 1
+    return value
+
+
+def write(builder: Any, address: Any, value: Any) -> None:
+    builder.store(value, pointer(builder, address, value.type)).align = 1
+
+
+def spread(builder: Any, value: Any, count: int = LANES) -> Any:
+    """A scalar in every lane."""
+    kind = ir.VectorType(value.type, count)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(first, first, _mask([0] * count))
+
+
+def _mask(places: Iterable[int]) -> Any:
+    """Which elements a shuffle takes."""
+    chosen = list(places)
+    return ir.Constant(ir.VectorType(_I32, len(chosen)), chosen)
+
+
+def constant(vector: Vector, value: float) -> Any:
+    return ir.Constant(vector.llvm, [value] * vector.llvm.count)
+
+
+def call(builder: Any, name: str, result: Any, *values: Any) -> Any:
+    """Call an LLVM intrinsic."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def emit_dot(builder: Any, total: Any, weights: Any, x: Any) -> Any:
+    """total + the four products of each lane, added up: weights are unsigned (signed if SIGNED_DOT), x is signed."""
+    if _features.get("avx512vnni"):
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", Ints.llvm, total, weights, x)
+    if SIGNED_DOT and _features.get("dotprod"):
+        parts = [
+            call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", ir.VectorType(_I32, 4), *operands)
+            for operands in zip(*(_quarters(builder, v) for v in (total, weights, x)), strict=True)
+        ]
+        halves = [_join(builder, *parts[:2]), _join(builder, *parts[2:])]
+        return _join(builder, *halves)
+    widen = builder.sext if SIGNED_DOT else builder.zext
+    for place in range(4):
+        mask = _mask(range(place, VECTOR_BYTES, 4))
+        a, b = (builder.shuffle_vector(v, v, mask) for v in (weights, x))
+        total = builder.add(total, builder.mul(widen(a, Ints.llvm), builder.sext(b, Ints.llvm)))
+    return total
+
+
+def _quarters(builder: Any, v: Any) -> list[Any]:
+    size = v.type.count // 4
+    masks = [range(start, start + size) for start in range(0, v.type.count, size)]
+    return [builder.shuffle_vector(v, v, _mask(mask)) for mask in masks]
+
+
+def _join(builder: Any, a: Any, b: Any) -> Any:
+    count = 2 * a.type.count
+    return builder.shuffle_vector(a, b, _mask(range(count)))
+
+
+# -- operations --------------------------------------------------------------------------------------------
+
+
+@operation(Bytes, ADDRESS)
+def load_bytes(b: Any, address: Any) -> Any:
+    return read(b, address, Bytes.llvm)
+
+
+@operation(types.void, Bytes, ADDRESS)
+def store_bytes(b: Any, v: Any, address: Any) -> None:
+    write(b, address, v)
+
+
+@operation(Floats, ADDRESS)
+def load_floats(b: Any, address: Any) -> Any:
+    return read(b, address, Floats.llvm)
+
+
+@operation(types.void, Floats, ADDRESS)
+def store_floats(b: Any, v: Any, address: Any) -> None:
+    write(b, address, v)
+
+
+@operation(Floats, ADDRESS)
+def load_halves(b: Any, address: Any) -> Any:
+    """16 float16, widened."""
+    return b.fpext(read(b, address, ir.VectorType(ir.HalfType(), LANES)), Floats.llvm)
+
+
+@operation(Floats, ADDRESS)
+def load_bfloats(b: Any, address: Any) -> Any:
+    """16 bfloat16, widened: the upper halves of float32."""
+    wide = b.zext(read(b, address, ir.VectorType(_I16, LANES)), Ints.llvm)
+    return b.bitcast(b.shl(wide, constant(Ints, 16)), Floats.llvm)
+
+
+@operation(Floats, types.float32)
+def floats(b: Any, x: Any) -> Any:
+    return spread(b, x)
+
+
+@operation(Ints, types.int32)
+def ints(b: Any, x: Any) -> Any:
+    return spread(b, x)
+
+
+@operation(Bytes, ADDRESS)
+def repeat_four(b: Any, address: Any) -> Any:
+    """Four bytes of memory, in every lane."""
+    return b.bitcast(spread(b, read(b, address, _I32)), Bytes.llvm)
+
+
+@operation(Bytes, Bytes)
+def low_nibbles(b: Any, v: Any) -> Any:
+    return b.and_(v, constant(Bytes, 15))
+
+
+@operation(Bytes, Bytes)
+def high_nibbles(b: Any, v: Any) -> Any:
+    # Shifted in pairs: there is no shift of single bytes.
+    pairs = ir.VectorType(_I16, VECTOR_BYTES // 2)
+    shifted = b.lshr(b.bitcast(v, pairs), ir.Constant(pairs, [4] * pairs.count))
+    return b.and_(b.bitcast(shifted, Bytes.llvm), constant(Bytes, 15))
+
+
+@operation(Bytes, Bytes)
+def operand(b: Any, v: Any) -> Any:
+    """Weights stored with a zero of 128, as `dot` takes them."""
+    return b.xor(v, constant(Bytes, 128)) if SIGNED_DOT else v
+
+
+@operation(Ints, Ints, Bytes, Bytes)
+def dot(b: Any, total: Any, weights: Any, x: Any) -> Any:
+    return emit_dot(b, total, weights, x)
+
+
+@operation(Ints, Ints, Ints)
+def add_ints(b: Any, x: Any, y: Any) -> Any:
+    return b.add(x, y)
+
+
+@operation(Floats, Ints)
+def to_floats(b: Any, v: Any) -> Any:
+    return b.sitofp(v, Floats.llvm)
+
+
+@operation(Floats, Floats, Floats)
+def add(b: Any, x: Any, y: Any) -> Any:
+    return b.fadd(x, y)
+
+
+@operation(Floats, Floats, Floats)
+def sub(b: Any, x: Any, y: Any) -> Any:
+    return b.fsub(x, y)
+
+
+@operation(Floats, Floats, Floats)
+def mul(b: Any, x: Any, y: Any) -> Any:
+    return b.fmul(x, y)
+
+
+@operation(Floats, Floats, Floats)
+def div(b: Any, x: Any, y: Any) -> Any:
+    return b.fdiv(x, y)
+
+
+@operation(Floats, Floats, Floats, Floats)
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z."""
+    return call(b, "llvm.fma.v16f32", Floats.llvm, x, y, z)
+
+
+@operation(Floats, Floats)
+def absolute(b: Any, v: Any) -> Any:
+    return call(b, "llvm.fabs.v16f32", Floats.llvm, v)
+
+
+@operation(Floats, Floats, Floats)
+def at_least(b: Any, v: Any, bound: Any) -> Any:
+    """The larger of both; NaN where v is NaN."""
+    return b.select(b.fcmp_ordered("<", v, bound), bound, v)
+
+
+@operation(Floats, Floats, Floats)
+def at_most(b: Any, v: Any, bound: Any) -> Any:
+    """The smaller of both; NaN where v is NaN."""
+    return b.select(b.fcmp_ordered(">", v, bound), bound, v)
+
+
+@operation(types.float32, Floats)
+def total(b: Any, v: Any) -> Any:
+    return _reduce(b, v, b.fadd)
+
+
+@operation(types.float32, Floats)
+def largest(b: Any, v: Any) -> Any:
+    return _reduce(b, v, lambda x, y: b.select(b.fcmp_unordered(">", x, y), x, y))
+
+
+def _reduce(b: Any, v: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    while v.type.count > 1:
+        half = v.type.count // 2
+        masks = [_mask(range(s, s + half)) for s in (0, half)]
+        v = combine(*(b.shuffle_vector(v, v, mask) for mask in masks))
+    return b.extract_element(v, _I32(0))
+
+
+@operation(Floats, Floats)
+def rounded(b: Any, v: Any) -> Any:
+    """To the nearest whole number, halves to even."""
+    return call(b, "llvm.rint.v16f32", Floats.llvm, v)
+
+
+@operation(types.void, Floats, ADDRESS)
+def store_small_ints(b: Any, v: Any, address: Any) -> None:
+    """16 whole numbers of -128 .. 127 as signed bytes. NaN becomes any of them."""
+    frozen = call(b, "llvm.fptosi.sat.v16i32.v16f32", Ints.llvm, v)
+    write(b, address, b.trunc(frozen, ir.VectorType(_I8, LANES)))
+
+
+@operation(Floats, Floats, Floats)
+def times_power_of_two(b: Any, v: Any, exponent: Any) -> Any:
+    """v * 2^exponent for whole exponents of -126 .. 127."""
+    biased = b.add(call(b, "llvm.fptosi.sat.v16i32.v16f32", Ints.llvm, exponent), constant(Ints, 127))
+    return b.fmul(v, b.bitcast(b.shl(biased, constant(Ints, 23)), Floats.llvm))
+
+
+@njit(inline="always")
+def exp(x):  # type: ignore[no-untyped-def]
+    """e^x to 2 units in the last place; 0 and infinity are not reached but at 1.2e-38 and 1.6e38. NaN stays NaN."""
+    x = at_most(at_least(x, floats(-87.3)), floats(88.0))
+    n = rounded(mul(x, floats(1.44269504)))
+    r = fma(n, floats(-0.693359375), x)  # ln 2 in two parts: the product with the first is exact
+    r = fma(n, floats(2.12194440e-4), r)
+    # Taylor's series to the sixth power: |r| is at most ln(2) / 2.
+    y = fma(r, floats(1 / 720), floats(1 / 120))
+    y = fma(y, r, floats(1 / 24))
+    y = fma(y, r, floats(1 / 6))
+    y = fma(y, r, floats(0.5))
+    y = fma(y, r, floats(1.0))
+    return times_power_of_two(fma(y, r, floats(1.0)), n)
+
+
+@njit(inline="always")
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    return div(floats(1.0), add(floats(1.0), exp(mul(x, floats(-1.0)))))
+
+
+@njit(inline="always")
+def tanh(x):  # type: ignore[no-untyped-def]
+    return sub(mul(sigmoid(mul(x, floats(2.0))), floats(2.0)), floats(1.0))
+
+
+# -- threads -----------------------------------------------------------------------------------------------
+
+
+@operation(types.int64, ADDRESS, types.int64)
+def add_atomically(b: Any, address: Any, number: Any) -> Any:
+    """Add to an int64 that other threads use too; the value before. Everything before it is visible after it."""
+    return b.atomic_rmw("add", pointer(b, address, ir.IntType(64)), number, "seq_cst")
+
+
+@operation(types.int64, ADDRESS)
+def read_atomically(b: Any, address: Any) -> Any:
+    return b.load_atomic(pointer(b, address, ir.IntType(64)), "seq_cst", 8)
+
+
+@operation(types.void, ADDRESS, types.int64)
+def write_atomically(b: Any, address: Any, number: Any) -> None:
+    b.store_atomic(number, pointer(b, address, ir.IntType(64)), "seq_cst", 8)
+
+
+@operation(types.void)
+def pause(b: Any) -> None:
+    """Tell the processor that this is a loop that waits."""
+    if SIGNED_DOT:
+        call(b, "llvm.aarch64.hint", ir.VoidType(), _I32(1))
+    elif _triple.startswith("x86_64"):
+        call(b, "llvm.x86.sse2.pause", ir.VoidType())

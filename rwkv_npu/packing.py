@@ -1,0 +1,160 @@
+"""Quantised matrices of the CPU: blocks of a column that share a scale, in the order in which they are multiplied.
+
+A matrix (K, N), used as x @ W, is cut into strips of LANES columns; within a strip the rows follow each other, so that
+a product reads memory from front to back. BLOCK rows of a column share a float16 scale:
+
+    W[k, n] = scale[k // BLOCK, n] * (q[k, n] - zero)
+
+    int8    q in 1 .. 255, zero 128: 64 bytes hold 4 rows of a strip, the 4 of a column side by side
+    int4    q in 0 .. 15, zero 8:    64 bytes hold 8 rows, rows 0-3 in the low nibbles and 4-7 in the high ones
+
+K is padded to whole blocks and N to whole panels of four strips, with zeros. NumPy only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rwkv_npu.spec import Kind, Tensor
+
+BLOCK = 64  # rows that share a scale
+LANES = 16  # columns of a strip
+PANEL = 64  # columns that a product of many rows takes at once
+
+PRECISIONS = ("int8", "int4")
+ZERO = {8: 128, 4: 8}
+
+# int4: scales tried for a block, relative to the largest value over 8. The best has the least squared error: cutting
+# the few largest values off a little is made up for by finer steps for all others.
+_CANDIDATES = np.linspace(0.80, 1.16, 10, dtype=np.float32)
+_CHUNK = 1 << 22  # elements quantised at a time
+
+
+def bits_of(precision: str, tensor: Tensor) -> int:
+    """Bits of a projection. What feeds the state keeps 8 in an int4 model: an error there is not made once, but read
+    again by every token after it. That is r, k, v and the low-rank controls; the rest is three quarters of the weights.
+    """
+    feeds_state = tensor.kind is not Kind.LINEAR or any(
+        tensor.name.endswith(f".att.{name}.weight") for name in ("receptance", "key", "value")
+    )
+    return 8 if precision == "int8" or feeds_state else 4
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised matrix. data: (strips, bytes of a strip) uint8; scales: (strips, K // BLOCK, LANES) float16, K padded.
+
+    shape: (K, N) of the matrix without its padding.
+    """
+
+    data: np.ndarray
+    scales: np.ndarray
+    shape: tuple[int, int]
+
+    @property
+    def padded_k(self) -> int:
+        return int(self.scales.shape[1]) * BLOCK
+
+    @property
+    def bits(self) -> int:
+        return int(self.data.shape[1]) * 8 // (self.padded_k * LANES)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scales.nbytes
+
+
+def padded(k: int, n: int) -> tuple[int, int]:
+    """K and N in whole blocks and panels."""
+    return -(-k // BLOCK) * BLOCK, -(-n // PANEL) * PANEL
+
+
+def packed_shapes(k: int, n: int, bits: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Shapes of `data` and `scales` of a (K, N) matrix."""
+    k, n = padded(k, n)
+    return (n // LANES, k * LANES * bits // 8), (n // LANES, k // BLOCK, LANES)
+
+
+def pack(weight: np.ndarray, bits: int) -> Packed:
+    """Quantise (K, N) of any float type to `bits` 4 or 8."""
+    K, N = weight.shape
+    step = max(PANEL, _CHUNK // max(K, 1) // PANEL * PANEL)
+    parts = [_pack_columns(weight[:, start : start + step], bits) for start in range(0, N, step)]
+    data, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Packed(data, scales, (K, N))
+
+
+def unpack(packed: Packed) -> np.ndarray:
+    """What the numbers stand for, (K, N) fp32."""
+    q = numbers(packed).astype(np.float32) - ZERO[packed.bits]
+    values = q.reshape(len(q), -1, BLOCK, LANES) * packed.scales[:, :, None, :].astype(np.float32)
+    K, N = packed.shape
+    return np.ascontiguousarray(values.transpose(1, 2, 0, 3).reshape(packed.padded_k, -1)[:K, :N])
+
+
+def numbers(packed: Packed) -> np.ndarray:
+    """q of every strip, (strips, K, LANES) uint8, with its padding."""
+    rows = 4 * 8 // packed.bits
+    q = packed.data.reshape(-1, packed.padded_k // rows, LANES, 4)
+    halves = [q] if packed.bits == 8 else [q & 15, q >> 4]
+    # (strips, k // rows, halves, LANES, 4) -> the 4 of a column below each other
+    return np.stack(halves, 2).swapaxes(-1, -2).reshape(len(q), -1, LANES)
+
+
+def pack_floats(weight: np.ndarray) -> np.ndarray:
+    """(K, N) of any float type as strips, (strips, K, LANES) of the same type: N in whole panels, K a multiple of 4."""
+    K, N = weight.shape
+    strips = np.zeros((padded(K, N)[1] // LANES, -(-K // 4) * 4, LANES), weight.dtype)
+    # A lane of 16 as one element: several times as fast to move as one by one.
+    lane = np.dtype((np.void, LANES * weight.itemsize))
+    step = max(PANEL, _CHUNK // max(K, 1) // PANEL * PANEL)
+    for start in range(0, N, step):
+        columns = np.ascontiguousarray(weight[:, start : start + step])
+        first, whole = start // LANES, columns.shape[1] // LANES
+        lanes = np.ascontiguousarray(columns[:, : whole * LANES]).view(lane)
+        strips[first : first + whole, :K].view(lane)[..., 0] = lanes.T
+        if N % LANES and start + step >= N:
+            strips[first + whole, :K, : N % LANES] = columns[:, whole * LANES :]
+    return strips
+
+
+def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """data and scales of some columns of a matrix."""
+    (K, N), (k, n) = weight.shape, padded(*weight.shape)
+    whole = np.zeros((k, n), np.float32)
+    whole[:K, :N] = weight
+    blocks = whole.reshape(k // BLOCK, BLOCK, n)
+    scales = _scales(blocks, bits)
+    q = _rounded(blocks, scales.astype(np.float32), bits) + ZERO[bits]
+    rows = 4 * 8 // bits
+    # (strips, k // rows, halves, 4, LANES) -> the 4 of a column side by side
+    q = q.astype(np.uint8).reshape(k // rows, rows // 4, 4, n // LANES, LANES).transpose(3, 0, 1, 4, 2)
+    data = q[:, :, 0] if bits == 8 else q[:, :, 0] | q[:, :, 1] << 4
+    by_strip = scales.reshape(k // BLOCK, n // LANES, LANES).swapaxes(0, 1)
+    return np.ascontiguousarray(data).reshape(n // LANES, -1), np.ascontiguousarray(by_strip)
+
+
+def _scales(blocks: np.ndarray, bits: int) -> np.ndarray:
+    """(blocks, BLOCK, N) -> (blocks, N) float16."""
+    if bits == 8:
+        return (np.abs(blocks).max(1) / 127).astype(np.float16)
+    # There is one more step below zero than above: the sign of the scale gives it to the largest value.
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)[:, 0]
+    best, least = np.zeros(extreme.shape, np.float16), np.full(extreme.shape, np.inf, np.float32)
+    for candidate in _CANDIDATES:
+        scales = (extreme * (candidate / -8)).astype(np.float16)
+        wide = scales.astype(np.float32)
+        error = np.square(_rounded(blocks, wide, bits) * wide[:, None] - blocks).sum(1)
+        better = error < least
+        best[better], least[better] = scales[better], error[better]
+    return best
+
+
+def _rounded(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """Whole steps of `scales` nearest to `blocks`; 0 where a scale is 0."""
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scales == 0, np.float32(0), 1 / scales)
+    low = -8 if bits == 4 else -127
+    return np.clip(np.rint(blocks * inverse[:, None]), low, -low - (bits == 4))
