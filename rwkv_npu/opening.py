@@ -43,9 +43,7 @@ def open_engine(
     groups = source.program.groups
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
-    bound = FP16_BOUND if source.precision in (None, "fp16") else INT8_BOUND
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
-
     bound = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND
 
     def cpu() -> Backend:

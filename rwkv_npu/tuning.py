@@ -23,7 +23,7 @@ from rwkv_npu.plan import USES, Plan
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import FUSIONS, Group
 
-CPU_BACKENDS = ("ort", "numpy")
+CPU_BACKENDS = ("numba", "ort", "numpy")
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes
 TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use by which fusions are compared
 WORTH = 0.95  # of the time of what is simpler: a mixture, or another fusion, has to stay below it

@@ -28,7 +28,7 @@ SPEC_GROUPS: list[Group] = []
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     SPEC_GROUPS[:] = groups(write_model(folder / "model.pth", "7", L=3), "layer")
-    return rwkv_npu.convert(folder / "model.pth", folder / "out.rwkv", target="none")
+    return rwkv_npu.convert(folder / "model.pth", folder / "out.rwkv", target="none", cpu="fp16")
 
 
 def served(text: str) -> dict[str, tuple[str, str]]:
@@ -132,7 +132,7 @@ def test_tune_measures_and_load_follows(
     status, out, said = run_main(capsys, "tune", "-m", bundle, "--json")
     facts = json.loads(out)
     assert status == 0 and facts["measured"].keys() == {
-        f"{fusion} {backend}" for fusion in ("layer", "projection") for backend in ("ort", "numpy")
+        f"{fusion} {backend}" for fusion in ("layer", "projection") for backend in tuning.CPU_BACKENDS
     }
     assert all(value > 0 for row in facts["measured"].values() for value in row.values())
     assert "layer fusion, rknn: not measured: this machine has no Rockchip NPU" in said
@@ -153,9 +153,9 @@ def test_whoever_asks_for_something_gets_it(bundle: Path) -> None:
     expectations = {
         ("auto", None, None): ("numpy", "projection"),
         ("ort", None, None): ("ort", "layer"),
-        ("auto", "layer", None): ("ort", "layer"),
+        ("auto", "layer", None): (opening.CPU_BACKEND, "layer"),
         ("auto", "projection", None): ("numpy", "projection"),
-        ("auto", None, "decode=numpy"): ("ort for prompts, numpy for tokens", "layer"),
+        ("auto", None, "decode=numpy"): (f"{opening.CPU_BACKEND} for prompts, numpy for tokens", "layer"),
     }
     for (backend, fusion, text), (name, used) in expectations.items():
         with rwkv_npu.load(bundle, backend=backend, fusion=fusion, plan=text) as model:
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_named(bundle: Path, content: str) -> None:
 
 def test_converting_again_keeps_what_was_measured(bundle: Path) -> None:
     keep(bundle, Plan("numpy", (), "layer", "fast"))
-    rwkv_npu.convert(bundle.parent / "model.pth", bundle, target="none")
+    rwkv_npu.convert(bundle.parent / "model.pth", bundle, target="none", cpu="fp16")
     with rwkv_npu.load(bundle) as model:
         assert model.describe().startswith("numpy")
     (bundle / TUNED).unlink()
