@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_eval(commands)
     _add_info(commands)
+    _add_tune(commands)
+    _add_doctor(commands)
     _add_bench(commands)
     _add_toolkit(commands)
     return top
@@ -126,6 +128,28 @@ def _add_info(commands: Any) -> None:
     p.add_argument(
         "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
     )
+
+
+def _add_tune(commands: Any) -> None:
+    p = commands.add_parser(
+        "tune",
+        help="find the fastest backends for this machine",
+        description="Measure a bundle on every backend that is here, and keep the fastest plan in the bundle.",
+    )
+    p.add_argument("-m", "--model", metavar="PATH", required=True, help="the bundle")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+    p.add_argument("--npu-cores", default="auto", choices=NPU_CORES, help="of the NPU (default: auto)")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _add_doctor(commands: Any) -> None:
+    p = commands.add_parser(
+        "doctor",
+        help="say what a board lacks, and how to mend it",
+        description="Look at board, NPU, clocks and software. Nothing is changed.",
+    )
+    p.add_argument("-m", "--model", metavar="PATH", help="a bundle that has to fit the board")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_toolkit(commands: Any) -> None:

@@ -55,6 +55,10 @@ class ModelSource:
         """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
         return self.tensor(name)
 
+    def unquantised(self) -> ModelSource:
+        """The model with the weights that it stores whole, for a CPU that takes over from an NPU."""
+        return self
+
     def has(self, name: str) -> bool:
         return False
 
@@ -109,6 +113,9 @@ class BundleSource(ModelSource):
             matrices = [unpack(self.bundle.packed(self.cpu_precision, name, index)) for index in indices]
             self._unpacked[name] = np.stack(matrices) if stored.ndim == 3 else matrices[0]
         return self._unpacked[name]
+
+    def unquantised(self) -> ModelSource:
+        return BundleSource(self.bundle, self.program.fusion, self.bundle.manifest.cpu)
 
     def has(self, name: str) -> bool:
         return name in self.bundle

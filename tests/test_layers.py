@@ -23,7 +23,7 @@ cli
 commands
 serve bench
 converter evaluation
-artifacts bundle_writer model
+artifacts bundle_writer model tuning diagnosis
 verify generation estimate opening
 recording
 engine sources
