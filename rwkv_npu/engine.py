@@ -16,6 +16,7 @@ import numpy as np
 
 from rwkv_npu.backends.base import Backend, Faults, Runner
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models.network import Network, Program, Run
 from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import State, new_state
@@ -153,7 +154,8 @@ class Engine:
     """A model that maps ids and a state to logits and a state.
 
     program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `serve` chooses the backends;
-    `faults` is where they count theirs. `initial` is the tuned state of each layer that has one.
+    `faults` is where they count theirs. `initial` is the tuned state of each layer that has one. `recurrence`: None is
+    NumPy's.
     """
 
     def __init__(
@@ -165,15 +167,17 @@ class Engine:
         fingerprint: str,
         initial: dict[int, np.ndarray],
         faults: Faults | None = None,
+        recurrence: Compiled | None = None,
     ):
         self.program, self.fingerprint = program, fingerprint
-        self._network = Network(program, host)
+        self._network = Network(program, host, recurrence)
+        self._recurrence = recurrence
         self._dispatcher = Dispatcher(program.groups, serve, faults or Faults())
         self._dispatcher.open()
         self._initial = initial
         self._lock = threading.Lock()  # runners own their buffers: one call at a time
         self._closed = False
-        self._chunk = self._dispatcher.chunk() or PREFILL_ROWS
+        self.chunk = self._dispatcher.chunk() or PREFILL_ROWS
         self._batches = self._dispatcher.batches()
 
     @property
@@ -185,9 +189,11 @@ class Engine:
         return self._dispatcher.counters
 
     def describe(self) -> str:
-        """Backends and fusion in a few words."""
+        """Backends, fusion and what runs the recurrence, in a few words."""
         used, program = self._dispatcher.describe(), self.program
-        return f"{used}, {program.fusion} fusion, {len(program.groups)} calls a token"
+        recurrence = self._recurrence.name if self._recurrence else "NumPy"
+        calls = len(program.groups)
+        return f"{used}, {program.fusion} fusion, {calls} calls a token, recurrence in {recurrence}"
 
     def new_state(self) -> State:
         return new_state(self.spec, self.fingerprint, self._initial)
@@ -222,8 +228,8 @@ class Engine:
     ) -> tuple[np.ndarray, State]:
         batched = {name: part[:, None] for name, part in state.parts.items()}
         collected = []
-        for start in range(0, len(ids), self._chunk):
-            piece = ids[start : start + self._chunk]
+        for start in range(0, len(ids), self.chunk):
+            piece = ids[start : start + self.chunk]
             x = self._network.hidden(self._run(1), piece[:, None], batched)
             state.tokens_seen += len(piece)
             if all_logits:
@@ -255,7 +261,7 @@ class Engine:
         B = len(states)
         names = states[0].parts
         batched = {name: np.stack([state.parts[name] for state in states], axis=1) for name in names}
-        step = max(1, self._chunk // B)
+        step = max(1, self.chunk // B)
         for start in range(0, len(ids), step):
             x = self._network.hidden(self._run(B), ids[start : start + step], batched)
         logits = self._logits(x[-B:], B)
@@ -274,6 +280,8 @@ class Engine:
         """Give back what the backend holds; the engine cannot be used after it."""
         self._closed = True
         self._dispatcher.close()
+        if self._recurrence:
+            self._recurrence.close()
 
     def _run(self, batch: int) -> Run:
         return partial(self._dispatcher.run, batch=batch)
