@@ -217,6 +217,7 @@ def test_the_matmul_sweep_runs_on_the_board(emulated_board: EmulatedBoard, tmp_p
     for row in rows.values():
         assert row["failed"] is None and row["max_rel_error"] < 2e-3
         assert row["device"].startswith("RK3588 NPU") and not row["estimated"]
+        assert "stand-in" in row["versions"]  # so that nobody takes it for a board's
     calls = emulated_board.calls(log)
     assert count(calls, "run")["16x96x64"] > 1 and count(calls, "matmul_run")["16x96x64"] > 1
 

@@ -18,7 +18,7 @@ from rwkv_npu.backends.npu_matmul import Products
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, Library
 from rwkv_npu.bench.backends import Operation, moved, plain_graph
 from rwkv_npu.bench.problem import Problem
-from rwkv_npu.board import runtime_version, soc
+from rwkv_npu.board import runtime_build, runtime_library, soc
 from rwkv_npu.errors import BackendError
 from rwkv_npu.npu import LOCK, raise_file_limit
 from rwkv_npu.toolkit import CompileOptions, CompileResult, Environment, compile_graph, require
@@ -88,6 +88,11 @@ def npu_ops(built: CompileResult) -> int:
     return sum(1 for layer in built.layers if layer.total_cycles)
 
 
+def _runtime(library: Path | None) -> str:
+    build = runtime_build(library) if library else None
+    return f"librknnrt {build or 'of no known version'}"
+
+
 class RknnBackend:
     """RKNNLite on a board. The compiler must be there too: it has wheels for aarch64.
 
@@ -102,7 +107,7 @@ class RknnBackend:
         self.dtype, self._environment = dtype, require()
         self.device = f"{self._target.upper()} NPU, core 0"
         self.accumulate = "int32" if dtype == "int8" else "fp32, fp16 between parts"
-        self.versions = f"rknn-toolkit2 {self._environment.version}"
+        self.versions = f"rknn-toolkit2 {self._environment.version}, {_runtime(runtime_library())}"
         self._lite = RKNNLite
         LOCK.acquire()  # for the life of this process
 
@@ -146,10 +151,9 @@ class RknnMatmulBackend:
         self._kind, self._library = {"fp16": FP16, "int8": INT8}[dtype], Library()
         raise_file_limit()
         LOCK.acquire()
-        version = runtime_version(Path(self._library.path))
         self.dtype, self.device = dtype, f"{(soc() or TARGET).upper()} NPU, {len(CORES)} cores"
         self.accumulate = "int32" if dtype == "int8" else "fp32"
-        self.versions = f"librknnrt {version or 'of unknown version'}"
+        self.versions = _runtime(Path(self._library.path))
 
     def prepare(self, problem: Problem) -> Operation:
         products, last = Products(self._library, self._kind, CORES, own=True), [np.empty(0)]
