@@ -1,7 +1,7 @@
 """Several sequences at once, and the way to the first token: `python -m bench.cpu_batches BUNDLE [--save STEM]`.
 
 Tokens a second of `Model.forward_batch` for 1, 2, 4 and 8 sequences in every precision of the bundle; and the seconds
-from the start of a process to its first token, of `rwkv-npu generate -n 1`, files in the page cache. The precisions take
+from the start of a process to its first token, of `rwkv-npu generate -n 1`, files in the page cache. Precisions take
 turns, so that what changes on the machine changes for all; medians of the rounds.
 """
 
