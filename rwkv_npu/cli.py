@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_eval(commands)
     _add_info(commands)
+    _add_tune(commands)
+    _add_doctor(commands)
     _add_bench(commands)
     _add_toolkit(commands)
     return top
@@ -56,9 +58,7 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--precision", default="fp16", help="of the NPU's artifacts: fp16")
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
-    p.add_argument(
-        "--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32"
-    )
+    p.add_argument("--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32")
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
@@ -128,6 +128,28 @@ def _add_info(commands: Any) -> None:
     p.add_argument(
         "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
     )
+
+
+def _add_tune(commands: Any) -> None:
+    p = commands.add_parser(
+        "tune",
+        help="find the fastest backends for this machine",
+        description="Measure a bundle on every backend that is here, and keep the fastest plan in the bundle.",
+    )
+    p.add_argument("-m", "--model", metavar="PATH", required=True, help="the bundle")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+    p.add_argument("--npu-cores", default="auto", choices=NPU_CORES, help="of the NPU (default: auto)")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _add_doctor(commands: Any) -> None:
+    p = commands.add_parser(
+        "doctor",
+        help="say what a board lacks, and how to mend it",
+        description="Look at board, NPU, clocks and software. Nothing is changed.",
+    )
+    p.add_argument("-m", "--model", metavar="PATH", help="a bundle that has to fit the board")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_toolkit(commands: Any) -> None:
@@ -208,7 +230,7 @@ def _add_bench_inference(actions: Any) -> None:
     )
     which = "bundle or checkpoint (default: the demo model); repeatable"
     p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
-    p.add_argument("--backends", metavar="LIST", help="of ort, torch, numpy (default: these)")
+    p.add_argument("--backends", metavar="LIST", help="of numba, ort, torch, numpy (default: these)")
     p.add_argument(
         "-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)"
     )

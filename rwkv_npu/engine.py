@@ -177,7 +177,7 @@ class Engine:
         self._initial = initial
         self._lock = threading.Lock()  # runners own their buffers: one call at a time
         self._closed = False
-        self._chunk = self._dispatcher.chunk() or PREFILL_ROWS
+        self.chunk = self._dispatcher.chunk() or PREFILL_ROWS
         self._batches = self._dispatcher.batches()
 
     @property
@@ -228,8 +228,8 @@ class Engine:
     ) -> tuple[np.ndarray, State]:
         batched = {name: part[:, None] for name, part in state.parts.items()}
         collected = []
-        for start in range(0, len(ids), self._chunk):
-            piece = ids[start : start + self._chunk]
+        for start in range(0, len(ids), self.chunk):
+            piece = ids[start : start + self.chunk]
             x = self._network.hidden(self._run(1), piece[:, None], batched)
             state.tokens_seen += len(piece)
             if all_logits:
@@ -261,7 +261,7 @@ class Engine:
         B = len(states)
         names = states[0].parts
         batched = {name: np.stack([state.parts[name] for state in states], axis=1) for name in names}
-        step = max(1, self._chunk // B)
+        step = max(1, self.chunk // B)
         for start in range(0, len(ids), step):
             x = self._network.hidden(self._run(B), ids[start : start + step], batched)
         logits = self._logits(x[-B:], B)

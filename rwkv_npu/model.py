@@ -29,12 +29,12 @@ from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
 class Model:
     """A loaded model. Make one with `rwkv_npu.load`.
 
-    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work. reason: why these
-    backends were chosen.
+    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work. source: where the
+    weights come from. reason: why these backends were chosen.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, reason: str = ""):
-        self.engine, self.tokenizer, self.reason = engine, tokenizer, reason
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, source: ModelSource, reason: str = ""):
+        self.engine, self.tokenizer, self.source, self.reason = engine, tokenizer, source, reason
         usable = None if tokenizer is None else tokenizer.has_text(engine.spec.V)
         self._banned = None if usable is None else ~usable
 
@@ -179,8 +179,8 @@ def load(
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, group or both, as {"prefill": NAME, "head:decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of numba, ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS). ONNX
-        Runtime's are one pool for the process, made at the first load: other sessions in the process must set
+    threads: of numba, ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS).
+        ONNX Runtime's are one pool for the process, made at the first load: other sessions in the process must set
         `SessionOptions.use_per_session_threads = False`.
     npu_cores: of rknn and rknn-matmul, one of auto, 0, 1, 2, "0,1", "0,1,2".
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
@@ -217,7 +217,7 @@ def load(
         parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
         _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
         engine, reason = open_engine(source, parsed, options), "as asked"
-    return Model(engine, words, reason)
+    return Model(engine, words, source, reason)
 
 
 def load_state(path: str | os.PathLike[str], model: Model) -> State:

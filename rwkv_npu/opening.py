@@ -21,7 +21,8 @@ from rwkv_npu.plan import Plan, tuned
 from rwkv_npu.recording import self_test
 from rwkv_npu.sources import ModelSource
 
-# What steps in for an NPU, and the choice where there is none: the fastest that is installed.
+# What steps in for an NPU, on the weights as they are stored, and the choice where there is none: the fastest that is
+# installed.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
 NPU_BACKEND = "rknn"
 
@@ -44,13 +45,12 @@ def open_engine(
     groups = source.program.groups
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
-    bound = FP16_BOUND if source.precision in (None, "fp16") else INT8_BOUND
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
-
     bound = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND
 
     def cpu() -> Backend:
-        return opened.get(CPU_BACKEND) or open_backend(CPU_BACKEND, source, threads=options.threads)
+        """A backend of its own, even where the plan has one: that may multiply in fewer bits than the NPU did."""
+        return open_backend(CPU_BACKEND, source.unquantised(), threads=options.threads)
 
     with contextlib.ExitStack() as on_failure:
         for name in plan.backends(groups):

@@ -40,6 +40,11 @@ class Plan:
     def names(self) -> set[str]:
         return {self.default, *(name for _, name in self.rules)}
 
+    def text(self) -> str:
+        """As `parse` reads it."""
+        rules = self.rules or [(use, self.default) for use in USES]
+        return ",".join(f"{key}={name}" for key, name in rules)
+
     def backends(self, groups: Iterable[Group]) -> list[str]:
         """Those that serve something, without repetitions; decode first."""
         groups = list(groups)

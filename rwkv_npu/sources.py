@@ -42,6 +42,11 @@ class ModelSource:
     def tensor(self, name: str) -> np.ndarray:
         raise KeyError(name)
 
+    @property
+    def cpu_precision(self) -> str:
+        """In which precision the CPU is to multiply."""
+        return "fp32"
+
     def packed(self, name: str, index: int | None = None) -> Packed | None:
         """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
         return None
@@ -49,6 +54,10 @@ class ModelSource:
     def weight(self, name: str) -> np.ndarray:
         """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
         return self.tensor(name)
+
+    def unquantised(self) -> ModelSource:
+        """The model with the weights that it stores whole, for a CPU that takes over from an NPU."""
+        return self
 
     def has(self, name: str) -> bool:
         return False
@@ -81,9 +90,13 @@ class BundleSource(ModelSource):
         super().__init__(program, manifest.fingerprint)
         self.bundle, self.precision = bundle, precision
         on_cpu = manifest.cpu_precisions
-        self.cpu_precision = precision if precision in on_cpu else on_cpu[0]
-        self._quantised = self.cpu_precision in manifest.packed
+        self._cpu_precision = precision if precision in on_cpu else on_cpu[0]
+        self._quantised = self._cpu_precision in manifest.packed
         self._unpacked: dict[str, np.ndarray] = {}
+
+    @property
+    def cpu_precision(self) -> str:
+        return self._cpu_precision
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
@@ -100,6 +113,9 @@ class BundleSource(ModelSource):
             matrices = [unpack(self.bundle.packed(self.cpu_precision, name, index)) for index in indices]
             self._unpacked[name] = np.stack(matrices) if stored.ndim == 3 else matrices[0]
         return self._unpacked[name]
+
+    def unquantised(self) -> ModelSource:
+        return BundleSource(self.bundle, self.program.fusion, self.bundle.manifest.cpu)
 
     def has(self, name: str) -> bool:
         return name in self.bundle

@@ -144,7 +144,7 @@ def fake_bundle(patch: pytest.MonkeyPatch, checkpoint: Path, spec: Spec, **optio
 
     patch.setattr(artifacts, "compile_many", compile_many)
     patch.setattr(converter.environment, "require", lambda _: Environment(Path("python"), "2.5.0", False))
-    return rwkv_npu.convert(checkpoint, out, **{"rows": "1,16", **options})
+    return rwkv_npu.convert(checkpoint, out, **{"rows": "1,16", "cpu": "fp16", **options})
 
 
 def become_a_board(monkeypatch: pytest.MonkeyPatch, folder: Path, runtime: str = "2.3.2") -> None:

@@ -16,6 +16,7 @@ from rwkv_npu.backends.rknn import RknnBackend
 from rwkv_npu.bundle import Artifact, open_bundle
 from rwkv_npu.errors import BackendError
 from rwkv_npu.model import Model
+from rwkv_npu.opening import CPU_BACKEND
 from rwkv_npu.sources import BundleSource
 from tests.fake_rknnlite import TRACEBACK, FakeLite, FakeRuntime, become_a_board, fake_bundle
 from tests.tiny import run_main, write_model
@@ -253,7 +254,7 @@ def test_auto_takes_the_cpu_and_says_so_where_the_npu_fails(
         (tmp_path / "rwkv_npu.lock").mkdir()
     with pytest.warns(UserWarning, match=f"the NPU is not used: .*{message}"):
         model = load(bundle, backend="auto")
-    assert model.describe().startswith("ort") and model.reason == "ort, since the NPU failed"
+    assert model.describe().startswith(CPU_BACKEND) and model.reason == f"{CPU_BACKEND}, since the NPU failed"
     model.close()
     with pytest.raises(BackendError, match=message):
         load(bundle)
@@ -264,13 +265,13 @@ def test_auto_is_quiet_about_what_is_not_there(
 ) -> None:
     monkeypatch.setattr(board, "runtime_library", lambda: None)
     with load(bundle, backend="auto") as model:
-        assert model.reason == "ort, since librknnrt.so is not in /usr/lib"
+        assert model.reason == f"{CPU_BACKEND}, since librknnrt.so is not in /usr/lib"
     monkeypatch.setattr(board, "soc", lambda: "rk3576")
     with load(bundle, backend="auto") as model:
-        assert model.reason == "ort, since there are no artifacts for the rk3576, layer fusion"
+        assert model.reason == f"{CPU_BACKEND}, since there are no artifacts for the rk3576, layer fusion"
     monkeypatch.setattr(board, "soc", lambda: None)
     with load(bundle, backend="auto") as model:
-        assert model.reason == "ort, since this machine has no Rockchip NPU"
+        assert model.reason == f"{CPU_BACKEND}, since this machine has no Rockchip NPU"
 
 
 def test_a_group_that_fails_its_test_runs_on_the_cpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

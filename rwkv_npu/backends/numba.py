@@ -42,7 +42,9 @@ class Memory:
 class NumbaRunner:
     """A group bound to its memory. Inputs and outputs are views of it, without padding."""
 
-    def __init__(self, execute: Callable[[np.ndarray, int], None], tape: np.ndarray, inputs: Memory, outputs: Memory):
+    def __init__(
+        self, execute: Callable[[np.ndarray, int], None], tape: np.ndarray, inputs: Memory, outputs: Memory
+    ):
         self._execute, self._tape, self._address = execute, tape, tape.ctypes.data
         self._outputs = outputs
         self.inputs = inputs.parts

@@ -222,12 +222,8 @@ def _misfits(lite: Any, artifact: Artifact) -> str:
             f"librknnrt {version(runtime)} is older than the artifacts' compiler, {artifact.toolkit}"
         )
     if numbers(driver) < numbers(board.OLDEST_DRIVER):
-        found.append(f"the NPU's driver {_version(driver)} than advised, {board.OLDEST_DRIVER}")
-    if not found:
-        return ""
-    return (
-        f"older: {' and '.join(found)}; should anything fail, update it, or convert with an older --toolkit"
-    )
+        found.append(f"the NPU's driver {version(driver)} is older than is advised, {board.OLDEST_DRIVER}")
+    return f"{', and '.join(found)}: should anything fail, look there (rwkv-npu doctor)" if found else ""
 
 
 def explain(text: str, artifact: Artifact, cores: str) -> str:

@@ -1,0 +1,47 @@
+"""`rwkv-npu doctor`: what a board has and lacks. Exit status 1 where the NPU cannot be used as things are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rwkv_npu import board
+from rwkv_npu.bundle import is_bundle, open_bundle
+from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
+from rwkv_npu.errors import UsageError
+
+MARKS = {OK: "ok", NOTE: "note", BAD: "BAD"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    bundle = None
+    if arguments.model:
+        path = Path(arguments.model)
+        if not is_bundle(path):
+            raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one")
+        bundle = open_bundle(path)
+    findings = examine(bundle=bundle)
+    on_board = board.soc() is not None
+    print(
+        json.dumps([asdict(finding) for finding in findings], indent=1)
+        if arguments.json
+        else _table(findings)
+    )
+    return int(on_board and any(finding.level == BAD for finding in findings))
+
+
+def _table(findings: Sequence[Finding]) -> str:
+    width = max(len(finding.what) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{MARKS[finding.level]:<5}{finding.what:<{width}}  {finding.found}")
+        if finding.mend:
+            lines.append(f"{'':<{5 + width}}  -> {finding.mend}")
+    if board.soc() is None:
+        lines.append(
+            "Without an NPU: the CPU runs every model, and --backend rknn-sim computes what an NPU would."
+        )
+    return "\n".join(lines)

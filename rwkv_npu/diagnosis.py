@@ -1,0 +1,263 @@
+"""What a machine has and lacks for running models on its NPU: findings, each with the command that mends it.
+
+Everything is read (board.py) below a root; nothing is changed, and the NPU is not touched.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_npu import board
+from rwkv_npu.board import ROOT, Clock, numbers
+from rwkv_npu.bundle import Artifact, Bundle
+from rwkv_npu.memory import plan_memory
+from rwkv_npu.toolkit import TARGETS, VERSIONS, status
+
+OK, NOTE, BAD = "ok", "note", "bad"
+LITE = "rknn-toolkit-lite2"
+PYTHONS = ((3, 10), (3, 12))  # that it has wheels for
+OLDEST_RUNTIME = "2.3.0"  # 2.2 was seen to multiply to zeros
+SMALL_CMA = 16 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`level`: ok, note (nothing to worry about, or slower than could be) or bad. `mend`: a command, or what to do."""
+
+    level: str
+    what: str
+    found: str
+    mend: str = ""
+
+
+def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
+    """Everything that is there to be said, in the order in which it matters."""
+    chip = board.soc(root)
+    findings = list(_machine(root, chip))
+    if chip is not None:
+        findings += [*_driver(root), *_runtime(root), *_clocks(root), *_memory(root)]
+    findings += [*_packages(chip), *_toolkit()]
+    if bundle is not None:
+        findings += _bundle(root, chip, bundle)
+    return findings
+
+
+def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
+    cores = f"{board.cpu_model(root)}, {board.cores(root)} cores"
+    kernel = board.kernel(root) or platform.release()
+    if chip is None:
+        yield Finding(
+            NOTE, "board", f"none: {cores}, kernel {kernel}", "the NPU needs a board with an RK3588"
+        )
+        return
+    level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
+    yield Finding(level, "board", f"{board.model(root) or 'unnamed'}, {chip}", mend)
+    big = board.big_cores(root)
+    pinned = f"taskset -c {','.join(map(str, big))} rwkv-npu ... keeps the CPU's share on them" if big else ""
+    yield Finding(
+        OK, "cores", f"{cores}; large ones: {', '.join(map(str, big)) or 'none told apart'}", pinned
+    )
+    yield Finding(OK, "kernel", kernel)
+
+
+def _driver(root: Path) -> Iterator[Finding]:
+    version, nodes = board.driver_version(root), board.npu_nodes(root)
+    image = "use an image with the vendor's kernel (5.10 or 6.1), which has the driver rknpu"
+    if version is None and not nodes:
+        yield Finding(BAD, "NPU driver", "none", f"sudo modprobe rknpu; if there is none, {image}")
+        return
+    if version is None:
+        yield Finding(
+            NOTE,
+            "NPU driver",
+            "its version is shown to root only",
+            "sudo cat /sys/kernel/debug/rknpu/version",
+        )
+    elif numbers(version) < numbers(board.OLDEST_DRIVER):
+        yield Finding(NOTE, "NPU driver", version, f"{board.OLDEST_DRIVER} or later is advised: {image}")
+    else:
+        yield Finding(OK, "NPU driver", version)
+    if not nodes:
+        yield Finding(
+            BAD,
+            "NPU node",
+            "neither /dev/dri/renderD129 nor /dev/rknpu",
+            "sudo modprobe rknpu; in a container, start it with --device /dev/dri/renderD129",
+        )
+    for node in nodes:
+        shown = f"/{node.relative_to(root)}"
+        if board.may_use(node):
+            yield Finding(OK, "NPU node", shown)
+        else:
+            yield Finding(
+                BAD,
+                "NPU node",
+                f"{shown} is closed to this user",
+                "sudo usermod -aG render,video $USER, and log in again",
+            )
+
+
+def _runtime(root: Path) -> Iterator[Finding]:
+    library = board.runtime_library(root)
+    if library is None:
+        yield Finding(
+            BAD,
+            "librknnrt",
+            "none in /usr/lib",
+            "install your image's package of it, or copy librknnrt.so (in rknpu2/runtime of Rockchip's rknn-toolkit2 "
+            "repository) to /usr/lib",
+        )
+        return
+    version, shown = board.runtime_version(library), f"/{library.relative_to(root)}"
+    if version is None:
+        yield Finding(
+            NOTE, "librknnrt", f"{shown}, of no known version", f"strings {shown} | grep 'librknnrt version'"
+        )
+    elif numbers(version) < numbers(OLDEST_RUNTIME):
+        yield Finding(
+            NOTE,
+            "librknnrt",
+            f"{version} ({shown})",
+            f"{OLDEST_RUNTIME} or later is advised: older ones were "
+            "seen to compute zeros; replace the file by a newer one",
+        )
+    else:
+        yield Finding(OK, "librknnrt", f"{version} ({shown})")
+
+
+def _clocks(root: Path) -> Iterator[Finding]:
+    found = board.clocks(root)
+    for clock in found:
+        yield _clock(clock, root)
+    for name in ("ddr", "npu"):
+        if all(clock.name != name for clock in found):
+            yield Finding(
+                NOTE,
+                f"{name} clock",
+                "not shown by this kernel",
+                "look at it as root: sudo cat /sys/kernel/debug/clk/clk_summary",
+            )
+
+
+_WHY = {
+    "ddr": "writing text is bound by it: at 528 MHz it takes twice as long",
+    "npu": "reading prompts is bound by it",
+}
+
+
+def _clock(clock: Clock, root: Path) -> Finding:
+    what = f"{clock.name} clock"
+    shown = f"{clock.mhz or '?'} of {clock.max_mhz or '?'} MHz, governor {clock.governor or 'unknown'}"
+    below = bool(clock.mhz and clock.max_mhz and clock.mhz < clock.max_mhz)
+    if clock.governor == "performance" and not below:
+        return Finding(OK, what, shown)
+    file = "scaling_governor" if clock.name.startswith("cpu") else "governor"
+    path = f"/{clock.folder.relative_to(root)}/{file}"
+    why = _WHY.get(clock.name, "the CPU's share is bound by it")
+    bad = clock.name == "ddr" and below
+    return Finding(BAD if bad else NOTE, what, f"{shown}: {why}", f"echo performance | sudo tee {path}")
+
+
+def _memory(root: Path) -> Iterator[Finding]:
+    memory = board.memory(root)
+    if "MemTotal" in memory:
+        free = memory.get("MemAvailable", 0)
+        yield Finding(OK, "memory", f"{free / 2**30:.1f} of {memory['MemTotal'] / 2**30:.1f} GiB free")
+    if "CmaTotal" in memory:
+        small = memory["CmaTotal"] < SMALL_CMA
+        mend = (
+            "without an IOMMU the NPU's memory comes from it: add cma=256M to the kernel's command line"
+            if small
+            else ""
+        )
+        yield Finding(
+            NOTE if small else OK,
+            "CMA",
+            f"{memory.get('CmaFree', 0) >> 20} of {memory['CmaTotal'] >> 20} MiB free",
+            mend,
+        )
+
+
+def _packages(chip: str | None) -> Iterator[Finding]:
+    python = platform.python_version()
+    fits = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
+    if chip is None:
+        yield Finding(OK, "Python", f"{python} on {platform.machine()}")
+        return
+    newest = ".".join(map(str, PYTHONS[1]))
+    mend = "" if fits else f"{LITE} has wheels for Python 3.10 to {newest}: python{newest} -m venv .venv"
+    yield Finding(OK if fits else BAD, "Python", f"{python} on {platform.machine()}", mend)
+    try:
+        yield Finding(OK, LITE, importlib.metadata.version(LITE))
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(BAD, LITE, "not installed", f"pip install {LITE}")
+
+
+def _toolkit() -> Iterator[Finding]:
+    there = [found for found in status() if found.problem is None]
+    install = "rwkv-npu toolkit install"
+    if there:
+        found = ", ".join(one.version for one in there)
+        yield Finding(OK, "compiler", f"{found}: rwkv-npu convert compiles, and --backend rknn-sim simulates")
+    else:
+        yield Finding(
+            NOTE, "compiler", "not installed; converting and simulating need it, running does not", install
+        )
+
+
+def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
+    manifest = bundle.manifest
+    target = chip or "rk3588"
+    artifacts = [a for a in manifest.artifacts if a.target == target and a.fusion == manifest.fusion]
+    again = f"rwkv-npu convert {manifest.checkpoint} -o {bundle.path}"
+    if not artifacts:
+        there = ", ".join(sorted({a.target for a in manifest.artifacts})) or "none"
+        yield Finding(
+            BAD, "artifacts", f"none for the {target} (there are: {there})", f"{again} --target {target}"
+        )
+        return
+    toolkit = artifacts[0].toolkit
+    rows = sorted({artifact.rows for artifact in artifacts})
+    shown = f"{len(artifacts)} for the {target}, rows {', '.join(map(str, rows))}, by toolkit {toolkit or 'unknown'}"
+    yield Finding(OK, "artifacts", shown)
+    if chip is not None:
+        yield from _fit(root, toolkit, again)
+    yield _room(root, chip, bundle, artifacts, again)
+
+
+def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
+    """Whether the board's librknnrt reads what the compiler wrote."""
+    library = board.runtime_library(root)
+    runtime = board.runtime_version(library) if library else None
+    if runtime is None or not toolkit:
+        return
+    if numbers(runtime) >= numbers(toolkit):
+        yield Finding(OK, "versions", f"librknnrt {runtime} reads toolkit {toolkit}")
+        return
+    older = next((version for version in VERSIONS if numbers(version) <= numbers(runtime)), None)
+    mend = (
+        "replace librknnrt.so by a newer one"
+        if older is None
+        else (
+            f"if they are refused, on a PC: rwkv-npu toolkit install --version {older}; {again} --toolkit {older}"
+        )
+    )
+    yield Finding(
+        NOTE, "versions", f"librknnrt {runtime} is older than the artifacts' toolkit {toolkit}", mend
+    )
+
+
+def _room(root: Path, chip: str | None, bundle: Bundle, artifacts: list[Artifact], again: str) -> Finding:
+    plan = plan_memory(bundle.manifest, artifacts)
+    free = board.memory(root).get("MemAvailable") if chip else None
+    if not plan.fits:
+        return Finding(BAD, "NPU memory", plan.arithmetic(), f"{again} --rows 32")
+    if free is not None and plan.total > free:
+        shown = f"{plan.arithmetic()}; {free / 2**30:.2f} GiB are free"
+        return Finding(BAD, "NPU memory", shown, f"end other programs, or {again} --rows 32")
+    return Finding(OK, "NPU memory", plan.arithmetic())

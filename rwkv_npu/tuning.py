@@ -1,0 +1,175 @@
+"""Measures every group on every backend that is there, and makes the fastest plan of it for this machine.
+
+A backend reads a prompt and some tokens as it would in use, so that caches, threads and the cost of a call are those
+of the real thing, while each call is timed. What is left of a pass, the host's share, depends on the fusion alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rwkv_npu.backends import NPU_BACKENDS
+from rwkv_npu.backends.base import Backend, Runner
+from rwkv_npu.bundle import Bundle
+from rwkv_npu.engine import PREFILL_ROWS, Engine
+from rwkv_npu.errors import BackendError, RwkvNpuError
+from rwkv_npu.opening import Options, open_engine, why_absent
+from rwkv_npu.plan import USES, Plan
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import FUSIONS, Group
+
+CPU_BACKENDS = ("numba", "ort", "numpy")
+SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes
+TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use by which fusions are compared
+WORTH = 0.95  # of the time of what is simpler: a mixture, or another fusion, has to stay below it
+
+Say = Callable[[str], None]
+Times = defaultdict[str, list[float]]
+
+
+class TimedRunner:
+    def __init__(self, runner: Runner, times: list[float]):
+        self._runner, self._times = runner, times
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return self._runner.inputs
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        begin = time.perf_counter()
+        outputs = self._runner.run()
+        self._times.append(time.perf_counter() - begin)
+        return outputs
+
+
+class Timed:
+    """A backend whose calls are timed, by group."""
+
+    def __init__(self, backend: Backend, times: Times):
+        self.name, self._backend, self._times = backend.name, backend, times
+
+    def row_counts(self, group: Group) -> tuple[int, ...] | None:
+        return self._backend.row_counts(group)
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> TimedRunner:
+        return TimedRunner(self._backend.open(group, rows, batch), self._times[group.name])
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians in seconds: of a call, by use and role (all groups of the role together), and of the host's share. A
+    prefill pass has `chunk` tokens."""
+
+    fusion: str
+    backend: str
+    chunk: int
+    calls: Mapping[str, Mapping[str, float]]
+    host: Mapping[str, float]
+
+    def per_token(self, use: str) -> float:
+        return (sum(self.calls[use].values()) + self.host[use]) / (self.chunk if use == "prefill" else 1)
+
+
+def measure(source: BundleSource, backend: str, options: Options, chunk: int | None) -> Measured:
+    """Time `backend` on a prompt of `chunk` tokens (None: as many as it takes at once) and on single ones.
+
+    Raises RwkvNpuError where it cannot be opened, or faults.
+    """
+    times: Times = defaultdict(list)
+    engine = open_engine(source, Plan(backend), options, wrap=lambda opened: Timed(opened, times))
+    try:
+        chunk = chunk or engine.chunk
+        ids = np.random.default_rng(0).integers(1, source.spec.V, chunk)
+        results = {use: _passes(engine, ids if use == "prefill" else ids[:1], times) for use in USES}
+        if faults := engine.counters.faults.groups:
+            raise BackendError(f"{backend} fails at {', '.join(faults)}")
+    finally:
+        engine.close()
+    calls = {use: found[0] for use, found in results.items()}
+    return Measured(
+        source.program.fusion, backend, chunk, calls, {use: found[1] for use, found in results.items()}
+    )
+
+
+def _passes(engine: Engine, ids: np.ndarray, times: Times) -> tuple[dict[str, float], float]:
+    """Seconds by role, and the host's, of reading `ids`: medians."""
+    groups = [group for group in engine.program.groups if len(ids) == 1 or group.role != "head"]
+    engine.forward(ids)  # opens what is not open, and fills caches
+    totals: list[float] = []
+    taken: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    while len(totals) < FEWEST or (len(totals) < MOST and time.perf_counter() - begin < SECONDS):
+        for found in times.values():
+            found.clear()
+        start = time.perf_counter()
+        engine.forward(ids)
+        totals.append(time.perf_counter() - start)
+        taken.append({group.name: sum(times[group.name]) for group in engine.program.groups})
+    roles: defaultdict[str, float] = defaultdict(float)
+    for group in groups:
+        roles[group.role] += float(np.median([found[group.name] for found in taken]))
+    host = [total - sum(found.values()) for total, found in zip(totals, taken, strict=True)]
+    return dict(roles), float(np.median(host))
+
+
+def tune(bundle: Bundle, options: Options, say: Say) -> tuple[Plan, list[Measured]]:
+    """The fastest plan for this machine, and what it follows from. `say` gets a line for what cannot be measured."""
+    found: list[Measured] = []
+    for fusion in FUSIONS:
+        source, chunk = BundleSource(bundle, fusion), None
+        for backend in (*NPU_BACKENDS, *CPU_BACKENDS):
+            absent = why_absent(backend, source) if backend in NPU_BACKENDS else None
+            try:
+                if absent:
+                    raise BackendError(absent)
+                found.append(measure(source, backend, options, chunk))
+            except RwkvNpuError as error:
+                say(f"{fusion} fusion, {backend}: not measured: {error}")
+                continue
+            # Backends are compared on as many rows as the NPU takes: a mixture reads prompts in its chunks.
+            chunk = chunk or (found[-1].chunk if backend in NPU_BACKENDS else PREFILL_ROWS)
+            say(f"{fusion} fusion, {backend}: " + ", ".join(_speed(found[-1], use) for use in USES))
+    if not found:
+        raise BackendError("no backend can run this model here: rwkv-npu doctor may say why")
+    plans = {
+        fusion: best_plan([m for m in found if m.fusion == fusion]) for fusion in {m.fusion for m in found}
+    }
+    seconds, plan = min(plans.values(), key=lambda pair: pair[0])
+    usual = plans.get(bundle.manifest.fusion)
+    return (usual[1] if usual and WORTH * usual[0] <= seconds else plan), found
+
+
+def _speed(measured: Measured, use: str) -> str:
+    return f"{use} {1e3 * measured.per_token(use):.2f} ms a token"
+
+
+def best_plan(found: Sequence[Measured]) -> tuple[float, Plan]:
+    """Seconds of a typical text, and the plan, from measurements of one fusion."""
+    seconds, rules, speeds = 0.0, list[tuple[str, str]](), []
+    for use in USES:
+        single = min(found, key=lambda measured: measured.per_token(use))
+        best = {
+            role: min(found, key=lambda measured: measured.calls[use][role]) for role in single.calls[use]
+        }
+        tokens = single.chunk if use == "prefill" else 1
+        mixed = (sum(m.calls[use][role] for role, m in best.items()) + single.host[use]) / tokens
+        if mixed < WORTH * single.per_token(use):
+            rules += [(f"{role}:{use}", measured.backend) for role, measured in best.items()]
+            token = mixed
+        else:
+            rules.append((use, single.backend))
+            token = single.per_token(use)
+        seconds += TYPICAL[use] * token
+        speeds.append(f"{use} {1e3 * token:.2f} ms a token")
+    names = {name for _, name in rules}
+    default = rules[0][1]
+    plan = Plan(default, () if len(names) == 1 else tuple(rules), found[0].fusion, ", ".join(speeds))
+    return seconds, plan

@@ -1,0 +1,222 @@
+"""The doctor on trees of files: a healthy board, and one for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rwkv_npu import board, diagnosis
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
+from tests.boards import plant
+from tests.fake_rknnlite import fake_bundle
+from tests.tiny import run_main, write_model
+
+DDR = "sys/class/devfreq/dmc"
+POLICY = "sys/devices/system/cpu/cpufreq/policy4"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    spec = write_model(folder / "model.pth", "7")
+    with pytest.MonkeyPatch.context() as patch:
+        return fake_bundle(patch, folder / "model.pth", spec)
+
+
+@pytest.fixture
+def with_lite(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.3.2" if name == diagnosis.LITE else version(name)
+    )
+
+
+def found(root: Path, what: str, bundle: Path | None = None) -> Finding:
+    matching = [f for f in examine(root, open_bundle(bundle) if bundle else None) if f.what == what]
+    assert len(matching) == 1, what
+    return matching[0]
+
+
+def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_lite: None) -> None:
+    root = plant(
+        tmp_path, {f"{DDR}.npu/governor": None, "sys/class/devfreq/fdab0000.npu/governor": "performance"}
+    )
+    findings = examine(root, open_bundle(bundle))
+    troubles = [f for f in findings if f.level != OK and f.what not in ("compiler", "versions")]
+    assert troubles == []
+    assert {f.what: f.found for f in findings}["board"] == "Radxa ROCK 5B, rk3588"
+    assert "large ones: 4, 5, 6, 7" in found(root, "cores").found
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "level", "says", "mend"),
+    [
+        (
+            {"proc/device-tree/compatible": b"rockchip,rk3399\0"},
+            "board",
+            BAD,
+            "rk3399",
+            "compiles for rk3588",
+        ),
+        ({"sys/module/rknpu/version": "0.8.2"}, "NPU driver", NOTE, "0.8.2", "0.9.6 or later"),
+        (
+            {"sys/module/rknpu/version": None},
+            "NPU driver",
+            NOTE,
+            "root only",
+            "sudo cat /sys/kernel/debug/rknpu",
+        ),
+        (
+            {"sys/module/rknpu/version": None, "dev/dri/renderD129": None},
+            "NPU driver",
+            BAD,
+            "none",
+            "sudo modprobe rknpu",
+        ),
+        ({"dev/dri/renderD129": None}, "NPU node", BAD, "neither", "--device /dev/dri/renderD129"),
+        ({"usr/lib/librknnrt.so": None}, "librknnrt", BAD, "none in /usr/lib", "copy librknnrt.so"),
+        (
+            {"usr/lib/librknnrt.so": b"librknnrt version: 2.2.0 (x)"},
+            "librknnrt",
+            NOTE,
+            "2.2.0 (/usr/lib/librknnrt.so)",
+            "compute zeros",
+        ),
+        (
+            {"usr/lib/librknnrt.so": b"\x7fELF"},
+            "librknnrt",
+            NOTE,
+            "no known version",
+            "strings /usr/lib/librknnrt.so",
+        ),
+        (
+            {f"{DDR}/cur_freq": "528000000", f"{DDR}/governor": "dmc_ondemand"},
+            "ddr clock",
+            BAD,
+            "528 of 2112 MHz, governor dmc_ondemand: writing text is bound by it",
+            "echo performance | sudo tee /sys/class/devfreq/dmc/governor",
+        ),
+        (
+            {f"{DDR}/cur_freq": None, f"{DDR}/governor": None, f"{DDR}/available_frequencies": None},
+            "ddr clock",
+            NOTE,
+            "not shown by this kernel",
+            "sudo cat /sys/kernel/debug/clk/clk_summary",
+        ),
+        (
+            {"sys/class/devfreq/fdab0000.npu/cur_freq": "200000000"},
+            "npu clock",
+            NOTE,
+            "200 of 1000 MHz",
+            "sudo tee /sys/class/devfreq/fdab0000.npu/governor",
+        ),
+        (
+            {f"{POLICY}/scaling_governor": "ondemand", f"{POLICY}/scaling_cur_freq": "408000"},
+            "cpu4 clock",
+            NOTE,
+            "408 of 2400 MHz, governor ondemand",
+            f"sudo tee /{POLICY}/scaling_governor",
+        ),
+        (
+            {"proc/meminfo": "MemTotal: 8000000 kB\nCmaTotal: 4096 kB\nCmaFree: 0 kB\n"},
+            "CMA",
+            NOTE,
+            "0 of 4 MiB",
+            "cma=256M",
+        ),
+    ],
+)
+def test_each_trouble_has_its_remedy(
+    tmp_path: Path, changes: dict[str, str | bytes | None], what: str, level: str, says: str, mend: str
+) -> None:
+    finding = found(plant(tmp_path, changes), what)
+    assert finding.level == level and says in finding.found and mend in finding.mend
+
+
+def test_a_node_that_this_user_may_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board.os, "access", lambda path, mode: False)  # root may open everything
+    finding = found(plant(tmp_path), "NPU node")
+    assert (finding.level, finding.found) == (BAD, "/dev/dri/renderD129 is closed to this user")
+    assert "usermod -aG render" in finding.mend
+
+
+def test_without_the_wheel_the_command_is_said(tmp_path: Path) -> None:
+    finding = found(plant(tmp_path), diagnosis.LITE)
+    assert (finding.level, finding.mend) == (BAD, "pip install rknn-toolkit-lite2")
+
+
+def test_a_python_without_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis.sys, "version_info", (3, 13, 0))
+    finding = found(plant(tmp_path), "Python")
+    assert finding.level == BAD and "python3.12 -m venv" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("runtime", "level", "mend"),
+    [
+        ("2.5.0", OK, ""),
+        ("2.3.2", NOTE, "toolkit install --version 2.3.2; rwkv-npu convert model.pth"),
+        ("1.5.2", NOTE, "replace librknnrt.so by a newer one"),
+    ],
+)
+def test_versions_are_compared_with_the_bundle(
+    tmp_path: Path, bundle: Path, runtime: str, level: str, mend: str
+) -> None:
+    root = plant(tmp_path, {"usr/lib/librknnrt.so": f"librknnrt version: {runtime} (x)"})
+    finding = found(root, "versions", bundle)
+    assert finding.level == level and mend in finding.mend and runtime in finding.found
+
+
+def test_a_bundle_has_to_fit_the_chip_and_its_memory(tmp_path: Path, bundle: Path) -> None:
+    other = plant(tmp_path / "other", {"proc/device-tree/compatible": b"rockchip,rk3576\0"})
+    finding = found(other, "artifacts", bundle)
+    assert (
+        finding.level == BAD and "(there are: rk3588)" in finding.found and "--target rk3576" in finding.mend
+    )
+    full = plant(tmp_path / "full", {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 8 kB\n"})
+    finding = found(full, "NPU memory", bundle)
+    assert finding.level == BAD and "0.00 GiB are free" in finding.found and "--rows 32" in finding.mend
+    assert found(plant(tmp_path / "good"), "NPU memory", bundle).level == OK
+
+
+def test_a_pc_is_told_what_a_board_is_and_that_the_simulator_is_there(
+    tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run_main(capsys, "doctor", "-m", bundle)
+    assert status == 0 and err == ""
+    assert re.search(r"note board .*none: .*\n.*needs a board with an RK3588", out)
+    assert "--backend rknn-sim computes what an NPU would" in out
+    status, out, _ = run_main(capsys, "doctor", "--json")
+    levels = {finding["level"] for finding in json.loads(out)}
+    assert status == 0 and levels <= {OK, NOTE}
+
+
+def test_a_board_that_lacks_something_ends_with_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
+) -> None:
+    root = plant(tmp_path, {"usr/lib/librknnrt.so": None})
+    monkeypatch.setattr("rwkv_npu.commands.doctor.examine", lambda bundle: examine(root, bundle))
+    monkeypatch.setattr(board, "soc", lambda root=None: "rk3588")
+    status, out, _ = run_main(capsys, "doctor")
+    assert status == 1 and re.search(r"BAD +librknnrt .*\n +-> install", out)
+
+
+def test_nothing_is_changed(tmp_path: Path, bundle: Path) -> None:
+    root = plant(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
+    for path in before:
+        if path.is_file():
+            os.chmod(path, 0o444)
+    examine(root, open_bundle(bundle))
+    assert {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))} == before
+
+
+def test_a_missing_bundle_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run_main(capsys, "doctor", "-m", tmp_path)
+    assert status == 1 and "is no bundle" in err

@@ -1,0 +1,210 @@
+"""Plans: rules, what they serve, measured ones and where they are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rwkv_npu
+from rwkv_npu import opening, plan, tuning
+from rwkv_npu.backends import BACKENDS
+from rwkv_npu.bundle import artifacts_digest, open_bundle, verify_files
+from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.opening import Options, machine_key
+from rwkv_npu.plan import TUNED, USES, Plan, parse, save_tuned, tuned
+from rwkv_npu.spec import Group, groups
+from rwkv_npu.tuning import Measured, best_plan
+from tests.tiny import run_main, write_model
+
+SPEC_GROUPS: list[Group] = []
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    SPEC_GROUPS[:] = groups(write_model(folder / "model.pth", "7", L=3), "layer")
+    return rwkv_npu.convert(folder / "model.pth", folder / "out.rwkv", target="none", cpu="fp16")
+
+
+def served(text: str) -> dict[str, tuple[str, str]]:
+    """By group, the backends for tokens and for prompts; the default is numpy."""
+    rules = parse(text, "numpy", BACKENDS, SPEC_GROUPS)
+    return {group.name: (rules.backend(group, True), rules.backend(group, False)) for group in SPEC_GROUPS}
+
+
+def test_a_name_wins_over_a_role_and_a_role_over_a_use(bundle: Path) -> None:
+    assert served("decode=ort") == dict.fromkeys(
+        ["first", "mid.0", "mid.1", "last", "head"], ("ort", "numpy")
+    )
+    found = served("decode=ort,mid=torch,mid.1:prefill=rknn,head:decode=rknn-sim,mid.0=ort")
+    assert found == {
+        "first": ("ort", "numpy"),
+        "mid.0": ("ort", "ort"),
+        "mid.1": ("torch", "rknn"),
+        "last": ("ort", "numpy"),
+        "head": ("rknn-sim", "numpy"),
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "decode",
+        "decode=abacus",
+        "both=ort",
+        "mid.9=ort",
+        "mid:both=ort",
+        "decode:prefill=ort",
+        "=ort",
+        ":decode=ort",
+    ],
+)
+def test_what_is_not_there_is_refused(bundle: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="plan .* is unknown: write KEY=NAME"):
+        served(text)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from((*USES, "mid", "head:decode", "mid.1:prefill")), st.sampled_from(("ort", "numpy"))
+    )
+)
+def test_a_plan_says_itself(rules: dict[str, str]) -> None:
+    made = parse(rules, "ort", BACKENDS, SPEC_GROUPS)
+    again = parse(made.text(), "ort", BACKENDS, SPEC_GROUPS)
+    for group in SPEC_GROUPS:
+        assert [made.backend(group, use) for use in (True, False)] == [
+            again.backend(group, use) for use in (True, False)
+        ]
+
+
+@pytest.mark.parametrize(
+    "text", ["head=numpy,mid=ort", "mid.0:prefill=numpy,mid.1:decode=numpy", "decode=numpy"]
+)
+def test_the_text_does_not_depend_on_the_plan(bundle: Path, text: str) -> None:
+    ids = np.random.default_rng(1).integers(1, 200, 30)
+    with rwkv_npu.load(bundle, backend="numpy") as model:
+        expected, expected_state = model.forward(ids)
+    with rwkv_npu.load(bundle, backend="ort", plan=text) as model:
+        logits, state = model.forward(ids[:20])
+        for token in ids[20:]:
+            logits, state = model.forward([token], state)
+    assert np.abs(logits - expected).max() < 2e-4
+    for name, part in expected_state.parts.items():
+        assert np.abs(state.parts[name] - part).max() < 2e-4 * max(1, np.abs(part).max())
+
+
+# -- the choice ------------------------------------------------------------------------------------------
+
+
+def measured(backend: str, decode: dict[str, float], prefill: dict[str, float]) -> Measured:
+    return Measured(
+        "layer", backend, 10, {"decode": decode, "prefill": prefill}, {"decode": 1.0, "prefill": 10.0}
+    )
+
+
+def test_the_fastest_backend_serves_each_use() -> None:
+    npu = measured("rknn", {"mid": 9.0, "head": 9.0}, {"mid": 20.0})
+    cpu = measured("ort", {"mid": 6.0, "head": 5.9}, {"mid": 80.0})
+    seconds, found = best_plan([npu, cpu])
+    assert found.text() == "decode=ort,prefill=rknn" and found.fusion == "layer"
+    assert seconds == pytest.approx(128 * (6 + 5.9 + 1) + 128 * (20 + 10) / 10)
+
+
+def test_a_mixture_has_to_be_worth_it() -> None:
+    slow_head = measured("rknn", {"mid": 5.0, "head": 9.0}, {"mid": 20.0})
+    fast_head = measured("ort", {"mid": 9.0, "head": 5.0}, {"mid": 20.5})
+    assert best_plan([slow_head, fast_head])[1].text() == "mid:decode=rknn,head:decode=ort,prefill=rknn"
+    no_better = measured("ort", {"mid": 5.1, "head": 8.9}, {"mid": 20.5})
+    assert best_plan([slow_head, no_better])[1].text() == "decode=rknn,prefill=rknn"
+
+
+def test_tune_measures_and_load_follows(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setattr(tuning, "SECONDS", 0.05)
+    status, out, said = run_main(capsys, "tune", "-m", bundle, "--json")
+    facts = json.loads(out)
+    assert status == 0 and facts["measured"].keys() == {
+        f"{fusion} {backend}" for fusion in ("layer", "projection") for backend in tuning.CPU_BACKENDS
+    }
+    assert all(value > 0 for row in facts["measured"].values() for value in row.values())
+    assert "layer fusion, rknn: not measured: this machine has no Rockchip NPU" in said
+    status, _, said = run_main(capsys, "generate", "-m", bundle, "-p", "the ", "-n", 2, "-v")
+    assert status == 0 and "backend: measured by rwkv-npu tune on this machine: decode" in said
+    assert f"{facts['fusion']} fusion" in said
+    names = list(verify_files(open_bundle(bundle)))
+    assert TUNED not in names and (bundle / TUNED).exists()
+    (bundle / TUNED).unlink()
+
+
+def keep(bundle: Path, rules: Plan, machine: str | None = None) -> None:
+    save_tuned(bundle, machine or machine_key(), artifacts_digest(open_bundle(bundle).manifest), rules, {})
+
+
+def test_whoever_asks_for_something_gets_it(bundle: Path) -> None:
+    keep(bundle, Plan("numpy", (), "projection", "fast"))
+    expectations = {
+        ("auto", None, None): ("numpy", "projection"),
+        ("ort", None, None): ("ort", "layer"),
+        ("auto", "layer", None): (opening.CPU_BACKEND, "layer"),
+        ("auto", "projection", None): ("numpy", "projection"),
+        ("auto", None, "decode=numpy"): (f"{opening.CPU_BACKEND} for prompts, numpy for tokens", "layer"),
+    }
+    for (backend, fusion, text), (name, used) in expectations.items():
+        with rwkv_npu.load(bundle, backend=backend, fusion=fusion, plan=text) as model:
+            assert model.describe().startswith(f"{name}, {used} fusion")
+    (bundle / TUNED).unlink()
+
+
+def test_plans_of_others_are_not_ours(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(bundle, Plan("numpy", (), "layer", "fast"), machine="another")
+    keep(bundle, Plan("numpy", (), "layer", "fast"))
+    assert json.loads((bundle / TUNED).read_text())["machines"].keys() == {"another", machine_key()}
+    assert tuned(bundle, machine_key(), "other artifacts") is None
+    assert tuned(bundle, "a third", artifacts_digest(open_bundle(bundle).manifest)) is None
+    keep(bundle, Plan("tpu", (), "layer", "of a later version"))
+    assert opening.measured_plan(open_bundle(bundle)) is None
+    (bundle / TUNED).write_text('{"format": 99, "machines": 7}')
+    assert opening.measured_plan(open_bundle(bundle)) is None
+    (bundle / TUNED).unlink()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "machines": {"x": {}}}', "\xff"]
+)
+def test_a_damaged_file_is_named(bundle: Path, content: str) -> None:
+    (bundle / TUNED).write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        BundleError, match=r"tuned\.json is damaged .*: remove it, or run rwkv-npu tune again"
+    ):
+        rwkv_npu.load(bundle)
+    (bundle / TUNED).unlink()
+
+
+def test_converting_again_keeps_what_was_measured(bundle: Path) -> None:
+    keep(bundle, Plan("numpy", (), "layer", "fast"))
+    rwkv_npu.convert(bundle.parent / "model.pth", bundle, target="none", cpu="fp16")
+    with rwkv_npu.load(bundle) as model:
+        assert model.describe().startswith("numpy")
+    (bundle / TUNED).unlink()
+
+
+def test_tune_wants_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, said = run_main(capsys, "tune", "-m", bundle.parent / "model.pth")
+    assert status == 1 and "model.pth is no bundle: rwkv-npu convert makes one" in said
+
+
+def test_a_plan_that_cannot_be_kept_is_said(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="cannot write .*tuned.json"):
+        save_tuned(bundle / "nowhere", "m", "a", Plan("ort"), {})
+
+
+def test_options_have_defaults() -> None:
+    assert Options() == Options(None, "auto") and plan.FORMAT == 1
