@@ -10,6 +10,7 @@ AVX2, four on NEON. Only the dot product of bytes is chosen by hand.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,7 +48,17 @@ Ints = Vector("Ints", _I32, LANES)
 Floats = Vector("Floats", _F32, LANES)
 ADDRESS = types.intp
 
-_features = llvmlite.binding.get_host_cpu_features()
+
+def _cpu_features() -> dict[str, bool]:
+    """What numba compiles for: this machine, unless NUMBA_CPU_FEATURES says otherwise."""
+    config: Any = importlib.import_module("numba.core.config")
+    named: str | None = config.CPU_FEATURES
+    if named is None:
+        return dict(llvmlite.binding.get_host_cpu_features())
+    return {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
+
+
+_features = _cpu_features()
 _triple = llvmlite.binding.get_process_triple()
 
 # The dot product of bytes wants both sides signed on Arm, and weights unsigned on x86.
