@@ -269,3 +269,36 @@ def test_the_sweeps_products(
         assert problem.error(operation.result()) < worst
     finally:
         operation.close()
+
+
+# Reads tokens one by one and prints the logits' deviation from NumPy's, relatively, then the faults that were counted.
+THROUGH_FAULTS = """
+import sys, warnings
+import numpy as np
+import rwkv_npu
+found = {}
+for backend in ("numpy", "rknn-matmul"):
+    with warnings.catch_warnings(record=True) as warned, rwkv_npu.load(sys.argv[1], backend=backend) as model:
+        warnings.simplefilter("always")
+        state, found[backend] = None, []
+        for token in range(1, 13):
+            logits, state = model.forward([token], state)
+            found[backend].append(logits)
+expected, logits = map(np.stack, found.values())
+print(np.abs(logits - expected).max() / expected.std(), len(warned))
+"""
+
+
+@on_the_stand_in
+@pytest.mark.parametrize(
+    "faults", ["run-fails@60", "run-fails@60+", "nan@60", "nan@60+", "zeros@4+:1x64x288"]
+)
+def test_a_fault_is_neither_seen_nor_repeated(run_alone, tmp_path: Path, faults: str) -> None:
+    """Behind the guard: once is a second attempt, always is the CPU and one warning."""
+    write_model(tmp_path / "model.pth")
+    log = tmp_path / "log"
+    variables = {"RKNN_STANDIN_FAULTS": faults, "RKNN_STANDIN_LOG": str(log)}
+    deviation, warned = run_alone(THROUGH_FAULTS, tmp_path / "model.pth", **variables).split()
+    assert float(deviation) < 0.02
+    assert int(warned) == (1 if "+" in faults else 0)
+    assert count(read_calls(log), "fault", by="name").total() > 0

@@ -142,9 +142,9 @@ def report(results: dict[str, Any]) -> str:
         "runner's arrays included; six products of `rknn-matmul`, operands converted. copied KB: of the first column, "
         "in and out.",
         "",
-        "What follows: `rknn` costs no more than RKNNLite's own inference(), and looks at every code, so that it is the "
-        "default. `rknn-matmul` converts on the CPU what RKNNLite leaves to librknnrt, whose share a stand-in does not "
-        "show. Handing parts to two more threads costs about 0.1 ms a product here; a part has to take longer than that.",
+        "What follows: `rknn` costs no more than RKNNLite's own inference(), and looks at every code, so that it is "
+        "the default. `rknn-matmul` converts on the CPU what RKNNLite leaves to librknnrt, whose share a stand-in does "
+        "not show. Handing parts to two more threads costs about 0.1 ms a product here: a part has to take longer.",
     ]
     return "\n".join(lines)
 
