@@ -47,9 +47,8 @@ class _Sizes:
 
     def __init__(self, runtime: Any):
         self._given: list[int] = []
-        runtime.lib.rknn_outputs_get.errcheck = (
-            self._note
-        )  # ctypes calls it after each call, with its arguments
+        # ctypes calls it after each call, with its arguments.
+        runtime.lib.rknn_outputs_get.errcheck = self._note
 
     def _note(self, code: int, function: Any, arguments: tuple[Any, ...]) -> int:
         _, count, outputs, *_ = arguments
