@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,12 +154,19 @@ def test_equals_numpy(
                 assert_close(ours_states[i][name], part, name)
 
 
-def test_all_threads_are_used(kernels: Callable[[Spec], Compiled]) -> None:
-    """Or the tests above would not see heads shared out."""
+def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the tests above would see one thread alone."""
     layer = Layer("7", 3, 64, np.random.default_rng(0))
     compiled = kernels(layer.spec)
+    run, shares = compiled._kernel.run, []
+
+    def recorded(*arguments: Any) -> None:
+        shares.append(arguments[-2:])
+        run(*arguments)
+
+    monkeypatch.setattr(compiled._kernel, "run", recorded)
     compiled.time_mix(compiled.prepare(layer.vector, layer.spec), layer.inputs(16, 1, 0), layer.state(1), {})
-    assert compiled._pool is not None and len(compiled._pool._threads) == 2
+    assert sorted(shares) == [(0, 1), (1, 2), (2, 3)]
 
 
 @pytest.mark.parametrize("T", [1, 20])
