@@ -330,7 +330,7 @@ def quantised_model(
                     domain=MICROSOFT,
                     accuracy_level=INT8_ROWS,
                     **attributes,
-                )  # fmt: skip
+                )
             )
             q = numbers(weight).swapaxes(0, 1).reshape(k, -1)[:, :n].T.reshape(n, k // BLOCK, BLOCK)
             if weight.bits == 4:

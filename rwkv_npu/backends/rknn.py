@@ -268,9 +268,8 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
         if match := re.search(pattern, text):
             return f"{_first_line(match[0])}: {remedy}"
     lines = text.splitlines()
-    native = [
-        line for line in lines if re.match(r"E? ?RKNN\b", line)
-    ]  # librknnrt's own know more than Python's
+    # librknnrt's own know more than Python's.
+    native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]
     said = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
     return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
 

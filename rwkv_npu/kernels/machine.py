@@ -6,15 +6,11 @@ meet.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit, types
 
-from rwkv_npu.kernels import simd
 from rwkv_npu.kernels.products import (
     ROWS,
-    load_float,
     quantise_rows,
     row_times_bf16,
     row_times_fp16,
@@ -27,18 +23,18 @@ from rwkv_npu.kernels.products import (
     rows_times_quantised,
 )
 from rwkv_npu.kernels.simd import (
-    ADDRESS,
     add,
     add_atomically,
     at_least,
     floats,
     fma,
+    load_float,
     load_floats,
     mul,
-    operation,
     pause,
     read_atomically,
     sigmoid,
+    store_float,
     store_floats,
     sub,
     tanh,
@@ -64,20 +60,12 @@ from rwkv_npu.kernels.tape import (
     SIGMOID,
     SUB,
     TANH,
-    TILE_ROWS,
 )
 from rwkv_npu.packing import PANEL
-
-assert ROWS == TILE_ROWS
 
 PATIENCE = 4096  # rounds of waiting, some 100 us, before the core is offered to others
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
-
-
-@operation(types.void, types.float32, ADDRESS)
-def store_float(b: Any, value: Any, address: Any) -> None:
-    simd.write(b, address, value)
 
 
 @njit(nogil=True)
@@ -185,25 +173,20 @@ def _quantise(t, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _one_row(t, row, thread, threads):  # type: ignore[no-untyped-def]
-    """A row times this thread's columns of a matrix."""
-    strips, out = t.n // 16, t.out + row * t.stride * 4
+def _one_row(t, thread, threads):  # type: ignore[no-untyped-def]
+    """The one row times this thread's columns of a matrix."""
+    strips = t.n // 16
     first, last = strips * thread // threads, strips * (thread + 1) // threads
-    blocks = row * (t.k // 64) * 4
     if t.format == INT4:
-        row_times_int4(
-            t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out
-        )
+        row_times_int4(t.a, t.b, t.sums, t.weights, t.scales, t.k, first, last, t.out)
     elif t.format == INT8:
-        row_times_int8(
-            t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out
-        )
+        row_times_int8(t.a, t.b, t.sums, t.weights, t.scales, t.k, first, last, t.out)
     elif t.format == FP16:
-        row_times_fp16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
+        row_times_fp16(t.a, t.weights, t.k, first, last, t.out)
     elif t.format == BF16:
-        row_times_bf16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
+        row_times_bf16(t.a, t.weights, t.k, first, last, t.out)
     else:
-        row_times_fp32(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
+        row_times_fp32(t.a, t.weights, t.k, first, last, t.out)
 
 
 @njit(nogil=True)
@@ -215,13 +198,10 @@ def _rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
     for job in range(jobs * thread // threads, jobs * (thread + 1) // threads):
         panel, piece = job // pieces, job % pieces
         first, last = tiles * piece // pieces * ROWS, tiles * (piece + 1) // pieces * ROWS
-        if t.format == INT4:
+        if t.format in (INT4, INT8):
+            bits = 4 if t.format == INT4 else 8
             rows_times_quantised(
-                4, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
-            )
-        elif t.format == INT8:
-            rows_times_quantised(
-                8, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
+                bits, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
             )
         elif t.format == FP16:
             rows_times_fp16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
@@ -244,7 +224,7 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
             _meet(counter, met)
         if t.op == LINEAR:
             if t.rows == 1:
-                _one_row(t, 0, thread, threads)
+                _one_row(t, thread, threads)
             else:
                 _rows(t, thread, threads, scratch)
         else:

@@ -32,8 +32,10 @@ from rwkv_npu.kernels.simd import (
     largest,
     load_bfloats,
     load_bytes,
+    load_float,
     load_floats,
     load_halves,
+    load_int,
     low_nibbles,
     mul,
     operand,
@@ -41,14 +43,17 @@ from rwkv_npu.kernels.simd import (
     repeat_four,
     rounded,
     store_bytes,
+    store_float,
     store_floats,
+    store_int,
     store_small_ints,
     to_floats,
     total,
 )
-from rwkv_npu.packing import BLOCK, PANEL
+from rwkv_npu.kernels.tape import TILE_ROWS
+from rwkv_npu.packing import BLOCK, PANEL, ZERO
 
-ROWS = 4  # rows of a tile
+ROWS = TILE_ROWS
 STRIPS = PANEL // simd.LANES
 # Strips of a tile: as many as the registers hold.
 SPAN = STRIPS if simd.WIDE else 1
@@ -58,9 +63,9 @@ K_STEP_BYTES = 256
 K_STEP_FLOATS = 64
 SCRATCH_BYTES = PANEL * K_STEP_BYTES
 
-INT4, INT8, FP16, BF16, FP32 = range(5)
-ZERO_INT4 = 8
-ZERO_INT8 = 0 if simd.SIGNED_DOT else 128
+# The zero of weights as `dot` takes them.
+ZERO_INT4 = ZERO[4]
+ZERO_INT8 = 0 if simd.SIGNED_DOT else ZERO[8]
 
 
 # -- tiles: ROWS x SPAN vectors of sums in registers ---------------------------------------------------------
@@ -181,31 +186,17 @@ def quantise_rows(x, stride, first, last, K, q, scales, sums):  # type: ignore[n
             store_small_ints(c, out + 32)
             store_small_ints(d, out + 48)
             place = (row * blocks + block) * 4
-            _store_float(scale, scales + place)
-            _store_int(types.int32(total(add(add(a, b), add(c, d)))), sums + place)
-
-
-@operation(types.void, types.float32, ADDRESS)
-def _store_float(b: Any, value: Any, address: Any) -> None:
-    simd.write(b, address, value)
-
-
-@operation(types.void, types.int32, ADDRESS)
-def _store_int(b: Any, value: Any, address: Any) -> None:
-    simd.write(b, address, value)
-
-
-@operation(types.float32, ADDRESS)
-def load_float(b: Any, address: Any) -> Any:
-    return simd.read(b, address, ir.FloatType())
-
-
-@operation(types.int32, ADDRESS)
-def load_int(b: Any, address: Any) -> Any:
-    return simd.read(b, address, ir.IntType(32))
+            store_float(scale, scales + place)
+            store_int(types.int32(total(add(add(a, b), add(c, d)))), sums + place)
 
 
 # -- one row -----------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True)
+def _add_block(result, dots, row_scale, column_scales):  # type: ignore[no-untyped-def]
+    """result + dots * the scale of a block of the row * those of a block of the columns."""
+    return fma(to_floats(dots), mul(floats(load_float(row_scale)), load_bfloats(column_scales)), result)
 
 
 @njit(nogil=True)
@@ -224,8 +215,7 @@ def row_times_int4(q, scales, sums, weights, weight_scales, K, first, last, y): 
                 b = dot(b, high_nibbles(some), repeat_four(q + k + 4))
                 a = dot(a, low_nibbles(more), repeat_four(q + k + 8))
                 b = dot(b, high_nibbles(more), repeat_four(q + k + 12))
-            scale = mul(floats(load_float(scales + block * 4)), load_bfloats(s + block * 32))
-            result = fma(to_floats(add_ints(a, b)), scale, result)
+            result = _add_block(result, add_ints(a, b), scales + block * 4, s + block * 32)
         store_floats(result, y + strip * 64)
 
 
@@ -242,8 +232,7 @@ def row_times_int8(q, scales, sums, weights, weight_scales, K, first, last, y): 
             for k in range(block * BLOCK, (block + 1) * BLOCK, 8):
                 a = dot(a, operand(load_bytes(w + k * 16)), repeat_four(q + k))
                 b = dot(b, operand(load_bytes(w + k * 16 + 64)), repeat_four(q + k + 4))
-            scale = mul(floats(load_float(scales + block * 4)), load_bfloats(s + block * 32))
-            result = fma(to_floats(add_ints(a, b)), scale, result)
+            result = _add_block(result, add_ints(a, b), scales + block * 4, s + block * 32)
         store_floats(result, y + strip * 64)
 
 

@@ -21,7 +21,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+from rwkv_npu.packing import LANES
+
 VECTOR_BYTES = 64
 
 _BIT, _I8, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
@@ -194,6 +195,26 @@ def load_bfloats(b: Any, address: Any) -> Any:
     return read_bfloats(b, address)
 
 
+@operation(types.float32, ADDRESS)
+def load_float(b: Any, address: Any) -> Any:
+    return read(b, address, _F32)
+
+
+@operation(types.void, types.float32, ADDRESS)
+def store_float(b: Any, value: Any, address: Any) -> None:
+    write(b, address, value)
+
+
+@operation(types.int32, ADDRESS)
+def load_int(b: Any, address: Any) -> Any:
+    return read(b, address, _I32)
+
+
+@operation(types.void, types.int32, ADDRESS)
+def store_int(b: Any, value: Any, address: Any) -> None:
+    write(b, address, value)
+
+
 @operation(Floats, types.float32)
 def floats(b: Any, x: Any) -> Any:
     return spread(b, x)
@@ -301,11 +322,7 @@ def larger(b: Any, x: Any, y: Any) -> Any:
 @operation(types.float32, Floats)
 def largest(b: Any, v: Any) -> Any:
     """NaN where any is."""
-    return _reduce(b, v, lambda x, y: call(b, f"llvm.maximum.{_suffix(x.type)}", x.type, x, y))
-
-
-def _suffix(kind: Any) -> str:
-    return f"v{kind.count}f32"
+    return _reduce(b, v, lambda x, y: call(b, f"llvm.maximum.v{x.type.count}f32", x.type, x, y))
 
 
 def _reduce(b: Any, v: Any, combine: Callable[[Any, Any], Any]) -> Any:

@@ -21,7 +21,7 @@ from rwkv_npu.spec import Group
 TILE_ROWS = 4  # rows for which there is memory come in whole tiles
 ALIGNMENT = 64
 
-# What an instruction does. Those up to SHIFT treat each row for itself.
+# What an instruction does. Those before SHIFT treat each row for itself.
 ADD, SUB, MUL, ADD_VECTOR, MUL_VECTOR, MIX, SCALE, TANH, SIGMOID, RELU = range(10)
 LAYER_NORM, ROW_MATMUL, QUANTISE, SHIFT, LINEAR = range(10, 15)
 
@@ -40,10 +40,7 @@ INSTRUCTION = np.dtype(
         ("b", np.int64),
         ("vector", np.int64),  # (width,) fp32; of LAYER_NORM the weight
         ("bias", np.int64),
-        (
-            "number",
-            np.float64,
-        ),  # SCALE: the factor; LAYER_NORM: epsilon; SHIFT: rows to shift by; ROW_MATMUL: R
+        ("number", np.float64),  # SCALE: the factor; LAYER_NORM: epsilon; SHIFT: rows to shift by
         # LINEAR: a (rows, k) fp32 of `a_stride`, or int8 with b its scales and `sums`; matrix (k, n) of `format`
         ("format", np.int64),
         ("k", np.int64),
@@ -155,7 +152,7 @@ class Recorder:
         return self.emit(SHIFT, h.width, h, last)
 
     def row_matmul(self, x: Value, s: Value) -> Value:
-        return self.emit(ROW_MATMUL, x.width, x, s, number=x.width)
+        return self.emit(ROW_MATMUL, x.width, x, s)
 
     def add(self, a: Value, b: Any) -> Value:
         if isinstance(b, Vector):
