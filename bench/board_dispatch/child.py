@@ -6,13 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 
+from rwkv_npu.backends.base import Faults
+from rwkv_npu.backends.guard import Guard
 from rwkv_npu.backends.npu_matmul import Products
 from rwkv_npu.backends.rknn_api import CORES, FP16, Library
-from rwkv_npu.spec import Group, Port
+from rwkv_npu.bench.shapes import official_spec
+from rwkv_npu.spec import Group, Port, groups
 
 CALLS, WARM = 120, 12
 
@@ -61,6 +65,17 @@ def networks(path: str, M: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def guard(group: Group, M: int) -> dict[str, Any]:
+    """The guard alone, around a call that costs nothing: another thread, and a look at every output."""
+    rng = np.random.default_rng(0)
+    outputs = {port.name: rng.standard_normal((M, port.width), np.float32) for port in group.outputs}
+    npu = SimpleNamespace(name="rknn", close=lambda: None, run=lambda: outputs)
+    made = Guard(cast(Any, npu), dict, lambda: cast(Any, npu), Faults())
+    row = {**timed(lambda: made.run(group, M, cast(Any, npu))), "bytes": 0}
+    made.close()
+    return row
+
+
 def products(D: int, F: int, M: int, cores: tuple[int, ...]) -> dict[str, Any]:
     """The large products of a layer: r, k, v and output (D, D), key (D, F), value (F, D)."""
     made = Products(Library(), FP16, cores, own=False)
@@ -78,8 +93,10 @@ def products(D: int, F: int, M: int, cores: tuple[int, ...]) -> dict[str, Any]:
 
 
 def main(request: dict[str, Any]) -> list[dict[str, Any]]:
-    D, F, M = request["D"], request["F"], request["M"]
+    spec, M = official_spec(request["model"]), request["M"]
+    D, F = spec.D, spec.F
     rows = networks(request["artifact"], M) if request["artifact"] else {}
+    rows["guard"] = guard(next(g for g in groups(spec, "layer") if g.role == "mid"), M)
     rows["rknn-matmul, 3 cores"] = products(D, F, M, CORES)
     rows["rknn-matmul, 1 core"] = products(D, F, M, CORES[:1])
     return [{"way": way, "D": D, "M": M, **row} for way, row in rows.items()]
