@@ -16,6 +16,7 @@ import numpy as np
 
 from rwkv_npu.backends.base import Backend, Faults, Runner
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models.network import Network, Program, Run
 from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import State, new_state
@@ -153,7 +154,8 @@ class Engine:
     """A model that maps ids and a state to logits and a state.
 
     program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `serve` chooses the backends;
-    `faults` is where they count theirs. `initial` is the tuned state of each layer that has one.
+    `faults` is where they count theirs. `initial` is the tuned state of each layer that has one. `recurrence`: None is
+    NumPy's.
     """
 
     def __init__(
@@ -165,9 +167,11 @@ class Engine:
         fingerprint: str,
         initial: dict[int, np.ndarray],
         faults: Faults | None = None,
+        recurrence: Compiled | None = None,
     ):
         self.program, self.fingerprint = program, fingerprint
-        self._network = Network(program, host)
+        self._network = Network(program, host, recurrence)
+        self._recurrence = recurrence
         self._dispatcher = Dispatcher(program.groups, serve, faults or Faults())
         self._dispatcher.open()
         self._initial = initial
@@ -185,9 +189,11 @@ class Engine:
         return self._dispatcher.counters
 
     def describe(self) -> str:
-        """Backends and fusion in a few words."""
+        """Backends, fusion and what runs the recurrence, in a few words."""
         used, program = self._dispatcher.describe(), self.program
-        return f"{used}, {program.fusion} fusion, {len(program.groups)} calls a token"
+        recurrence = self._recurrence.name if self._recurrence else "NumPy"
+        calls = len(program.groups)
+        return f"{used}, {program.fusion} fusion, {calls} calls a token, recurrence in {recurrence}"
 
     def new_state(self) -> State:
         return new_state(self.spec, self.fingerprint, self._initial)
@@ -274,6 +280,8 @@ class Engine:
         """Give back what the backend holds; the engine cannot be used after it."""
         self._closed = True
         self._dispatcher.close()
+        if self._recurrence:
+            self._recurrence.close()
 
     def _run(self, batch: int) -> Run:
         return partial(self._dispatcher.run, batch=batch)

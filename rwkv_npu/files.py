@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder for those that can be made again."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: $RWKV_NPU_CACHE, or rwkv_npu in the user's cache folder."""
+    if own := os.environ.get("RWKV_NPU_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "rwkv_npu"

@@ -16,6 +16,7 @@ from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.plan import Plan, tuned
 from rwkv_npu.recording import self_test
 from rwkv_npu.sources import ModelSource
@@ -68,6 +69,8 @@ def open_engine(
             fingerprint=source.fingerprint,
             initial=source.initial_states(),
             faults=faults,
+            # The NumPy backend alone is the reference, all of it.
+            recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
         for guard in guards:
             guard.verdict(_advice(source))

@@ -28,7 +28,9 @@ verify generation estimate opening
 recording
 engine sources
 graphs sampling state tokenizer plan
-backends checkpoint models
+backends
+kernels
+checkpoint models
 memory
 bundle
 maths tensorfile toolkit packing
@@ -47,11 +49,13 @@ HOMES = {
     "rknnlite": {"backends", "bench"},
     "tokenizers": {"tokenizer"},
     "safetensors": {"state"},
+    "numba": {"kernels", "backends"},
+    "llvmlite": {"kernels"},
 }
 NUMPY_ONLY = {"errors", "spec", "maths", "models", "engine", "sampling", "generation"}
 # Modules of distributions with other names, and what only serves a benchmark where somebody installed it.
 ON_A_BOARD = {"rknn", "rknnlite", "tinygrad"}
-HEAVY = {"numpy", "onnx", "onnxruntime", "torch", "tokenizers", "safetensors", "ml_dtypes", "tqdm", "asyncio"}
+HEAVY = {"numpy", "onnx", "onnxruntime", "torch", "tokenizers", "safetensors", "ml_dtypes", "numba", "tqdm", "asyncio"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -136,7 +140,7 @@ def test_the_engine_is_light() -> None:
     loaded = loaded_by(
         "import rwkv_npu.engine, rwkv_npu.generation, rwkv_npu.backends.numpy, rwkv_npu.sources"
     )
-    assert not loaded & {"onnx", "onnxruntime", "torch", "rknn", "rknnlite", "tokenizers"}
+    assert not loaded & {"onnx", "onnxruntime", "torch", "rknn", "rknnlite", "tokenizers", "numba"}
 
 
 def cpu_seconds(*arguments: str) -> float:

@@ -25,6 +25,7 @@ import pytest
 
 from rwkv_npu import toolkit
 from rwkv_npu.errors import BundleError, ToolkitError, UsageError
+from rwkv_npu.files import cache_dir
 from rwkv_npu.toolkit import child, environment, install, log, schedule
 from rwkv_npu.toolkit.worker import Worker
 
@@ -245,9 +246,9 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RWKV_NPU_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert environment.cache_dir() == tmp_path / ".cache" / "rwkv_npu"
+    assert cache_dir() == tmp_path / ".cache" / "rwkv_npu"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert environment.cache_dir() == tmp_path / "xdg" / "rwkv_npu"
+    assert cache_dir() == tmp_path / "xdg" / "rwkv_npu"
     monkeypatch.setenv("RWKV_NPU_CACHE", str(tmp_path / "own"))
     assert environment.private_dir("2.5.0") == tmp_path / "own" / "toolkit-2.5.0"
 

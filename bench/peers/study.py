@@ -96,7 +96,7 @@ def open_child(
     log = workshop.folder / "logs" / f"{task.size}.{_file_name(system)}.log"
     child = stack.enter_context(Child(python, system.runtime, workshop.threads, log))
     options = {"generation": task.spec.generation, "threads": workshop.threads}
-    row = child.ask("open", model=str(model), weights=system.weights, **options)
+    row = child.ask("open", model=str(model), weights=system.weights, backend=system.backend, **options)
     return child, {**row, "file_bytes": size_on_disk(model)}
 
 

@@ -18,7 +18,7 @@ OURS, REFERENCE = "rwkv_npu", "rwkv fp32"
 
 # Packages of each environment; llama-cpp-python is compiled on the machine, for its processor.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
-    "ours": ("-e", str(REPOSITORY), "gguf==0.19.0"),
+    "ours": ("-e", f"{REPOSITORY}[fast]", "gguf==0.19.0"),
     "torch": ("{torch}", "rwkv==0.8.32", "transformers==5.23.0", "numpy"),
     "llama": ("llama-cpp-python==0.3.36",),
 }
@@ -31,7 +31,7 @@ class System:
     runtime: whose code runs, as worker.py names it. weights: precision of its matrices.
     generations: those it can run. tolerance: the largest difference from the reference's logits that this
         precision explains, in units of the logits' standard deviation; beyond it the row is wrong, not fast.
-    resident: bytes a parameter that it keeps in memory, for deciding what fits.
+    resident: bytes a parameter that it keeps in memory, for deciding what fits. backend: of this project.
     """
 
     name: str
@@ -40,6 +40,7 @@ class System:
     tolerance: float
     resident: float
     generations: tuple[str, ...] = ("4", "7")
+    backend: str = "auto"
 
     @property
     def environment(self) -> str:
@@ -48,7 +49,9 @@ class System:
 
 # In the order in which they are kept where memory does not suffice for all.
 SYSTEMS = (
-    System(f"{OURS} fp16", "ours", "fp16", 0.05, 5.0),
+    System(f"{OURS} int4", "ours", "int4", 6.0, 1.0),
+    System(f"{OURS} int8", "ours", "int8", 0.5, 1.5),
+    System(f"{OURS} fp16", "ours", "fp16", 0.05, 2.5),
     System("llama.cpp F16", "llama.cpp", "F16", 0.05, 2.5, ("7",)),
     System("llama.cpp Q8_0", "llama.cpp", "Q8_0", 0.5, 1.6, ("7",)),
     System("llama.cpp Q5_1", "llama.cpp", "Q5_1", 3.0, 1.3, ("7",)),
@@ -56,7 +59,8 @@ SYSTEMS = (
     System("rwkv bf16", "package", "bf16", 0.5, 3.0),
     System(REFERENCE, "package", "fp32", 0.001, 5.0),
     System("transformers fp32", "transformers", "fp32", 0.001, 5.0, ("4",)),
-    System(f"{OURS} fp32", "ours", "fp32", 0.001, 5.0),
+    System(f"{OURS} fp32", "ours", "fp32", 0.001, 4.5),
+    System(f"{OURS} int4 ort", "ours", "int4", 6.0, 2.0, backend="ort"),
 )
 
 

@@ -25,14 +25,16 @@ import numpy as np
 
 
 class Ours:
-    """This project, on a bundle; ONNX Runtime multiplies."""
+    """This project, on a bundle, by the backend that it chooses or the one that is named."""
 
-    packages = ("rwkv_npu", "onnxruntime", "numpy")
+    packages = ("rwkv_npu", "numba", "onnxruntime", "numpy")
 
     def __init__(self, command: dict[str, Any]):
         import rwkv_npu
 
-        self._model = rwkv_npu.load(command["model"], backend="ort", threads=command["threads"])
+        self._model = rwkv_npu.load(
+            command["model"], backend=command.get("backend", "auto"), threads=command["threads"]
+        )
         self.reset()
 
     def reset(self) -> None:

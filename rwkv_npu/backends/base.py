@@ -59,7 +59,9 @@ class Runner(Protocol):
     """A group opened for a number of rows and sequences.
 
     The backend owns `inputs`, (M, width) or (B, width) fp32; the caller fills them and calls `run`. What that
-    returns is valid until the next run of this runner. Runners of different groups may run at the same time.
+    returns is valid until the next run of this runner, and of several rows a sequence until the next but one run of a
+    group of its role: layers after the first may take turns in two sets of arrays. With one row, runners of different
+    groups may run at the same time.
     """
 
     @property

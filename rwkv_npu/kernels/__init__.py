@@ -1,1 +1,100 @@
-"""Code that is compiled on the machine it runs on, by numba (extra `fast`): no compiler, no build step."""
+"""Code that is compiled on the machine it runs on, by numba (extra `fast`): no compiler, no build step.
+
+    recurrence.py      the recurrences of all generations, in v4.py .. v7.py
+    tape.py            groups as instructions; machine.py executes them, pool.py on several threads
+    products.py        matrices times rows; simd.py has the vectors it is written in
+
+numba is imported when one of them is loaded. What it compiles is kept in the cache folder, in a folder named after the
+sources, the processor and numba, so that no other machine or version ever reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from rwkv_npu.files import cache_dir
+
+KEEP = True  # whether what is compiled next goes to the cache folder
+PATIENCE = 1.0  # seconds of compiling after which it is said
+
+_loading = threading.Lock()
+
+
+def load(module: str, what: str) -> ModuleType:
+    """A module of this package, compiled: at once where it was compiled before, else in some seconds.
+
+    what: it computes, for the line that says so.
+    """
+    name = f"{__name__}.{module}"
+    with _loading:
+        if name in sys.modules:
+            return sys.modules[name]
+        folder = cache_dir() / "kernels" / _identity()
+        try:
+            with _numba_cache(folder), _notice(what):
+                return importlib.import_module(name)
+        except Exception as error:  # numba's cache raises what the disk, or a damaged file, makes of it
+            print(
+                f"{what} is compiled for this run only: {folder} cannot be used ({error})",
+                file=sys.stderr,
+            )
+            with _uncached():
+                return importlib.import_module(name)
+
+
+def _identity() -> str:
+    """Names all that a compiled kernel depends on."""
+    import llvmlite.binding
+    import numba
+
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in (*sorted(here.glob("*.py")), *sorted((here.parent / "models").glob("*.py")), here.parent / "packing.py"):
+        digest.update(file.read_bytes())
+    features = llvmlite.binding.get_host_cpu_features().flatten()
+    digest.update(f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__}".encode())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _numba_cache(folder: Path) -> Iterator[None]:
+    """Have numba keep in `folder` what is compiled meanwhile. Raises OSError."""
+    from numba.core import config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    global KEEP
+    KEEP = False
+    try:
+        yield
+    finally:
+        KEEP = True
+
+
+@contextlib.contextmanager
+def _notice(what: str) -> Iterator[None]:
+    """Say what takes so long, if it does."""
+    line = f"compiling {what} for this processor: some seconds, this once"
+    timer = threading.Timer(PATIENCE, print, (line,), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

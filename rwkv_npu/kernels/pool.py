@@ -17,6 +17,7 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 from numba.extending import intrinsic
 
+from rwkv_npu import kernels
 from rwkv_npu.kernels.machine import execute
 from rwkv_npu.kernels.products import SCRATCH_BYTES
 from rwkv_npu.kernels.simd import add_atomically, pause, read_atomically, write_atomically
@@ -37,6 +38,15 @@ _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.intp))
 _Instructions = types.CPointer(from_dtype(INSTRUCTION))
 
 
+_Tape = types.Array(from_dtype(INSTRUCTION), 1, "C")
+_I8 = types.int64
+
+
+def entry(result: Any, *arguments: Any) -> Any:
+    """Compile now, or read what was compiled before, and with it all that it calls."""
+    return njit(result(*arguments), nogil=True, cache=kernels.KEEP)
+
+
 @intrinsic
 def _instructions(_context: Any, address: Any) -> Any:
     def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
@@ -50,13 +60,13 @@ def _of_thread(control, thread):  # type: ignore[no-untyped-def]
     return control + _PER_THREAD + thread * _THREAD_BYTES
 
 
-@njit(nogil=True)
+@entry(types.void, _I8, _I8)
 def _prepare(control, threads):  # type: ignore[no-untyped-def]
     for thread in range(threads):
         _sem_init(_of_thread(control, thread) + _SEMAPHORE, 0, 0)
 
 
-@njit(nogil=True)
+@entry(types.void, _I8, _I8, _I8, _I8)
 def _publish(control, threads, tape, length):  # type: ignore[no-untyped-def]
     """Hand a tape to the helpers; no length ends them."""
     write_atomically(control + _TAPE, tape)
@@ -67,14 +77,14 @@ def _publish(control, threads, tape, length):  # type: ignore[no-untyped-def]
             _sem_post(_of_thread(control, thread) + _SEMAPHORE)
 
 
-@njit(nogil=True)
+@entry(_I8, _I8, _I8, _Tape, _I8, _I8, _I8)
 def _lead(control, threads, tape, address, met, scratch):  # type: ignore[no-untyped-def]
     """Have a tape executed by all threads, this one among them."""
     _publish(control, threads, address, len(tape))
     return execute(tape, 0, threads, control + _MET, met, scratch)
 
 
-@njit(nogil=True)
+@entry(types.void, _I8, _I8, _I8, _I8)
 def _help(control, thread, threads, scratch):  # type: ignore[no-untyped-def]
     """Execute this thread's share of every tape that is published, until one without length."""
     mine = _of_thread(control, thread)
@@ -115,8 +125,7 @@ class Pool:
         with self._lock:
             if self._owner != os.getpid():  # a forked child has no threads but its own
                 self._start()
-            control, own = self._control.ctypes.data, self._scratch[0].ctypes.data
-            self._met = _lead(control, self.threads, tape, address, self._met, own)
+            self._met = _lead(self._address, self.threads, tape, address, self._met, self._own)
 
     def close(self) -> None:
         with self._lock:
@@ -127,7 +136,8 @@ class Pool:
         self._owner, self._met = os.getpid(), 0
         self._scratch = [aligned_bytes(SCRATCH_BYTES) for _ in range(self.threads)]
         self._control = aligned_bytes(_PER_THREAD + self.threads * _THREAD_BYTES)
-        control = self._control.ctypes.data
+        control = self._address = self._control.ctypes.data
+        self._own = self._scratch[0].ctypes.data
         _prepare(control, self.threads)
         self._helpers = [
             threading.Thread(
@@ -143,7 +153,7 @@ class Pool:
 
     def _stop(self) -> None:
         if self._owner == os.getpid():
-            _publish(self._control.ctypes.data, self.threads, 0, 0)
+            _publish(self._address, self.threads, 0, 0)
             for helper in self._helpers:
                 helper.join()
         self._helpers = []

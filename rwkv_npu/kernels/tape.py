@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,16 @@ class Matrix:
 
 
 Weight = np.ndarray | Packed
+
+
+class Bound(NamedTuple):
+    """A matrix in memory: K is padded for quantised ones, N for all; addresses of the numbers and of their scales."""
+
+    format: int
+    k: int
+    n: int
+    data: int
+    scales: int
 
 
 @dataclass
@@ -279,12 +289,11 @@ def bind(
     batch: int,
     addresses: Mapping[int, int],
     vectors: Mapping[str, int],
-    matrices: Mapping[Matrix, tuple[int, int, int, int, int]],
+    matrices: Mapping[Matrix, Bound],
 ) -> np.ndarray:
     """Instructions with addresses for M = `rows` of which `batch` sequences.
 
-    addresses: of every value, by id. vectors: addresses by name. matrices: (format, K, N, data, scales), where K is
-    padded for quantised ones and N for all.
+    addresses: of every value, by id. vectors: addresses by name.
     """
     tape = np.zeros(len(recording.entries), INSTRUCTION)
     level = 0
@@ -305,9 +314,9 @@ def bind(
         if entry.op == LINEAR:
             assert entry.matrix is not None
             (x,) = entry.inputs
-            format_, k, n, data, scales = matrices[entry.matrix]
-            instruction["format"], instruction["k"], instruction["n"] = format_, k, n
-            instruction["weights"], instruction["scales"] = data, scales
+            matrix = matrices[entry.matrix]
+            instruction["format"], instruction["k"], instruction["n"] = matrix.format, matrix.k, matrix.n
+            instruction["weights"], instruction["scales"] = matrix.data, matrix.scales
             instruction["a_stride"] = stride_of(x.width)
             if x.quantised:
                 instruction["b"], instruction["sums"] = _parts(x, addresses, rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,19 @@ from rwkv_npu.spec import Group, Scaling, Spec
 
 # Rows (M, width) in, rows out; what it returns is valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]
+
+
+class Recurrence(Protocol):
+    """What runs the recurrences, in the form that the modules of the generations have them."""
+
+    def prepare(self, vector: Callable[[str], np.ndarray], spec: Spec) -> Any:
+        """What the recurrence of a layer reads of the model; `vector` gives tensors by their name in the layer."""
+
+    def time_mix(self, p: Any, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
+        """Outputs of a layer's projections (T, B, A) -> y (T, B, A), valid until the next call.
+
+        `state` is updated in place; `carry` goes from layer to layer of one call.
+        """
 
 
 @dataclass(frozen=True)
@@ -91,17 +104,19 @@ class Network:
     """The host's half of a model: embedding, recurrences and, with projection fusion, norms and mixes.
 
     `host(name)` gives the tensors that are no projections, in the shape of the table in `spec.py`: vectors
-    in fp32, tables (rows by token) in whatever float type they are stored.
+    in fp32, tables (rows by token) in whatever float type they are stored. `recurrence`: None is the reference.
     """
 
-    def __init__(self, program: Program, host: Callable[[str], np.ndarray]):
+    def __init__(
+        self, program: Program, host: Callable[[str], np.ndarray], recurrence: Recurrence | None = None
+    ):
         self.program = program
         self.spec = spec = program.spec
         self._host = host
         self._groups = {(group.role, group.layer): group for group in program.groups}
         self._maths = NumpyMaths(host)
-        module = MODULES[spec.generation]
-        self._recurrence = [module.prepare(self._maths.block(i).vector, spec) for i in range(spec.L)]
+        self._recurrence = recurrence or MODULES[spec.generation]
+        self._prepared = [self._recurrence.prepare(self._maths.block(i).vector, spec) for i in range(spec.L)]
         self._recurrent_ports = [_spec.att_outputs(spec, i) for i in range(spec.L)]
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
@@ -172,8 +187,8 @@ class Network:
         ports = self._recurrent_ports[layer]
         inputs = {port.name: out[port.name].reshape(T, B, port.width) for port in ports}
         recurrent = {name: value[layer] for name, value in state.items()}
-        module = MODULES[self.spec.generation]
-        return module.time_mix(self._recurrence[layer], inputs, recurrent, carry).reshape(T * B, -1)
+        y = self._recurrence.time_mix(self._prepared[layer], inputs, recurrent, carry)
+        return y.reshape(T * B, -1)
 
     def _deep_embedding(self, layer: int, tokens: np.ndarray, x0: np.ndarray) -> np.ndarray:
         """7a: (M, R*R), each token's matrix: its row of s_emb plus its embedding times s_emb_x."""

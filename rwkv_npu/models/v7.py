@@ -14,8 +14,8 @@ from rwkv_npu.maths import Maths, sigmoid
 from rwkv_npu.models.common import CHUNK, Arrays, group_norm, heads, squared_relu_mix
 from rwkv_npu.spec import Scaling, Spec
 
-_DECAY = np.float32(-np.exp(-0.5))  # log of the fastest decay
-_NORM_FLOOR = np.float32(1e-12)
+LOG_DECAY = np.float32(-np.exp(-0.5))  # log of the fastest decay
+NORM_FLOOR = np.float32(1e-12)
 
 
 def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def time_mix(p: Arrays, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
     else:
         carry["v_first"] = v
     kappa = heads(k * p["k_k"], H)
-    kappa = kappa / np.maximum(np.sqrt(np.square(kappa).sum(-1, keepdims=True)), _NORM_FLOOR)
+    kappa = kappa / np.maximum(np.sqrt(np.square(kappa).sum(-1, keepdims=True)), NORM_FLOOR)
     k = k * (1 + (a - 1) * p["k_a"])
-    w = heads(np.exp(_DECAY * sigmoid(p["w0"] + x["w"])), H)
+    w = heads(np.exp(LOG_DECAY * sigmoid(p["w0"] + x["w"])), H)
     r, k, v = heads(x["r"], H), heads(k, H), heads(v, H)
     y = wkv(r, w, k, v, kappa, kappa * heads(a, H), state["att.wkv"])
     y = group_norm(y, p["ln_x.weight"], p["ln_x.bias"])

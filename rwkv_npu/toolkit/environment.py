@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_npu.errors import ToolkitError
+from rwkv_npu.files import cache_dir
 
 DEFAULT_VERSION = "2.5.0"
 # Newest first. A board's runtime (librknnrt.so) may refuse files of a newer compiler, hence the old ones.
@@ -56,14 +57,6 @@ class Status:
     private: bool
     size_bytes: int
     problem: str | None
-
-
-def cache_dir() -> Path:
-    """The folder that holds private environments: $RWKV_NPU_CACHE, or rwkv_npu in the user's cache folder."""
-    if own := os.environ.get("RWKV_NPU_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "rwkv_npu"
 
 
 def private_dir(version: str) -> Path:

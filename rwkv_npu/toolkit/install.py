@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_npu.errors import ToolkitError
+from rwkv_npu.files import cache_dir
 from rwkv_npu.toolkit.environment import (
     DEFAULT_VERSION,
     MACHINES,
     PYTHONS,
     Environment,
     Progress,
-    cache_dir,
     check_version,
     find_private,
     private_dir,

@@ -1,0 +1,82 @@
+"""RWKV-5.0 to 5.2: `models.v5.time_mix`, compiled.
+
+Letters: t of T tokens, b of B sequences, h of H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.kernels.parts import (
+    CHANNELS,
+    MATRICES,
+    ROWS,
+    K,
+    R,
+    V,
+    W,
+    Y,
+    by_head,
+    eagle,
+    inlined,
+    kernel,
+    moments,
+    rows,
+    sigmoid,
+)
+from rwkv_npu.models.common import Arrays
+
+STATES = ("att.wkv",)
+P_W, P_U, P_WEIGHT, P_BIAS = range(4)
+X_R, X_K, X_V, X_G = range(4)
+
+
+_NO_GATE = np.empty((0, 0, 0), np.float32)
+
+
+def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
+    return np.exp(p["log_w"]), p["u"], p["ln_x.weight"], p["ln_x.bias"]
+
+
+def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
+    return x["r"], x["k"], x["v"], x.get("g", _NO_GATE)
+
+
+@inlined
+def _token(x: Any, p: Any, S: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: Any) -> None:
+    for j in range(N):
+        c[R, j] = x[X_R][t, b, h, j]
+        c[K, j] = x[X_K][t, b, h, j]
+        c[V, j] = x[X_V][t, b, h, j]
+    if N == 64:
+        eagle(S, p[P_U, h], c, 64)
+    else:
+        eagle(S, p[P_U, h], c, N)
+    mean, scale = moments(c[Y], N)
+    for j in range(N):
+        y[t, b, h, j] = (c[Y, j] - mean) * scale * p[P_WEIGHT, h, j] + p[P_BIAS, h, j]
+
+
+@kernel(rows(4), CHANNELS, MATRICES, ROWS, "i8", "i8")
+def run(outputs: Any, table: Any, states: Any, y: Any, begin: Any, end: Any) -> None:
+    """All tokens of heads `begin` to `end` of B*H; y (T, B, A) is written, the states are updated."""
+    H, N = states.shape[1:3]
+    o = outputs
+    x = by_head(o[X_R], H, N), by_head(o[X_K], H, N), by_head(o[X_V], H, N), by_head(o[X_G], H, N)
+    y = by_head(y, H, N)
+    p = table.reshape((len(table), H, N))
+    c = np.empty((5, N), np.float32)
+    gated = len(o[X_G]) > 0
+    for head in range(begin, end):
+        b, h = head // H, head % H
+        S = states[b, h]
+        for j in range(N):
+            c[W, j] = p[P_W, h, j]
+        for t in range(len(y)):
+            _token(x, p, S, c, y, t, b, h, N)
+            if gated:
+                for j in range(N):
+                    g = x[X_G][t, b, h, j]
+                    y[t, b, h, j] *= g * sigmoid(g)

@@ -1,0 +1,85 @@
+"""RWKV-6: `models.v6.time_mix`, compiled.
+
+Letters: t of T tokens, b of B sequences, h of H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.kernels.parts import (
+    CHANNELS,
+    MATRICES,
+    ROWS,
+    K,
+    R,
+    V,
+    W,
+    Y,
+    by_head,
+    eagle,
+    exp,
+    exp_of_decay,
+    inlined,
+    kernel,
+    moments,
+    rows,
+    sigmoid,
+)
+from rwkv_npu.models.common import Arrays
+
+STATES = ("att.wkv",)
+P_DECAY, P_U, P_WEIGHT, P_BIAS = range(4)
+X_R, X_W, X_K, X_V, X_G = range(5)
+
+
+def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
+    names = ("time_decay", "u", "ln_x.weight", "ln_x.bias")
+    return tuple(p[name] for name in names)
+
+
+def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
+    return tuple(x[name] for name in "rwkvg")
+
+
+@inlined
+def _token(x: Any, p: Any, S: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: Any) -> None:
+    for j in range(N):
+        c[W, j] = exp_of_decay(-exp(p[P_DECAY, h, j] + x[X_W][t, b, h, j]))
+    for j in range(N):
+        c[R, j] = x[X_R][t, b, h, j]
+        c[K, j] = x[X_K][t, b, h, j]
+        c[V, j] = x[X_V][t, b, h, j]
+    if N == 64:
+        eagle(S, p[P_U, h], c, 64)
+    else:
+        eagle(S, p[P_U, h], c, N)
+    mean, scale = moments(c[Y], N)
+    for j in range(N):
+        normal = (c[Y, j] - mean) * scale * p[P_WEIGHT, h, j] + p[P_BIAS, h, j]
+        g = x[X_G][t, b, h, j]
+        y[t, b, h, j] = normal * (g * sigmoid(g))
+
+
+@kernel(rows(5), CHANNELS, MATRICES, ROWS, "i8", "i8")
+def run(outputs: Any, table: Any, states: Any, y: Any, begin: Any, end: Any) -> None:
+    """All tokens of heads `begin` to `end` of B*H; y (T, B, A) is written, the states are updated."""
+    H, N = states.shape[1:3]
+    o = outputs
+    x = (
+        by_head(o[X_R], H, N),
+        by_head(o[X_W], H, N),
+        by_head(o[X_K], H, N),
+        by_head(o[X_V], H, N),
+        by_head(o[X_G], H, N),
+    )
+    y = by_head(y, H, N)
+    p = table.reshape((len(table), H, N))
+    c = np.empty((5, N), np.float32)
+    for head in range(begin, end):
+        b, h = head // H, head % H
+        S = states[b, h]
+        for t in range(len(y)):
+            _token(x, p, S, c, y, t, b, h, N)
