@@ -48,7 +48,8 @@ def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
 
 
 def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
-    cores = f"{board.cpu_model(root)}, {board.cores(root)} cores"
+    numbers = board.core_numbers(root)
+    cores = f"{board.cpu_model(root)}, {len(numbers)} cores"
     kernel = board.kernel(root) or platform.release()
     if chip is None:
         yield Finding(
@@ -57,11 +58,11 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
         return
     level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
     yield Finding(level, "board", f"{board.model(root) or 'unnamed'}, {chip}", mend)
-    big = board.big_cores(root)
-    pinned = f"taskset -c {','.join(map(str, big))} rwkv-npu ... keeps the CPU's share on them" if big else ""
-    yield Finding(
-        OK, "cores", f"{cores}; large ones: {', '.join(map(str, big)) or 'none told apart'}", pinned
+    big = board.big_cores(root, among=numbers)
+    large = (
+        f"the large ones, {', '.join(map(str, big))}, do the CPU's share" if big != numbers else "all alike"
     )
+    yield Finding(OK, "cores", f"{cores}: {large}")
     yield Finding(OK, "kernel", kernel)
 
 

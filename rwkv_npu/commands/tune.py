@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu.bundle import artifacts_digest, is_bundle, open_bundle
+from rwkv_npu.commands.common import use_big_cores
 from rwkv_npu.errors import UsageError
 from rwkv_npu.opening import Options, machine_key
 from rwkv_npu.plan import USES, save_tuned
@@ -21,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not is_bundle(path):
         raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one, and plans are kept in it")
     bundle = open_bundle(path)
+    use_big_cores(arguments.threads)
     options = Options(arguments.threads, arguments.npu_cores)
     plan, found = tune(bundle, options, say=lambda line: print(line, file=sys.stderr))
     measured = {f"{m.fusion} {m.backend}": {f"{use}_ms": _ms(m, use) for use in USES} for m in found}
