@@ -127,6 +127,25 @@ def test_faults_while_it_runs_do_not_change_the_text(bundle: Path) -> None:
         assert model.engine.counters.faults.calls == 4 and len(model.engine.counters.faults.groups) == 1
 
 
+def test_what_steps_in_is_as_precise_as_the_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU's default are eight bits, a group that ran in fp16 does not end there."""
+    bundle = fake_bundle(monkeypatch, tmp_path / "m.pth", write_model(tmp_path / "m.pth", "7"), cpu="int8")
+    become_a_board(monkeypatch, tmp_path)
+
+    def state_of(model: Model) -> np.ndarray:
+        return model.forward(IDS[:16])[1].parts["att.wkv"].copy()
+
+    with rwkv_npu.load(bundle, backend="numpy") as exact, load(bundle, backend="ort") as eight_bits:
+        expected = state_of(exact)
+        assert np.abs(state_of(eight_bits) - expected).max() > 1e-3 * np.abs(expected).max()
+    for options in ({}, {"backend": "auto", "plan": "prefill=rknn,decode=ort"}):  # even where the CPU is open
+        with load(bundle, **options) as model:
+            FakeRuntime.codes.update(run=[-1] * 99)
+            with pytest.warns(UserWarning, match="rknn failed at"):
+                assert np.abs(state_of(model) - expected).max() < 1e-5 * np.abs(expected).max()
+            FakeRuntime.codes.clear()
+
+
 # -- what is refused, and what is said -------------------------------------------------------------------
 
 
