@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,21 @@ def test_what_steps_in_is_as_precise_as_the_npu(tmp_path: Path, monkeypatch: pyt
             with pytest.warns(UserWarning, match="rknn failed at"):
                 assert np.abs(state_of(model) - expected).max() < 1e-5 * np.abs(expected).max()
             FakeRuntime.codes.clear()
+
+
+def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for faults in (0, 1, 2):
+        FakeRuntime.codes.update(run=[0] * 7 + [-1] * faults)  # after the self-tests
+        arguments = ("-m", bundle, "-p", "the ", "-n", 2, "--backend", "rknn")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")  # the command line prints them
+            status, _, said[faults] = run_main(capsys, "generate", *arguments)
+        assert status == 0
+    assert "NPU" not in said[0]
+    assert said[1].endswith("| failed calls to the NPU: 1\n") and "warning" not in said[1]
+    assert said[2].endswith("| failed calls to the NPU: 2, on the CPU: first\n")
+    assert "warning: rknn failed at first (rknn_run returned -1): the CPU runs it" in said[2]
 
 
 # -- what is refused, and what is said -------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.board import numbers, version
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
-from rwkv_npu.memory import MemoryPlan
+from rwkv_npu.memory import MemoryPlan, check_room
 from rwkv_npu.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import VERSIONS, rknn_info
@@ -94,7 +94,7 @@ class RknnBackend:
         chosen = _fitting(source.artifacts(), chip=_chip())
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
         self._lite = _rknnlite()
-        _check_memory(source.memory_plan(chosen))
+        check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count (--rows 32)")
         self._contexts: dict[tuple[str, int], Any] = {}
         raise_file_limit()
         LOCK.acquire()
@@ -163,20 +163,6 @@ def _rknnlite() -> Any:
     raise BackendError(
         f"rknn needs {PACKAGE}: pip install {PACKAGE} (on aarch64, Python 3.10 to 3.12; {missing}{printed.text[:80]})"
     )
-
-
-def _check_memory(plan: MemoryPlan) -> None:
-    """Raises BackendError, with the arithmetic, for what the NPU or the board cannot hold."""
-    if not plan.fits:
-        raise BackendError(
-            f"the artifacts do not fit the NPU: {plan.arithmetic()}; convert with one row count (--rows 32)"
-        )
-    free = board.memory().get("MemAvailable")
-    if free is not None and plan.total > free:
-        raise BackendError(
-            f"the artifacts do not fit the memory that is free, {free / 2**30:.2f} GiB: {plan.arithmetic()}; "
-            "end other programs, or convert with one row count (--rows 32)"
-        )
 
 
 # -- opening ---------------------------------------------------------------------------------------------
