@@ -66,10 +66,9 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
     level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
     yield Finding(level, "board", f"{board.model(root) or 'unnamed'}, {chip}", mend)
     big = board.big_cores(root, among=numbers)
-    large = (
-        f"the large ones, {', '.join(map(str, big))}, do the CPU's share" if big != numbers else "all alike"
-    )
-    yield Finding(OK, "cores", f"{cores}: {large}")
+    told = ", ".join(map(str, big))
+    large = "all alike" if big == numbers else f"large ones: {told}, which do the CPU's share"
+    yield Finding(OK, "cores", f"{cores}; {large}")
     yield Finding(OK, "kernel", kernel)
 
 

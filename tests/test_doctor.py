@@ -51,7 +51,7 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
     troubles = [f for f in findings if f.level != OK and f.what not in ("compiler", "versions")]
     assert troubles == []
     assert {f.what: f.found for f in findings}["board"] == "Radxa ROCK 5B, rk3588"
-    assert "the large ones, 4, 5, 6, 7, do the CPU's share" in found(root, "cores").found
+    assert "large ones: 4, 5, 6, 7, which do the CPU's share" in found(root, "cores").found
 
 
 @pytest.mark.parametrize(

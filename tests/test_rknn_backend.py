@@ -157,8 +157,8 @@ def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture
             status, _, said[faults] = run_main(capsys, "generate", *arguments)
         assert status == 0
     assert "NPU" not in said[0]
-    assert said[1].endswith("| failed calls to the NPU: 1\n") and "warning" not in said[1]
-    assert said[2].endswith("| failed calls to the NPU: 2, on the CPU: first\n")
+    assert said[1].endswith("| 1 calls to the NPU failed\n") and "warning" not in said[1]
+    assert said[2].endswith("| 2 calls to the NPU failed, on the CPU: first\n")
     assert "warning: rknn failed at first (rknn_run returned -1): the CPU runs it" in said[2]
 
 

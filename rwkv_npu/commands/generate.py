@@ -50,7 +50,7 @@ class Statistics:
         parts.append(f"generated {self.tokens} tokens{rate}")
         if self.faults.calls or self.faults.groups:
             groups = f", on the CPU: {', '.join(self.faults.groups)}" if self.faults.groups else ""
-            parts.append(f"failed calls to the NPU: {self.faults.calls}{groups}")
+            parts.append(f"{self.faults.calls} calls to the NPU failed{groups}")
         return " | ".join(parts)
 
 
