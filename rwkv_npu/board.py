@@ -129,14 +129,20 @@ def runtime_library(root: Path = ROOT) -> Path | None:
     return next((root / name for name in LIBRARIES if (root / name).is_file()), None)
 
 
-def runtime_version(library: Path) -> str | None:
-    """What a librknnrt.so says of itself, without loading it."""
+def runtime_build(library: Path) -> str | None:
+    """What a librknnrt.so says of itself, without loading it: 2.3.2 (429f97ae6b@2025-04-09T09:09:27)."""
     try:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            match = re.search(rb"librknnrt version: (\d+\.\d+\.\d+)", data)
-            return match[1].decode() if match else None
+            match = re.search(rb"librknnrt version: (\d+\.\d+\.\d+( \([^)\0]*\))?)", data)
+            return match[1].decode(errors="replace") if match else None
     except (OSError, ValueError):  # unreadable, or empty
         return None
+
+
+def runtime_version(library: Path) -> str | None:
+    """The version alone: 2.3.2."""
+    build = runtime_build(library)
+    return version(build) if build else None
 
 
 def version(text: str) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from tqdm import tqdm
 
 from rwkv_npu.bundle import (
@@ -30,7 +29,7 @@ from rwkv_npu.bundle import (
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import Constant, external_model, trace_group
 from rwkv_npu.models.network import Program
-from rwkv_npu.packing import bits_of, pack, packed_shapes
+from rwkv_npu.packing import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
 from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
@@ -107,7 +106,7 @@ def _packed_plans(
 
         label = packed_label(tensor.name, index)
         yield TensorPlan(f"{label}.data", np.uint8, data_shape, data)
-        yield TensorPlan(f"{label}.scales", np.float16, scales_shape, made.pop)
+        yield TensorPlan(f"{label}.scales", SCALE, scales_shape, made.pop)
 
 
 def write_graphs(bundle: Bundle) -> None:

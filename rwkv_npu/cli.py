@@ -58,9 +58,7 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--precision", default="fp16", help="of the NPU's artifacts: fp16")
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
-    p.add_argument(
-        "--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32"
-    )
+    p.add_argument("--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32")
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
@@ -232,7 +230,7 @@ def _add_bench_inference(actions: Any) -> None:
     )
     which = "bundle or checkpoint (default: the demo model); repeatable"
     p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
-    p.add_argument("--backends", metavar="LIST", help="of ort, torch, numpy (default: these)")
+    p.add_argument("--backends", metavar="LIST", help="of numba, ort, torch, numpy (default: these)")
     p.add_argument(
         "-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)"
     )

@@ -87,7 +87,11 @@ class Request:
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
-        known = {"CPU precision": (*STORAGE, *PRECISIONS), "target": (*TARGETS, NO_TARGET), "precision": ("fp16",)}
+        known = {
+            "CPU precision": (*STORAGE, *PRECISIONS),
+            "target": (*TARGETS, NO_TARGET),
+            "precision": ("fp16",),
+        }
         for (what, values), value in zip(known.items(), (self.cpu, self.target, self.precision), strict=True):
             if value not in values:
                 raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")

@@ -307,19 +307,29 @@ def quantised_model(
     tensor: Callable[[str], np.ndarray],
     packed: Callable[[Constant], Packed],
 ) -> onnx.ModelProto:
-    """The graph with its projections quantised, as ONNX Runtime's MatMulNBits takes them, and rows quantised as well."""
+    """The graph with its projections quantised, as ONNX Runtime's MatMulNBits takes them; it quantises rows as well."""
     model = _model(trace, name, tensor, [])
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in trace.projections:
             label = node.input[1]
             weight = packed(trace.projections[label])
             k, n = weight.padded_k, weight.shape[1]
-            attributes = {"K": weight.shape[0], "N": n, "bits": weight.bits, "block_size": BLOCK}
+            attributes: dict[str, Any] = {
+                "K": weight.shape[0],
+                "N": n,
+                "bits": weight.bits,
+                "block_size": BLOCK,
+            }
             data, scales = f"{label}.data", f"{label}.scales"
             node.CopyFrom(
                 helper.make_node(
-                    "MatMulNBits", [node.input[0], data, scales], list(node.output), name=node.name,
-                    domain=MICROSOFT, accuracy_level=INT8_ROWS, **attributes,
+                    "MatMulNBits",
+                    [node.input[0], data, scales],
+                    list(node.output),
+                    name=node.name,
+                    domain=MICROSOFT,
+                    accuracy_level=INT8_ROWS,
+                    **attributes,
                 )  # fmt: skip
             )
             q = numbers(weight).swapaxes(0, 1).reshape(k, -1)[:, :n].T.reshape(n, k // BLOCK, BLOCK)

@@ -29,12 +29,12 @@ from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
 class Model:
     """A loaded model. Make one with `rwkv_npu.load`.
 
-    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work. reason: why these
-    backends were chosen.
+    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work. source: where the
+    weights come from. reason: why these backends were chosen.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, reason: str = ""):
-        self.engine, self.tokenizer, self.reason = engine, tokenizer, reason
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, source: ModelSource, reason: str = ""):
+        self.engine, self.tokenizer, self.source, self.reason = engine, tokenizer, source, reason
         usable = None if tokenizer is None else tokenizer.has_text(engine.spec.V)
         self._banned = None if usable is None else ~usable
 
@@ -217,7 +217,7 @@ def load(
         parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
         _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
         engine, reason = open_engine(source, parsed, options), "as asked"
-    return Model(engine, words, reason)
+    return Model(engine, words, source, reason)
 
 
 def load_state(path: str | os.PathLike[str], model: Model) -> State:

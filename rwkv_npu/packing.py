@@ -1,20 +1,23 @@
 """Quantised matrices of the CPU: blocks of a column that share a scale, in the order in which they are multiplied.
 
 A matrix (K, N), used as x @ W, is cut into strips of LANES columns; within a strip the rows follow each other, so that
-a product reads memory from front to back. BLOCK rows of a column share a float16 scale:
+a product reads memory from front to back. BLOCK rows of a column share a scale, in bfloat16, since float16 has too few
+exponents for small numbers:
 
     W[k, n] = scale[k // BLOCK, n] * (q[k, n] - zero)
 
     int8    q in 1 .. 255, zero 128: 64 bytes hold 4 rows of a strip, the 4 of a column side by side
     int4    q in 0 .. 15, zero 8:    64 bytes hold 8 rows, rows 0-3 in the low nibbles and 4-7 in the high ones
 
-K is padded to whole blocks and N to whole panels of four strips, with zeros. NumPy only.
+K is padded to whole blocks and N to whole panels of four strips, with zeros.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+import ml_dtypes
 import numpy as np
 
 from rwkv_npu.spec import Kind, Tensor
@@ -22,6 +25,8 @@ from rwkv_npu.spec import Kind, Tensor
 BLOCK = 64  # rows that share a scale
 LANES = 16  # columns of a strip
 PANEL = 64  # columns that a product of many rows takes at once
+
+SCALE = np.dtype(ml_dtypes.bfloat16)
 
 PRECISIONS = ("int8", "int4")
 ZERO = {8: 128, 4: 8}
@@ -44,7 +49,7 @@ def bits_of(precision: str, tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised matrix. data: (strips, bytes of a strip) uint8; scales: (strips, K // BLOCK, LANES) float16, K padded.
+    """A quantised matrix. data: (strips, bytes of a strip) uint8; scales: (strips, K // BLOCK, LANES) SCALE, K padded.
 
     shape: (K, N) of the matrix without its padding.
     """
@@ -75,6 +80,13 @@ def packed_shapes(k: int, n: int, bits: int) -> tuple[tuple[int, int], tuple[int
     """Shapes of `data` and `scales` of a (K, N) matrix."""
     k, n = padded(k, n)
     return (n // LANES, k * LANES * bits // 8), (n // LANES, k // BLOCK, LANES)
+
+
+def packed_bytes(tensor: Tensor, bits: int) -> int:
+    """What a projection takes, scales included."""
+    *stack, k, n = tensor.used_shape
+    shapes = packed_shapes(k, n, bits)
+    return prod(stack) * (prod(shapes[0]) + prod(shapes[1]) * SCALE.itemsize)
 
 
 def pack(weight: np.ndarray, bits: int) -> Packed:
@@ -137,19 +149,25 @@ def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _scales(blocks: np.ndarray, bits: int) -> np.ndarray:
-    """(blocks, BLOCK, N) -> (blocks, N) float16."""
+    """(blocks, BLOCK, N) -> (blocks, N) of SCALE."""
     if bits == 8:
-        return (np.abs(blocks).max(1) / 127).astype(np.float16)
+        return _rounded_up(np.abs(blocks).max(1) / np.float32(127))
     # There is one more step below zero than above: the sign of the scale gives it to the largest value.
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)[:, 0]
-    best, least = np.zeros(extreme.shape, np.float16), np.full(extreme.shape, np.inf, np.float32)
+    best, least = np.zeros(extreme.shape, SCALE), np.full(extreme.shape, np.inf, np.float32)
     for candidate in _CANDIDATES:
-        scales = (extreme * (candidate / -8)).astype(np.float16)
+        scales = (extreme * (candidate / -8)).astype(SCALE)
         wide = scales.astype(np.float32)
         error = np.square(_rounded(blocks, wide, bits) * wide[:, None] - blocks).sum(1)
         better = error < least
         best[better], least[better] = scales[better], error[better]
     return best
+
+
+def _rounded_up(positive: np.ndarray) -> np.ndarray:
+    """fp32 -> SCALE, never smaller: no number is beyond the last step."""
+    bits = positive.view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) >> 16).astype(np.uint16).view(SCALE)
 
 
 def _rounded(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:

@@ -21,6 +21,10 @@ import numpy as np
 
 from rwkv_npu.errors import BackendError, UsageError
 
+FEW = 4096  # weights that are sorted without further ado
+ROUNDS = 4  # of narrowing more of them down, before they are sorted all the same
+BLOCK = 128  # weights that are added up at once
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -80,15 +84,21 @@ class Sampler:
 
         BackendError when the logits hold NaN or infinity, or nothing but -inf.
         """
-        token = draw(self.adjusted(logits), self.options, self.rng)
+        softmax, changed = Softmax(self.adjusted(logits)), self._changed()
+        token = draw(softmax, self.options, self.rng)
+        logprob = _log_probability_before(softmax, changed, logits, token)
         self.accept(token)
-        return token, log_probability(logits, token)
+        return token, logprob
 
     def adjusted(self, logits: np.ndarray) -> np.ndarray:
         """The logits less penalties, -inf where banned; float32 (V,), a copy."""
         penalised = penalise(logits, self.counts, self.options)
         penalised[self._banned] = -np.inf
         return penalised
+
+    def _changed(self) -> np.ndarray:
+        """Ids of all tokens whose logits are adjusted."""
+        return np.union1d(self._banned, [*self.counts]).astype(np.int64) if self.counts else self._banned
 
     def accept(self, token: int) -> None:
         """Counts a token as drawn, if there are penalties: all counts decay, then its own grows by 1."""
@@ -98,23 +108,41 @@ class Sampler:
         self.counts[token] = self.counts.get(token, 0.0) + (0.0 if self._uncounted(token) else 1.0)
 
 
-def draw(logits: np.ndarray, options: SamplingOptions, rng: np.random.Generator) -> int:
-    """One token from logits (V,), by one number from `rng`."""
-    tokens, probabilities = candidates(logits, options)
-    cumulative = np.cumsum(probabilities)
-    place = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-    return int(tokens[min(place, len(tokens) - 1)])
+class Softmax:
+    """Logits (V,) and what everything here asks of them, computed once.
+
+    peak: the largest logit. weights: exp(logits - peak), float32. total: their sum.
+    BackendError when the logits hold NaN or infinity, or nothing but -inf.
+    """
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.logits, self.peak = logits, float(logits.max())
+        if not math.isfinite(self.peak):
+            raise BackendError("the logits hold NaN or infinity, or no token is left to choose")
+        self.weights = np.exp(logits - np.float32(self.peak))
+        self.total = float(self.weights.sum())
 
 
-def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+def draw(softmax: Softmax, options: SamplingOptions, rng: np.random.Generator) -> int:
+    """One token, by one number from `rng`."""
+    tokens, probabilities = candidates(softmax, options)
+    return int(tokens[_place(probabilities, rng.random() * float(probabilities.sum()))])
+
+
+def candidates(softmax: Softmax, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, probabilities) to draw from: ids (n,) ascending, float64 (n,) of sum 1. Greedy leaves one."""
-    peak = _peak(logits)
     if options.temperature == 0:
-        return np.array([np.argmax(logits)]), np.ones(1)
-    kept = min_p_filter(top_k_filter(top_p_filter(logits, options.top_p), options.top_k), options.min_p)
-    tokens = np.flatnonzero(kept > -np.inf)
+        return np.array([np.argmax(softmax.logits)]), np.ones(1)
+    tokens = top_p(softmax, options.top_p)
+    logits = softmax.logits[tokens]
+    if options.top_k:
+        kept = top_k(logits, options.top_k)
+        tokens, logits = tokens[kept], logits[kept]
+    if options.min_p:
+        kept = min_p(logits, options.min_p)
+        tokens, logits = tokens[kept], logits[kept]
     temperature = min(max(options.temperature, 1e-6), 1e30)  # within float32
-    weights = np.exp((kept[tokens] - peak) / temperature).astype(np.float64)
+    weights = np.exp((logits - np.float32(softmax.peak)) / np.float32(temperature)).astype(np.float64)
     return tokens, weights / weights.sum()
 
 
@@ -128,67 +156,110 @@ def penalise(logits: np.ndarray, counts: Mapping[int, float], options: SamplingO
     return penalised
 
 
-def top_p_filter(logits: np.ndarray, top_p: float) -> np.ndarray:
-    """logits (V,) with -inf outside the fewest most likely tokens that hold `top_p` of the probability.
+def top_p(softmax: Softmax, mass: float) -> np.ndarray:
+    """Ids, ascending, of the fewest most likely tokens that hold `mass` of the probability; 1 keeps all.
 
-    Tokens as likely as the last one of them all stay. top_p 1 returns the logits themselves.
+    Tokens as likely as the last one of them all stay.
     """
-    if top_p >= 1:
-        return logits
-    weights = np.exp(logits - _peak(logits))
-    total = float(weights.sum(dtype=np.float64))
-    # Tokens below this weight hold less than 1 - top_p together, so the cut lies above it.
-    floor = min((1 - top_p) * total / len(weights), 1.0)
-    cut = _weight_at_mass(weights[weights >= floor], top_p * total)
-    return np.where(weights >= cut, logits, np.float32(-np.inf))
+    if mass >= 1:
+        return np.flatnonzero(softmax.logits > -np.inf)
+    weights, wanted = softmax.weights, mass * softmax.total
+    spare = softmax.total - wanted
+    # All that are smaller than this hold less together than what may be left out.
+    likely = weights >= min(spare / len(weights), 1.0)
+    low, high = 0.0, math.inf
+    if np.count_nonzero(likely) > FEW:
+        low, high = _bracket(weights, spare)
+        likely = weights >= low
+    tokens = np.flatnonzero(likely)
+    held = weights.take(tokens)
+    if low and held.sum(dtype=np.float64) <= wanted:  # a sample may err
+        tokens, held = np.arange(len(weights)), weights
+    cut = _weight_at(held, wanted, low, high)
+    return tokens.take(np.flatnonzero(held >= cut))
 
 
-def _weight_at_mass(weights: np.ndarray, mass: float) -> np.floating:
-    """The weight at which the sum from the largest down reaches `mass`, by halving rather than by sorting."""
-    while len(weights) > 512:
-        middle = len(weights) // 2
-        weights = np.partition(weights, middle)
-        upper = float(weights[middle:].sum(dtype=np.float64))
-        if upper >= mass:
-            weights = weights[middle:]
-        else:
-            weights, mass = weights[:middle], mass - upper
+def _weight_at(weights: np.ndarray, wanted: float, low: float = 0.0, high: float = math.inf) -> float:
+    """The weight at which the sum from the largest down reaches `wanted`; likely between `low` and `high`."""
+    for _ in range(ROUNDS):
+        if len(weights) <= FEW:
+            break
+        part = weights >= high
+        held = float((weights * part).sum(dtype=np.float64))
+        if held < wanted:
+            part, wanted = (weights < high) & (weights >= low), wanted - held
+            held = float((weights * part).sum(dtype=np.float64))
+        if held < wanted:
+            part, wanted = weights < low, wanted - held
+        weights = weights.take(np.flatnonzero(part))
+        low, high = _bracket(weights, float(weights.sum(dtype=np.float64)) - wanted)
     descending = np.sort(weights)[::-1]
-    place = int(np.searchsorted(np.cumsum(descending, dtype=np.float64), mass))
-    return descending[min(place, len(descending) - 1)]
+    return float(descending[_reach(descending, wanted)])
 
 
-def top_k_filter(logits: np.ndarray, top_k: int) -> np.ndarray:
-    """logits (V,) with -inf outside the `top_k` largest; of equals at the cut the lowest ids. 0 keeps all."""
-    if top_k == 0:
-        return logits
-    alive = logits[logits > -np.inf]  # also much faster to partition than many equal values
-    if top_k >= len(alive):
-        return logits
-    cut = np.partition(alive, -top_k)[-top_k]
-    keep = logits > cut
-    keep[np.flatnonzero(logits == cut)[: top_k - np.count_nonzero(keep)]] = True
-    return np.where(keep, logits, np.float32(-np.inf))
+def _bracket(weights: np.ndarray, spare: float) -> tuple[float, float]:
+    """Two of the weights that likely have between them the one below which the sum is `spare`.
+
+    From a sample of about a thousand: in a sum of small weights there are no few large ones for it to miss.
+    """
+    stride = max(1, len(weights) // 1024)
+    sample = np.sort(weights[::stride])
+    sums = np.cumsum(sample, dtype=np.float64) * stride
+    places = np.searchsorted(sums, (0.9 * spare, 1.1 * spare))
+    low, high = np.minimum(places, len(sample) - 1)
+    return float(sample[low]), float(sample[high])
 
 
-def min_p_filter(logits: np.ndarray, min_p: float) -> np.ndarray:
-    """logits (V,) with -inf where a token is less likely than `min_p` times the most likely. 0 keeps all."""
-    if min_p <= 0:
-        return logits
-    return np.where(logits >= _peak(logits) + math.log(min_p), logits, np.float32(-np.inf))
+def _reach(weights: np.ndarray, wanted: float) -> int:
+    """The first place up to which (n,) weights add up to `wanted`; the last one if none does."""
+    place = int(np.searchsorted(np.cumsum(weights, dtype=np.float64), wanted))
+    return min(place, len(weights) - 1)
 
 
-def log_probability(logits: np.ndarray, token: int) -> float:
-    """Natural logarithm of softmax(logits)[token], for logits (V,)."""
-    peak = _peak(logits)
-    return float(logits[token]) - peak - math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
+def _place(weights: np.ndarray, mass: float) -> int:
+    """The first place up to which (n,) weights add up to more than `mass`; the last one if none does."""
+    start = 0
+    if len(weights) > 4 * BLOCK:  # blocks first: adding up one after the other is slow
+        cumulative = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)))
+        block = min(int(np.searchsorted(cumulative, mass, side="right")), len(cumulative) - 1)
+        start, mass = block * BLOCK, mass - (float(cumulative[block - 1]) if block else 0.0)
+        weights = weights[start : start + BLOCK]
+    return start + min(int(np.searchsorted(np.cumsum(weights), mass, side="right")), len(weights) - 1)
 
 
-def _peak(logits: np.ndarray) -> float:
-    peak = float(logits.max())
-    if not math.isfinite(peak):
-        raise BackendError("the logits hold NaN or infinity, or no token is left to choose")
-    return peak
+def top_k(logits: np.ndarray, count: int) -> np.ndarray:
+    """Places, ascending, of the `count` largest of logits (n,); of equals at the cut the first ones."""
+    if count >= len(logits):
+        return np.arange(len(logits))
+    cut = np.partition(logits, -count)[-count]
+    above, equal = np.flatnonzero(logits > cut), np.flatnonzero(logits == cut)
+    return np.sort(np.concatenate([above, equal[: count - len(above)]]))
+
+
+def min_p(logits: np.ndarray, ratio: float) -> np.ndarray:
+    """Places, ascending, of those of logits (n,) that are at least `ratio` times as likely as the largest."""
+    return np.flatnonzero(logits >= logits.max() + np.float32(math.log(ratio)))
+
+
+def log_probability(softmax: Softmax, token: int) -> float:
+    """Natural logarithm of the probability of a token."""
+    return float(softmax.logits[token]) - softmax.peak - math.log(softmax.total)
+
+
+def _log_probability_before(softmax: Softmax, changed: np.ndarray, logits: np.ndarray, token: int) -> float:
+    """The same of a token before logits (V,) were changed at some ids, to become those of `softmax`.
+
+    The sum over the others is known. It is all added up again where too little would be left of it, or where what
+    was changed was more likely than all others by far.
+    """
+    if not len(changed):
+        return log_probability(softmax, token)
+    others = softmax.total - float(softmax.weights[changed].sum(dtype=np.float64))
+    before = logits[changed].astype(np.float64) - softmax.peak
+    if others > 1e-3 * softmax.total and before.max() < 80:
+        total = others + float(np.exp(before).sum())
+        return float(logits[token]) - softmax.peak - math.log(total)
+    return log_probability(Softmax(logits), token)
 
 
 def _check(flag: str, value: float, low: float, high: float, *, whole: bool = False) -> None:

@@ -42,6 +42,11 @@ class ModelSource:
     def tensor(self, name: str) -> np.ndarray:
         raise KeyError(name)
 
+    @property
+    def cpu_precision(self) -> str:
+        """In which precision the CPU is to multiply."""
+        return "fp32"
+
     def packed(self, name: str, index: int | None = None) -> Packed | None:
         """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
         return None
@@ -85,9 +90,13 @@ class BundleSource(ModelSource):
         super().__init__(program, manifest.fingerprint)
         self.bundle, self.precision = bundle, precision
         on_cpu = manifest.cpu_precisions
-        self.cpu_precision = precision if precision in on_cpu else on_cpu[0]
-        self._quantised = self.cpu_precision in manifest.packed
+        self._cpu_precision = precision if precision in on_cpu else on_cpu[0]
+        self._quantised = self._cpu_precision in manifest.packed
         self._unpacked: dict[str, np.ndarray] = {}
+
+    @property
+    def cpu_precision(self) -> str:
+        return self._cpu_precision
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)

@@ -17,7 +17,7 @@ VERIFY_ROWS = 16
 def verify_graphs(bundle: Bundle) -> None:
     """Run the graphs of both fusions in ONNX Runtime; the errors go into the manifest, by file name."""
     for fusion in FUSIONS:
-        source = BundleSource(bundle, fusion)
+        source = BundleSource(bundle, fusion, bundle.manifest.cpu)
         recorded = record(source, VERIFY_ROWS)
         for group in tqdm(source.program.groups, f"verify graphs, {fusion}", unit="graph", disable=None):
             given, expected = recorded[group.name].inputs, recorded[group.name].outputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,9 @@ import pytest
 
 # Before NumPy is imported: on busy cores the threads of its BLAS wait for each other more than they work.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Stand-ins for the NPU are this session's own: others may be tested on the same machine.
+os.environ["RWKV_NPU_LOCKS"] = tempfile.mkdtemp(prefix="rwkv_npu-locks-")
+atexit.register(shutil.rmtree, os.environ["RWKV_NPU_LOCKS"], ignore_errors=True)
 
 from rwkv_npu import toolkit  # noqa: E402
 from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402

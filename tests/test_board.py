@@ -22,6 +22,8 @@ def test_a_board_is_read(tmp_path: Path) -> None:
     assert board.driver_version(root) == "0.9.8"
     assert board.runtime_library(root) == root / "usr/lib/librknnrt.so"
     assert board.runtime_version(root / "usr/lib/librknnrt.so") == "2.3.2"
+    build = board.runtime_build(root / "usr/lib/librknnrt.so")
+    assert build == "2.3.2 (429f97ae6b@2025-04-09T09:09:27)"
     assert board.npu_nodes(root) == [root / "dev/dri/renderD129"]
     assert board.memory(root)["CmaFree"] == 8192 * 1024
     speeds = {clock.name: (clock.governor, clock.mhz, clock.max_mhz) for clock in board.clocks(root)}

@@ -82,7 +82,7 @@ def test_every_file_is_in_the_manifest(made: Path) -> None:
     manifest = open_bundle(made).manifest
     assert sorted([*manifest.files, MANIFEST]) == files(made)
     graphs = {f"graphs/{fusion}.{g.name}.onnx" for fusion in FUSIONS for g in groups(manifest.spec, fusion)}
-    assert set(manifest.files) == graphs | {HOST, WEIGHTS, SELF_TEST, "vocab.txt"}
+    assert set(manifest.files) == graphs | {HOST, WEIGHTS, SELF_TEST, "cpu/int8.safetensors", "vocab.txt"}
     for name, record in manifest.files.items():
         assert (made / name).stat().st_size == record.size
 

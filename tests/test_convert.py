@@ -95,7 +95,7 @@ def test_every_generation_runs_as_its_checkpoint(generation: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(("cpu", "tolerance"), [("fp16", 0.03), ("fp32", 2e-4)])
-@pytest.mark.parametrize("backend", ["numpy", "ort", "torch"])
+@pytest.mark.parametrize("backend", ["numpy", "ort", "numba", "torch"])
 def test_every_backend_runs_every_precision(
     checkpoint: Path, out: Path, cpu: str, tolerance: float, backend: str
 ) -> None:

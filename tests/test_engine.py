@@ -225,7 +225,7 @@ def test_one_layer_is_a_model(generation: str, fusion: str, tmp_path: Path) -> N
 # -- several sequences -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["numpy", "ort"])
+@pytest.mark.parametrize("backend", ["numpy", "ort", "numba"])
 @pytest.mark.parametrize(("B", "T"), [(1, 4), (2, 1), (3, 5), (3, 70)])
 def test_a_batch_is_separate_sequences(source: CheckpointSource, backend: str, B: int, T: int) -> None:
     engine = engine_of(source, open_backend(backend, source))
@@ -330,7 +330,7 @@ def test_a_plan_uses_each_backend_for_its_share(folder: Path) -> None:
     assert_same(ours, engine_of(source).forward(TOKENS[:17]))
 
 
-@pytest.fixture(params=["numpy", "ort", "torch"])
+@pytest.fixture(params=["numpy", "ort", "numba", "torch"])
 def backend(request: pytest.FixtureRequest, source: CheckpointSource) -> Iterator[Backend]:
     # ONNX Runtime's threads are the process's, and settled by whichever test loads a model first.
     backend = open_backend(request.param, source, threads=1 if request.param == "torch" else None)
@@ -413,7 +413,7 @@ def test_batches_that_do_not_fit(rows: list[list[int]], folder: Path) -> None:
         engine.forward_batch(rows, [engine.new_state(), engine.new_state()])
 
 
-@pytest.mark.parametrize("backend", ["numpy", "ort"])
+@pytest.mark.parametrize("backend", ["numpy", "ort", "numba"])
 def test_threads_may_share_a_model(backend: str, folder: Path) -> None:
     """Each with a state of its own: the buffers of the backend are one thread's at a time."""
     with rwkv_npu.load(folder / "7.pth", backend=backend) as model:

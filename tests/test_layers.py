@@ -55,7 +55,18 @@ HOMES = {
 NUMPY_ONLY = {"errors", "spec", "maths", "models", "engine", "sampling", "generation"}
 # Modules of distributions with other names, and what only serves a benchmark where somebody installed it.
 ON_A_BOARD = {"rknn", "rknnlite", "tinygrad"}
-HEAVY = {"numpy", "onnx", "onnxruntime", "torch", "tokenizers", "safetensors", "ml_dtypes", "numba", "tqdm", "asyncio"}
+HEAVY = {
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "torch",
+    "tokenizers",
+    "safetensors",
+    "ml_dtypes",
+    "numba",
+    "tqdm",
+    "asyncio",
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

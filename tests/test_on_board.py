@@ -4,6 +4,8 @@ through the matmul interface, held to NumPy."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,3 +204,27 @@ def test_nothing_leaks_through_the_matmul_interface(run_alone, board_bundles, tm
     log = tmp_path / "log"
     output = run_alone(HELD, board_bundles["4"], "rknn-matmul", "projection", 2000, RKNN_STANDIN_LOG=str(log))
     check_held(output, read_calls(log))
+
+
+def test_the_matmul_sweep_runs_on_the_board(emulated_board: EmulatedBoard, tmp_path: Path) -> None:
+    """Its products are checked against float64, so that what ran was what was asked for."""
+    file, log = tmp_path / "rows.json", tmp_path / "log"
+    arguments = ["--shapes", "16x96x64", "--backends", "rknn,rknn-matmul", "-r", 1, "-t", 1, "--resume", file]
+    result = emulated_board.run("rwkv-npu", "bench", "matmul", *arguments, log=log)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = {row["backend"]: row for row in json.loads(file.read_text())["results"]}
+    assert set(rows) == {"rknn", "rknn-matmul"}, result.stderr[-2000:]
+    for row in rows.values():
+        assert row["failed"] is None and row["max_rel_error"] < 2e-3
+        assert row["device"].startswith("RK3588 NPU") and not row["estimated"]
+        assert "stand-in" in row["versions"]  # so that nobody takes it for a board's
+    calls = emulated_board.calls(log)
+    assert count(calls, "run")["16x96x64"] > 1 and count(calls, "matmul_run")["16x96x64"] > 1
+
+
+def test_info_runs_on_the_board(emulated_board: EmulatedBoard, board_bundles) -> None:
+    """It says there what it says here."""
+    found = emulated_board.run("rwkv-npu", "info", board_bundles["7"], "--json")
+    assert found.returncode == 0, found.stderr[-2000:]
+    here = [sys.executable, "-m", "rwkv_npu", "info", str(board_bundles["7"]), "--json"]
+    assert found.stdout == subprocess.run(here, capture_output=True, text=True, check=True).stdout

@@ -68,7 +68,10 @@ def assert_close(ours: Reference, theirs: Reference, slack: float = 1.0) -> None
 # -- the rwkv package ------------------------------------------------------------------------------------
 
 MODELS = [
-    (case, backend, fusion) for case in CASES for backend in ("numpy", "ort", "torch") for fusion in FUSIONS
+    (case, backend, fusion)
+    for case in CASES
+    for backend in ("numpy", "ort", "numba", "torch")
+    for fusion in FUSIONS
 ]
 
 
@@ -115,7 +118,7 @@ def scaled_engine(path: Path, backend: str, fusion: str, scaling: Scaling) -> En
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("backend", ["numpy", "ort"])
+@pytest.mark.parametrize("backend", ["numpy", "ort", "numba"])
 @pytest.mark.parametrize("case", DEEP_CASES, ids=lambda case: case.name)
 def test_scaling_changes_no_result(case: Case, backend: str, fusion: str, references: References) -> None:
     # Every generation with a scaled residual as well, whatever the default of its own.

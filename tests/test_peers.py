@@ -266,7 +266,8 @@ def test_what_does_not_fit_is_left_out_from_the_end() -> None:
     systems = chosen([], "7")
     everything = int(sum(system.resident for system in systems) * 1000) + len(systems)
     assert fitting(systems, 1000, everything, reserve=0) == systems
-    assert fitting(systems, 1000, everything - 3000, reserve=0) == systems[:-1]
+    short = everything - int(systems[-1].resident * 1000)
+    assert fitting(systems, 1000, short, reserve=0) == systems[:-1]
     assert fitting(systems, 1000, 100, reserve=0) == []
 
 

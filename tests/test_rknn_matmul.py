@@ -15,9 +15,12 @@ import rwkv_npu
 from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
 from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
+from rwkv_npu.bench import rknn
+from rwkv_npu.bench.problem import make_problem
 from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.memory import MAX_CONTEXTS
+from rwkv_npu.npu import Lock
 from rwkv_npu.spec import FUSIONS, groups
 from tests.tiny import write_model
 from tools.board.calls import count, read_calls
@@ -248,3 +251,54 @@ def test_eight_bits_are_the_users_choice(library: Library, tmp_path: Path) -> No
         rwkv_npu.load(tmp_path / "model.pth", backend="numpy", precision="w8a8")
     with pytest.raises(BackendError, match="computes in fp16 or w8a8, not in fp32"):
         rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul", precision="fp32")
+
+
+@on_the_stand_in
+@pytest.mark.parametrize(("dtype", "worst"), [("fp16", 1e-3), ("int8", 0.05)])
+def test_the_sweeps_products(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, worst: float
+) -> None:
+    """`bench matmul` has columns on every core, and gets out what NumPy does."""
+    monkeypatch.setattr(rknn, "LOCK", Lock(tmp_path))
+    backend, problem = rknn.RknnMatmulBackend(dtype, 1, "cpu"), make_problem(16, 100, 3 * MIN_PART)
+    assert "stand-in" in backend.versions and backend.device.endswith("NPU, 3 cores")
+    operation = backend.prepare(problem)
+    try:
+        for stage in operation.stages:
+            stage()
+        assert problem.error(operation.result()) < worst
+    finally:
+        operation.close()
+
+
+# Reads tokens one by one and prints the logits' deviation from NumPy's, relatively, then the faults that were counted.
+THROUGH_FAULTS = """
+import sys, warnings
+import numpy as np
+import rwkv_npu
+found = {}
+for backend in ("numpy", "rknn-matmul"):
+    with warnings.catch_warnings(record=True) as warned, rwkv_npu.load(sys.argv[1], backend=backend) as model:
+        warnings.simplefilter("always")
+        state, found[backend] = None, []
+        for token in range(1, 13):
+            logits, state = model.forward([token], state)
+            found[backend].append(logits)
+expected, logits = map(np.stack, found.values())
+print(np.abs(logits - expected).max() / expected.std(), len(warned))
+"""
+
+
+@on_the_stand_in
+@pytest.mark.parametrize(
+    "faults", ["run-fails@60", "run-fails@60+", "nan@60", "nan@60+", "zeros@4+:1x64x288"]
+)
+def test_a_fault_is_neither_seen_nor_repeated(run_alone, tmp_path: Path, faults: str) -> None:
+    """Behind the guard: once is a second attempt, always is the CPU and one warning."""
+    write_model(tmp_path / "model.pth")
+    log = tmp_path / "log"
+    variables = {"RKNN_STANDIN_FAULTS": faults, "RKNN_STANDIN_LOG": str(log)}
+    deviation, warned = run_alone(THROUGH_FAULTS, tmp_path / "model.pth", **variables).split()
+    assert float(deviation) < 0.02
+    assert int(warned) == (1 if "+" in faults else 0)
+    assert count(read_calls(log), "fault", by="name").total() > 0

@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rwkv_npu import sampling
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.sampling import (
     Sampler,
     SamplingOptions,
+    Softmax,
     candidates,
     draw,
     log_probability,
-    min_p_filter,
-    top_k_filter,
-    top_p_filter,
 )
 
 NO_FILTER = SamplingOptions(top_p=1.0)
@@ -31,7 +30,7 @@ NO_FILTER = SamplingOptions(top_p=1.0)
 def dense(logits: np.ndarray, options: SamplingOptions) -> np.ndarray:
     """(V,) probabilities of `candidates`."""
     probabilities = np.zeros(len(logits))
-    tokens, probabilities_of_tokens = candidates(logits, options)
+    tokens, probabilities_of_tokens = candidates(Softmax(logits), options)
     probabilities[tokens] = probabilities_of_tokens
     return probabilities
 
@@ -39,6 +38,14 @@ def dense(logits: np.ndarray, options: SamplingOptions) -> np.ndarray:
 def softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits.astype(np.float64) - logits.max())
     return weights / weights.sum()
+
+
+def marked(kept: np.ndarray, count: int) -> np.ndarray:
+    """(count,) bool for places."""
+    assert (np.diff(kept) > 0).all()
+    mask = np.zeros(count, dtype=bool)
+    mask[kept] = True
+    return mask
 
 
 def logits_of(vocab_size: int, scale: float, seed: int = 0) -> np.ndarray:
@@ -87,7 +94,7 @@ def test_greedy_equals_the_package(reference: tuple[Any, Any], drawn_from: list[
     logits = logits_of(65536, 2.0)
     token = pipeline.sample_logits(None, torch.from_numpy(logits.copy()), temperature=0)
     assert drawn_from.pop()[token] == 1
-    assert draw(logits, SamplingOptions(temperature=0), np.random.default_rng()) == token
+    assert draw(Softmax(logits), SamplingOptions(temperature=0), np.random.default_rng()) == token
 
 
 def test_ties_at_the_cut_equal_the_package(reference: tuple[Any, Any], drawn_from: list[np.ndarray]) -> None:
@@ -149,41 +156,93 @@ vectors = hnp.arrays(
 
 
 @settings(deadline=None)
-@given(logits=vectors, top_p=st.floats(0, 0.999))
-def test_top_p_keeps_the_fewest_that_reach_it(logits: np.ndarray, top_p: float) -> None:
-    kept = top_p_filter(logits, top_p) > -np.inf
+@given(logits=vectors, mass=st.floats(0, 0.999))
+def test_top_p_keeps_the_fewest_that_reach_it(logits: np.ndarray, mass: float) -> None:
+    kept = marked(sampling.top_p(Softmax(logits), mass), len(logits))
     probabilities = softmax(logits)
-    assert probabilities[kept].sum() >= top_p - 1e-5
+    assert probabilities[kept].sum() >= mass - 1e-5
     smallest = probabilities[kept].min()
-    assert probabilities[probabilities > smallest * (1 + 1e-5)].sum() < top_p + 1e-5 or smallest == max(
+    assert probabilities[probabilities > smallest * (1 + 1e-5)].sum() < mass + 1e-5 or smallest == max(
         probabilities
     )
     assert probabilities[~kept].max(initial=0) <= smallest * (1 + 1e-5)
 
 
+SHAPES = {
+    "random": lambda rng, n: rng.normal(0, 2, n),
+    "flat": lambda rng, n: rng.normal(0, 1e-3, n),
+    "equal": lambda rng, n: np.zeros(n),
+    "ties": lambda rng, n: np.round(rng.normal(0, 2, n)),
+    "peaked": lambda rng, n: np.where(rng.random(n) < 1e-4, 12, 2 * rng.gumbel(0, 1, n)),
+    "trained": lambda rng, n: np.where(rng.random(n) < 3e-3, 2, -6) + rng.normal(0, 2, n),
+    "ordered": lambda rng, n: np.sort(rng.normal(0, 3, n))[::-1],
+    "two": lambda rng, n: np.where(np.arange(n) < 2, 30, -30),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [sampling.FEW + 1, 65536])
+def test_top_p_of_large_vocabularies(shape: str, size: int) -> None:
+    """Narrowed down from samples, to what sorting all of it gives: up to the rounding of a sum."""
+    for seed, mass in enumerate([0.0, 1e-3, 0.1, 0.5, 0.85, 0.99, 0.9999, 1 - 1e-7]):
+        logits = SHAPES[shape](np.random.default_rng(seed), size).astype(np.float32)
+        probabilities = np.sort(softmax(logits))[::-1]
+        sums = np.cumsum(probabilities)
+        last = [min(int(np.searchsorted(sums, mass + error)), size - 1) for error in (-2e-6, 2e-6)]
+        fewest, most = last[0] + 1, np.count_nonzero(probabilities >= probabilities[last[1]] * (1 - 1e-6))
+        kept = sampling.top_p(Softmax(logits), mass)
+        assert fewest <= len(kept) <= most, (seed, mass)
+        left_out = logits[~marked(kept, size)]
+        assert left_out.max(initial=-np.inf) < logits[kept].min()
+
+
+def test_a_draw_is_the_place_in_the_running_sum() -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 7, 512, 513, 10_000):
+        weights = rng.random(size) * (rng.random(size) < 0.7)
+        weights[0] += 1e-3
+        for mass in [0.0, *(rng.random(50) * weights.sum())]:
+            expected = np.searchsorted(np.cumsum(weights), mass, side="right")
+            assert sampling._place(weights, mass) == expected
+        assert sampling._place(weights, weights.sum() * 2) == size - 1
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 900.0}, {"presence_penalty": -900.0}, {}], ids=str)
+def test_log_probability_whatever_was_changed(options: dict[str, float]) -> None:
+    """Penalties and bans of the likeliest tokens, and of all the likely ones."""
+    for likely in (1, 5, 499):
+        logits = logits_of(500, 1.0)
+        logits[:likely] += 40
+        sampler = Sampler(SamplingOptions(**options), seed=0, banned=np.arange(500) == likely)  # type: ignore[arg-type]
+        for token in range(likely):
+            sampler.accept(token)
+        token, logprob = sampler.sample(logits)
+        assert math.isclose(logprob, math.log(softmax(logits)[token]), abs_tol=1e-5)
+
+
 @settings(deadline=None)
-@given(logits=vectors, top_k=st.integers(1, 2500))
-def test_top_k_keeps_exactly_k_largest(logits: np.ndarray, top_k: int) -> None:
-    kept = top_k_filter(logits, top_k) > -np.inf
-    assert kept.sum() == min(top_k, len(logits))
+@given(logits=vectors, count=st.integers(1, 2500))
+def test_top_k_keeps_exactly_k_largest(logits: np.ndarray, count: int) -> None:
+    kept = marked(sampling.top_k(logits, count), len(logits))
+    assert kept.sum() == min(count, len(logits))
     assert logits[~kept].max(initial=-np.inf) <= logits[kept].min()
-    expected = np.argsort(-logits, kind="stable")[:top_k]  # of equals, the lowest ids
+    expected = np.argsort(-logits, kind="stable")[:count]  # of equals, the lowest ids
     assert np.flatnonzero(kept).tolist() == sorted(expected.tolist())
 
 
 def test_top_k_counts_only_tokens_that_are_left() -> None:
     logits = np.array([-np.inf, 1, -np.inf, 2], dtype=np.float32)
-    np.testing.assert_array_equal(top_k_filter(logits, 3), logits)
+    np.testing.assert_array_equal(candidates(Softmax(logits), SamplingOptions(top_p=1.0, top_k=3))[0], [1, 3])
 
 
 @settings(deadline=None)
-@given(logits=vectors, min_p=st.floats(0.001, 1))
-def test_min_p_is_relative_to_the_most_likely(logits: np.ndarray, min_p: float) -> None:
-    kept = min_p_filter(logits, min_p) > -np.inf
+@given(logits=vectors, least=st.floats(0.001, 1))
+def test_min_p_is_relative_to_the_most_likely(logits: np.ndarray, least: float) -> None:
+    kept = marked(sampling.min_p(logits, least), len(logits))
     ratio = np.exp(logits.astype(np.float64) - logits.max())
     assert kept[np.argmax(logits)]
-    assert ratio[kept].min() >= min_p * (1 - 1e-5)
-    assert ratio[~kept].max(initial=0) <= min_p * (1 + 1e-5)
+    assert ratio[kept].min() >= least * (1 - 1e-5)
+    assert ratio[~kept].max(initial=0) <= least * (1 + 1e-5)
 
 
 def test_filters_leave_their_input_alone() -> None:
@@ -253,7 +312,7 @@ def test_log_probability_is_of_the_logits_as_given() -> None:
     for _ in range(5):
         token, logprob = sampler.sample(logits)
         assert math.isclose(logprob, math.log(softmax(logits)[token]), abs_tol=1e-5)
-    assert log_probability(np.zeros(8, dtype=np.float32), 3) == pytest.approx(-math.log(8))
+    assert log_probability(Softmax(np.zeros(8, dtype=np.float32)), 3) == pytest.approx(-math.log(8))
 
 
 def test_counts_decay_and_grow() -> None:

@@ -105,14 +105,13 @@ class Library:
     """The functions of librknnrt.so, with their types. Raises BackendError where there is none."""
 
     def __init__(self) -> None:
-        self.path = os.environ.get(OVERRIDE) or next(
-            (path for path in LIBRARIES if Path(path).exists()), None
-        )
-        if self.path is None:
+        path = os.environ.get(OVERRIDE) or next((path for path in LIBRARIES if Path(path).exists()), None)
+        if path is None:
             raise BackendError(
                 f"there is no librknnrt.so at {', '.join(LIBRARIES)}: it comes with a board's image ({OVERRIDE} names "
                 "another place)"
             )
+        self.path = path
         context, memory, info = c_uint64, POINTER(TensorMem), POINTER(MatmulInfo)
         try:
             self._library = ctypes.CDLL(self.path)

@@ -34,7 +34,7 @@ from rwkv_npu.bench.backends import (
 from rwkv_npu.bench.machine import Watch
 from rwkv_npu.bench.problem import make_problem, memory_needed
 from rwkv_npu.bench.record import with_rates
-from rwkv_npu.bench.rknn import RknnBackend
+from rwkv_npu.bench.rknn import RknnBackend, RknnMatmulBackend
 from rwkv_npu.bench.timing import Effort, Timing, time_calls
 from rwkv_npu.toolkit import available_memory
 
@@ -44,6 +44,7 @@ BACKENDS: dict[str, type] = {
     "tinygrad": TinygradBackend,
     "ort": OrtBackend,
     "rknn": RknnBackend,
+    "rknn-matmul": RknnMatmulBackend,
 }
 EMPTY = (32, 32, 32)  # the product that costs little but its call; MatMulNBits takes no smaller block
 TRIES, PATIENCE_S = 3, 10.0  # for a timing while others work

@@ -29,7 +29,9 @@ from rwkv_npu.board import cpu_model, soc
 from rwkv_npu.engine import Engine
 from rwkv_npu.estimate import weights
 from rwkv_npu.model import Model, load
+from rwkv_npu.packing import bits_of, packed_bytes
 from rwkv_npu.sampling import Sampler, SamplingOptions
+from rwkv_npu.spec import tensors
 from rwkv_npu.state import State
 
 FEWEST = 8  # tokens of a decode, however slow
@@ -177,17 +179,27 @@ def memory() -> dict[str, int]:
 
 def facts(model: Model, backend: str) -> dict[str, Any]:
     """What does not depend on time."""
-    stored = model.engine._network._host("head.weight").dtype
-    # ONNX Runtime and torch widen to fp32 when they open; NumPy a block at a time; an NPU holds what it was given.
-    held = np.dtype(np.float32) if backend in ("ort", "torch") else stored
+    source, spec = model.source, model.spec
+    dtype = source.tensor("head.weight").dtype
+    stored, size = _short(dtype), sum(weights(spec).values()) * dtype.itemsize
+    held = stored
+    if backend in ("ort", "numba") and source.packed("head.weight"):
+        stored = held = source.cpu_precision
+        size = sum(
+            packed_bytes(tensor, bits_of(held, tensor))
+            for tensor in tensors(spec)
+            if tensor.kind.is_projection and not tensor.optional
+        )
+    elif backend in ("ort", "torch"):  # they widen when they open; NumPy does a block at a time
+        held, size = "fp32", size * 4 // dtype.itemsize
     state_bytes = sum(part.nbytes for part in model.new_state().parts.values())
     packages = dict.fromkeys((BACKENDS[backend][2], "numpy"))
     return {
         "device": f"{(soc() or '').upper()} NPU" if backend.startswith("rknn") else f"CPU ({cpu_model()})",
-        "weights": _short(held),
-        "stored": _short(stored),
+        "weights": held,
+        "stored": stored,
         "fusion": model.engine.program.fusion,
-        "bytes_per_token": sum(weights(model.spec).values()) * held.itemsize + 2 * state_bytes,
+        "bytes_per_token": size + 2 * state_bytes,
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     }
 

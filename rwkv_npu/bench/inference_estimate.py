@@ -41,7 +41,8 @@ def estimates(
 def _host(measured: Sequence[Row]) -> Row | None:
     """The row whose recurrence, sampling and dispatch stand for the board's: the default backend's if it is there."""
     able = [row for row in measured if row.decode_ms and row.prefill_128_ms]
-    return min(able, key=lambda row: (row.backend != "ort", -(row.decode_tps or 0)), default=None)
+    order = {"numba": 0, "ort": 1}
+    return min(able, key=lambda row: (order.get(row.backend, 2), -(row.decode_tps or 0)), default=None)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.spec import Spec
 
-DEFAULT_BACKENDS = ("ort", "torch", "numpy")
+DEFAULT_BACKENDS = ("numba", "ort", "torch", "numpy")
 STAGES = 1 + len(PREFILLS) + 1  # load, prompts, decode
 SILENCE_S = 900.0  # a child that says nothing for so long is ended
 
@@ -75,6 +75,7 @@ class Subject:
     spec: Spec
     fingerprint: str
     artifacts: Sequence[Artifact] = ()
+    cpu_precisions: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -92,7 +93,7 @@ def open_subject(path: Path) -> Subject:
     """Raises BundleError or CheckpointError."""
     if is_bundle(path):
         manifest = read_manifest(path)
-        return Subject(path, manifest.spec, manifest.fingerprint, manifest.artifacts)
+        return Subject(path, manifest.spec, manifest.fingerprint, manifest.artifacts, manifest.cpu_precisions)
     checkpoint = open_checkpoint(path)
     return Subject(path, checkpoint.spec, checkpoint.fingerprint)
 
@@ -175,16 +176,18 @@ class Study:
         found: list[tuple[Subject, str, str | None]] = []
         for subject in self.subjects:
             for backend in dict.fromkeys(self.settings.backends):
-                precisions: list[str | None] = [None]
+                precisions: Sequence[str | None] = ()
                 if backend.startswith("rknn"):
-                    precisions = list(dict.fromkeys(a.precision for a in subject.artifacts)) or [None]
-                found += [(subject, backend, precision) for precision in precisions]
+                    precisions = list(dict.fromkeys(a.precision for a in subject.artifacts))
+                elif backend in ("numba", "ort"):
+                    precisions = subject.cpu_precisions
+                found += [(subject, backend, precision) for precision in precisions or (None,)]
         return found
 
     def _is_of(self, row: Row, subject: Subject, backend: str, precision: str | None) -> bool:
         if row.estimated or not subject.is_in(row) or row.backend != backend:
             return False
-        return precision in (None, row.weights) and self.settings.fusion in (None, row.fusion)
+        return precision in (None, row.weights, row.stored) and self.settings.fusion in (None, row.fusion)
 
     def _request(self, subject: Subject, backend: str, precision: str | None) -> dict[str, Any]:
         settings = self.settings

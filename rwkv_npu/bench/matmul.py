@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu import board
+from rwkv_npu.backends import NPU_BACKENDS
+from rwkv_npu.backends.rknn_api import OVERRIDE
 from rwkv_npu.bench import machine, record
 from rwkv_npu.bench.backends import DTYPES
 from rwkv_npu.bench.record import Document, Row
@@ -25,7 +27,7 @@ BACKENDS = {
     "tinygrad": (("fp32", "fp16"), ("fp32",)),
     "ort": (("fp32", "int8", "int4"), ("fp32",)),
     "rknn": (("fp16", "bf16", "int8"), ("fp16",)),
-    "rknn-matmul": (("fp16", "int8", "int4"), ("fp16",)),
+    "rknn-matmul": (("fp16", "int8"), ("fp16",)),
 }
 DEFAULT_BACKENDS = ("numpy", "torch", "ort", "rknn")
 
@@ -68,9 +70,8 @@ def plan(settings: Settings) -> list[Series]:
         dtypes = [dtype for dtype in settings.dtypes or unasked if dtype in able]
         if not dtypes:
             settings.say(f"{backend} does none of these dtypes: it does {', '.join(able)}")
-        elif backend == "rknn-matmul":
-            missing = "has no driver for the C matmul API in this version" if chip else "needs a board"
-            settings.say(f"rknn-matmul {missing}")
+        elif backend == "rknn-matmul" and not chip and OVERRIDE not in os.environ:
+            settings.say("rknn-matmul needs a board")
         else:
             devices = ("cpu", "opencl") if backend == "tinygrad" else ("cpu",)
             estimated = backend == "rknn" and not (chip and importlib.util.find_spec("rknnlite"))
@@ -103,7 +104,7 @@ class Sweep:
 
     def run(self) -> Iterator[tuple[Series, int, Row | None]]:
         """(series, shapes done with, the row if it is a new one). Rows are saved before they are yielded."""
-        if any(not series.estimated for series in self.plan):
+        if any(series.backend not in NPU_BACKENDS for series in self.plan):  # it is the CPU's
             self._measure_roofline()
         for series in self.plan:
             yield from self._run(series)

@@ -1,4 +1,4 @@
-"""Rockchip's NPU through ONNX: on a board measured with RKNNLite, on a PC estimated by the compiler.
+"""Rockchip's NPU: on a board measured with RKNNLite and through the matmul interface, on a PC the compiler's estimate.
 
 An estimate is the compiler's own cycle table for one core at 1 GHz: without the call, without moving operands in and
 out, with the DDR at full speed. Boards were seen to need two to three times as long. Its error comes from Rockchip's
@@ -7,16 +7,20 @@ simulator.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rwkv_npu.backends.npu_matmul import Products
+from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, Library
 from rwkv_npu.bench.backends import Operation, moved, plain_graph
 from rwkv_npu.bench.problem import Problem
-from rwkv_npu.board import soc
+from rwkv_npu.board import runtime_build, runtime_library, soc
 from rwkv_npu.errors import BackendError
+from rwkv_npu.npu import LOCK, raise_file_limit
 from rwkv_npu.toolkit import CompileOptions, CompileResult, Environment, compile_graph, require
 
 CLOCK_HZ = 1e9  # of the NPU: the compiler's cycles are nanoseconds
@@ -66,7 +70,10 @@ def compile_product(
     inputs = {"a": problem.a}
     precision = PRECISIONS[dtype]
     options = CompileOptions(
-        target=target, precision=precision, calibration=[inputs] if dtype == "int8" else []
+        target=target,
+        precision=precision,
+        custom_string=json.dumps({"product": f"{problem.m}x{problem.k}x{problem.n}"}),
+        calibration=[inputs] if dtype == "int8" else [],
     )
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
         path = Path(folder) / f"matmul.{problem.m}x{problem.k}x{problem.n}.onnx"
@@ -79,6 +86,11 @@ def compile_product(
 def npu_ops(built: CompileResult) -> int:
     """Operations that take cycles: more than one where the compiler cut the product into tiles."""
     return sum(1 for layer in built.layers if layer.total_cycles)
+
+
+def _runtime(library: Path | None) -> str:
+    build = runtime_build(library) if library else None
+    return f"librknnrt {build or 'of no known version'}"
 
 
 class RknnBackend:
@@ -95,8 +107,9 @@ class RknnBackend:
         self.dtype, self._environment = dtype, require()
         self.device = f"{self._target.upper()} NPU, core 0"
         self.accumulate = "int32" if dtype == "int8" else "fp32, fp16 between parts"
-        self.versions = f"rknn-toolkit2 {self._environment.version}"
+        self.versions = f"rknn-toolkit2 {self._environment.version}, {_runtime(runtime_library())}"
         self._lite = RKNNLite
+        LOCK.acquire()  # for the life of this process
 
     def prepare(self, problem: Problem) -> Operation:
         with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
@@ -128,4 +141,32 @@ class RknnBackend:
             submit=1,
             npu_ops=npu_ops(built),
             close=lite.release,
+        )
+
+
+class RknnMatmulBackend:
+    """The matmul interface, columns split over all cores. A call converts A into the NPU's layout, and C out of it."""
+
+    def __init__(self, dtype: str, threads: int, device: str) -> None:
+        self._kind, self._library = {"fp16": FP16, "int8": INT8}[dtype], Library()
+        raise_file_limit()
+        LOCK.acquire()
+        self.dtype, self.device = dtype, f"{(soc() or TARGET).upper()} NPU, {len(CORES)} cores"
+        self.accumulate = "int32" if dtype == "int8" else "fp32"
+        self.versions = _runtime(Path(self._library.path))
+
+    def prepare(self, problem: Problem) -> Operation:
+        products, last = Products(self._library, self._kind, CORES, own=True), [np.empty(0)]
+        try:
+            weight = products.weight("b", problem.b, (problem.m,))
+        except BackendError:
+            products.close()
+            raise
+
+        def multiply() -> None:
+            last[0] = products.multiply(problem.a, weight)
+
+        size = BYTES[self.dtype]
+        return Operation(
+            [multiply], lambda: last[0], moved(problem, size, size, 4), submit=None, close=products.close
         )

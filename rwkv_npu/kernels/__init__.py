@@ -18,10 +18,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rwkv_npu.files import cache_dir
 
-KEEP = True  # whether what is compiled next goes to the cache folder
+# Whether what is compiled next is kept: only in our folder, since the one that numba would choose knows a function by
+# the date of its own file, and not what it calls.
+KEEP = False
 PATIENCE = 1.0  # seconds of compiling after which it is said
 
 _loading = threading.Lock()
@@ -45,8 +48,7 @@ def load(module: str, what: str) -> ModuleType:
                 f"{what} is compiled for this run only: {folder} cannot be used ({error})",
                 file=sys.stderr,
             )
-            with _uncached():
-                return importlib.import_module(name)
+            return importlib.import_module(name)
 
 
 def _identity() -> str:
@@ -56,7 +58,8 @@ def _identity() -> str:
 
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for file in (*sorted(here.glob("*.py")), *sorted((here.parent / "models").glob("*.py")), here.parent / "packing.py"):
+    used = [*here.glob("*.py"), *(here.parent / "models").glob("*.py"), here.parent / "packing.py"]
+    for file in sorted(used):
         digest.update(file.read_bytes())
     features = llvmlite.binding.get_host_cpu_features().flatten()
     digest.update(f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__}".encode())
@@ -66,25 +69,15 @@ def _identity() -> str:
 @contextlib.contextmanager
 def _numba_cache(folder: Path) -> Iterator[None]:
     """Have numba keep in `folder` what is compiled meanwhile. Raises OSError."""
-    from numba.core import config
-
+    global KEEP
+    config: Any = importlib.import_module("numba.core.config")
     folder.mkdir(parents=True, exist_ok=True)
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(folder)
+    config.CACHE_DIR, KEEP = str(folder), True
     try:
         yield
     finally:
-        config.CACHE_DIR = before
-
-
-@contextlib.contextmanager
-def _uncached() -> Iterator[None]:
-    global KEEP
-    KEEP = False
-    try:
-        yield
-    finally:
-        KEEP = True
+        config.CACHE_DIR, KEEP = before, False
 
 
 @contextlib.contextmanager

@@ -182,9 +182,13 @@ def _one_row(t, row, thread, threads):  # type: ignore[no-untyped-def]
     first, last = strips * thread // threads, strips * (thread + 1) // threads
     blocks = row * (t.k // 64) * 4
     if t.format == INT4:
-        row_times_int4(t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out)
+        row_times_int4(
+            t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out
+        )
     elif t.format == INT8:
-        row_times_int8(t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out)
+        row_times_int8(
+            t.a + row * t.k, t.b + blocks, t.sums + blocks, t.weights, t.scales, t.k, first, last, out
+        )
     elif t.format == FP16:
         row_times_fp16(t.a + row * t.a_stride * 4, t.weights, t.k, first, last, out)
     elif t.format == BF16:
@@ -244,4 +248,3 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
     met += threads
     _meet(counter, met)
     return met
-

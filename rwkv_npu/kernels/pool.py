@@ -63,7 +63,7 @@ def _of_thread(control, thread):  # type: ignore[no-untyped-def]
 @entry(types.void, _I8, _I8)
 def _prepare(control, threads):  # type: ignore[no-untyped-def]
     for thread in range(threads):
-        _sem_init(_of_thread(control, thread) + _SEMAPHORE, 0, 0)
+        _sem_init(_of_thread(control, thread) + _SEMAPHORE, 0, 0)  # type: ignore[call-overload]
 
 
 @entry(types.void, _I8, _I8, _I8, _I8)
@@ -77,11 +77,12 @@ def _publish(control, threads, tape, length):  # type: ignore[no-untyped-def]
             _sem_post(_of_thread(control, thread) + _SEMAPHORE)
 
 
-@entry(_I8, _I8, _I8, _Tape, _I8, _I8, _I8)
-def _lead(control, threads, tape, address, met, scratch):  # type: ignore[no-untyped-def]
+@entry(types.void, _I8, _I8, _Tape, _I8, _I8)
+def _lead(control, threads, tape, address, scratch):  # type: ignore[no-untyped-def]
     """Have a tape executed by all threads, this one among them."""
+    met = read_atomically(control + _MET)  # all are done with the tape before: nobody counts on
     _publish(control, threads, address, len(tape))
-    return execute(tape, 0, threads, control + _MET, met, scratch)
+    execute(tape, 0, threads, control + _MET, met, scratch)
 
 
 @entry(types.void, _I8, _I8, _I8, _I8)
@@ -95,7 +96,7 @@ def _help(control, thread, threads, scratch):  # type: ignore[no-untyped-def]
             length = read_atomically(control + _LENGTH)
             if length == 0:
                 return
-            tape = carray(_instructions(read_atomically(control + _TAPE)), (length,))
+            tape = carray(_instructions(read_atomically(control + _TAPE)), (length,))  # type: ignore[call-arg]
             met = execute(tape, thread, threads, control + _MET, met, scratch)
             rounds = 0
         elif rounds < ROUNDS:
@@ -125,7 +126,7 @@ class Pool:
         with self._lock:
             if self._owner != os.getpid():  # a forked child has no threads but its own
                 self._start()
-            self._met = _lead(self._address, self.threads, tape, address, self._met, self._own)
+            _lead(self._address, self.threads, tape, address, self._own)
 
     def close(self) -> None:
         with self._lock:
@@ -133,11 +134,11 @@ class Pool:
         _open_pools.discard(self)
 
     def _start(self) -> None:
-        self._owner, self._met = os.getpid(), 0
+        self._owner = os.getpid()
         self._scratch = [aligned_bytes(SCRATCH_BYTES) for _ in range(self.threads)]
         self._control = aligned_bytes(_PER_THREAD + self.threads * _THREAD_BYTES)
-        control = self._address = self._control.ctypes.data
-        self._own = self._scratch[0].ctypes.data
+        control = self._address = int(self._control.ctypes.data)
+        self._own = int(self._scratch[0].ctypes.data)
         _prepare(control, self.threads)
         self._helpers = [
             threading.Thread(

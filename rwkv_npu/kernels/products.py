@@ -24,11 +24,11 @@ from rwkv_npu.kernels.simd import (
     absolute,
     add,
     add_ints,
-    at_least,
     dot,
     floats,
     fma,
     high_nibbles,
+    larger,
     largest,
     load_bfloats,
     load_bytes,
@@ -109,10 +109,7 @@ def add_scaled(
     b: Any, tile: Any, x_scales: Any, x_stride: Any, scales: Any, scales_stride: Any, y: Any, y_stride: Any
 ) -> None:
     """y += tile * scale of the block of the row * scales of the block of the columns."""
-    halves = ir.VectorType(ir.HalfType(), simd.LANES)
-    columns = [
-        b.fpext(simd.read(b, _at(b, scales, scales_stride, s), halves), Floats.llvm) for s in range(SPAN)
-    ]
+    columns = [simd.read_bfloats(b, _at(b, scales, scales_stride, s)) for s in range(SPAN)]
     for r in range(ROWS):
         scale = simd.spread(b, simd.read(b, _at(b, x_scales, x_stride, r), ir.FloatType()))
         for s in range(SPAN):
@@ -173,9 +170,7 @@ def quantise_rows(x, stride, first, last, K, q, scales, sums):  # type: ignore[n
             begin = source + block * BLOCK * 4
             a, b = load_floats(begin), load_floats(begin + 64)
             c, d = load_floats(begin + 128), load_floats(begin + 192)
-            peak = largest(
-                at_least(at_least(at_least(absolute(a), absolute(b)), absolute(c)), absolute(d))
-            )
+            peak = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
             scale = peak * types.float32(1 / 127)
             inverse = floats(types.float32(127) / peak if peak > 0 else types.float32(0))
             a, b = rounded(mul(a, inverse)), rounded(mul(b, inverse))
@@ -229,7 +224,7 @@ def row_times_int4(q, scales, sums, weights, weight_scales, K, first, last, y): 
                 b = dot(b, high_nibbles(some), repeat_four(q + k + 4))
                 a = dot(a, low_nibbles(more), repeat_four(q + k + 8))
                 b = dot(b, high_nibbles(more), repeat_four(q + k + 12))
-            scale = mul(floats(load_float(scales + block * 4)), load_halves(s + block * 32))
+            scale = mul(floats(load_float(scales + block * 4)), load_bfloats(s + block * 32))
             result = fma(to_floats(add_ints(a, b)), scale, result)
         store_floats(result, y + strip * 64)
 
@@ -247,7 +242,7 @@ def row_times_int8(q, scales, sums, weights, weight_scales, K, first, last, y): 
             for k in range(block * BLOCK, (block + 1) * BLOCK, 8):
                 a = dot(a, operand(load_bytes(w + k * 16)), repeat_four(q + k))
                 b = dot(b, operand(load_bytes(w + k * 16 + 64)), repeat_four(q + k + 4))
-            scale = mul(floats(load_float(scales + block * 4)), load_halves(s + block * 32))
+            scale = mul(floats(load_float(scales + block * 4)), load_bfloats(s + block * 32))
             result = fma(to_floats(add_ints(a, b)), scale, result)
         store_floats(result, y + strip * 64)
 
@@ -342,14 +337,18 @@ def _rows_times(load: Any, size: int) -> Any:
             count = min(K_STEP_FLOATS, K - k0)
             for s in range(STRIPS):
                 for k in range(count):
-                    store_floats(load(strips + (s * K + k0 + k) * 16 * size), scratch + (k * PANEL + s * 16) * 4)
+                    store_floats(
+                        load(strips + (s * K + k0 + k) * 16 * size), scratch + (k * PANEL + s * 16) * 4
+                    )
             for row in range(first, last, ROWS):
                 of_row = x + (row * x_stride + k0) * 4
                 for s in range(0, STRIPS, SPAN):
                     to = out + row * stride * 4 + s * 64
                     tile = load_tile(to, stride * 4)
                     for k in range(count):
-                        tile = add_products(tile, scratch + k * PANEL * 4 + s * 64, of_row + k * 4, x_stride * 4)
+                        tile = add_products(
+                            tile, scratch + k * PANEL * 4 + s * 64, of_row + k * 4, x_stride * 4
+                        )
                     store_tile(tile, to, stride * 4)
 
     return rows_times

@@ -10,6 +10,7 @@ AVX2, four on NEON. Only the dot product of bytes is chosen by hand.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,7 +28,7 @@ _BIT, _I8, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
 _F32 = ir.FloatType()
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """A vector of `count` elements of an LLVM type."""
 
     def __init__(self, name: str, element: Any, count: int):
@@ -35,7 +36,7 @@ class Vector(types.Type):  # type: ignore[misc]
         super().__init__(name)
 
 
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector):
         super().__init__(manager, vector, vector.llvm)
 
@@ -47,7 +48,17 @@ Ints = Vector("Ints", _I32, LANES)
 Floats = Vector("Floats", _F32, LANES)
 ADDRESS = types.intp
 
-_features = llvmlite.binding.get_host_cpu_features()
+
+def _cpu_features() -> dict[str, bool]:
+    """What numba compiles for: this machine, unless NUMBA_CPU_FEATURES says otherwise."""
+    config: Any = importlib.import_module("numba.core.config")
+    named: str | None = config.CPU_FEATURES
+    if named is None:
+        return dict(llvmlite.binding.get_host_cpu_features())
+    return {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
+
+
+_features = _cpu_features()
 _triple = llvmlite.binding.get_process_triple()
 
 # The dot product of bytes wants both sides signed on Arm, and weights unsigned on x86.
@@ -112,6 +123,12 @@ def call(builder: Any, name: str, result: Any, *values: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
+def read_bfloats(builder: Any, address: Any) -> Any:
+    """16 bfloat16, which are the upper halves of float32."""
+    wide = builder.zext(read(builder, address, ir.VectorType(_I16, LANES)), Ints.llvm)
+    return builder.bitcast(builder.shl(wide, constant(Ints, 16)), Floats.llvm)
+
+
 def emit_dot(builder: Any, total: Any, weights: Any, x: Any) -> Any:
     """total + the four products of each lane, added up: weights are unsigned (signed if SIGNED_DOT), x is signed."""
     if _features.get("avx512vnni"):
@@ -173,9 +190,8 @@ def load_halves(b: Any, address: Any) -> Any:
 
 @operation(Floats, ADDRESS)
 def load_bfloats(b: Any, address: Any) -> Any:
-    """16 bfloat16, widened: the upper halves of float32."""
-    wide = b.zext(read(b, address, ir.VectorType(_I16, LANES)), Ints.llvm)
-    return b.bitcast(b.shl(wide, constant(Ints, 16)), Floats.llvm)
+    """16 bfloat16, widened."""
+    return read_bfloats(b, address)
 
 
 @operation(Floats, types.float32)
@@ -276,9 +292,20 @@ def total(b: Any, v: Any) -> Any:
     return _reduce(b, v, b.fadd)
 
 
+@operation(Floats, Floats, Floats)
+def larger(b: Any, x: Any, y: Any) -> Any:
+    """NaN where either is."""
+    return call(b, "llvm.maximum.v16f32", Floats.llvm, x, y)
+
+
 @operation(types.float32, Floats)
 def largest(b: Any, v: Any) -> Any:
-    return _reduce(b, v, lambda x, y: b.select(b.fcmp_unordered(">", x, y), x, y))
+    """NaN where any is."""
+    return _reduce(b, v, lambda x, y: call(b, f"llvm.maximum.{_suffix(x.type)}", x.type, x, y))
+
+
+def _suffix(kind: Any) -> str:
+    return f"v{kind.count}f32"
 
 
 def _reduce(b: Any, v: Any, combine: Callable[[Any, Any], Any]) -> Any:

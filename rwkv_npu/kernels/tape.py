@@ -40,7 +40,10 @@ INSTRUCTION = np.dtype(
         ("b", np.int64),
         ("vector", np.int64),  # (width,) fp32; of LAYER_NORM the weight
         ("bias", np.int64),
-        ("number", np.float64),  # SCALE: the factor; LAYER_NORM: epsilon; SHIFT: rows to shift by; ROW_MATMUL: R
+        (
+            "number",
+            np.float64,
+        ),  # SCALE: the factor; LAYER_NORM: epsilon; SHIFT: rows to shift by; ROW_MATMUL: R
         # LINEAR: a (rows, k) fp32 of `a_stride`, or int8 with b its scales and `sums`; matrix (k, n) of `format`
         ("format", np.int64),
         ("k", np.int64),
@@ -197,7 +200,7 @@ def record(program: Program, group: Group, weights: Mapping[Matrix, Weight]) -> 
     recorder = Recorder(weights)
     inputs = {port.name: Value(recorder, port.width) for port in group.inputs}
     values = program.evaluate(group, recorder, inputs)
-    outputs = {}
+    outputs: dict[str, Value] = {}
     for port in group.outputs:
         value = values[port.name]
         taken = value in inputs.values() or any(value is other for other in outputs.values())

@@ -1,0 +1,153 @@
+"""What a call of the NPU costs the host: dispatch and marshalling, with a stand-in that returns at once.
+
+    python -m bench.board_dispatch [--save bench/results/NAME]
+
+On the emulated board: RKNNLite's own inference(), this project's `rknn`, and `rknn-matmul`; the last also on this
+machine as it is. The group is v7's `mid`, everything between two recurrences, by its inputs and outputs; what it
+computes does not matter here. `rknn-matmul` takes the six large products of a layer for the same work.
+
+Times under emulation are of the emulator: their ratios say which way to call is cheaper, they themselves say nothing
+of a board.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.backends.rknn_api import OVERRIDE
+from rwkv_npu.bench.shapes import official_spec
+from rwkv_npu.board import cpu_model
+from rwkv_npu.graphs import IR_VERSION, OPSET
+from rwkv_npu.spec import Group, groups
+from rwkv_npu.toolkit import CompileOptions, compile_graph, require
+from tools.board import build
+
+MODELS = {768: "v7-0.1b", 1024: "v7-0.4b", 2048: "v7-1.5b"}
+ROWS = (1, 64)
+CHILD = Path(__file__).with_name("child.py")
+WAYS = {
+    "inference": "RKNNLite.inference()",
+    "rknn": "`rknn`",
+    "rknn-matmul, 3 cores": "`rknn-matmul`, 3 cores",
+    "rknn-matmul, 1 core": "`rknn-matmul`, 1 core",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.board_dispatch", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--save", metavar="NAME", help="NAME.json and NAME.md")
+    arguments = parser.parse_args()
+    command = "python -m bench.board_dispatch"
+    results: dict[str, Any] = {"machine": machine(), "command": command, "emulated": [], "native": []}
+    board = build.make(lambda line: print(line, file=sys.stderr))
+    library = build.make_standin(lambda line: print(line, file=sys.stderr)) / "x86_64" / "librknnrt.so"
+    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+        for D, name in MODELS.items():
+            for M in ROWS:
+                group = next(g for g in groups(official_spec(name), "layer") if g.role == "mid")
+                artifact = compile_mid(group, M, Path(folder))
+                request = {"D": D, "F": official_spec(name).F, "M": M, "artifact": str(artifact)}
+                results["emulated"] += ask([board / "bin" / "python"], request)
+                results["native"] += ask(
+                    [sys.executable], {**request, "artifact": ""}, **{OVERRIDE: str(library)}
+                )
+    text = report(results)
+    print(text)
+    if arguments.save:
+        Path(f"{arguments.save}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        Path(f"{arguments.save}.md").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def ask(python: list[Any], request: dict[str, Any], **variables: str) -> list[dict[str, Any]]:
+    """Rows that child.py measures in a process of its own."""
+    environment = {**os.environ, **variables, "RKNN_STANDIN_NULL": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [*map(str, python), str(CHILD), json.dumps(request)]
+    result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    rows: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return rows
+
+
+def compile_mid(group: Group, M: int, folder: Path) -> Path:
+    """A .rknn with the inputs and outputs of a group, which computes next to nothing."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    def info(port: Any) -> Any:
+        return helper.make_tensor_value_info(
+            port.name, TensorProto.FLOAT, [1 if port.per_sequence else M, port.width]
+        )
+
+    nodes, constants, total = [], [], group.inputs[0].name
+    for port in group.inputs[1:]:
+        nodes.append(helper.make_node("Add", [total, port.name], [f"sum.{port.name}"]))
+        total = f"sum.{port.name}"
+    for number, port in enumerate(group.outputs, 1):
+        constants.append(numpy_helper.from_array(np.array([number / 4], np.float32), f"factor.{number}"))
+        nodes.append(helper.make_node("Mul", [total, f"factor.{number}"], [port.name]))
+    ports = [*map(info, group.inputs)], [*map(info, group.outputs)]
+    graph = helper.make_graph(nodes, "mid", *ports, constants)
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rwkv_npu")
+    path = folder / f"mid.{group.inputs[0].width}.m{M}.onnx"
+    path.write_bytes(model.SerializeToString())
+    compile_graph(require(), path, path.with_suffix(".rknn"), CompileOptions())
+    return path.with_suffix(".rknn")
+
+
+def report(results: dict[str, Any]) -> str:
+    facts = [
+        f"- {key}: {value}"
+        for key, value in {"command": f"`{results['command']}`", **results["machine"]}.items()
+    ]
+    lines = [*(__doc__ or "").strip().split("\n\n")[::2][:1], "", *facts]
+    for where, title in (
+        ("emulated", "On the emulated board: milliseconds of the emulator, good for ratios only"),
+        ("native", "On this machine, with the stand-in built for it: milliseconds"),
+    ):
+        ways = [way for way in WAYS if any(row["way"] == way for row in results[where])]
+        heads = [f"{WAYS[way]} ms" for way in ways]
+        lines += ["", f"## {title}", "", "| D | rows | " + " | ".join(heads) + " | copied KB |"]
+        lines += ["|" + "---|" * (len(ways) + 3)]
+        for D in MODELS:
+            for M in ROWS:
+                rows = {row["way"]: row for row in results[where] if (row["D"], row["M"]) == (D, M)}
+                times = [
+                    f"{rows[way]['median_s'] * 1e3:.3g} ({rows[way]['p90_s'] * 1e3:.3g})" for way in ways
+                ]
+                lines.append(f"| {D} | {M} | {' | '.join(times)} | {rows[ways[0]]['bytes'] / 1e3:.0f} |")
+    lines += [
+        "",
+        "Median of a layer's calls (and 90th percentile): one call of `mid` through RKNNLite, inputs copied into the "
+        "runner's arrays included; six products of `rknn-matmul`, operands converted. copied KB: of the first column, "
+        "in and out.",
+        "",
+        "What follows: `rknn` costs no more than RKNNLite's own inference(), and looks at every code, so that it is "
+        "the default. `rknn-matmul` converts on the CPU what RKNNLite leaves to librknnrt, whose share a stand-in does "
+        "not show. Handing parts to two more threads costs about 0.1 ms a product here: a part has to take longer.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

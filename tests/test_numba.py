@@ -1,0 +1,186 @@
+"""The compiled backend: quantised products against exact ones, the order of a tape, threads, faults."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rwkv_npu
+from rwkv_npu.backends.numba import KEPT_CHUNKS, NumbaBackend, Weights
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.kernels import tape
+from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.packing import BLOCK
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import FUSIONS
+from tests.tiny import RANKS, write_model
+
+# v5 differs from v4 in nothing that a backend sees.
+GENERATIONS = ("4", "6", "7", "7a")
+ROWS = (1, 2, 5, 8, 67)
+
+
+@pytest.fixture(scope="module", params=GENERATIONS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In int8 and int4, of a width that is no multiple of anything."""
+    folder = tmp_path_factory.mktemp("numba")
+    write_model(folder / "m" / "model.pth", request.param, D=80, N=16, ranks=RANKS[request.param])
+    for cpu in ("int8", "int4"):
+        rwkv_npu.convert(folder / "m" / "model.pth", folder / "out", target="none", cpu=cpu)
+    return folder / "out"
+
+
+class QuantisedMaths(NumpyMaths):
+    """Products as they are meant: rows in blocks of int8 with a scale each, times what the packed numbers stand for."""
+
+    def block(self, layer: int) -> NumpyMaths:
+        return QuantisedMaths(self._weight, f"blocks.{layer}.")
+
+    def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        rows, width = x.shape
+        blocks = np.zeros((rows, -(-width // BLOCK) * BLOCK), np.float32)
+        blocks[:, :width] = x
+        blocks = blocks.reshape(rows, -1, BLOCK)
+        peaks = np.abs(blocks).max(-1, keepdims=True)
+        q = np.rint(blocks * np.divide(np.float32(127), peaks, out=np.zeros_like(peaks), where=peaks > 0))
+        return super().linear((q * peaks / np.float32(127)).reshape(rows, -1)[:, :width], name, index)
+
+
+def random_inputs(runner_inputs: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(a.shape).astype(np.float32) for name, a in runner_inputs.items()}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_groups_are_what_quantised_products_make_of_them(bundle: Path, fusion: str, precision: str) -> None:
+    source = BundleSource(open_bundle(bundle), fusion, precision)
+    backend = NumbaBackend(source, threads=2)
+    for group in source.program.groups:
+        for rows in ROWS:
+            runner = backend.open(group, rows)
+            inputs = random_inputs(runner.inputs, rows)
+            for name, array in inputs.items():
+                runner.inputs[name][:] = array
+            found = runner.run()
+            expected = source.evaluate(group, QuantisedMaths(source.weight), dict(inputs))
+            for port in group.outputs:
+                want = expected[port.name]
+                error = np.abs(found[port.name] - want) / np.abs(want).max()
+                # A number that another product made may fall on the other side of the middle between two steps.
+                direct = group.role in ("head", "att.out") or (group.role, port.name) == ("att.in", "r")
+                assert error.max() <= (1e-5 if direct and source.spec.generation != "6" else 0.05), port.name
+
+
+def test_all_threads_compute_the_same(bundle: Path) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        with rwkv_npu.load(bundle, backend="numba", threads=min(threads, os.cpu_count() or 1)) as model:
+            logits, state = model.forward(list(range(1, 40)))
+            more, _ = model.forward([7], state)
+        results.append((logits, more))
+    for logits, more in results[1:]:
+        assert (logits == results[0][0]).all() and (more == results[0][1]).all()
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_tape_is_in_order(bundle: Path, fusion: str) -> None:
+    """Nothing is read before it is written, nor written within the level in which another thread may read it, and no
+    two values that are alive at a time lie in the same place."""
+    source = BundleSource(open_bundle(bundle), fusion)
+    for group in source.program.groups:
+        recording = tape.record(source.program, group, Weights(source))
+        entries = recording.entries
+        level = {id(value): -1 for value in recording.inputs.values()}
+        for entry in entries:
+            for value in entry.inputs:
+                made = level[id(value)]  # KeyError: read before it is written
+                apart = entry.op in (tape.LINEAR, tape.SHIFT) or made % 2 == 1
+                assert made < entry.level if apart else made <= entry.level
+            level[id(entry.out)] = entry.level
+        assert [entry.level for entry in entries] == sorted(entry.level for entry in entries)
+        for rows in (1, 7):
+            offsets, size = tape.place(recording, rows)
+            spans = []
+            for entry in entries:
+                if id(entry.out) in offsets:
+                    last = max([e.level for e in entries if entry.out in e.inputs], default=entry.level)
+                    begin = offsets[id(entry.out)]
+                    spans.append((begin, begin + tape._value_bytes(entry.out, rows), entry.level, last))
+            assert all(end <= size for _, end, _, _ in spans)
+            for i, (begin, end, born, died) in enumerate(spans):
+                for other_begin, other_end, other_born, other_died in spans[:i]:
+                    apart = end <= other_begin or other_end <= begin
+                    assert apart or other_died < born or died < other_born
+
+
+def test_what_is_no_number_stays_none(bundle: Path) -> None:
+    source = BundleSource(open_bundle(bundle), "layer")
+    backend = NumbaBackend(source, threads=2)
+    group = source.program.groups[-1]
+    for rows in (1, 5):
+        runner = backend.open(group, rows)
+        for broken in (np.nan, np.inf):
+            runner.inputs["x"][:] = 1
+            runner.inputs["x"][-1, 3] = broken
+            assert not np.isfinite(runner.run()["logits"][-1]).any()
+        runner.inputs["x"][:] = 1
+        assert np.isfinite(runner.run()["logits"]).all()
+
+
+def test_memory_of_few_chunks_is_kept(bundle: Path) -> None:
+    with rwkv_npu.load(bundle, backend="numba") as model:
+        backend = model.engine._dispatcher._served["head", True][0]
+        for length in range(2, 30):
+            model.forward(list(range(1, length + 1)))
+        assert len(backend._chunks) <= KEPT_CHUNKS + 1
+
+
+def test_two_models_in_two_threads(bundle: Path) -> None:
+    models = [rwkv_npu.load(bundle, backend="numba", precision=name) for name in ("int8", "int4")]
+    alone = [model.forward(list(range(1, 20)))[0] for model in models]
+    wrong = []
+
+    def read(model: rwkv_npu.Model, expected: np.ndarray) -> None:
+        for _ in range(30):
+            if (model.forward(list(range(1, 20)))[0] != expected).any():
+                wrong.append(model)
+
+    threads = [threading.Thread(target=read, args=pair) for pair in zip(models, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_helpers_fall_asleep_and_wake_up(bundle: Path) -> None:
+    source = BundleSource(open_bundle(bundle), "layer")
+    backend = NumbaBackend(source, threads=2)
+    runner = backend.open(source.program.groups[-1], 1)
+    runner.inputs["x"][:] = 1
+    expected = runner.run()["logits"].copy()
+    for pause in (0, 0.05, 0, 0.05):
+        threading.Event().wait(pause)
+        assert (runner.run()["logits"] == expected).all()
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    script = (
+        "import os, warnings, rwkv_npu\n"
+        "warnings.simplefilter('ignore')\n"
+        "model = rwkv_npu.load(backend='numba', threads=2)\n"
+        "expected = model.forward([1, 2, 3])[0]\n"
+        "child = os.fork()\n"
+        "same = bool((model.forward([1, 2, 3])[0] == expected).all())\n"
+        "if child == 0: os._exit(0 if same else 3)\n"
+        "print(same, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True 0\n", done.stderr
