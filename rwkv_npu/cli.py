@@ -7,6 +7,7 @@ the command line itself, 1 for the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -311,9 +312,19 @@ def entry() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell: <&- >&-
             setattr(sys, name, open(os.devnull, mode))
+    _keep_stdout()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # letters that the terminal's encoding lacks
     sys.exit(main())
+
+
+def _keep_stdout() -> None:
+    """Whatever C libraries print (Rockchip's print to stdout) goes to stderr: stdout is for what was asked for."""
+    with contextlib.suppress(OSError, ValueError):  # closed by the shell
+        ours = os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), 1)
+        buffering = 1 if os.isatty(ours) else -1
+        sys.stdout = os.fdopen(ours, "w", buffering, encoding=sys.stdout.encoding)
 
 
 if __name__ == "__main__":

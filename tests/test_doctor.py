@@ -140,7 +140,8 @@ def test_each_trouble_has_its_remedy(
 
 
 def test_a_node_that_this_user_may_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board.os, "access", lambda path, mode: False)  # root may open everything
+    monkeypatch.setattr(board.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(board.os, "access", lambda path, mode: False)
     finding = found(plant(tmp_path), "NPU node")
     assert (finding.level, finding.found) == (BAD, "/dev/dri/renderD129 is closed to this user")
     assert "usermod -aG render" in finding.mend

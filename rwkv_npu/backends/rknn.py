@@ -42,13 +42,32 @@ class ArtifactSource(Source, Protocol):
     def memory_plan(self, artifacts: list[Artifact]) -> MemoryPlan: ...
 
 
+class _Sizes:
+    """Bytes of each output as librknnrt gave them. RKNNLite 2.5 does not look, and reads on behind a short one."""
+
+    def __init__(self, runtime: Any):
+        self._given: list[int] = []
+        runtime.lib.rknn_outputs_get.errcheck = (
+            self._note
+        )  # ctypes calls it after each call, with its arguments
+
+    def _note(self, code: int, function: Any, arguments: tuple[Any, ...]) -> int:
+        _, count, outputs, *_ = arguments
+        self._given = [outputs[i].size for i in range(count)]
+        return code
+
+    def values(self, expected: list[int]) -> list[int]:
+        """Numbers of fp32 values. What a library does not set is the number that RKNNLite expects, in values."""
+        return expected if self._given == expected else [size // 4 for size in self._given]
+
+
 class RknnRunner:
     """A context. `order` names its inputs as the artifact has them."""
 
     def __init__(self, lite: Any, group: Group, rows: int, order: list[str]):
         self._runtime, self._group, self._rows = lite.rknn_runtime, group, rows
         self.inputs = allocate_inputs(group, rows, 1)
-        self._given = [self.inputs[name] for name in order]
+        self._given, self._sizes = [self.inputs[name] for name in order], _Sizes(lite.rknn_runtime)
         # From 2.5.0 on RKNNLite can keep the arrays that it returns. Older ones leave them in reference cycles,
         # which Python's collector finds: it runs every twenty calls or so, by the number of their objects.
         able = "reuse_outputs" in inspect.signature(self._runtime.get_outputs).parameters
@@ -69,9 +88,12 @@ class RknnRunner:
     def _named(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Raises BackendError where what came back is not what the group has to give."""
         ports = self._group.outputs
-        found, wanted = [array.size for array in arrays], [self._rows * port.width for port in ports]
+        wanted = [self._rows * port.width for port in ports]
+        found = [array.size for array in arrays]
+        if found == wanted:
+            found = self._sizes.values(wanted)
         if found != wanted:
-            raise BackendError(f"RKNNLite returned outputs of {found} values instead of {wanted}")
+            raise BackendError(f"librknnrt returned outputs of {found} values instead of {wanted}")
         return {
             port.name: array.reshape(self._rows, port.width)
             for port, array in zip(ports, arrays, strict=True)
@@ -232,7 +254,11 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
     for pattern, remedy in remedies.items():
         if match := re.search(pattern, text):
             return f"{_first_line(match[0])}: {remedy}"
-    said = [line for line in text.splitlines() if re.match(r"E |\w*(Error|Exception)\b", line)]
+    lines = text.splitlines()
+    native = [
+        line for line in lines if re.match(r"E? ?RKNN\b", line)
+    ]  # librknnrt's own know more than Python's
+    said = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
     return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
 
 
@@ -240,13 +266,14 @@ def _older_file(artifact: Artifact, runtime: str | None) -> str:
     """The way to an artifact that the board's runtime reads."""
     known = f"librknnrt {runtime}" if runtime else "this librknnrt"
     what = f"{known} does not read what toolkit {artifact.toolkit or '(unknown)'} compiled"
-    older = [v for v in VERSIONS if runtime is None or numbers(v) <= numbers(runtime)]
-    if runtime is not None and artifact.toolkit and numbers(runtime) >= numbers(artifact.toolkit):
-        return f"{known} is no older than its compiler {artifact.toolkit}, so the file may be damaged: copy it again"
+    if runtime is None or (artifact.toolkit and numbers(runtime) >= numbers(artifact.toolkit)):
+        # Its own word does not explain it: try the next older compiler.
+        older = [v for v in VERSIONS if not artifact.toolkit or numbers(v) < numbers(artifact.toolkit)]
+    else:
+        older = [v for v in VERSIONS if numbers(v) <= numbers(runtime)]
     if not older:
         return f"{what}: update it to {VERSIONS[-1]} or later"
-    version = older[0] if runtime else VERSIONS[1]
-    return f"{what}: on a PC, rwkv-npu toolkit install --version {version} and rwkv-npu convert --toolkit {version}"
+    return f"{what}: on a PC, rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"
 
 
 def _check(what: str, code: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 MODEL = "Emulated RK3588 board (tools/board of rwkv_npu)"
 DRIVER, KERNEL = "0.9.8", "6.1.43-emulated"
+LOCK = "run/lock/rwkv_npu.lock"  # the board's own: other boards on this machine are other machines
 MEMORY_KB = {
     "MemTotal": 16_000_000,
     "MemFree": 9_000_000,
@@ -34,6 +35,7 @@ def chip_files() -> dict[str, str]:
         "proc/meminfo": "".join(f"{name}: {size} kB\n" for name, size in MEMORY_KB.items()),
         "proc/sys/kernel/osrelease": f"{KERNEL}\n",
         "dev/dri/renderD129": "",
+        LOCK: "",
         "sys/class/drm/renderD129/device/uevent": "DRIVER=RKNPU\nOF_NAME=npu\n",
         "sys/module/rknpu/version": f"{DRIVER}\n",
         "sys/kernel/debug/rknpu/version": f"RKNPU driver: v{DRIVER}\n",
@@ -59,6 +61,7 @@ def write_chip(root: Path) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
+    (root / LOCK).parent.chmod(0o1777)
 
 
 def _cpuinfo(core: int) -> str:

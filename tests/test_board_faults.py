@@ -1,0 +1,166 @@
+"""What can go wrong on a board, on the emulated one: the text stays the same, or one line says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.emulated import EmulatedBoard
+
+pytestmark = pytest.mark.board
+
+IDS, TOKENS = "5,6,7", 10
+
+# The command line with a short patience for calls.
+IMPATIENT = """
+import sys
+from rwkv_npu import cli
+from rwkv_npu.backends import guard
+guard.CALL_SECONDS = 3.0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+OWNER = "from rwkv_npu.npu import LOCK; LOCK.acquire(); print('has it', flush=True); input()"
+
+HASTY = """
+import sys
+from rwkv_npu import cli, tuning
+tuning.SECONDS, tuning.FEWEST = 0.05, 1
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(board_bundles) -> Path:
+    return board_bundles["4"]
+
+
+def arguments(bundle: Path, *more: object, backend: str = "rknn") -> list[object]:
+    greedy = ["--ids", "-p", IDS, "-n", TOKENS, "--temp", 0, "-t", 1]
+    return ["generate", "-m", bundle, *greedy, "--backend", backend, *more]
+
+
+@pytest.fixture(scope="module")
+def text(emulated_board: EmulatedBoard, bundle: Path) -> str:
+    """What the NPU writes when nothing is wrong."""
+    result = emulated_board.run("rwkv-npu", *arguments(bundle))
+    assert result.returncode == 0 and len(result.stdout.split()) == TOKENS
+    assert "warning" not in result.stderr and "failed" not in result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ("run-fails@20", "| 1 calls to the NPU failed\n"),
+        ("run-fails/7", "calls to the NPU failed\n"),
+        (
+            "run-fails@5+:mid.0,nan@6+:last,zeros@7+:first,wrong-size@5+:head",
+            "| 8 calls to the NPU failed, on the CPU: ",
+        ),
+        # 7000 descriptors: the limit was raised.
+        ("old-version,fds=1000", "warning: librknnrt 1.5.2 is older than the artifacts' compiler, 2.5.0"),
+    ],
+)
+def test_the_text_stays(
+    emulated_board: EmulatedBoard, bundle: Path, text: str, faults: str, said: str
+) -> None:
+    result = emulated_board.run("rwkv-npu", *arguments(bundle), faults=faults)
+    assert result.returncode == 0 and said in result.stderr, result.stderr
+    assert result.stdout == text
+    assert result.stderr.count("rwkv-npu: warning: ") <= 1
+
+
+def test_a_hang_is_left_behind(emulated_board: EmulatedBoard, bundle: Path, text: str) -> None:
+    result = emulated_board.run("python", "-c", IMPATIENT, *arguments(bundle), faults="hang@30", timeout=60)
+    assert result.returncode == 0 and "no answer within 3 s): the CPU runs everything" in result.stderr
+    assert result.stdout == text and "| 1 calls to the NPU failed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("faults", "more", "said"),
+    [
+        ("zeros", [], "4 of 4 contexts fail their self-test (first at 1 rows: all outputs are zero)"),
+        ("init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
+        ("old-runtime", [], "rwkv-npu convert --toolkit 2.3.2"),
+        ("core-mask", ["--npu-cores", "0"], "--npu-cores 0 is not for this chip: use auto"),
+        ("fds=200000", [], "failed to allocate NPU memory for first"),
+    ],
+)
+def test_what_cannot_be_mended_is_one_line(
+    emulated_board: EmulatedBoard, bundle: Path, faults: str, more: list[str], said: str
+) -> None:
+    result = emulated_board.run("rwkv-npu", *arguments(bundle, *more), faults=faults)
+    assert result.returncode == 1 and result.stdout == ""
+    assert said in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_auto_goes_on_without_the_npu(emulated_board: EmulatedBoard, bundle: Path) -> None:
+    result = emulated_board.run("rwkv-npu", *arguments(bundle, "-v", backend="auto"), faults="zeros")
+    assert result.returncode == 0 and len(result.stdout.split()) == TOKENS
+    assert "warning: the NPU is not used: rknn: 4 of 4 contexts" in result.stderr
+    assert ", since the NPU failed\n" in result.stderr
+
+
+def test_one_client_at_a_time(emulated_board: EmulatedBoard, bundle: Path) -> None:
+    owner = subprocess.Popen(
+        emulated_board.command("python", "-c", OWNER),
+        env=emulated_board.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with owner:
+        assert owner.stdout and owner.stdout.readline() == "has it\n"
+        result = emulated_board.run("rwkv-npu", *arguments(bundle))
+        assert result.returncode == 1 and "the NPU is in use by process " in result.stderr
+        owner.communicate("\n")
+
+
+def test_a_kill_leaves_nothing_in_the_way(
+    emulated_board: EmulatedBoard, bundle: Path, text: str, tmp_path: Path
+) -> None:
+    """Killed within a token: what was written is the start of the text, its state is not, and the next run works."""
+    state = tmp_path / "state"
+    result = emulated_board.run("rwkv-npu", *arguments(bundle, "--state", state), faults="killed@40")
+    assert result.returncode in (-9, 137) and text.startswith(result.stdout) and result.stdout != text
+    assert not list(tmp_path.iterdir())
+    result = emulated_board.run("rwkv-npu", *arguments(bundle, "-v", backend="auto"))
+    assert result.stdout == text and "backend: rknn: runtime and artifacts are there" in result.stderr
+
+
+def test_the_doctor_finds_the_board_well(emulated_board: EmulatedBoard, bundle: Path) -> None:
+    result = emulated_board.run("rwkv-npu", "doctor", "-m", bundle, "--json")
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    bad = [finding for finding in findings.values() if finding["level"] == "bad"]
+    assert result.returncode == 0 and not bad
+    for what in (
+        "NPU driver",
+        "NPU node",
+        "librknnrt",
+        "ddr clock",
+        "rknn-toolkit-lite2",
+        "versions",
+        "NPU memory",
+    ):
+        assert findings[what]["level"] == "ok", findings[what]
+    assert "large ones: 4, 5, 6, 7" in findings["cores"]["found"]
+
+
+def test_tune_and_info(emulated_board: EmulatedBoard, bundle: Path, text: str, tmp_path: Path) -> None:
+    """The plan's figures are those of an emulator: only that there is one, and that it is followed, is looked at."""
+    copy = tmp_path / "copy.rwkv"
+    shutil.copytree(bundle, copy)
+    result = emulated_board.run("python", "-c", HASTY, "tune", "-m", copy, "-t", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert {"layer rknn", "projection rknn", "projection rknn-matmul", "layer ort"} <= set(facts["measured"])
+    assert facts["machine"].startswith("rk3588, 4 x Cortex-A76 + 4 x Cortex-A55 x 8, librknnrt 2.5.0")
+    result = emulated_board.run("rwkv-npu", *arguments(copy, "-v", backend="auto"))
+    assert result.returncode == 0 and "backend: measured by rwkv-npu tune on this machine" in result.stderr
+    result = emulated_board.run("rwkv-npu", "info", copy)
+    assert result.returncode == 0 and "7 artifacts by toolkit 2.5.0" in result.stdout
