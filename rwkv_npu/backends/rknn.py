@@ -47,9 +47,10 @@ class _Sizes:
 
     def __init__(self, runtime: Any):
         self._given: list[int] = []
-        runtime.lib.rknn_outputs_get.errcheck = (
-            self._note
-        )  # ctypes calls it after each call, with its arguments
+        # ctypes calls it after each call, with its arguments. A version of RKNNLite that keeps its library elsewhere
+        # goes unchecked.
+        with contextlib.suppress(AttributeError):
+            runtime.lib.rknn_outputs_get.errcheck = self._note
 
     def _note(self, code: int, function: Any, arguments: tuple[Any, ...]) -> int:
         _, count, outputs, *_ = arguments
@@ -58,7 +59,7 @@ class _Sizes:
 
     def values(self, expected: list[int]) -> list[int]:
         """Numbers of fp32 values. What a library does not set is the number that RKNNLite expects, in values."""
-        return expected if self._given == expected else [size // 4 for size in self._given]
+        return expected if self._given in ([], expected) else [size // 4 for size in self._given]
 
 
 class RknnRunner:
@@ -255,9 +256,7 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
         if match := re.search(pattern, text):
             return f"{_first_line(match[0])}: {remedy}"
     lines = text.splitlines()
-    native = [
-        line for line in lines if re.match(r"E? ?RKNN\b", line)
-    ]  # librknnrt's own know more than Python's
+    native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]  # librknnrt knows more than RKNNLite
     said = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
     return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
 
