@@ -21,6 +21,7 @@ from rwkv_npu.errors import RwkvNpuError
 
 BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
 NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
+NPU_CORES_HELP = "of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +76,7 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", help="of the weights, where the bundle has a choice")
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
     p.add_argument("--plan", metavar="PLAN", help="backends by use or group, such as prefill=rknn,decode=ort")
-    p.add_argument("--npu-cores", default="auto", choices=NPU_CORES, help="of rknn (default: auto)")
+    p.add_argument("--npu-cores", default="auto", metavar="CORES", choices=NPU_CORES, help=NPU_CORES_HELP)
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary file (or world, pile)")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
 
@@ -139,7 +140,7 @@ def _add_tune(commands: Any) -> None:
     )
     p.add_argument("-m", "--model", metavar="PATH", required=True, help="the bundle")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
-    p.add_argument("--npu-cores", default="auto", choices=NPU_CORES, help="of the NPU (default: auto)")
+    p.add_argument("--npu-cores", default="auto", metavar="CORES", choices=NPU_CORES, help=NPU_CORES_HELP)
     p.add_argument("--json", action="store_true", help="print it as JSON")
 
 

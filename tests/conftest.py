@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Stand-ins for the NPU are this session's own: others may be tested on the same machine.
 os.environ["RWKV_NPU_LOCKS"] = tempfile.mkdtemp(prefix="rwkv_npu-locks-")
 atexit.register(shutil.rmtree, os.environ["RWKV_NPU_LOCKS"], ignore_errors=True)
+
+# Where a shell started us in the background, Ctrl-C is ignored, here and in the processes that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from rwkv_npu import toolkit  # noqa: E402
 from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402

@@ -203,7 +203,7 @@ def test_a_backend_that_fails_in_the_middle(
 def test_interrupted_and_gone_on_with(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     flags = ["bench", "inference", "-m", checkpoint, "--resume", file, "-o", "json", "-t", "1"]
-    slow = command(*flags, "--backends", "ort,numpy", "-r", "100000", "--seconds", "0.3")
+    slow = command(*flags, "--backends", "ort,numpy", "-r", "100000", "--seconds", "1.5")
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

@@ -128,10 +128,8 @@ class Context:
             raise
 
     def _create(self, rows: Sequence[int], K: int, N: int) -> ctypes.Array[IoAttr]:
-        library, info = (
-            self._library,
-            MatmulInfo(K=K, N=N, type=self._kind.code, B_layout=NATIVE, AC_layout=NATIVE),
-        )
+        library = self._library
+        info = MatmulInfo(K=K, N=N, type=self._kind.code, B_layout=NATIVE, AC_layout=NATIVE)
         attrs, handle = (IoAttr * len(rows))(), c_uint64()
         self.dynamic = False
         if len(rows) > 1 and library.create_dynamic is not None:

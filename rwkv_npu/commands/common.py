@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from rwkv_npu import board
+from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.errors import UsageError
 from rwkv_npu.model import Model, load
 
@@ -26,6 +27,13 @@ def use_big_cores(threads: int | None) -> str:
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), big)
     return f"on the large cores, {', '.join(map(str, big))}"
+
+
+def bundle_at(path: str) -> Bundle:
+    """Raises UsageError for what is no bundle, BundleError for a damaged one."""
+    if not is_bundle(Path(path)):
+        raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one")
+    return open_bundle(Path(path))
 
 
 def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model:

@@ -70,6 +70,10 @@ from rwkv_npu.packing import PANEL
 
 assert ROWS == TILE_ROWS
 
+PATIENCE = 4096  # rounds of waiting, some 100 us, before the core is offered to others
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
 
 @operation(types.void, types.float32, ADDRESS)
 def store_float(b: Any, value: Any, address: Any) -> None:
@@ -80,8 +84,13 @@ def store_float(b: Any, value: Any, address: Any) -> None:
 def _meet(counter, goal):  # type: ignore[no-untyped-def]
     """Wait until the threads have come here `goal` times, all together."""
     add_atomically(counter, 1)
+    rounds = 0
     while read_atomically(counter) < goal:
-        pause()
+        rounds += 1
+        if rounds % PATIENCE:
+            pause()
+        else:  # the others have lost their core to another process: it may be this one
+            _sched_yield()
 
 
 @njit(nogil=True)

@@ -208,7 +208,7 @@ def _assemble(wheel: Path, debian: Path, wheels: Path, libraries: Path, say: Say
         _pip("install", "--no-deps", "--no-compile", "--target", place / "project", wheel)
         _write_programs(place / "bin", final, wheels)
 
-    return _layer("board", _digest(*layers, *chip, _digest_files([Path(__file__)])), fill)
+    return _layer("board", _digest(*layers, *chip, _digest_files([Path(__file__).resolve()])), fill)
 
 
 def _write_programs(place: Path, board: Path, wheels: Path) -> None:
@@ -234,6 +234,7 @@ def _layer(kind: str, key: str, fill: Callable[[Path], None]) -> Path:
     """The layer's folder, filled if it is not there."""
     final = folder() / f"{kind}-{key}"
     if final.is_dir():
+        os.utime(final)  # the oldest that nobody asked for goes first
         return final
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -281,6 +282,6 @@ def _digest(*texts: str) -> str:
 def _digest_files(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(digest_size=6)
     for path in paths:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(f"{path.relative_to(REPOSITORY)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -1,0 +1,300 @@
+"""The compiled recurrences against `time_mix` of `models`: what they return, and the states that they leave.
+
+Letters: T tokens, B sequences, H heads, N head size, A = H*N.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_npu.kernels import recurrence
+from rwkv_npu.kernels.recurrence import Compiled
+from rwkv_npu.models import MODULES
+from rwkv_npu.spec import GENERATIONS, Spec, att_outputs, state_shapes
+from rwkv_npu.state import EMPTY_Q
+from tools.make_checkpoint import make_spec
+
+Arrays = dict[str, np.ndarray]
+
+# Over the largest value of an output or a state. Ten thousand draws stayed below.
+BOUND = 1e-5
+
+shapes = st.tuples(
+    st.sampled_from([1, 2, 15, 16, 17, 33, 70]),  # T: a state of N = 64 is turned round for 16 tokens
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 5, 16, 64]),
+)
+
+# What the inputs that make decays are drawn from, where a decay of v6 is exp(-exp(x)) and of v7 exp(-0.6 sigmoid(x)).
+DECAYS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "trained": lambda rng, shape: rng.uniform(-6, 1, shape),
+    "none": lambda rng, shape: np.full(shape, -60.0),
+    "all at once": lambda rng, shape: np.full(shape, 60.0),
+    "beyond fp32": lambda rng, shape: rng.choice([-200.0, 200.0], shape),
+    "all kinds": lambda rng, shape: rng.choice([-200.0, -30.0, -1.0, 0.0, 3.0, 5.0, 200.0], shape),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Callable[[Spec], Compiled]]:
+    """Compiled recurrences; with three threads, each of which takes whatever heads there are."""
+    made: list[Compiled] = []
+
+    def make(spec: Spec) -> Compiled:
+        made.append(Compiled(spec, threads=3))
+        return made[-1]
+
+    yield make
+    for compiled in made:
+        compiled.close()
+
+
+@pytest.fixture(autouse=True)
+def threads_for_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "SHARE", 1 << 12)
+
+
+class Layer:
+    """A layer of random weights, of which time_mix reads what it needs."""
+
+    def __init__(self, generation: str, H: int, N: int, rng: np.random.Generator, decay: str = "trained"):
+        spec = make_spec(generation, D=H * N, L=2, V=8, N=N)
+        self.spec, self._rng, self._decay = spec, rng, DECAYS[decay]
+
+    def vector(self, name: str) -> np.ndarray:
+        spec = self.spec
+        per_head = {"att.r_k", "att.time_faaaa"} | ({"att.time_decay"} if spec.generation == "5.2" else set())
+        shape: tuple[int, ...] = (spec.H, spec.N) if name in per_head else (spec.A,)
+        if spec.generation in ("5.0", "5.1") and name in ("att.time_decay", "att.time_faaaa"):
+            shape = (spec.H,)
+        if name in ("att.time_decay", "att.w0"):
+            # The sum with the data is what is drawn, where there is one.
+            values = np.zeros(shape) if spec.generation in ("6", "7", "7a") else self._decay(self._rng, shape)
+            return np.clip(values, -80, 80).astype(np.float32)
+        return self._rng.standard_normal(shape).astype(np.float32)
+
+    def inputs(self, T: int, B: int, layer: int = 1) -> Arrays:
+        found = {}
+        for port in att_outputs(self.spec, layer):
+            x = self._rng.standard_normal((T, B, port.width))
+            if port.name == "w":
+                x = self._decay(self._rng, x.shape)
+            if port.name in ("a", "vmix"):
+                x = 1 / (1 + np.exp(-3 * x))
+            found[port.name] = x.astype(np.float32)
+        return found
+
+    def state(self, B: int) -> Arrays:
+        shapes = {name: shape for name, shape in state_shapes(self.spec).items() if "shift" not in name}
+        parts = {
+            name: self._rng.standard_normal((B, *shape)).astype(np.float32) for name, shape in shapes.items()
+        }
+        if "att.q" in parts:
+            parts["att.b"] = np.abs(parts["att.b"])
+            parts["att.q"][0] = EMPTY_Q  # and one without a past
+            parts["att.a"][0] = parts["att.b"][0] = 0
+        return parts
+
+
+def assert_close(ours: np.ndarray, expected: np.ndarray, what: str, slack: float = 1) -> None:
+    assert ours.shape == expected.shape and ours.dtype == np.float32
+    assert np.abs(ours - expected).max() <= slack * BOUND * max(1.0, np.abs(expected).max()), what
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, decay=st.sampled_from(sorted(DECAYS)), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_equals_numpy(
+    generation: str, shape: tuple[int, ...], decay: str, seed: int, kernels: Callable[[Spec], Compiled]
+) -> None:
+    """Layers 0 and 1 over all tokens at once, and over the same in two pieces."""
+    T, B, H, N = shape
+    layer = Layer(generation, H, N, np.random.default_rng(seed), decay)
+    reference, compiled = MODULES[generation], kernels(layer.spec)
+    vectors: Arrays = {}
+
+    def vector(name: str) -> np.ndarray:
+        return vectors.setdefault(name, layer.vector(name))
+
+    p, table = reference.prepare(vector, layer.spec), compiled.prepare(vector, layer.spec)
+    inputs, states = [layer.inputs(T, B, i) for i in (0, 1)], [layer.state(B) for _ in (0, 1)]
+    expected_states = [{name: part.copy() for name, part in state.items()} for state in states]
+    carry: Arrays = {}
+    with np.errstate(over="ignore"):  # exp(200), whose negative is the logarithm of no memory at all
+        expected = [
+            reference.time_mix(p, x, state, carry) for x, state in zip(inputs, expected_states, strict=True)
+        ]
+
+    for cut in {T, T // 2 or T}:
+        ours_states = [{name: part.copy() for name, part in state.items()} for state in states]
+        pieces: list[list[np.ndarray]] = [[], []]
+        for rows in (slice(0, cut), slice(cut, T)):
+            carry = {}
+            for i in (0, 1) if rows.start < T else ():
+                x = {name: np.ascontiguousarray(array[rows]) for name, array in inputs[i].items()}
+                kept = {name: array.copy() for name, array in x.items()}
+                pieces[i].append(compiled.time_mix(table, x, ours_states[i], carry).copy())
+                assert all((x[name] == kept[name]).all() for name in x), "inputs are only read"
+        for i in (0, 1):
+            # The group norm enlarges what is left where a head's few channels, or the few tokens it remembers, cancel.
+            slack = 20 if generation != "4" and (N < 16 or decay != "trained") else 2
+            assert_close(np.concatenate(pieces[i]), expected[i], f"y of layer {i}", slack)
+            for name, part in expected_states[i].items():
+                assert_close(ours_states[i][name], part, name)
+
+
+def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the tests above would see one thread alone."""
+    layer = Layer("7", 3, 64, np.random.default_rng(0))
+    compiled = kernels(layer.spec)
+    run, shares = compiled._kernel.run, []
+
+    def recorded(*arguments: Any) -> None:
+        shares.append(arguments[-2:])
+        run(*arguments)
+
+    monkeypatch.setattr(compiled._kernel, "run", recorded)
+    compiled.time_mix(compiled.prepare(layer.vector, layer.spec), layer.inputs(16, 1, 0), layer.state(1), {})
+    assert sorted(shares) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("T", [1, 20])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_nan_and_infinity_are_not_hidden(
+    generation: str, bad: float, T: int, kernels: Callable[[Spec], Compiled]
+) -> None:
+    """Where the reference has a number there is one, and where it has none there is none."""
+    rng = np.random.default_rng(1)
+    layer = Layer(generation, 2, 64, rng)
+    reference, compiled = MODULES[generation], kernels(layer.spec)
+    vectors = {}
+    p = reference.prepare(lambda name: vectors.setdefault(name, layer.vector(name)), layer.spec)
+    table = compiled.prepare(vectors.__getitem__, layer.spec)
+    x, state = layer.inputs(T, 1, 0), layer.state(1)
+    for name in x.keys() & {"k", "v"}:
+        x[name][T // 2, 0, 3] = bad
+    theirs = {name: part.copy() for name, part in state.items()}
+    with np.errstate(all="ignore"):
+        expected = reference.time_mix(p, x, theirs, {})
+    ours = compiled.time_mix(table, x, state, {})
+    assert not np.isfinite(expected).all()
+    head = slice(64) if generation != "4" else slice(3, 4)  # a head's group norm spreads it over the head
+    assert not np.isfinite(ours[T // 2 :, 0, head]).any()
+    clean = np.isfinite(expected[..., 64:])
+    assert np.isfinite(ours[..., 64:])[clean].all()
+
+
+def test_arrays_of_any_kind_are_taken(kernels: Callable[[Spec], Compiled]) -> None:
+    """A simulator's outputs may be read-only, or not lie row after row."""
+    layer = Layer("6", 2, 16, np.random.default_rng(2))
+    compiled = kernels(layer.spec)
+    table, x, state = compiled.prepare(layer.vector, layer.spec), layer.inputs(4, 1), layer.state(1)
+    twin = {name: part.copy() for name, part in state.items()}
+    expected = compiled.time_mix(table, x, state, {}).copy()
+    x = {name: np.asfortranarray(array) for name, array in x.items()}
+    for array in x.values():
+        array.flags.writeable = False
+    assert (compiled.time_mix(table, x, twin, {}) == expected).all()
+
+
+def test_decays_to_the_last_bit() -> None:
+    """With one near 1 a state adds up its error over thousands of tokens."""
+    from numba import njit
+
+    from rwkv_npu.kernels import parts
+
+    @njit
+    def exponentials(x, y, z):  # type: ignore[no-untyped-def]
+        for i in range(len(x)):
+            y[i] = parts.exp_of_decay(x[i])
+            z[i] = parts.exp(x[i])
+
+    x = -np.exp(np.random.default_rng(0).uniform(-20, 5.5, 200_000)).astype(np.float32)
+    x[:4] = 0, -0.0, -1e30, -np.inf
+    y, z = np.empty_like(x), np.empty_like(x)
+    exponentials(x, y, z)
+    exact = np.exp(x.astype(np.float64))
+    assert np.count_nonzero(y != exact.astype(np.float32)) <= 2  # ties that 1e-11 decides
+    normal = exact > 2.0**-125
+    assert (np.abs(z - exact)[normal] <= 1.1 * np.spacing(exact.astype(np.float32))[normal]).all()
+    assert (z[~normal] < 2.0**-124).all()
+    for bad in (np.array([np.nan], np.float32),):
+        exponentials(bad, y[:1], z[:1])
+        assert np.isnan(y[0]) and np.isnan(z[0])
+
+
+# -- compiling and keeping -------------------------------------------------------------------------------
+
+LOAD = """
+from rwkv_npu import kernels
+kernels.PATIENCE = 0.0
+run = kernels.load("v4", "the recurrence of RWKV-4").run
+print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))
+"""
+
+
+def loaded(cache: Path, code: str = LOAD) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "RWKV_NPU_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def test_what_is_compiled_is_kept(tmp_path: Path) -> None:
+    """By two processes at once; a damaged file is said and does not stop a third."""
+    for out, err in [outcome(process) for process in (loaded(tmp_path), loaded(tmp_path))]:
+        assert out in ("0 1", "1 0")
+        assert "compiling the recurrence of RWKV-4 for this processor: some seconds, this once" in err
+    assert outcome(loaded(tmp_path))[0] == "1 0"
+    for file in tmp_path.rglob("*.nb[ic]"):
+        file.write_bytes(file.read_bytes()[:100])
+    out, err = outcome(loaded(tmp_path))
+    assert "is compiled for this run only" in err and str(tmp_path) in err
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_bytes(b"")
+    out, err = outcome(loaded(blocked))
+    assert "is compiled for this run only" in err and "a file" in err
+
+
+def test_a_change_of_the_sources_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv_npu import kernels
+
+    before = kernels._identity()
+    assert before == kernels._identity()
+    copy = tmp_path / "kernels"
+    copy.mkdir()
+    for file in Path(kernels.__file__).parent.glob("*.py"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "packing.py").write_bytes((Path(kernels.__file__).parent.parent / "packing.py").read_bytes())
+    (copy / "parts.py").write_bytes((copy / "parts.py").read_bytes() + b"\n")
+    monkeypatch.setattr(kernels, "__file__", str(copy / "__init__.py"))
+    assert kernels._identity() != before
+
+
+def test_without_numba_numpy_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert recurrence.compiled(make_spec("7", D=64, L=2, V=8)) is None
