@@ -10,7 +10,7 @@ import mmap
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROOT = Path("/")
 LIBRARIES = ("usr/lib/librknn_runtime.so", "usr/lib64/librknn_runtime.so", "usr/lib/librknnrt.so")
 OLDEST_DRIVER = "0.9.6"  # the oldest that is advised: older ones hang, and lose memory
 _CORES = {"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"}
-_BIG = ("0xd08", "0xd0b")
+_ALIKE = 0.85  # of the fastest's clock: cores without a known kind are of its kind down to this
 _DEVFREQ = {"dmc": "ddr", "npu": "npu"}
 
 
@@ -60,18 +60,37 @@ def cpu_model(root: Path = ROOT) -> str:
     )
 
 
-def cores(root: Path = ROOT) -> int:
-    """How many there are and are online."""
-    return len(_cpuinfo(root, "processor"))
+def core_numbers(root: Path = ROOT) -> list[int]:
+    """Those that are online."""
+    return [int(number) for number in _cpuinfo(root, "processor")]
 
 
-def big_cores(root: Path = ROOT) -> list[int]:
-    """Numbers of the large cores that are online; empty where all are of one kind."""
-    numbers = [int(number) for number in _cpuinfo(root, "processor")]
-    parts = _cpuinfo(root, "CPU part")
-    if len(set(parts)) < 2 or len(parts) != len(numbers):
-        return []
-    return [number for number, part in zip(numbers, parts, strict=True) if part in _BIG]
+def big_cores(root: Path = ROOT, among: Collection[int] | None = None) -> list[int]:
+    """Numbers of the cores of the fastest kind, ascending, of those that this process may use (or of `among`).
+
+    All of them where they are alike, or where nothing tells them apart.
+    """
+    allowed = sorted(os.sched_getaffinity(0) if among is None else among)
+    speeds = {number: _speed(root, number) for number in allowed}
+    if not all(speeds.values()):
+        return allowed
+    fastest = max(allowed, key=lambda number: speeds[number])
+    kinds = _kinds(root)
+    if kinds.keys() >= set(allowed):  # clusters of one kind may have clocks that differ a little
+        return [number for number in allowed if kinds[number] == kinds[fastest]]
+    return [number for number in allowed if speeds[number] >= _ALIKE * speeds[fastest]]
+
+
+def _speed(root: Path, core: int) -> int:
+    """The core's capacity as the scheduler knows it, else its highest clock; 0 where neither is shown."""
+    folder = root / f"sys/devices/system/cpu/cpu{core}"
+    return _number(folder / "cpu_capacity", 1) or _number(folder / "cpufreq/cpuinfo_max_freq", 1) or 0
+
+
+def _kinds(root: Path) -> dict[int, str]:
+    """What each core is, where all of them say it."""
+    numbers, parts = core_numbers(root), _cpuinfo(root, "CPU part")
+    return dict(zip(numbers, parts, strict=True)) if len(parts) == len(numbers) else {}
 
 
 def _cpuinfo(root: Path, key: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rwkv_npu import board
 from rwkv_npu.board import ROOT, Clock, numbers
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.memory import plan_memory
+from rwkv_npu.npu import FILES
 from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 
 OK, NOTE, BAD = "ok", "note", "bad"
@@ -23,6 +25,7 @@ LITE = "rknn-toolkit-lite2"
 PYTHONS = ((3, 10), (3, 12))  # that it has wheels for
 OLDEST_RUNTIME = "2.3.0"  # 2.2 was seen to multiply to zeros
 SMALL_CMA = 16 << 20
+FEW_FILES = 4096
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
     chip = board.soc(root)
     findings = list(_machine(root, chip))
     if chip is not None:
-        findings += [*_driver(root), *_runtime(root), *_clocks(root), *_memory(root)]
+        findings += [*_driver(root), *_runtime(root), *_clocks(root), *_memory(root), _files()]
     findings += [*_packages(chip), *_toolkit()]
     if bundle is not None:
         findings += _bundle(root, chip, bundle)
@@ -48,20 +51,24 @@ def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
 
 
 def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
-    cores = f"{board.cpu_model(root)}, {board.cores(root)} cores"
+    numbers = board.core_numbers(root)
+    cores = f"{board.cpu_model(root)}, {len(numbers)} cores"
     kernel = board.kernel(root) or platform.release()
     if chip is None:
         yield Finding(
-            NOTE, "board", f"none: {cores}, kernel {kernel}", "the NPU needs a board with an RK3588"
+            NOTE,
+            "board",
+            f"none: {cores}, kernel {kernel}",
+            "the NPU needs one with an RK3588, the kernel's driver rknpu, librknnrt.so in /usr/lib, and "
+            f"pip install {LITE}",
         )
         return
     level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
     yield Finding(level, "board", f"{board.model(root) or 'unnamed'}, {chip}", mend)
-    big = board.big_cores(root)
-    pinned = f"taskset -c {','.join(map(str, big))} rwkv-npu ... keeps the CPU's share on them" if big else ""
-    yield Finding(
-        OK, "cores", f"{cores}; large ones: {', '.join(map(str, big)) or 'none told apart'}", pinned
-    )
+    big = board.big_cores(root, among=numbers)
+    told = ", ".join(map(str, big))
+    large = "all alike" if big == numbers else f"large ones: {told}, which do the CPU's share"
+    yield Finding(OK, "cores", f"{cores}; {large}")
     yield Finding(OK, "kernel", kernel)
 
 
@@ -181,6 +188,15 @@ def _memory(root: Path) -> Iterator[Finding]:
             f"{memory.get('CmaFree', 0) >> 20} of {memory['CmaTotal'] >> 20} MiB free",
             mend,
         )
+
+
+def _files() -> Finding:
+    """The driver takes a descriptor a buffer. Whoever opens the NPU raises the soft limit, up to the hard one."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit == resource.RLIM_INFINITY or limit >= FEW_FILES:
+        return Finding(OK, "open files", "enough")
+    mend = f'echo "* hard nofile {FILES}" | sudo tee /etc/security/limits.d/npu.conf, and log in again'
+    return Finding(NOTE, "open files", f"at most {limit}: large models may need more", mend)
 
 
 def _packages(chip: str | None) -> Iterator[Finding]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rwkv_npu import board
 from rwkv_npu.bundle import Artifact, Manifest
+from rwkv_npu.errors import BackendError
 
 DOMAIN_BYTES = 4 << 30  # an IOMMU domain, and RKNNLite has one a process
 BUDGET_BYTES = int(3.5 * (1 << 30))  # what a plan may fill of it: the driver and other buffers need room too
@@ -49,3 +51,15 @@ def plan_memory(manifest: Manifest, artifacts: list[Artifact] | None = None) -> 
         buffers=sum(element * a.rows * widths[a.fusion, a.group] for a in artifacts),
         contexts=len(artifacts),
     )
+
+
+def check_room(plan: MemoryPlan, what: str, remedy: str) -> None:
+    """Raises BackendError, with the arithmetic, for what the NPU or the board cannot hold. Asked before loading."""
+    if not plan.fits:
+        raise BackendError(f"{what} do not fit the NPU: {plan.arithmetic()}; {remedy}")
+    free = board.memory().get("MemAvailable")
+    if free is not None and plan.total > free:
+        raise BackendError(
+            f"{what} do not fit the memory that is free, {free / 2**30:.2f} GiB: {plan.arithmetic()}; end other "
+            f"programs, or {remedy}"
+        )

@@ -179,9 +179,9 @@ def load(
     fusion: layer or projection; None is the bundle's own.
     plan: backends by use, group or both, as {"prefill": NAME, "head:decode": NAME} or "prefill=NAME,decode=NAME".
     tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of numba, ort and torch, at most one a core; None leaves it to them (NumPy's are OPENBLAS_NUM_THREADS).
-        ONNX Runtime's are one pool for the process, made at the first load: other sessions in the process must set
-        `SessionOptions.use_per_session_threads = False`.
+    threads: of numba, ort and torch, at most one a core; None is one a large core, and what torch chooses (NumPy's are
+        OPENBLAS_NUM_THREADS). Where they run is the caller's affair. ONNX Runtime's are one pool for the process, made
+        at the first load: other sessions in the process must set `SessionOptions.use_per_session_threads = False`.
     npu_cores: of rknn and rknn-matmul, one of auto, 0, 1, 2, "0,1", "0,1,2".
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """

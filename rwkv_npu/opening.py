@@ -119,7 +119,7 @@ def machine_key() -> str:
     """Machines with the same key are equally fast."""
     library = board.runtime_library()
     runtime = f", librknnrt {board.runtime_version(library)}" if library else ""
-    return f"{board.soc() or 'no NPU'}, {board.cpu_model()} x {board.cores()}{runtime}"
+    return f"{board.soc() or 'no NPU'}, {board.cpu_model()} x {len(board.core_numbers())}{runtime}"
 
 
 def why_absent(backend: str, source: ModelSource) -> str | None:

@@ -11,6 +11,7 @@ FILES: dict[str, str | bytes] = {
     "proc/cpuinfo": "".join(
         f"processor\t: {n}\nCPU part\t: {'0xd05' if n < 4 else '0xd0b'}\n\n" for n in range(8)
     ),
+    **{f"sys/devices/system/cpu/cpu{n}/cpu_capacity": "530" if n < 4 else "1024" for n in range(8)},
     "proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 12000000 kB\nCmaTotal: 16384 kB\nCmaFree: 8192 kB\n",
     "sys/module/rknpu/version": "0.9.8",
     "sys/class/drm/renderD128/device/uevent": "DRIVER=panthor",

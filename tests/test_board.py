@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from rwkv_npu import board
+from rwkv_npu.backends import ort
 from tests.boards import plant
 
 
@@ -16,7 +18,7 @@ def test_a_board_is_read(tmp_path: Path) -> None:
     assert board.model(root) == "Radxa ROCK 5B"
     assert board.kernel(root) == "6.1.43-15-rk2312"
     assert board.cpu_model(root) == "4 x Cortex-A76 + 4 x Cortex-A55"
-    assert board.big_cores(root) == [4, 5, 6, 7]
+    assert board.big_cores(root, among=range(8)) == [4, 5, 6, 7]
     assert board.driver_version(root) == "0.9.8"
     assert board.runtime_library(root) == root / "usr/lib/librknnrt.so"
     assert board.runtime_version(root / "usr/lib/librknnrt.so") == "2.3.2"
@@ -36,7 +38,8 @@ def test_a_board_is_read(tmp_path: Path) -> None:
 def test_a_machine_that_shows_nothing_is_no_board(tmp_path: Path) -> None:
     assert board.soc(tmp_path) is board.model(tmp_path) is board.driver_version(tmp_path) is None
     assert board.runtime_library(tmp_path) is None
-    assert board.clocks(tmp_path) == board.npu_nodes(tmp_path) == board.big_cores(tmp_path) == []
+    assert board.clocks(tmp_path) == board.npu_nodes(tmp_path) == board.core_numbers(tmp_path) == []
+    assert board.big_cores(tmp_path) == sorted(os.sched_getaffinity(0))
     assert board.memory(tmp_path) == {}
 
 
@@ -57,3 +60,52 @@ def test_chips(tmp_path: Path, compatible: bytes, chip: str | None) -> None:
 def test_a_library_without_a_version_has_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "librknnrt.so").write_bytes(content)
     assert board.runtime_version(tmp_path / "librknnrt.so") is None
+
+
+# -- large and small cores -------------------------------------------------------------------------------
+
+
+def cores_of(root: Path, *, parts: str = "", capacities: str = "", mhz: str = "") -> Path:
+    """A machine whose cores are told by one letter or number each; "" shows nothing."""
+    count = max(len(parts), len(capacities.split()), len(mhz.split()))
+    lines = [f"processor : {n}\n" + (f"CPU part : {parts[n]}\n" if parts else "") for n in range(count)]
+    files = {"proc/cpuinfo": "\n".join(lines)}
+    for folder, values, unit in (("cpu_capacity", capacities, ""), ("cpufreq/cpuinfo_max_freq", mhz, "000")):
+        for n, value in enumerate(values.split()):
+            files[f"sys/devices/system/cpu/cpu{n}/{folder}"] = value + unit
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("shown", "big"),
+    [
+        ({"parts": "LLLLBBBB", "capacities": "530 530 530 530 1024 1024 1008 1008"}, [4, 5, 6, 7]),
+        ({"parts": "LLLLBBBB", "mhz": "1800 1800 1800 1800 2256 2256 2400 2400"}, [4, 5, 6, 7]),
+        ({"parts": "BBLL", "mhz": "2208 2208 2112 2112"}, [0, 1]),  # nearly the same clock, another kind
+        ({"parts": "LLLL", "mhz": "1416 1416 1416 1416"}, [0, 1, 2, 3]),
+        ({"parts": "LLBB"}, [0, 1, 2, 3]),
+        ({"mhz": "5000 5200 3800 3800"}, [0, 1]),
+        ({"mhz": "3000 3000"}, [0, 1]),
+    ],
+)
+def test_the_fastest_kind_of_cores(tmp_path: Path, shown: dict[str, str], big: list[int]) -> None:
+    root = cores_of(tmp_path, **shown)
+    assert board.big_cores(root, among=board.core_numbers(root)) == big
+
+
+def test_only_cores_that_may_be_used_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = cores_of(tmp_path, parts="LLLLBBBB", capacities="530 530 530 530 1024 1024 1024 1024")
+    for allowed, big in (({0, 5, 7}, [5, 7]), ({2, 1}, [1, 2]), ({6}, [6])):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert board.big_cores(root) == big
+
+
+def test_threads_by_default_are_one_a_large_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "big_cores", lambda: [4, 5, 6])
+    monkeypatch.setattr(board, "core_numbers", lambda: list(range(7)))
+    assert ort._default_threads() == 3
+    monkeypatch.setattr(board, "core_numbers", lambda: [4, 5, 6])
+    assert ort._default_threads() == 0  # its own choice

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,13 +23,6 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 OWNER = "from rwkv_npu.npu import LOCK; LOCK.acquire(); print('has it', flush=True); input()"
-
-HASTY = """
-import sys
-from rwkv_npu import cli, tuning
-tuning.SECONDS, tuning.FEWEST = 0.05, 1
-sys.exit(cli.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -131,36 +122,3 @@ def test_a_kill_leaves_nothing_in_the_way(
     assert not list(tmp_path.iterdir())
     result = emulated_board.run("rwkv-npu", *arguments(bundle, "-v", backend="auto"))
     assert result.stdout == text and "backend: rknn: runtime and artifacts are there" in result.stderr
-
-
-def test_the_doctor_finds_the_board_well(emulated_board: EmulatedBoard, bundle: Path) -> None:
-    result = emulated_board.run("rwkv-npu", "doctor", "-m", bundle, "--json")
-    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
-    bad = [finding for finding in findings.values() if finding["level"] == "bad"]
-    assert result.returncode == 0 and not bad
-    for what in (
-        "NPU driver",
-        "NPU node",
-        "librknnrt",
-        "ddr clock",
-        "rknn-toolkit-lite2",
-        "versions",
-        "NPU memory",
-    ):
-        assert findings[what]["level"] == "ok", findings[what]
-    assert "large ones: 4, 5, 6, 7" in findings["cores"]["found"]
-
-
-def test_tune_and_info(emulated_board: EmulatedBoard, bundle: Path, text: str, tmp_path: Path) -> None:
-    """The plan's figures are those of an emulator: only that there is one, and that it is followed, is looked at."""
-    copy = tmp_path / "copy.rwkv"
-    shutil.copytree(bundle, copy)
-    result = emulated_board.run("python", "-c", HASTY, "tune", "-m", copy, "-t", 1, "--json")
-    assert result.returncode == 0, result.stderr
-    facts = json.loads(result.stdout)
-    assert {"layer rknn", "projection rknn", "projection rknn-matmul", "layer ort"} <= set(facts["measured"])
-    assert facts["machine"].startswith("rk3588, 4 x Cortex-A76 + 4 x Cortex-A55 x 8, librknnrt 2.5.0")
-    result = emulated_board.run("rwkv-npu", *arguments(copy, "-v", backend="auto"))
-    assert result.returncode == 0 and "backend: measured by rwkv-npu tune on this machine" in result.stderr
-    result = emulated_board.run("rwkv-npu", "info", copy)
-    assert result.returncode == 0 and "7 artifacts by toolkit 2.5.0" in result.stdout

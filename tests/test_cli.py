@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
+from rwkv_npu import board
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.cli import main, parser
 from rwkv_npu.commands.generate import Interrupt
@@ -644,3 +645,31 @@ def test_reading_a_prompt_into_a_state_and_going_on_to_the_end(generate: Run, tm
     _, whole, _ = generate("-p", "the turning", "-n", "12", "--temp", "0")
     _, rest, _ = generate("--state", state, "-p", "", "-n", "12", "--temp", "0")
     assert whole and whole == rest
+
+
+# -- large cores -----------------------------------------------------------------------------------------
+
+
+def test_commands_keep_to_the_large_cores(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread of the process is moved, and said so with -v; a library call moves none."""
+    moved: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(board, "big_cores", lambda: [4, 5])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: moved.append((thread, cores)))
+    said = {}
+    for threads in (None, 1, 3):
+        moved.clear()
+        flags = [] if threads is None else ["-t", threads]
+        status, _, said[threads] = run_main(
+            capsys, "generate", "-p", "a", "-n", 1, "-v", "--backend", "numpy", *flags
+        )
+        assert status == 0
+        assert (os.getpid(), [4, 5]) in moved or threads == 3
+    assert "threads: on the large cores, 4, 5" in said[None] and "on the large cores" in said[1]
+    assert (
+        not moved and "large cores" not in said[3]
+    )  # more threads were asked for than there are large cores
+    rwkv_npu.load(backend="numpy").close()
+    assert not moved

@@ -51,7 +51,7 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
     troubles = [f for f in findings if f.level != OK and f.what not in ("compiler", "versions")]
     assert troubles == []
     assert {f.what: f.found for f in findings}["board"] == "Radxa ROCK 5B, rk3588"
-    assert "large ones: 4, 5, 6, 7" in found(root, "cores").found
+    assert "large ones: 4, 5, 6, 7, which do the CPU's share" in found(root, "cores").found
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,12 @@ def test_a_node_that_this_user_may_not_open(tmp_path: Path, monkeypatch: pytest.
     assert "usermod -aG render" in finding.mend
 
 
+def test_a_low_limit_of_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis.resource, "getrlimit", lambda _: (1024, 1024))
+    finding = found(plant(tmp_path), "open files")
+    assert finding.level == NOTE and "at most 1024" in finding.found and "limits.d" in finding.mend
+
+
 def test_without_the_wheel_the_command_is_said(tmp_path: Path) -> None:
     finding = found(plant(tmp_path), diagnosis.LITE)
     assert (finding.level, finding.mend) == (BAD, "pip install rknn-toolkit-lite2")
@@ -191,7 +197,9 @@ def test_a_pc_is_told_what_a_board_is_and_that_the_simulator_is_there(
 ) -> None:
     status, out, err = run_main(capsys, "doctor", "-m", bundle)
     assert status == 0 and err == ""
-    assert re.search(r"note board .*none: .*\n.*needs a board with an RK3588", out)
+    assert re.search(
+        r"note board .*none: .*\n.*needs one with an RK3588, .*rknpu.*librknnrt.*pip install", out
+    )
     assert "--backend rknn-sim computes what an NPU would" in out
     status, out, _ = run_main(capsys, "doctor", "--json")
     levels = {finding["level"] for finding in json.loads(out)}

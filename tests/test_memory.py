@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from rwkv_npu import board
 from rwkv_npu.artifacts import plan_artifacts
 from rwkv_npu.bundle import Manifest
 from rwkv_npu.bundle_writer import describe_groups
-from rwkv_npu.errors import UsageError
-from rwkv_npu.memory import BUDGET_BYTES, plan_memory
+from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.memory import BUDGET_BYTES, MemoryPlan, check_room, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.spec import Scaling, Spec, groups
 
@@ -54,3 +55,20 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
         plan("2.9B")
     with pytest.raises(UsageError, match="rows 1,64"):
         plan("1.5B", (1, 64))
+
+
+def test_contexts_and_memory_are_counted_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 1 << 30
+    monkeypatch.setattr(board, "memory", lambda: {"MemAvailable": 2 * gib})
+    check_room(MemoryPlan(gib, gib, 150), "they", "use less")
+    for too_much in (MemoryPlan(3 * gib, gib, 5), MemoryPlan(gib, 0, 151)):
+        with pytest.raises(
+            BackendError, match=r"they do not fit the NPU: \d+ contexts \(of 150\), .*; use less"
+        ):
+            check_room(too_much, "they", "use less")
+    with pytest.raises(
+        BackendError, match=r"is free, 2\.00 GiB: .* = 3\.00 GiB .*; end other programs, or use"
+    ):
+        check_room(MemoryPlan(2 * gib, gib, 5), "they", "use less")
+    monkeypatch.setattr(board, "memory", dict)
+    check_room(MemoryPlan(2 * gib, gib, 5), "they", "use less")

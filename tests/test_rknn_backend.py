@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,17 @@ def test_codes_are_looked_at(bundle: Path, call: str) -> None:
     backend.close()
 
 
+def test_a_library_that_is_kept_elsewhere_goes_unchecked(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hidden:
+        def get(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("tests.fake_rknnlite.FakeLibrary", Hidden)
+    with load(bundle) as model, rwkv_npu.load(bundle, backend="numpy") as other:
+        assert np.abs(model.forward(IDS)[0] - other.forward(IDS)[0]).max() < 1e-4
+
+
 def test_faults_while_it_runs_do_not_change_the_text(bundle: Path) -> None:
     with load(bundle) as model, rwkv_npu.load(bundle, backend="numpy") as other:
         FakeRuntime.codes.update(run=[0, -1, 0, 0, -1, -1], get=[0, 0, -5])
@@ -126,6 +138,40 @@ def test_faults_while_it_runs_do_not_change_the_text(bundle: Path) -> None:
             text = [step.token for step in model.generate(IDS, max_tokens=12, temperature=0)]
         assert text == [step.token for step in other.generate(IDS, max_tokens=12, temperature=0)]
         assert model.engine.counters.faults.calls == 4 and len(model.engine.counters.faults.groups) == 1
+
+
+def test_what_steps_in_is_as_precise_as_the_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU's default are eight bits, a group that ran in fp16 does not end there."""
+    bundle = fake_bundle(monkeypatch, tmp_path / "m.pth", write_model(tmp_path / "m.pth", "7"), cpu="int8")
+    become_a_board(monkeypatch, tmp_path)
+
+    def state_of(model: Model) -> np.ndarray:
+        return model.forward(IDS[:16])[1].parts["att.wkv"].copy()
+
+    with rwkv_npu.load(bundle, backend="numpy") as exact, load(bundle, backend="ort") as eight_bits:
+        expected = state_of(exact)
+        assert np.abs(state_of(eight_bits) - expected).max() > 1e-3 * np.abs(expected).max()
+    for options in ({}, {"backend": "auto", "plan": "prefill=rknn,decode=ort"}):  # even where the CPU is open
+        with load(bundle, **options) as model:
+            FakeRuntime.codes.update(run=[-1] * 99)
+            with pytest.warns(UserWarning, match="rknn failed at"):
+                assert np.abs(state_of(model) - expected).max() < 1e-5 * np.abs(expected).max()
+            FakeRuntime.codes.clear()
+
+
+def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for faults in (0, 1, 2):
+        FakeRuntime.codes.update(run=[0] * 7 + [-1] * faults)  # after the self-tests
+        arguments = ("-m", bundle, "-p", "the ", "-n", 2, "--backend", "rknn")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")  # the command line prints them
+            status, _, said[faults] = run_main(capsys, "generate", *arguments)
+        assert status == 0
+    assert "NPU" not in said[0]
+    assert said[1].endswith("| 1 calls to the NPU failed\n") and "warning" not in said[1]
+    assert said[2].endswith("| 2 calls to the NPU failed, on the CPU: first\n")
+    assert "warning: rknn failed at first (rknn_run returned -1): the CPU runs it" in said[2]
 
 
 # -- what is refused, and what is said -------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import numba  # noqa: F401  (said to be missing before anything is opened)
 import numpy as np
 
-from rwkv_npu import kernels
+from rwkv_npu import board, kernels
 from rwkv_npu.backends.base import Source
 from rwkv_npu.errors import BackendError
 from rwkv_npu.kernels import tape as _tape
@@ -77,7 +76,7 @@ class NumbaBackend:
     def __init__(self, source: Source, *, threads: int | None = None):
         self._source = source
         pool = kernels.load("pool", "products of matrices")
-        self._pool = pool.shared_pool(threads or len(os.sched_getaffinity(0)))
+        self._pool = pool.shared_pool(threads or len(board.big_cores()))
         self._recordings: dict[str, Recording] = {}
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
         self._kept: list[np.ndarray] = []  # tapes know addresses only

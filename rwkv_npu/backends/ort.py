@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.errors import BackendError
 from rwkv_npu.spec import Group
@@ -23,9 +24,9 @@ _pool_threads: int | None = None  # the pool is the process's, and cannot be res
 
 
 def share_threads(threads: int | None) -> None:
-    """Make the process's pool of `threads` (None: as many as ONNX Runtime likes) at first use."""
+    """Make the process's pool of `threads` (None: one a large core) at first use."""
     global _pool_threads
-    wanted = threads or 0
+    wanted = threads or _default_threads()
     if _pool_threads is None:
         from onnxruntime.capi import _pybind_state
 
@@ -34,6 +35,12 @@ def share_threads(threads: int | None) -> None:
     elif threads is not None and wanted != _pool_threads:
         kept = f"{_pool_threads} threads" if _pool_threads else "the number of threads it chose"
         warnings.warn(f"ONNX Runtime has one pool for the process: it stays with {kept}", stacklevel=4)
+
+
+def _default_threads() -> int:
+    """0 leaves it to ONNX Runtime: one a core, wherever that is, which is right where all are alike and ours."""
+    big = board.big_cores()
+    return 0 if big == board.core_numbers() else len(big)
 
 
 class OrtRunner:

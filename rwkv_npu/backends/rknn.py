@@ -22,7 +22,7 @@ from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.board import numbers, version
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
-from rwkv_npu.memory import MemoryPlan
+from rwkv_npu.memory import MemoryPlan, check_room
 from rwkv_npu.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import VERSIONS, rknn_info
@@ -47,8 +47,10 @@ class _Sizes:
 
     def __init__(self, runtime: Any):
         self._given: list[int] = []
-        # ctypes calls it after each call, with its arguments.
-        runtime.lib.rknn_outputs_get.errcheck = self._note
+        # ctypes calls it after each call, with its arguments. A version of RKNNLite that keeps its library elsewhere
+        # goes unchecked.
+        with contextlib.suppress(AttributeError):
+            runtime.lib.rknn_outputs_get.errcheck = self._note
 
     def _note(self, code: int, function: Any, arguments: tuple[Any, ...]) -> int:
         _, count, outputs, *_ = arguments
@@ -57,7 +59,7 @@ class _Sizes:
 
     def values(self, expected: list[int]) -> list[int]:
         """Numbers of fp32 values. What a library does not set is the number that RKNNLite expects, in values."""
-        return expected if self._given == expected else [size // 4 for size in self._given]
+        return expected if self._given in ([], expected) else [size // 4 for size in self._given]
 
 
 class RknnRunner:
@@ -115,7 +117,7 @@ class RknnBackend:
         chosen = _fitting(source.artifacts(), chip=_chip())
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
         self._lite = _rknnlite()
-        _check_memory(source.memory_plan(chosen))
+        check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count (--rows 32)")
         self._contexts: dict[tuple[str, int], Any] = {}
         raise_file_limit()
         LOCK.acquire()
@@ -186,20 +188,6 @@ def _rknnlite() -> Any:
     )
 
 
-def _check_memory(plan: MemoryPlan) -> None:
-    """Raises BackendError, with the arithmetic, for what the NPU or the board cannot hold."""
-    if not plan.fits:
-        raise BackendError(
-            f"the artifacts do not fit the NPU: {plan.arithmetic()}; convert with one row count (--rows 32)"
-        )
-    free = board.memory().get("MemAvailable")
-    if free is not None and plan.total > free:
-        raise BackendError(
-            f"the artifacts do not fit the memory that is free, {free / 2**30:.2f} GiB: {plan.arithmetic()}; "
-            "end other programs, or convert with one row count (--rows 32)"
-        )
-
-
 # -- opening ---------------------------------------------------------------------------------------------
 
 
@@ -268,8 +256,7 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
         if match := re.search(pattern, text):
             return f"{_first_line(match[0])}: {remedy}"
     lines = text.splitlines()
-    # librknnrt's own know more than Python's.
-    native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]
+    native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]  # librknnrt knows more than RKNNLite
     said = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
     return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
 

@@ -19,7 +19,7 @@ from rwkv_npu.backends.npu_matmul import Products, Weight, cut
 from rwkv_npu.backends.rknn_api import CHIP, CORES, FP16, INT8, OVERRIDE, Kind, Library
 from rwkv_npu.errors import BackendError
 from rwkv_npu.maths import NumpyMaths
-from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan
+from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan, check_room
 from rwkv_npu.npu import LOCK, raise_file_limit
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.spec import Kind as TensorKind
@@ -82,10 +82,7 @@ class RknnMatmulBackend:
             raise BackendError(f"rknn-matmul computes in {' or '.join(KINDS)}, not in {source.precision}")
         masks, library = _masks(cores), Library()
         plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
-        if not plan.fits:
-            raise BackendError(
-                f"the model does not fit the NPU: {plan.arithmetic()}; use --precision w8a8, or ort"
-            )
+        check_room(plan, "the weights", "use --precision w8a8, or ort")
         raise_file_limit()
         LOCK.acquire()
         self._source = source

@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from rwkv_npu.bench import fit, matmul, plot, record, report, shapes
 from rwkv_npu.bench.timing import Effort
+from rwkv_npu.commands.common import use_big_cores
 from rwkv_npu.errors import BackendError, UsageError
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "matmul":
         return _matmul(arguments)
+    use_big_cores(arguments.threads)  # as generate does
     module = importlib.import_module(f"rwkv_npu.bench.{arguments.action}")
     status: int = module.run(arguments)
     return status

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
 
+from rwkv_npu import board
+from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.errors import UsageError
 from rwkv_npu.model import Model, load
+
+
+def use_big_cores(threads: int | None) -> str:
+    """Keep this process, and those it starts, on the large cores where there are small ones too: what they share a
+    product with waits for them. Returns the line that says so, "" where nothing was done: nor is it for more threads
+    than there are large cores.
+    """
+    big = board.big_cores()
+    if len(big) == len(os.sched_getaffinity(0)) or (threads or 0) > len(big):
+        return ""
+    for thread in os.listdir("/proc/self/task"):  # NumPy has started some already
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), big)
+    return f"on the large cores, {', '.join(map(str, big))}"
+
+
+def bundle_at(path: str) -> Bundle:
+    """Raises UsageError for what is no bundle, BundleError for a damaged one."""
+    if not is_bundle(Path(path)):
+        raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one")
+    return open_bundle(Path(path))
 
 
 def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model:
     """The model of the flags that `cli._add_model` adds."""
     begin = time.perf_counter()
+    cores = use_big_cores(arguments.threads)
     if arguments.model is None:
         print("no --model given: using the demo model that ships with rwkv-npu", file=sys.stderr)
     model = load(
@@ -34,6 +60,8 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
             file=sys.stderr,
         )
         print(f"backend: {model.reason}", file=sys.stderr)
+        if cores:
+            print(f"threads: {cores}", file=sys.stderr)
     return model
 
 

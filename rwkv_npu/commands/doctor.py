@@ -6,24 +6,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rwkv_npu import board
-from rwkv_npu.bundle import is_bundle, open_bundle
+from rwkv_npu.commands.common import bundle_at
 from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
-from rwkv_npu.errors import UsageError
 
 MARKS = {OK: "ok", NOTE: "note", BAD: "BAD"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    bundle = None
-    if arguments.model:
-        path = Path(arguments.model)
-        if not is_bundle(path):
-            raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one")
-        bundle = open_bundle(path)
-    findings = examine(bundle=bundle)
+    findings = examine(bundle=bundle_at(arguments.model) if arguments.model else None)
     on_board = board.soc() is not None
     print(
         json.dumps([asdict(finding) for finding in findings], indent=1)

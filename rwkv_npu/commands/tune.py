@@ -6,26 +6,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from rwkv_npu.bundle import artifacts_digest, is_bundle, open_bundle
-from rwkv_npu.errors import UsageError
+from rwkv_npu.bundle import artifacts_digest
+from rwkv_npu.commands.common import bundle_at, use_big_cores
 from rwkv_npu.opening import Options, machine_key
 from rwkv_npu.plan import USES, save_tuned
 from rwkv_npu.tuning import Measured, tune
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = Path(arguments.model)
-    if not is_bundle(path):
-        raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one, and plans are kept in it")
-    bundle = open_bundle(path)
+    bundle = bundle_at(arguments.model)
+    use_big_cores(arguments.threads)
     options = Options(arguments.threads, arguments.npu_cores)
     plan, found = tune(bundle, options, say=lambda line: print(line, file=sys.stderr))
     measured = {f"{m.fusion} {m.backend}": {f"{use}_ms": _ms(m, use) for use in USES} for m in found}
     machine = machine_key()
-    kept = save_tuned(path, machine, artifacts_digest(bundle.manifest), plan, measured)
+    kept = save_tuned(bundle.path, machine, artifacts_digest(bundle.manifest), plan, measured)
     facts = {
         "machine": machine,
         "plan": plan.text(),

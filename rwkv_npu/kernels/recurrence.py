@@ -5,7 +5,6 @@ One file a generation: `models.vN.time_mix` as one pass over every head, held to
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_npu import board
 from rwkv_npu.kernels import load
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
@@ -31,12 +31,12 @@ class Compiled:
     name = "numba"
 
     def __init__(self, spec: Spec, threads: int | None = None):
-        """`threads`: the most to be used at once; None: as many as there are processors to run on."""
+        """`threads`: the most to be used at once; None: one a large core."""
         self._kernel = load(f"v{spec.generation[0]}", f"the recurrence of RWKV-{spec.generation}")
         self._reference = MODULES[spec.generation]
         self._tasks = spec.H
         self._share = max(1, SHARE // (spec.N * (1 if spec.generation == "4" else spec.N)))
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or len(board.big_cores())
         self._pool: ThreadPoolExecutor | None = None
         self._y = np.empty((0, 0, 0), np.float32)
 
