@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,13 +158,14 @@ def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: 
     """Or the tests above would see one thread alone."""
     layer = Layer("7", 3, 64, np.random.default_rng(0))
     compiled = kernels(layer.spec)
-    run, shares = compiled._kernel.run, []
+    run, shares = compiled._kernel.run.ctypes, []
 
-    def recorded(*arguments: Any) -> None:
-        shares.append(arguments[-2:])
-        run(*arguments)
+    def recorded(arguments: int, begin: int, end: int) -> None:
+        shares.append((begin, end))
+        run(arguments, begin, end)
 
-    monkeypatch.setattr(compiled._kernel, "run", recorded)
+    monkeypatch.setattr(compiled, "_kernel", SimpleNamespace(**vars(compiled._kernel)))
+    compiled._kernel.run = SimpleNamespace(ctypes=recorded)
     compiled.time_mix(compiled.prepare(layer.vector, layer.spec), layer.inputs(16, 1, 0), layer.state(1), {})
     assert sorted(shares) == [(0, 1), (1, 2), (2, 3)]
 
@@ -241,7 +242,7 @@ LOAD = """
 from rwkv_npu import kernels
 kernels.PATIENCE = 0.0
 run = kernels.load("v4", "the recurrence of RWKV-4").run
-print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))
+print(run.cache_hits, 1 - run.cache_hits)
 """
 
 
