@@ -48,6 +48,9 @@ class Source(Protocol):
     def weight(self, name: str) -> np.ndarray:
         """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
 
+    def release(self, name: str) -> None:
+        """Say that a projection was copied and will not be read again."""
+
     def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
         """Outputs of a group for its inputs, computed with the operations of `f`."""
 

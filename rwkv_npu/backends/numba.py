@@ -175,6 +175,8 @@ class NumbaBackend:
         for matrix, weight in weights.items():
             if matrix not in self._matrices:
                 self._matrices[matrix] = self._matrix(weight)
+                if not isinstance(weight, Packed):
+                    self._source.release(matrix.name)
         for name in {name for entry in recording.entries for name in entry.vectors} - self._vectors.keys():
             array = self._source.tensor(name).reshape(1, -1)
             whole, part = self._layout.allocate(1, array.shape[1])
