@@ -8,6 +8,7 @@ counts share them.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -83,6 +84,8 @@ class RknnMatmulBackend:
         masks, library = _masks(cores), Library()
         plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
         check_room(plan, "the weights", "use --precision w8a8, or ort")
+        if said := board.outdated(board.runtime_version(library.path), board.driver_version()):
+            warnings.warn(said, stacklevel=2)
         raise_file_limit()
         LOCK.acquire()
         self._source = source
