@@ -107,7 +107,7 @@ class Library:
         path = os.environ.get(OVERRIDE) or board.runtime_library()
         if path is None:
             raise BackendError(
-                f"there is no librknnrt.so in /usr/lib: it comes with the board's image ({OVERRIDE} names another place)"
+                f"librknnrt.so is not in /usr/lib: it comes with the board's image ({OVERRIDE} names another)"
             )
         self.path = Path(path)
         context, memory, info = c_uint64, POINTER(TensorMem), POINTER(MatmulInfo)
