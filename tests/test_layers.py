@@ -25,7 +25,7 @@ serve bench
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
 verify generation estimate opening
-recording
+recording calibration
 engine sources
 graphs sampling state tokenizer plan
 backends
