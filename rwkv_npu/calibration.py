@@ -185,9 +185,9 @@ def calibrate(
         for step in np.split(context, range(rows, len(context), rows)):
             seen.chosen, seen.places = rows_kept.admit(len(step))
             # Of the steps only whole ones are kept.
-            places = steps_kept.admit(1)[1] if len(step) == rows else ()
+            places = steps_kept.admit(1)[1].tolist() if len(step) == rows else []
 
-            def run(group: Group, inputs: Arrays, places: Sequence[int] = places) -> Mapping[str, np.ndarray]:
+            def run(group: Group, inputs: Arrays, places: list[int] = places) -> Mapping[str, np.ndarray]:
                 for place in places:
                     calls[group.name][place] = {p.name: inputs[p.name].copy() for p in group.inputs}
                 return source.evaluate(group, maths, dict(inputs))

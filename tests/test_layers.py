@@ -34,7 +34,7 @@ checkpoint models
 memory
 bundle
 maths tensorfile toolkit packing
-spec files board npu
+spec files board npu texts
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]
