@@ -6,6 +6,7 @@ tokenizer comes as a function `encode`; this module knows none.
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +53,17 @@ def read_tokens(path: str, encode: Encode) -> Tokens:
     if not text.strip():
         raise UsageError(f"{_name(path)} is empty: there is nothing to read")
     return Tokens(np.asarray(encode(text), np.int64), len(text.encode()))
+
+
+def calibration_text(encode: Encode) -> Tokens:
+    """The text that ships with the package: prose, code and many languages, less what the vocabulary writes byte by
+    byte, since a model never saw that.
+    """
+    path = importlib.resources.files("rwkv_npu") / "data" / "calibration.txt"
+    parts = [part + "\n\n" for part in path.read_text(encoding="utf-8").split("\n\n")]
+    tokens = [Tokens(np.asarray(encode(part), np.int64), len(part.encode())) for part in parts]
+    known = [part for part in tokens if not part.bytewise] or tokens
+    return Tokens(np.concatenate([part.ids for part in known]), sum(part.bytes or 0 for part in known))
 
 
 def read_text(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_npu.errors import UsageError
-from rwkv_npu.texts import Tokens, holds_ids, read_tokens
+from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
 
 
 def by_character(text: str) -> list[int]:
@@ -104,3 +105,21 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for name in ("t.txt", "t.json", "t.npy"):
         with pytest.raises(UsageError, match="cannot read .*No such file"):
             read_tokens(str(tmp_path / name), by_character)
+
+
+def test_the_default_text_leaves_out_what_a_vocabulary_has_no_words_for() -> None:
+    def latin(text: str) -> list[int]:  # half a token a byte, and one for each byte of other scripts
+        return [0] * (len(text) // 2 if text.isascii() else len(text.encode()))
+
+    everything, known = calibration_text(by_character), calibration_text(latin)
+    assert everything.bytes > 100_000 and len(set(everything.ids.tolist())) > 1000
+    assert 0.7 * everything.bytes < known.bytes < everything.bytes
+
+
+def test_the_default_text_is_not_what_eval_reads() -> None:
+    texts = [
+        (importlib.resources.files("rwkv_npu") / "data" / name).read_text(encoding="utf-8")
+        for name in ("calibration.txt", "demo/heldout.txt")
+    ]
+    lines, held_out = ({line for line in text.splitlines() if len(line) > 60} for text in texts)
+    assert lines and held_out and not lines & held_out
