@@ -111,9 +111,9 @@ def test_the_default_text_leaves_out_what_a_vocabulary_has_no_words_for() -> Non
     def latin(text: str) -> list[int]:  # half a token a byte, and one for each byte of other scripts
         return [0] * (len(text) // 2 if text.isascii() else len(text.encode()))
 
-    everything, known = calibration_text(by_character), calibration_text(latin)
-    assert everything.bytes > 100_000 and len(set(everything.ids.tolist())) > 1000
-    assert 0.7 * everything.bytes < known.bytes < everything.bytes
+    everything, known = calibration_text(lambda text: [0] * len(text.split())), calibration_text(latin)
+    assert everything.bytes > 100_000
+    assert 0.7 * everything.bytes < known.bytes < everything.bytes - 3000
 
 
 def test_the_default_text_is_not_what_eval_reads() -> None:

@@ -2,8 +2,9 @@
 
     python tools/calibration_text.py
 
-All of it is mixed, so that the first tokens serve as well as all of them. The prose is that of the running CPython on which the demo model may have been trained, never its held-out text; the
-code is this project's; the paragraphs of `calibration_languages.txt` were written for it.
+All of it is mixed, so that the first tokens serve as well as all of them. The prose is that of the running CPython,
+less the demo model's held-out text; the code is this project's; the paragraphs of `calibration_languages.txt` were
+written for it.
 """
 
 from __future__ import annotations
