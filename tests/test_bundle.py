@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -326,11 +327,11 @@ def test_a_bundle_from_before_scales_of_layers_opens(copy: Path) -> None:
 
     def older(manifest: dict[str, Any]) -> None:
         del manifest["scaling"]["layers"]
-        for group in [group for groups in manifest["groups"].values() for group in groups]:
+        for group in itertools.chain.from_iterable(manifest["groups"].values()):
             group["maths"] = 1
 
     rewrite(copy, older)
-    assert open_bundle(copy).manifest.scaling == Scaling(ffn=4.0)
+    assert open_bundle(copy).manifest.scaling == Scaling(ffn=4.0, residual_every=6)
     np.testing.assert_array_equal(logits(copy), expected)
 
 
