@@ -9,9 +9,10 @@ import json
 
 from tqdm import tqdm
 
-from rwkv_npu.commands.common import load_model, read_text
+from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
 from rwkv_npu.evaluation import Evaluation, evaluate
+from rwkv_npu.texts import read_text
 
 
 def run(arguments: argparse.Namespace) -> int:
