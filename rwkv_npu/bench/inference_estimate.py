@@ -30,7 +30,8 @@ def estimates(
     """The rows; none without artifacts. `blank(backend=..., ...)` makes a row of the model."""
     estimator = Estimator(spec, _host(measured), assumptions, blank)
     kinds = dict.fromkeys((a.target, a.precision, a.fusion) for a in artifacts)
-    rows = [estimator.cpu()] if any(target == BOARD for target, _, _ in kinds) else []
+    on_board = any(target == BOARD for target, _, _ in kinds)
+    rows = [estimator.cpu(precision) for precision in estimate.CPU_PRECISIONS if on_board]
     for kind in kinds:
         chosen = [a for a in artifacts if (a.target, a.precision, a.fusion) == kind]
         if all(a.cycles for a in chosen):  # else the compiler printed none
@@ -71,12 +72,12 @@ class Estimator:
         )
         return row
 
-    def cpu(self) -> Row:
-        row = self.blank("cpu", weights="fp16", estimated=True, device="RK3588 CPU, 4 x Cortex-A76")
-        row.basis = estimate.CPU_SOURCE
+    def cpu(self, precision: str) -> Row:
+        row = self.blank("cpu", weights=precision, estimated=True, device="RK3588 CPU, 4 x Cortex-A76")
+        row.basis = estimate.CPU_SOURCES[precision]
         row.terms = {"gb_per_s": estimate.CPU_GB_PER_S, "gflops": estimate.CPU_GFLOPS}
-        row.bytes_per_token = 2 * sum(estimate.weights(self.spec).values()) + self._state_bytes()
-        self._fill(row, lambda tokens, host: estimate.on_cpu(self.spec, tokens, self.assumptions, host))
+        row.bytes_per_token = sum(estimate.weight_bytes(self.spec, precision).values()) + self._state_bytes()
+        self._fill(row, lambda n, host: estimate.on_cpu(self.spec, precision, n, self.assumptions, host))
         return row
 
     def _fill(self, row: Row, compute: Callable[[int, Mapping[str, float]], estimate.Estimate]) -> None:
