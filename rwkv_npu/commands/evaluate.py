@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.resources
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from rwkv_npu.evaluation import Evaluation, Lambada, evaluate, evaluate_lambada,
 from rwkv_npu.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
 from rwkv_npu.opening import CPU_BACKEND
-from rwkv_npu.texts import holds_ids, read_ids, read_text
+from rwkv_npu.texts import Encode, Tokens, read_tokens
 
-Progress = Callable[[int], object]
+HELD_OUT = "data/demo/heldout.txt"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,24 +54,20 @@ def _check(arguments: argparse.Namespace) -> None:
 def _measure_text(
     arguments: argparse.Namespace, opened: contextlib.ExitStack, resume: Path | None
 ) -> tuple[dict[str, Any], str]:
-    text = None
-    if arguments.text is None:
-        text = default_text()
-    elif not holds_ids(arguments.text):
-        text = read_text(arguments.text)
-    model, reference = _models(arguments, opened)
-    ids = read_ids(arguments.text, model.spec.V) if text is None else np.array(model.encode(text), np.int64)
-    chosen = ids[: arguments.max_tokens]
-    size = len(text.encode()) if text is not None and len(chosen) == len(ids) else _bytes(model, chosen)
-    bar = opened.enter_context(_bar(len(chosen), "token"))
-    context = arguments.context
+    models = functools.cache(lambda: _models(arguments, opened))
+    tokens = _tokens(
+        arguments.text, lambda text: models()[0].encode(text)
+    )  # what is wrong there is said at once
+    model, reference = models()
+    ids = tokens.ids[: arguments.max_tokens]
+    whole = tokens.bytes is not None and len(ids) == len(tokens.ids)
     found = evaluate(
         model,
-        chosen,
-        text_bytes=size,
+        ids,
+        text_bytes=tokens.bytes if whole else _bytes(model, ids),
         reference=reference,
-        context=context,
-        progress=bar.update,
+        context=arguments.context,
+        progress=opened.enter_context(_bar(len(ids), "token")).update,
         resume=resume,
     )
     return {**_named(model, reference), **found.to_json()}, _text_table(found, reference)
@@ -91,11 +87,12 @@ def _bar(total: int, unit: str) -> tqdm[Any]:
     return tqdm(total=total, desc="eval", unit=unit, leave=False, disable=None)
 
 
-def default_text() -> str:
-    """Prose that the demo model was not trained on."""
-    return (importlib.resources.files("rwkv_npu") / "data" / "demo" / "heldout.txt").read_text(
-        encoding="utf-8"
-    )
+def _tokens(path: str | None, encode: Encode) -> Tokens:
+    """Those of a file; by default of prose that the demo model was not trained on."""
+    if path is not None:
+        return read_tokens(path, encode)
+    with importlib.resources.as_file(importlib.resources.files("rwkv_npu") / HELD_OUT) as file:
+        return read_tokens(str(file), encode)
 
 
 def _bytes(model: Model, ids: np.ndarray) -> int | None:

@@ -117,6 +117,12 @@ def _check(targets: np.ndarray, models: Sequence[Model], context: int | None) ->
     if len({one.spec.V for one in models}) > 1:
         sizes = " and ".join(str(one.spec.V) for one in models)
         raise UsageError(f"the models have vocabularies of {sizes}: no comparison")
+    wrong = targets[(targets < 0) | (targets >= models[0].spec.V)]
+    if wrong.size:
+        raise UsageError(
+            f"token id {wrong[0]} is outside the model's vocabulary of {models[0].spec.V}: was the text encoded for "
+            "another model?"
+        )
     if context is not None and context < 1:
         raise UsageError(f"context is {context}: it must be at least 1")
 
