@@ -1,9 +1,9 @@
 """LAMBADA: how often a model completes a passage with its last word (Paperno et al., arXiv 1606.06031).
 
-Scored as EleutherAI's lm-evaluation-harness scores its task `lambada_openai`. The target is a space and all that
-follows the last space of a text; its tokens are those of the whole text after as many as the rest alone has. A text
-counts as right if every token of its target is the likeliest one, and perplexity is exp of the mean, over texts, of the
-target's negative log-likelihood. As everywhere here a text is read after an end-of-text token; the harness has none.
+Scored as EleutherAI's lm-evaluation-harness scores its task `lambada_openai`. The target is the last space of a text
+and all that follows it; its tokens are those that the whole text has more than the rest alone. A text counts as right
+if every token of its target is the likeliest one, and perplexity is exp of the mean, over texts, of the target's
+negative log-likelihood. As everywhere here a text is read after an end-of-text token; the harness has none.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Lambada:
         return asdict(self)
 
 
-def read_lambada(path: str | os.PathLike[str]) -> list[Passage]:
+def read_lambada(path: str) -> list[Passage]:
     """Passages of a JSONL file, one {"text": ...} a line; other keys are ignored. Raises UsageError naming the line."""
     passages = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                passages.append(passage(json.loads(line)["text"]))
+                passages.append(split(json.loads(line)["text"]))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UsageError(
                     f'{path}, line {number}: a text of two words at least is needed, as {{"text": "..."}}'
@@ -64,7 +64,7 @@ def read_lambada(path: str | os.PathLike[str]) -> list[Passage]:
     return passages
 
 
-def passage(text: str) -> Passage:
+def split(text: str) -> Passage:
     """Split a text before its last word. Raises ValueError where there is no other."""
     context, _, word = text.strip().rpartition(" ")
     if not context:
@@ -91,35 +91,30 @@ def evaluate_lambada(
         raise UsageError("there is nothing to evaluate: no texts")
     models = {"": model} if reference is None else {"": model, "reference.": reference}
     columns = [prefix + name for prefix in models for name in ("log_p", "right")]
-    content = hashlib.blake2b(json.dumps(passages).encode(), digest_size=16).hexdigest()
     identity = {
         "model": model_identity(model),
         "reference": model_identity(reference) if reference else "",
-        "set of texts": content,
+        "set of texts": hashlib.blake2b(json.dumps(passages).encode(), digest_size=16).hexdigest(),
     }
     with Journal(resume, identity, columns, len(passages)) as journal:
         if progress and journal.done:
             progress(journal.done)
-        for one in passages[journal.done :]:
-            scores = {}
-            for prefix, scoring in models.items():
-                log_p, right = _score(scoring, one)
-                scores |= {f"{prefix}log_p": np.array([log_p]), f"{prefix}right": np.array([right])}
-            journal.add(scores)
+        for passage in passages[journal.done :]:
+            scores = [score for scoring in models.values() for score in _score(scoring, passage)]
+            journal.add({name: np.array([score]) for name, score in zip(columns, scores, strict=True)})
             if progress:
                 progress(1)
-    results = [_lambada(journal.scores[f"{p}log_p"], journal.scores[f"{p}right"]) for p in reversed(models)]
-    return replace(results[-1], reference=results[0]) if reference else results[0]
+    results = [_lambada(journal.scores[f"{p}log_p"], journal.scores[f"{p}right"]) for p in models]
+    return replace(results[0], reference=results[1]) if reference else results[0]
 
 
 def _score(model: Model, passage: Passage) -> tuple[float, bool]:
     """Log-likelihood of the target, and whether each of its tokens is the likeliest."""
     context = model.encode(passage.context)
-    target = model.encode(passage.context + passage.target)[len(context) :]
-    if not target:
-        raise UsageError(
-            f"the last word of {passage.context[-40:]!r} + {passage.target!r} has no tokens of its own"
-        )
+    both = model.encode(passage.context + passage.target)
+    # Where a token reaches across the boundary, the harness would score what is no text.
+    apart = both[: len(context)] != context
+    target = model.encode(passage.target) if apart else both[len(context) :]
     first, state = model.forward([END_OF_TEXT, *context])
     logits = first[None]
     if len(target) > 1:
