@@ -24,8 +24,8 @@ commands
 serve bench
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening
-recording
+verify generation estimate opening headroom
+recording calibration
 engine sources
 graphs sampling state tokenizer plan
 backends
@@ -34,7 +34,7 @@ checkpoint models
 memory
 bundle
 maths tensorfile toolkit packing
-spec files board npu
+spec files board npu texts
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]

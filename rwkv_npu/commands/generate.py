@@ -14,12 +14,13 @@ from types import FrameType
 from typing import Any
 
 from rwkv_npu.backends.base import Faults
-from rwkv_npu.commands.common import load_model, read_text
+from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
 from rwkv_npu.generation import Step
 from rwkv_npu.model import Model
 from rwkv_npu.sampling import Sampler, SamplingOptions
 from rwkv_npu.state import State
+from rwkv_npu.texts import read_text
 
 LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
 

@@ -143,6 +143,7 @@ class Program:
 
 def walk(program: Program, w: Walk, x: Any) -> Any:
     """(M, D), embedded tokens -> (M, D), what the head reads: every group but the head, and every recurrence."""
+    x = scale(x, program.scaling.residual(0))
     return (_layer_walk if program.fusion == "layer" else _projection_walk)(program, w, x)
 
 
