@@ -31,7 +31,10 @@ from rwkv_npu.spec import Scaling, Spec
 from rwkv_npu.tensorfile import TensorFile
 
 FORMAT = (1, 1)  # another major is refused, a newer minor opens
-MATHS = 1  # version of the meaning of the groups' inputs and outputs
+MATHS = (
+    2  # version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself
+)
+_KNOWN_MATHS = {1, MATHS}
 MANIFEST = "manifest.json"
 MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 HOST = "host.safetensors"
@@ -120,13 +123,13 @@ class Manifest:
         if data.pop("checksum") != _checksum(data):
             raise ValueError("its checksum does not match")
         maths = {group["maths"] for groups in data["groups"].values() for group in groups}
-        if maths - {MATHS}:
+        if maths - _KNOWN_MATHS:
             raise _OtherVersion(f"{major}.{minor}, maths {max(maths)}")
         # A newer minor may have more, an older one less.
         known = {name: data[name] for name in Manifest.__dataclass_fields__ if name in data}
         known["format"] = (major, minor)
         known["spec"] = _known(Spec, data["spec"])
-        known["scaling"] = _known(Scaling, data["scaling"])
+        known["scaling"] = Scaling.from_json(data["scaling"])
         known["files"] = {name: _file_record(name, record) for name, record in data["files"].items()}
         known["artifacts"] = [Artifact.from_json(artifact) for artifact in data["artifacts"]]
         return Manifest(**known)

@@ -21,7 +21,7 @@ from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, matmul
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
 from rwkv_npu.sources import ModelSource
-from rwkv_npu.spec import Group, Spec, tensors
+from rwkv_npu.spec import Group, Scaling, Spec, tensors
 from rwkv_npu.state import new_state
 
 KEEP = 4096  # rows of every projection
@@ -55,20 +55,22 @@ class Samples:
 
 @dataclass
 class Calibration:
-    """What was seen of `tokens` tokens, under the `Scaling` of the source.
+    """What was seen of `tokens` tokens, under `scaling`, that of the source.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
     calls: by group, its inputs in some steps, as many consecutive tokens as a graph takes rows; those of the head are
         all rows of a step. All groups have the same steps.
     peaks: the largest magnitude of every intermediate that is no projection's input: by the label of a projection that
         of its product and of the partial sums of it, by the name of a norm that of the residual which it reads;
-        with `.out` what it makes; and of a layer's squares, and what goes into its sigmoids and tanhs.
+        with `.out` what it makes; of a group's inputs as GROUP.INPUT; and of a layer's squares, and what goes into its
+        sigmoids and tanhs.
     """
 
     projections: dict[str, Samples]
     calls: dict[str, list[Arrays]]
     peaks: dict[str, float]
     tokens: int
+    scaling: Scaling = Scaling()
 
 
 class Reservoir:
@@ -154,6 +156,10 @@ class RecordingMaths(NumpyMaths):
         self._seen.peak(f"{self._prefix}square", np.square(positive))
         return positive
 
+    def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
+        self._seen.peak(f"{self._prefix}row_matmul", np.abs(x).max() * np.abs(s))
+        return super().row_matmul(x, s)
+
 
 def calibrate(
     source: ModelSource,
@@ -188,6 +194,8 @@ def calibrate(
             places = steps_kept.admit(1)[1].tolist() if len(step) == rows else []
 
             def run(group: Group, inputs: Arrays, places: list[int] = places) -> Mapping[str, np.ndarray]:
+                for port in group.inputs:
+                    seen.peak(f"{group.name}.{port.name}", inputs[port.name])
                 for place in places:
                     calls[group.name][place] = {p.name: inputs[p.name].copy() for p in group.inputs}
                 return source.evaluate(group, maths, dict(inputs))
@@ -199,12 +207,8 @@ def calibrate(
         raise CheckpointError(
             "the model's values do not stay finite over the calibration text: are its weights whole?"
         )
-    return Calibration(
-        seen.samples,
-        {name: list(by_place.values()) for name, by_place in calls.items()},
-        dict(seen.peaks),
-        len(tokens),
-    )
+    kept = {name: list(by_place.values()) for name, by_place in calls.items()}
+    return Calibration(seen.samples, kept, dict(seen.peaks), len(tokens), source.program.scaling)
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> np.ndarray:

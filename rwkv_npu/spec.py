@@ -101,13 +101,26 @@ class Scaling:
     ffn: the channel mix computes (relu(k/ffn))^2, and its product is multiplied by ffn^2.
     residual_every: layer i works on a residual divided by 2^(i // residual_every); 0 leaves it alone.
         (BlinkDL's remedy for fp16; with LayerNorm's epsilon scaled along it is exact.)
+    layers: (ffn, factor on the residual) of every layer, where they were chosen by what the model makes of a text;
+        then the other two do not count.
     """
 
     ffn: float = 1.0
     residual_every: int = 0
+    layers: tuple[tuple[float, float], ...] = ()
+
+    def channel_mix(self, layer: int) -> float:
+        return self.layers[layer][0] if self.layers else self.ffn
 
     def residual(self, layer: int) -> float:
+        if self.layers:
+            return self.layers[layer][1]
         return 2.0 ** -(layer // self.residual_every) if self.residual_every else 1.0
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Scaling:
+        layers = tuple((float(ffn), float(residual)) for ffn, residual in data.get("layers", ()))
+        return Scaling(data["ffn"], data["residual_every"], layers)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Measures every group on every backend that is there, and makes the fastest plan of it for this machine.
 
 A backend reads a prompt and some tokens as it would in use, so that caches, threads and the cost of a call are those
-of the real thing, while each call is timed. What is left of a pass, the host's share, depends on the fusion alone.
+of the real thing, while each call is timed. What is left of a pass is the host's share, which differs between
+backends too: threads of theirs that wait for work take cores from it.
 """
 
 from __future__ import annotations
@@ -74,8 +75,11 @@ class Measured:
     calls: Mapping[str, Mapping[str, float]]
     host: Mapping[str, float]
 
+    def rows(self, use: str) -> int:
+        return self.chunk if use == "prefill" else 1
+
     def per_token(self, use: str) -> float:
-        return (sum(self.calls[use].values()) + self.host[use]) / (self.chunk if use == "prefill" else 1)
+        return (sum(self.calls[use].values()) + self.host[use]) / self.rows(use)
 
 
 def measure(source: BundleSource, backend: str, options: Options, chunk: int | None) -> Measured:
@@ -159,8 +163,8 @@ def best_plan(found: Sequence[Measured]) -> tuple[float, Plan]:
         best = {
             role: min(found, key=lambda measured: measured.calls[use][role]) for role in single.calls[use]
         }
-        tokens = single.chunk if use == "prefill" else 1
-        mixed = (sum(m.calls[use][role] for role, m in best.items()) + single.host[use]) / tokens
+        host = max(m.host[use] for m in best.values())
+        mixed = (sum(m.calls[use][role] for role, m in best.items()) + host) / single.rows(use)
         if mixed < WORTH * single.per_token(use):
             rules += [(f"{role}:{use}", measured.backend) for role, measured in best.items()]
             token = mixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_auto_goes_on_without_the_npu(emulated_board: EmulatedBoard, bundle: Pat
 def test_one_client_at_a_time(emulated_board: EmulatedBoard, bundle: Path) -> None:
     owner = subprocess.Popen(
         emulated_board.command("python", "-c", OWNER),
-        env=emulated_board.environment(),
+        env={**os.environ, **emulated_board.variables()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

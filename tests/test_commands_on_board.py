@@ -87,7 +87,9 @@ def test_tune_measures_the_npu_and_generate_follows(ended: dict[str, Ended], bun
     facts = json.loads(ended["tune"].out)
     for fusion in ("layer", "projection"):
         for backend in ("rknn", "rknn-matmul", "ort", "numpy"):
-            assert all(value > 0 for value in facts["measured"][f"{fusion} {backend}"].values())
+            taken = facts["measured"][f"{fusion} {backend}"]
+            assert all(value > 0 for use in taken.values() for value in use.values())
+            assert (taken["decode"]["rows"], taken["prefill"]["rows"]) == (1, 16)
     assert (bundle / TUNED).exists() and facts["machine"].startswith("rk3588, ")
     assert "backend: rknn: runtime and artifacts are there and pass their tests" in ended["auto"].err
     assert "backend: measured by rwkv-npu tune on this machine: decode" in ended["tuned"].err

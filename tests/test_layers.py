@@ -25,7 +25,7 @@ serve bench
 forecast
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening
+verify generation estimate opening headroom
 recording calibration
 engine sources
 graphs sampling state tokenizer plan

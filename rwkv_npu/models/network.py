@@ -136,7 +136,8 @@ class Network:
 
     def _layer_walk(self, run: Run, tokens: np.ndarray, state: Arrays) -> np.ndarray:
         T, B = tokens.shape
-        x = x0 = self.embed(tokens.reshape(-1))
+        x0 = self.embed(tokens.reshape(-1))
+        x = scale(x0, self.program.scaling.residual(0))
         att_last, ffn_last = state["att.shift"], state["ffn.shift"]
         carry: Arrays = {}
         out = run(self._groups["first", 0], {"x": x, "att_last": att_last[0]})
@@ -156,7 +157,8 @@ class Network:
     def _projection_walk(self, run: Run, tokens: np.ndarray, state: Arrays) -> np.ndarray:
         (T, B), program, f = tokens.shape, self.program, self._maths
         module = MODULES[self.spec.generation]
-        x = x0 = self.embed(tokens.reshape(-1))
+        x0 = self.embed(tokens.reshape(-1))
+        x = scale(x0, program.scaling.residual(0))
         carry: Arrays = {}
         for i in range(self.spec.L):
             block = f.block(i)
