@@ -302,8 +302,6 @@ THROUGH_FAULTS = """
 import sys, warnings
 import numpy as np
 import rwkv_npu
-from rwkv_npu.backends import npu_matmul
-npu_matmul.MIN_PART = 1 << 12  # columns on every core
 found = {}
 for backend in ("numpy", "rknn-matmul"):
     with warnings.catch_warnings(record=True) as warned, rwkv_npu.load(sys.argv[1], backend=backend) as model:
