@@ -55,6 +55,8 @@ def test_a_name_wins_over_a_role_and_a_role_over_a_use(bundle: Path) -> None:
     "text",
     [
         "",
+        ",",
+        "decode=ort,",
         "decode",
         "decode=abacus",
         "both=ort",

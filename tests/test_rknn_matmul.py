@@ -86,7 +86,9 @@ def test_without_a_board_one_line_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(BackendError, match="needs an rk3588"):
         rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul")
     monkeypatch.setenv(OVERRIDE, str(tmp_path / "none.so"))
-    with pytest.raises(BackendError, match=r"none.so cannot be used"):
+    with pytest.raises(
+        BackendError, match=r"none.so cannot be used as librknnrt.so .*RWKV_NPU_RKNNRT names it"
+    ):
         rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul")
 
 
