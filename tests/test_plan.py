@@ -226,6 +226,31 @@ def test_tune_wants_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -
     assert status == 1 and "model.pth is no bundle: rwkv-npu convert makes one" in said
 
 
+def test_an_interrupted_tune_leaves_the_plan_that_was_there(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(bundle, Plan("numpy", (), "layer", "fast"))
+    before = (bundle / TUNED).read_bytes()
+
+    def interrupted(*_: object) -> Measured:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "measure", interrupted)
+    status, _, said = run_main(capsys, "tune", "-m", bundle)
+    assert status == 130 and said.endswith("rwkv-npu: interrupted\n")
+    assert (bundle / TUNED).read_bytes() == before
+    (bundle / TUNED).unlink()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_npu.commands.tune.os.access", lambda *_: False)
+    monkeypatch.setattr(tuning, "measure", lambda *_: pytest.fail("it was measured"))
+    status, _, said = run_main(capsys, "tune", "-m", bundle)
+    assert status == 1 and "cannot be written to, and the plan is kept in it: tune a copy of your own" in said
+
+
 def test_a_plan_that_cannot_be_kept_is_said(bundle: Path) -> None:
     with pytest.raises(BundleError, match="cannot write .*tuned.json"):
         save_tuned(bundle / "nowhere", "m", "a", Plan("ort"), {})
