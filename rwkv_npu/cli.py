@@ -67,7 +67,12 @@ def _add_convert(commands: Any) -> None:
     p.add_argument(
         "--toolkit", metavar="X.Y.Z", help="version of the compiler, for a board with an older runtime"
     )
+    texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
+    p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace whatever is at the output")
+    dry = "say what it would make in each precision: sizes, memory, estimated speed; nothing is compiled or written"
+    p.add_argument("--dry-run", action="store_true", help=dry)
+    p.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
 
 
 def _add_model(p: argparse.ArgumentParser) -> None:

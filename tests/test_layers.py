@@ -22,9 +22,10 @@ __main__
 cli
 commands
 serve bench
+forecast
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening headroom
+verify generation estimate opening headroom calibration_ids
 recording calibration
 engine sources
 graphs sampling state tokenizer plan

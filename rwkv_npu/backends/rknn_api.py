@@ -28,11 +28,12 @@ MAX_K = 10240
 NATIVE = 1
 TO_DEVICE, FROM_DEVICE = 1, 2
 
+OUT_OF_MEMORY = -4
 MESSAGES = {
     -1: "failed",
     -2: "timed out",
     -3: "the NPU is unavailable",
-    -4: "out of NPU memory, or of file descriptors",
+    OUT_OF_MEMORY: "out of NPU memory, or of file descriptors: end other programs, or raise the limit, ulimit -Hn",
     -5: "a parameter is refused",
     -7: "the context is invalid",
     -8: "an input is invalid",
@@ -123,7 +124,12 @@ class Library:
             self.create_mem = self._function("rknn_create_mem", context, c_uint32)
             self.create_mem.restype = memory
         except (OSError, AttributeError) as error:
-            raise BackendError(f"{self.path} cannot be used: {error}") from error
+            named = (
+                f"{OVERRIDE} names it"
+                if OVERRIDE in os.environ
+                else "rwkv-npu doctor says what belongs there"
+            )
+            raise BackendError(f"{self.path} cannot be used as librknnrt.so ({error}): {named}") from error
         try:  # younger than the rest
             shapes = POINTER(context), info, c_int, POINTER(Shape), POINTER(IoAttr)
             self.create_dynamic = self._function("rknn_matmul_create_dynamic_shape", *shapes)
@@ -137,7 +143,8 @@ class Library:
         return function
 
 
-def check(what: str, code: int) -> None:
+def check(what: str, code: int, remedy: str = "") -> None:
     """Raises BackendError for a code that is not 0."""
     if code:
-        raise BackendError(f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}")
+        said = f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}"
+        raise BackendError(f"{said}; {remedy}" if remedy else said)
