@@ -31,7 +31,10 @@ from rwkv_npu.spec import Scaling, Spec
 from rwkv_npu.tensorfile import TensorFile
 
 FORMAT = (1, 1)  # another major is refused, a newer minor opens
-MATHS = 1  # version of the meaning of the groups' inputs and outputs
+MATHS = (
+    2  # version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself
+)
+_KNOWN_MATHS = {1, MATHS}
 MANIFEST = "manifest.json"
 MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 HOST = "host.safetensors"
@@ -81,6 +84,7 @@ class Manifest:
     weights, quick to have of any checkpoint; weights_digest: of every value.
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
+    headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
     """
 
     spec: Spec
@@ -99,6 +103,7 @@ class Manifest:
     graph_errors: dict[str, float] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
     cpu_default: str = ""
+    headroom: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cpu_precisions(self) -> tuple[str, ...]:
@@ -120,13 +125,13 @@ class Manifest:
         if data.pop("checksum") != _checksum(data):
             raise ValueError("its checksum does not match")
         maths = {group["maths"] for groups in data["groups"].values() for group in groups}
-        if maths - {MATHS}:
+        if maths - _KNOWN_MATHS:
             raise _OtherVersion(f"{major}.{minor}, maths {max(maths)}")
         # A newer minor may have more, an older one less.
         known = {name: data[name] for name in Manifest.__dataclass_fields__ if name in data}
         known["format"] = (major, minor)
         known["spec"] = _known(Spec, data["spec"])
-        known["scaling"] = _known(Scaling, data["scaling"])
+        known["scaling"] = Scaling.from_json(data["scaling"])
         known["files"] = {name: _file_record(name, record) for name, record in data["files"].items()}
         known["artifacts"] = [Artifact.from_json(artifact) for artifact in data["artifacts"]]
         return Manifest(**known)
@@ -176,6 +181,10 @@ class Bundle:
         file, label = self._packed[precision], packed_label(name, index)
         shape = self._weights.entry(name).shape[-2:]
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a projection has taken."""
+        self._weights.release(name)
 
     def is_projection(self, name: str) -> bool:
         return name in self._weights

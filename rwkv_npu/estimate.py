@@ -19,6 +19,8 @@ from rwkv_npu.spec import Spec, Tensor, groups, tensors
 CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
 TABLE_GB_PER_S = 23.63  # what one core reads in the compiler's table
 
+INT8_COLUMN_BYTES = 8  # what every column of an int8 matrix has beside it: a bias and a scale
+
 # Boards took 40 to 270 us for a call that does nothing, in C. The slow end, since our calls come from Python.
 CALL_OVERHEAD_US = 270.0
 # A PC's core against a Cortex-A76 at 2.3 GHz: about 1.7 times the clock and twice the work a cycle. An assumption.
@@ -128,15 +130,32 @@ def served_by(artifacts: Sequence[Artifact], tokens: int) -> list[tuple[Artifact
     return found
 
 
+def formula_cycles(k: int, n: int, rows: int, bits: int) -> tuple[float, float, float]:
+    """(DDR, NPU, total) cycles of a product with a constant (k, n) matrix of 16 or 8 bits, as the RK3588's compiler
+    counts them: found from its tables, whose sums over a graph it meets within a few per cent. Operations that are no
+    products have no cycles there, and what is fused into one, such as adding the residual, is left out here.
+    """
+    size, narrowest, columns = (2, 64, 16) if bits == 16 else (1, 128, 32)
+    per_column = 0 if bits == 16 else INT8_COLUMN_BYTES
+    ddr = (size * (rows * k + k * n + rows * n) + per_column * n) / TABLE_GB_PER_S
+    npu = _whole(rows, 16) * max(k, narrowest) * _whole(n, columns) / (8192 / bits)
+    return ddr, npu, max(ddr, npu)
+
+
+def _whole(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
 def weights(spec: Spec) -> dict[str, int]:
     """Numbers that every token multiplies with: `head`, and all the other `projections`."""
     return _by_part(spec, lambda tensor: prod(tensor.shape))
 
 
 def weight_bytes(spec: Spec, precision: str) -> dict[str, int]:
-    """What the CPU reads of them for a token, of weights in one of CPU_PRECISIONS."""
-    if precision == "fp16":
-        return {part: 2 * count for part, count in weights(spec).items()}
+    """What the CPU reads of them for a token, of weights in one of CPU_PRECISIONS or in fp32."""
+    if precision in ("fp16", "fp32"):
+        size = 2 if precision == "fp16" else 4
+        return {part: size * count for part, count in weights(spec).items()}
     return _by_part(spec, lambda tensor: packed_bytes(tensor, bits_of(precision, tensor)))
 
 
@@ -184,7 +203,7 @@ def on_npu(
 def on_cpu(
     spec: Spec, precision: str, tokens: int, assumptions: Assumptions, host_ms: Mapping[str, float]
 ) -> Estimate:
-    """The same without the NPU, on an RK3588's four large cores with weights in one of CPU_PRECISIONS."""
+    """The same without the NPU, on an RK3588's four large cores; `precision` is one of `weight_bytes`."""
     count, size = weights(spec), weight_bytes(spec, precision)
 
     def ms(part: str, rows: int) -> float:

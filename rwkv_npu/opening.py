@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from rwkv_npu import board
@@ -35,13 +34,8 @@ class Options:
     npu_cores: str = "auto"
 
 
-def open_engine(
-    source: ModelSource,
-    plan: Plan,
-    options: Options,
-    wrap: Callable[[Backend], Backend] = lambda backend: backend,
-) -> Engine:
-    """An engine on the plan's backends, each of which `wrap` may dress. Raises RwkvNpuError, with nothing left open."""
+def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
+    """An engine on the plan's backends. Raises RwkvNpuError, with nothing left open."""
     groups = source.program.groups
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
@@ -61,11 +55,10 @@ def open_engine(
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)
             on_failure.callback(opened[name].close)
-        dressed = {name: wrap(backend) for name, backend in opened.items()}
         engine = Engine(
             source.program,
             source.tensor,
-            serve=lambda group, decode: dressed[plan.backend(group, decode)],
+            serve=lambda group, decode: opened[plan.backend(group, decode)],
             fingerprint=source.fingerprint,
             initial=source.initial_states(),
             faults=faults,

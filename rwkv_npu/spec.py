@@ -12,7 +12,7 @@ Letters used everywhere:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from math import prod
 from typing import Any
@@ -101,13 +101,26 @@ class Scaling:
     ffn: the channel mix computes (relu(k/ffn))^2, and its product is multiplied by ffn^2.
     residual_every: layer i works on a residual divided by 2^(i // residual_every); 0 leaves it alone.
         (BlinkDL's remedy for fp16; with LayerNorm's epsilon scaled along it is exact.)
+    layers: (ffn, factor on the residual) of every layer, where they were chosen by what the model makes of a text;
+        then the other two do not count.
     """
 
     ffn: float = 1.0
     residual_every: int = 0
+    layers: tuple[tuple[float, float], ...] = ()
+
+    def channel_mix(self, layer: int) -> float:
+        return self.layers[layer][0] if self.layers else self.ffn
 
     def residual(self, layer: int) -> float:
+        if self.layers:
+            return self.layers[layer][1]
         return 2.0 ** -(layer // self.residual_every) if self.residual_every else 1.0
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Scaling:
+        layers = tuple((float(ffn), float(residual)) for ffn, residual in data.get("layers", ()))
+        return Scaling(data["ffn"], data["residual_every"], layers)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------
@@ -290,6 +303,12 @@ def ffn_inputs(spec: Spec) -> tuple[Port, ...]:
 def deep_embedding(spec: Spec) -> Port:
     """7a: per token an (R, R) matrix, row-major, looked up on the host."""
     return Port("s", spec.ranks["s"] ** 2)
+
+
+def walk_inputs(spec: Spec) -> tuple[Port, ...]:
+    """What all layers together read beside the state: the embedding, and of 7a a matrix for each layer."""
+    deep = [replace(deep_embedding(spec), name=f"s.{i}") for i in range(spec.L) if spec.generation == "7a"]
+    return (Port("x", spec.D), *deep)
 
 
 def check_fusion(fusion: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import rwkv_npu
 from rwkv_npu import bundle as bundle_module
 from rwkv_npu.bundle import HOST, MANIFEST, SELF_TEST, WEIGHTS, Bundle, _checksum, open_bundle, verify_files
 from rwkv_npu.errors import BundleError, RwkvNpuError
-from rwkv_npu.spec import FUSIONS, groups, tensors
+from rwkv_npu.spec import FUSIONS, Scaling, groups, tensors
 from rwkv_npu.tensorfile import TensorFile
 from tests.tiny import run_main, write_model
 
@@ -321,6 +322,19 @@ def test_a_newer_minor_opens(copy: Path) -> None:
     np.testing.assert_array_equal(logits(copy), expected)
 
 
+def test_a_bundle_from_before_scales_of_layers_opens(copy: Path) -> None:
+    expected = logits(copy)
+
+    def older(manifest: dict[str, Any]) -> None:
+        del manifest["scaling"]["layers"]
+        for group in itertools.chain.from_iterable(manifest["groups"].values()):
+            group["maths"] = 1
+
+    rewrite(copy, older)
+    assert open_bundle(copy).manifest.scaling == Scaling(ffn=4.0, residual_every=6)
+    np.testing.assert_array_equal(logits(copy), expected)
+
+
 @pytest.mark.parametrize("version", [[0, 9], [2, 0], [3, 1]])
 def test_another_major_is_refused(copy: Path, version: list[int]) -> None:
     rewrite(copy, lambda manifest: manifest.update(format=version))
@@ -329,9 +343,9 @@ def test_another_major_is_refused(copy: Path, version: list[int]) -> None:
 
 
 def test_groups_of_another_meaning_are_refused(copy: Path) -> None:
-    rewrite(copy, lambda manifest: manifest["groups"]["layer"][1].update(maths=2))
+    rewrite(copy, lambda manifest: manifest["groups"]["layer"][1].update(maths=3))
     line = refused(copy, str(copy))
-    assert "maths 2" in line and "damaged" not in line
+    assert "maths 3" in line and "damaged" not in line
 
 
 def test_a_bundle_without_its_manifest_is_named(copy: Path) -> None:

@@ -22,10 +22,11 @@ __main__
 cli
 commands
 serve bench
+forecast
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening
-recording
+verify generation estimate opening headroom calibration_ids
+recording calibration
 engine sources
 graphs sampling state tokenizer plan
 backends
@@ -34,7 +35,7 @@ checkpoint models
 memory
 bundle
 maths tensorfile toolkit packing
-spec files board npu
+spec files board npu texts
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]

@@ -122,7 +122,9 @@ def scaled_engine(path: Path, backend: str, fusion: str, scaling: Scaling) -> En
 @pytest.mark.parametrize("case", DEEP_CASES, ids=lambda case: case.name)
 def test_scaling_changes_no_result(case: Case, backend: str, fusion: str, references: References) -> None:
     # Every generation with a scaled residual as well, whatever the default of its own.
-    for scaling in (default_scaling(_spec(references.path(case))), Scaling(ffn=8.0, residual_every=6)):
+    spec = _spec(references.path(case))
+    uneven = Scaling(layers=tuple((2.0 ** (i % 3), 2.0 ** -(1 + 2 * i % 5)) for i in range(spec.L)))
+    for scaling in (default_scaling(spec), Scaling(ffn=8.0, residual_every=6), uneven):
         engine = scaled_engine(references.path(case), backend, fusion, scaling)
         assert_close(read(engine, CUTS["ragged"]), references.package(case, "seq"))
         engine.close()

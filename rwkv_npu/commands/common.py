@@ -1,4 +1,4 @@
-"""What several commands need: loading the model that the flags name, reading text, printing sizes."""
+"""What several commands need: loading the model that the flags name, printing sizes."""
 
 from __future__ import annotations
 
@@ -63,20 +63,6 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
         if cores:
             print(f"threads: {cores}", file=sys.stderr)
     return model
-
-
-def read_text(path: str) -> str:
-    """A UTF-8 file, or stdin for `-`. Raises UsageError."""
-    name = "stdin" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}"
-        ) from None
 
 
 def size(count: float) -> str:

@@ -23,14 +23,15 @@ _MAX_LOG_DECAY = 40.0
 def squared_relu_mix(f: Maths, xk: Any, layer: int, scaling: Scaling, gate: Any = None) -> Any:
     """Wv(relu(Wk xk)^2 [* gate]), times the residual's scale of the layer.
 
-    The pre-activation is divided by `scaling.ffn` and the product multiplied by its square, so that neither
+    The pre-activation is divided by the layer's scale and the product multiplied by its square, so that neither
     the square nor the sums of the second product leave fp16's range. Exact, being powers of two.
     """
-    k = f.relu(f.linear(scale(xk, 1 / scaling.ffn), "ffn.key.weight"))
+    smaller = scaling.channel_mix(layer)
+    k = f.relu(f.linear(scale(xk, 1 / smaller), "ffn.key.weight"))
     k = k * k
     if gate is not None:
         k = k * gate
-    return scale(f.linear(k, "ffn.value.weight"), scaling.ffn**2 * scaling.residual(layer))
+    return scale(f.linear(k, "ffn.value.weight"), smaller**2 * scaling.residual(layer))
 
 
 def scale(x: Any, factor: float) -> Any:

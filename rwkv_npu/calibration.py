@@ -1,0 +1,245 @@
+"""What a model's projections are given while it reads: rows and ranges to quantise by, peaks to keep fp16 in range.
+
+The model runs on the CPU, in the reference's own formulas, over a text that is cut into short and long contexts: a
+state with a history of thousands of tokens makes other rows than a fresh one. Of the rows a uniform sample is kept,
+the same tokens for every projection; extremes are those of all rows.
+
+Letters: M rows of a step, K width of a projection's input, n rows kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rwkv_npu.bundle import packed_label
+from rwkv_npu.errors import CheckpointError, UsageError
+from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, matmul
+from rwkv_npu.models.common import Arrays
+from rwkv_npu.models.network import Network
+from rwkv_npu.sources import ModelSource
+from rwkv_npu.spec import Group, Spec, tensors
+from rwkv_npu.state import new_state
+
+KEEP = 4096  # rows of every projection
+CALLS = 32  # steps of which the groups' inputs are kept whole
+MEMORY = 1 << 30  # bytes that those rows may take, and those steps again: of large models fewer are kept
+SHORT, MEDIUM = (
+    64,
+    512,
+)  # tokens of a context; each has a quarter of all tokens, and one long context has half
+SLICE = 512  # the chip adds up products over K in slices of so many, whose sums are probably fp16
+
+
+@dataclass
+class Samples:
+    """Inputs of a projection. rows: (n, K) fp32, a uniform sample. low, high: (K,), of all `seen` rows."""
+
+    rows: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    seen: int = 0
+
+    @property
+    def absmax(self) -> np.ndarray:
+        """(K,): the largest magnitude of each channel."""
+        return np.maximum(-self.low, self.high)
+
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to fit with, and as many that are held out. There are at least two."""
+        return self.rows[::2], self.rows[1::2]
+
+
+@dataclass
+class Calibration:
+    """What was seen of `tokens` tokens, under the `Scaling` of the source.
+
+    projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
+    calls: by group, its inputs in some steps, as many consecutive tokens as a graph takes rows; those of the head are
+        all rows of a step. All groups have the same steps.
+    peaks: the largest magnitude of every intermediate that is no projection's input: by the label of a projection that
+        of its product and of the partial sums of it, by the name of a norm that of the residual which it reads;
+        with `.out` what it makes; of a group's inputs as GROUP.INPUT; and of a layer's squares, and what goes into its
+        sigmoids and tanhs.
+    """
+
+    projections: dict[str, Samples]
+    calls: dict[str, list[Arrays]]
+    peaks: dict[str, float]
+    tokens: int
+
+
+class Reservoir:
+    """Which of many items are kept, each with the same probability (Vitter's algorithm R)."""
+
+    def __init__(self, keep: int, rng: np.random.Generator):
+        self.keep, self._rng, self._seen = keep, rng, 0
+
+    def admit(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """For the next `count` items: which of them are kept, and in which of the places 0 .. keep - 1."""
+        numbers = np.arange(self._seen, self._seen + count)
+        places = np.where(numbers < self.keep, numbers, self._rng.integers(0, numbers + 1))
+        self._seen += count
+        kept = np.flatnonzero(places < self.keep)[::-1]
+        _, last = np.unique(places[kept], return_index=True)  # of several for one place the last one stays
+        return kept[last], places[kept[last]]
+
+
+@dataclass
+class _Seen:
+    """What a pass has seen. `chosen` rows of the present step are kept, in `places` of `keep`."""
+
+    keep: int
+    chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    places: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    samples: dict[str, Samples] = field(default_factory=dict)
+    peaks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def rows(self, label: str, x: np.ndarray) -> None:
+        K = x.shape[1]
+        if label not in self.samples:
+            bounds = np.full(K, np.inf, np.float32), np.full(K, -np.inf, np.float32)
+            self.samples[label] = Samples(np.empty((self.keep, K), np.float32), *bounds)
+        samples = self.samples[label]
+        samples.rows[self.places] = x[self.chosen]
+        samples.low = np.minimum(samples.low, x.min(0))
+        samples.high = np.maximum(samples.high, x.max(0))
+        samples.seen += len(x)
+
+    def peak(self, name: str, x: np.ndarray) -> None:
+        self.peaks[name] = max(self.peaks[name], float(np.abs(x).max()))
+
+
+class RecordingMaths(NumpyMaths):
+    """The reference, looking at what passes."""
+
+    def __init__(self, weight: Callable[[str], np.ndarray], seen: _Seen, prefix: str = ""):
+        super().__init__(weight, prefix)
+        self._seen = seen
+
+    def block(self, layer: int) -> RecordingMaths:
+        return RecordingMaths(self._weight, self._seen, f"blocks.{layer}.")
+
+    def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        """In slices of K, as the chip multiplies: a partial sum can be larger than the whole."""
+        label, weight = packed_label(self._prefix + name, index), self._weight(self._prefix + name)
+        weight = weight if index is None else weight[index]
+        self._seen.rows(label, x)
+        product = np.zeros((len(x), weight.shape[1]), np.float32)
+        for start in range(0, len(weight), SLICE):
+            part = matmul(x[:, start : start + SLICE], weight[start : start + SLICE])
+            product += part
+            self._seen.peak(label, part)
+            self._seen.peak(label, product)
+        return product
+
+    def layer_norm(self, x: np.ndarray, name: str, eps: float = LAYER_NORM_EPS) -> np.ndarray:
+        self._seen.peak(self._prefix + name, x)
+        normalised = super().layer_norm(x, name, eps)
+        self._seen.peak(f"{self._prefix}{name}.out", normalised)
+        return normalised
+
+    def tanh(self, x: np.ndarray) -> np.ndarray:
+        self._seen.peak(f"{self._prefix}tanh", x)
+        return super().tanh(x)
+
+    def sigmoid(self, x: np.ndarray) -> np.ndarray:
+        self._seen.peak(f"{self._prefix}sigmoid", x)
+        return super().sigmoid(x)
+
+    def relu(self, x: np.ndarray) -> np.ndarray:
+        positive = super().relu(x)
+        self._seen.peak(f"{self._prefix}square", np.square(positive))
+        return positive
+
+    def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
+        self._seen.peak(f"{self._prefix}row_matmul", np.abs(x).max() * np.abs(s))
+        return super().row_matmul(x, s)
+
+
+def calibrate(
+    source: ModelSource,
+    ids: Sequence[int] | np.ndarray,
+    *,
+    rows: int,
+    keep: int = KEEP,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Calibration:
+    """Read `ids` in steps of `rows` tokens, as a graph of so many rows does, and record what the projections are given.
+
+    `keep` rows of each are kept at most, and no more than MEMORY bytes of them all; of steps CALLS, and no more than as
+    many bytes. `progress` is called with the tokens of each step.
+    Raises UsageError for less than a step of ids or one outside the vocabulary, CheckpointError where the model's
+    values do not stay finite.
+    """
+    tokens, spec = check_ids(ids, source.spec, at_least=max(2, rows)), source.spec
+    rng = np.random.default_rng(seed)
+    rows_kept = Reservoir(max(2, min(keep, len(tokens), MEMORY // (4 * _width(spec)))), rng)
+    steps_kept = Reservoir(max(1, min(CALLS, MEMORY // (4 * _call_width(source.program.groups, rows)))), rng)
+    seen = _Seen(rows_kept.keep)
+    maths = RecordingMaths(source.tensor, seen)
+    calls: dict[str, dict[int, Arrays]] = {group.name: {} for group in source.program.groups}
+    network = Network(source.program, source.tensor)
+    for context in contexts(tokens):
+        state = new_state(spec, source.fingerprint, source.initial_states())
+        parts = {name: part[:, None] for name, part in state.parts.items()}
+        for step in np.split(context, range(rows, len(context), rows)):
+            seen.chosen, seen.places = rows_kept.admit(len(step))
+            # Of the steps only whole ones are kept.
+            places = steps_kept.admit(1)[1].tolist() if len(step) == rows else []
+
+            def run(group: Group, inputs: Arrays, places: list[int] = places) -> Mapping[str, np.ndarray]:
+                for port in group.inputs:
+                    seen.peak(f"{group.name}.{port.name}", inputs[port.name])
+                for place in places:
+                    calls[group.name][place] = {p.name: inputs[p.name].copy() for p in group.inputs}
+                return source.evaluate(group, maths, dict(inputs))
+
+            network.logits(run, network.hidden(run, step[:, None], parts))
+            if progress:
+                progress(len(step))
+    if not np.isfinite(list(seen.peaks.values())).all():
+        raise CheckpointError(
+            "the model's values do not stay finite over the calibration text: are its weights whole?"
+        )
+    kept = {name: list(by_place.values()) for name, by_place in calls.items()}
+    return Calibration(seen.samples, kept, dict(seen.peaks), len(tokens))
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> np.ndarray:
+    """Ids to calibrate with, as int64. Raises UsageError."""
+    tokens = np.asarray(ids)
+    if len(tokens) < at_least:
+        raise UsageError(
+            f"the calibration text has {len(tokens)} tokens: it takes at least {at_least}, one step of the graphs, "
+            "and serves with thousands"
+        )
+    if tokens.min() < 0 or tokens.max() >= spec.V:
+        wrong = tokens[(tokens < 0) | (tokens >= spec.V)][0]
+        raise UsageError(
+            f"the calibration ids hold {wrong}, which is outside the model's vocabulary of {spec.V}"
+        )
+    return tokens.astype(np.int64)
+
+
+def contexts(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens in contexts: a quarter of them in short ones, a quarter in ones of medium length, half in one."""
+    quarter, half = len(tokens) // 4, len(tokens) // 2
+    for start, stop, length in ((0, quarter, SHORT), (quarter, half, MEDIUM)):
+        yield from (tokens[at : min(at + length, stop)] for at in range(start, stop, length))
+    yield tokens[half:]
+
+
+def _width(spec: Spec) -> int:
+    """Numbers in a row of every projection."""
+    shapes = [tensor.used_shape for tensor in tensors(spec) if tensor.kind.is_projection]
+    return sum(shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in shapes)
+
+
+def _call_width(groups: Sequence[Group], rows: int) -> int:
+    """Numbers in the inputs of all groups in a step."""
+    return sum(port.width * (1 if port.per_sequence else rows) for group in groups for port in group.inputs)

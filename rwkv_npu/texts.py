@@ -1,0 +1,118 @@
+"""Texts and token ids from files.
+
+A file is UTF-8 text, or holds ids: `.json` with one list of numbers, `.npy` with one row of integers. The model's
+tokenizer comes as a function `encode`; this module knows none.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_npu.errors import UsageError
+
+Encode = Callable[[str], Sequence[int]]
+
+IDS = (".json", ".npy")  # how the names of files with ids end
+_BYTEWISE = 0.8  # tokens a byte from which on a vocabulary is taken to have nothing but bytes for a text
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids (M,) int64, and the bytes of the text that they stand for; None where only ids were given."""
+
+    ids: np.ndarray
+    bytes: int | None
+
+    @property
+    def bytewise(self) -> bool:
+        """Whether the vocabulary has words for hardly anything of the text."""
+        return self.bytes is not None and len(self.ids) >= _BYTEWISE * self.bytes
+
+
+def holds_ids(path: str) -> bool:
+    """Whether a file of this name holds ids, and needs no tokenizer."""
+    return Path(path).suffix.lower() in IDS
+
+
+def read_tokens(path: str, encode: Encode) -> Tokens:
+    """The tokens of a file, or of stdin for `-`. Raises UsageError for one that is empty, or not what its name says,
+    and what `encode` raises.
+    """
+    if holds_ids(path):
+        return Tokens(_read_ids(path), None)
+    text = read_text(path)
+    if "\0" in text:
+        raise UsageError(f"{_name(path)} holds zero bytes: it is no text (ids come as .json or .npy)")
+    if not text.strip():
+        raise UsageError(f"{_name(path)} is empty: there is nothing to read")
+    return Tokens(np.asarray(encode(text), np.int64), len(text.encode()))
+
+
+def calibration_text(encode: Encode) -> Tokens:
+    """The text that ships with the package: prose, code and many languages, less what the vocabulary writes byte by
+    byte, since a model never saw that.
+    """
+    path = importlib.resources.files("rwkv_npu") / "data" / "calibration.txt"
+    parts = [part + "\n\n" for part in path.read_text(encoding="utf-8").split("\n\n")]
+    tokens = [Tokens(np.asarray(encode(part), np.int64), len(part.encode())) for part in parts]
+    known = [part for part in tokens if not part.bytewise]
+    if _bytes(known) < _bytes(tokens) / 2:  # a vocabulary of little else
+        known = tokens
+    return Tokens(np.concatenate([part.ids for part in known]), _bytes(known))
+
+
+def _bytes(parts: list[Tokens]) -> int:
+    return sum(part.bytes or 0 for part in parts)
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, or stdin for `-`. Raises UsageError."""
+    data = _read_bytes(path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{_name(path)} is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}"
+        ) from None
+
+
+def _read_ids(path: str) -> np.ndarray:
+    """(M,) int64."""
+    try:
+        if path.lower().endswith(".npy"):
+            ids = np.load(path, allow_pickle=False)
+        else:
+            ids = np.array(json.loads(_read_bytes(path)))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, RecursionError, OverflowError) as error:
+        raise UsageError(f"{path} holds no token ids: {_first_line(error)}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1:
+        raise UsageError(f"{path} holds no token ids: it takes one list of whole numbers")
+    if not ids.size:
+        raise UsageError(f"{path} is empty: there is nothing to read")
+    if ids.dtype.kind not in "iu" or ids.max() > np.iinfo(np.int64).max:
+        raise UsageError(f"{path} holds no token ids: its numbers are {ids.dtype}, and ids are whole numbers")
+    return ids.astype(np.int64)
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {_name(path)}: {error.strerror}") from error
+
+
+def _name(path: str) -> str:
+    return "stdin" if path == "-" else path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -1,0 +1,134 @@
+"""Scales chosen so that nothing passes an eighth of fp16's largest number, and that change no result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rwkv_npu.calibration import calibrate
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.headroom import LIMIT, choose_scaling, magnitudes, too_large
+from rwkv_npu.models.network import Network
+from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.spec import FUSIONS, GENERATIONS, Scaling
+from rwkv_npu.state import new_state
+from tests.tiny import V, write_model
+
+IDS = np.random.default_rng(2).integers(0, V, 64)
+
+
+class Louder(CheckpointSource):
+    """A model with some of its tensors made larger, by the ends of their names."""
+
+    def __init__(self, path: Path, fusion: str, factors: dict[str, float]):
+        super().__init__(open_checkpoint(path), fusion)
+        self._factors = factors
+
+    def tensor(self, name: str) -> np.ndarray:
+        factor = next((factor for end, factor in self._factors.items() if name.endswith(end)), 1.0)
+        return super().tensor(name) * np.float32(factor)
+
+    def scaled(self, scaling: Scaling) -> Louder:
+        self.program = replace(self.program, scaling=scaling)
+        return self
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    for generation in GENERATIONS:
+        write_model(path / f"{generation}.pth", generation, vocabulary=False, L=3)
+    return path
+
+
+def logits(source: CheckpointSource) -> np.ndarray:
+    network = Network(source.program, source.tensor)
+    state = new_state(source.spec, source.fingerprint, {})
+    parts = {name: part[:, None] for name, part in state.parts.items()}
+
+    def run(group, inputs):  # type: ignore[no-untyped-def]
+        return source.program.evaluate(group, network._maths, dict(inputs))
+
+    return network.logits(run, network.hidden(run, IDS[:, None], parts))
+
+
+def in_the_graphs(source: CheckpointSource) -> dict[str, float]:
+    """Magnitudes as a pass under the source's own scaling has them."""
+    seen = calibrate(source, IDS, rows=16, keep=2)
+    return {**seen.peaks, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
+
+
+def check(path: Path, factors: dict[str, float]) -> Scaling:
+    plain = Louder(path, "layer", factors)
+    seen = calibrate(plain, IDS, rows=16, keep=2)
+    scaling = choose_scaling(plain.spec, seen)
+    assert too_large(magnitudes(plain.spec, seen, scaling)) == {}
+    expected = logits(plain)
+    for fusion in FUSIONS:
+        source = Louder(path, fusion, factors).scaled(scaling)
+        assert max(in_the_graphs(source).values()) <= LIMIT
+        assert np.abs(logits(source) - expected).max() < 1e-4 * np.abs(expected).max()
+    return scaling
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_nothing_passes_the_limit(folder: Path, generation: str) -> None:
+    factors = {"ffn.key.weight": 400.0, "ffn.value.weight": 0.3, "att.output.weight": 3e4, "ln0.weight": 3e4}
+    loud = Louder(folder / f"{generation}.pth", "layer", factors)
+    before = too_large(magnitudes(loud.spec, calibrate(loud, IDS, rows=16, keep=2), Scaling()))
+    assert {"blocks.0.square", "blocks.0.ln1", "blocks.2.ln2"} <= before.keys()
+    assert list(before.values()) == sorted(before.values(), reverse=True)
+    check(folder / f"{generation}.pth", {**factors, "ln0.weight": 1.0})
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_quiet_model_is_left_alone(folder: Path, generation: str) -> None:
+    assert check(folder / f"{generation}.pth", {}) == Scaling(layers=((1.0, 1.0),) * 3)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(-3, 3), st.floats(-3, 4), st.floats(-3, 5))
+def test_the_limit_holds_whatever_is_loud(folder: Path, key: float, value: float, output: float) -> None:
+    factors = {"ffn.key.weight": 10**key, "ffn.value.weight": 10**value, "att.output.weight": 10**output}
+    check(folder / "6.pth", factors)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_magnitudes_under_a_scaling_are_foretold(folder: Path, generation: str) -> None:
+    """As a pass under it finds them, all of them."""
+    path, scaling = folder / f"{generation}.pth", Scaling(layers=((2.0, 0.5), (1.0, 2.0), (8.0, 0.125)))
+    plain = Louder(path, "layer", {})
+    foretold = magnitudes(plain.spec, calibrate(plain, IDS, rows=16, keep=2), scaling)
+    found = in_the_graphs(Louder(path, "layer", {}).scaled(scaling))
+    assert found.keys() == {name for name in foretold if not name.endswith(".out") or "ln" in name}
+    for name, magnitude in found.items():
+        assert magnitude == pytest.approx(foretold[name], rel=1e-3), name
+
+
+def test_the_scales_are_the_nearest_to_one(folder: Path) -> None:
+    """Where a scale is not 1, half of it would let something pass the limit."""
+    plain = Louder(folder / "7.pth", "layer", {"ffn.key.weight": 300.0, "ffn.value.weight": 0.1})
+    seen = calibrate(plain, IDS, rows=16, keep=2)
+    layers = choose_scaling(plain.spec, seen).layers
+    assert any(ffn > 1 for ffn, _ in layers) and any(residual < 1 for _, residual in layers)
+    for i, (ffn, residual) in enumerate(layers):
+        for part in [(ffn / 2, residual)] * (ffn > 1) + [(ffn, residual * 2)] * (residual < 1):
+            nearer = Scaling(layers=(*layers[:i], part, *layers[i + 1 :]))
+            assert too_large(magnitudes(plain.spec, seen, nearer))
+
+
+def test_a_limit_of_an_eighth() -> None:
+    assert LIMIT == float(np.finfo(np.float16).max) / 8
+
+
+def test_scalings_come_back_from_json() -> None:
+    for scaling in (Scaling(ffn=4.0, residual_every=6), Scaling(layers=((2.0, 1.0), (1.0, 0.5)))):
+        data = {"ffn": scaling.ffn, "residual_every": scaling.residual_every}
+        data["layers"] = [list(pair) for pair in scaling.layers]
+        assert Scaling.from_json(data) == scaling
+    assert Scaling.from_json({"ffn": 4.0, "residual_every": 6}) == Scaling(4.0, 6)

@@ -1,0 +1,126 @@
+"""Files of text and of ids: what is read, and what is said of those that hold something else."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_npu.errors import UsageError
+from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
+
+
+def by_character(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def no_tokenizer(text: str) -> list[int]:
+    raise AssertionError("ids need no tokenizer")
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(name: str, content: bytes | str) -> str:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    return write
+
+
+def test_a_text(file) -> None:
+    tokens = read_tokens(file("t.txt", "für\n"), by_character)
+    assert tokens.ids.tolist() == by_character("für\n") and tokens.bytes == 5
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1))
+def test_ids_come_back(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("ids")
+    (folder / "ids.json").write_text(json.dumps(ids))
+    np.save(folder / "ids.npy", np.array(ids))
+    for name in ("ids.json", "ids.npy"):
+        tokens = read_tokens(str(folder / name), no_tokenizer)
+        assert tokens.ids.tolist() == ids and tokens.ids.dtype == np.int64 and tokens.bytes is None
+
+
+def test_names_tell_ids_from_text() -> None:
+    assert [holds_ids(name) for name in ("a.json", "a.NPY", "a.txt", "-", "npy")] == [
+        True,
+        True,
+        *[False] * 3,
+    ]
+
+
+def test_bytewise() -> None:
+    assert Tokens(np.zeros(90, np.int64), 100).bytewise
+    assert not Tokens(np.zeros(40, np.int64), 100).bytewise
+    assert not Tokens(np.zeros(40, np.int64), None).bytewise
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.txt", b"", "is empty"),
+        ("t.txt", b" \n\n", "is empty"),
+        ("t.txt", b"PK\x03\x04\x00\x00", "zero bytes"),
+        ("t.txt", b"\x7fELF\xff", "is not UTF-8 text: byte 0xff at 4"),
+        ("t.json", b"", "holds no token ids"),
+        ("t.json", b"[]", "is empty"),
+        ("t.json", b"{}", "one list of whole numbers"),
+        ("t.json", b"7", "one list of whole numbers"),
+        ("t.json", b"[[1], [2]]", "one list of whole numbers"),
+        ("t.json", b"[1, [2]]", "holds no token ids"),
+        ("t.json", b"[1.5]", "its numbers are float64"),
+        ("t.json", b'["a"]', "ids are whole numbers"),
+        ("t.json", b"[1, 99999999999999999999]", "its numbers are object"),
+        ("t.json", b"[18446744073709551615]", "ids are whole numbers"),
+        ("t.json", b"[" * 100_000, "holds no token ids"),
+        ("t.json", b"\xff\xfe", "holds no token ids"),
+        ("t.npy", b"", "holds no token ids"),
+        ("t.npy", b"not an array at all", "holds no token ids"),
+    ],
+)
+def test_what_is_neither(file, name: str, content: bytes, said: str) -> None:
+    path = file(name, content)
+    with pytest.raises(UsageError, match=said) as raised:
+        read_tokens(path, by_character)
+    line = str(raised.value)
+    assert path in line and "\n" not in line and len(line) < 400
+
+
+def test_arrays_that_are_no_ids(tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    for array in (np.zeros((2, 2), np.int64), np.zeros(3), np.array([{}], object)):
+        np.save(path, array)
+        with pytest.raises(UsageError, match="holds no token ids"):
+            read_tokens(str(path), by_character)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("t.txt", "t.json", "t.npy"):
+        with pytest.raises(UsageError, match="cannot read .*No such file"):
+            read_tokens(str(tmp_path / name), by_character)
+
+
+def test_the_default_text_leaves_out_what_a_vocabulary_has_no_words_for() -> None:
+    def latin(text: str) -> list[int]:  # half a token a byte, and one for each byte of other scripts
+        return [0] * (len(text) // 2 if text.isascii() else len(text.encode()))
+
+    everything, known = calibration_text(lambda text: [0] * len(text.split())), calibration_text(latin)
+    assert everything.bytes > 100_000
+    assert calibration_text(lambda text: list(text.encode())).bytes == everything.bytes
+    assert 0.7 * everything.bytes < known.bytes < everything.bytes - 3000
+
+
+def test_the_default_text_is_not_what_eval_reads() -> None:
+    texts = [
+        (importlib.resources.files("rwkv_npu") / "data" / name).read_text(encoding="utf-8")
+        for name in ("calibration.txt", "demo/heldout.txt")
+    ]
+    lines, held_out = ({line for line in text.splitlines() if len(line) > 60} for text in texts)
+    assert lines and held_out and not lines & held_out

@@ -1,0 +1,60 @@
+"""Write the text that `rwkv-npu convert` calibrates with by default: prose, code, and paragraphs in many languages.
+
+    python tools/calibration_text.py
+
+All of it is mixed, so that the first tokens serve as well as all of them. The prose is that of the running CPython,
+less the demo model's held-out text; the code is this project's; the paragraphs of `calibration_languages.txt` were
+written for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import demo_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "rwkv_npu" / "data"
+PROSE = 90_000  # bytes
+SIGNED = re.compile(r"copyright|author|@\w+\.\w", re.IGNORECASE)  # names of people are none of our business
+OWN = [
+    "rwkv_npu/models/v7.py",
+    "rwkv_npu/sampling.py",
+    "tools/board/standin/half.c",
+    "Makefile",
+    "tools/calibration_languages.txt",
+]
+
+
+def prose() -> list[str]:
+    """Documents of the language reference and of docstrings, drawn by a hash, none of them held out."""
+    held_out = set(demo_corpus.paragraphs((DATA / "demo" / "heldout.txt").read_text("utf-8")))
+    training, _ = demo_corpus.split(demo_corpus.collect())
+    chosen, size = [], 0
+    for text in shuffled(training):
+        if size < PROSE and not SIGNED.search(text) and held_out.isdisjoint(demo_corpus.paragraphs(text)):
+            chosen.append(text)
+            size += len(text.encode())
+    return chosen
+
+
+def pieces(path: Path) -> list[str]:
+    """What stands between two blank lines each: functions of a module, a paragraph, a question with its answer."""
+    return [piece.strip("\n") for piece in path.read_text("utf-8").split("\n\n\n")]
+
+
+def shuffled(texts: list[str]) -> list[str]:
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def main() -> int:
+    own = [piece for name in OWN for piece in pieces(ROOT / name)]
+    (DATA / "calibration.txt").write_text("\n\n".join(shuffled(prose() + own)) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
