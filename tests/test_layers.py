@@ -24,7 +24,7 @@ commands
 serve bench
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening headroom calibration_ids
+verify generation estimate opening headroom calibration_ids remedies
 recording calibration
 engine sources
 graphs sampling state tokenizer plan
