@@ -84,6 +84,7 @@ class Manifest:
     weights, quick to have of any checkpoint; weights_digest: of every value.
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
+    headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
     """
 
     spec: Spec
@@ -102,6 +103,7 @@ class Manifest:
     graph_errors: dict[str, float] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
     cpu_default: str = ""
+    headroom: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cpu_precisions(self) -> tuple[str, ...]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
+from rwkv_npu.calibration import check_ids
 from rwkv_npu.errors import UsageError
 from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
 from rwkv_npu.sampling import Sampler, SamplingOptions
 from rwkv_npu.sources import ModelSource
-from rwkv_npu.spec import Group
+from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import new_state
 from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
 from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
@@ -26,30 +28,32 @@ SEQUENCES = 16  # that are sampled at a time
 Say = Callable[[str], None]
 
 
-def calibration_ids(
-    files: Sequence[str],
-    tokenizer: Tokenizer | None,
-    source: ModelSource,
-    *,
-    say: Say = lambda line: None,
-    progress: Callable[[int], object] | None = None,
-) -> np.ndarray:
-    """(M,) int64, TOKENS at most, of several files the same share of each.
+def read_ids(
+    files: Sequence[str], tokenizer: Tokenizer | None, spec: Spec, say: Say, *, at_least: int
+) -> np.ndarray | None:
+    """(M,) int64, TOKENS at most, the same share of each file; None where no file is given.
 
-    `say` is told what was chosen, and what about it may be wrong; `progress` of each token that is sampled.
-    Raises UsageError for a file that is empty, binary or no ids, or for text where there is no tokenizer.
+    `say` is told what may be wrong with a text. Raises UsageError for a file that is empty, binary or no ids, for
+    fewer tokens than `at_least`, and for text where there is no tokenizer.
     """
-    if files:
-        read = [_read(file, tokenizer, say) for file in files]
-        return _shared([tokens.ids for tokens in read])
+    if not files:
+        return None
+    shared = _shared([_read(file, tokenizer, say).ids for file in files])
+    return check_ids(shared, spec, at_least=at_least)
+
+
+def default_ids(tokenizer: Tokenizer | None, source: ModelSource, say: Say, *, at_least: int) -> np.ndarray:
+    """(M,) int64 where the user names no text: of the one that ships with the package, or sampled from the model."""
     if tokenizer is not None:
-        say("calibrating with the text that ships with rwkv-npu")
-        return calibration_text(tokenizer.encode).ids[:TOKENS]
+        ids = calibration_text(tokenizer.encode).ids[:TOKENS]
+        return check_ids(ids, source.spec, at_least=at_least)
     say(
-        "no vocabulary is known for this model: calibrating with tokens sampled from it, which is a weaker "
-        "check than a text (give --tokenizer FILE, or --calibrate with ids)"
+        "no vocabulary is known for this model: it is calibrated on tokens sampled from it, which says less than a "
+        "text (give --tokenizer FILE, or ids to --calibrate)"
     )
-    return sample_ids(source, SAMPLED, progress=progress)
+    count = max(SAMPLED, at_least)
+    with tqdm(total=count, desc="sample", unit="token", leave=False, disable=None) as bar:
+        return sample_ids(source, count, progress=bar.update)
 
 
 def _read(file: str, tokenizer: Tokenizer | None, say: Say) -> Tokens:

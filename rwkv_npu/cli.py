@@ -67,6 +67,8 @@ def _add_convert(commands: Any) -> None:
     p.add_argument(
         "--toolkit", metavar="X.Y.Z", help="version of the compiler, for a board with an older runtime"
     )
+    texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
+    p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace whatever is at the output")
 
 

@@ -40,9 +40,11 @@ from rwkv_npu.bundle_writer import (
     write_tokenizer,
     write_weights,
 )
+from rwkv_npu.calibration_ids import default_ids, read_ids
 from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
+from rwkv_npu.headroom import keep_in_range
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.recording import write_self_test
@@ -141,6 +143,7 @@ def convert(
     verify: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
     toolkit: str | None = None,
+    calibrate: Sequence[str | os.PathLike[str]] = (),
     say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
@@ -152,6 +155,8 @@ def convert(
     force: replace whatever is at `out`. jobs: builds at a time (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
     toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
+    calibrate: texts, or ids as `.json` or `.npy`, that the model reads to find the ranges of its numbers; none is the
+        text that ships with the package. What is meant for the CPU alone needs none.
     say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
     anything is written where the input is at fault.
@@ -170,7 +175,13 @@ def convert(
         compiler = environment.require(toolkit)
         program = Program(manifest.spec, request.fusion, manifest.scaling)
         planned = plan_artifacts(manifest, program, request.target, request.precision, request.rows)
+    rows = max((artifact.rows for artifact in planned), default=1)
+    ids = read_ids([os.fspath(file) for file in calibrate], words, opened.spec, say, at_least=rows)
     _check_values(opened, manifest, request, place, say)
+    if request.compiles:
+        unscaled = CheckpointSource(opened)
+        ids = ids if ids is not None else default_ids(words, unscaled, say, at_least=rows)
+        keep_in_range(manifest, unscaled, ids, adding is not None, say)
     with _workspace(place, manifest, adding is not None) as folder:
         _drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)

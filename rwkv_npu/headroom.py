@@ -8,17 +8,46 @@ overflows silently, so that nothing seen may come near: no intermediate passes L
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from math import ceil, log2
 
-from rwkv_npu.calibration import Calibration
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_npu.bundle import Manifest
+from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.sources import ModelSource
 from rwkv_npu.spec import Scaling, Spec
 
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not
 
+ROWS = 256  # of a step: any number finds the same, and weights are widened once a step
+
 _ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale
 _TWICE = ("square", "ffn.value.weight", "ffn.value.weight.in")  # by its square
 _RESIDUAL = ("ln1", "ln2", "att.output.weight", "att.output.weight.in")  # multiplied by the residual's scale
+
+
+def keep_in_range(
+    manifest: Manifest, source: ModelSource, ids: np.ndarray, adding: bool, say: Callable[[str], None]
+) -> None:
+    """Choose the manifest's scales by what the model, without any, makes of `ids`.
+
+    A bundle that is added to keeps those that its graphs have; `say` is told of what passes LIMIT under them.
+    """
+    with tqdm(total=len(ids), desc="calibrate", unit="token", leave=False, disable=None) as bar:
+        seen = calibrate(source, ids, rows=min(ROWS, len(ids)), keep=2, progress=bar.update)
+    if not adding:
+        manifest.scaling = choose_scaling(source.spec, seen)
+    found = magnitudes(source.spec, seen, manifest.scaling)
+    name, largest = max(found.items(), key=lambda item: item[1])
+    manifest.headroom = {"tokens": seen.tokens, "largest": largest, "at": name}
+    if loud := too_large(found):
+        advice = "--force scales it anew" if adding else "--fusion projection has less of it on the NPU"
+        say(
+            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}): {advice}"
+        )
 
 
 def choose_scaling(spec: Spec, seen: Calibration) -> Scaling:

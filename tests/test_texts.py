@@ -113,6 +113,7 @@ def test_the_default_text_leaves_out_what_a_vocabulary_has_no_words_for() -> Non
 
     everything, known = calibration_text(lambda text: [0] * len(text.split())), calibration_text(latin)
     assert everything.bytes > 100_000
+    assert calibration_text(lambda text: list(text.encode())).bytes == everything.bytes
     assert 0.7 * everything.bytes < known.bytes < everything.bytes - 3000
 
 

@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
             verify=arguments.verify,
             tokenizer=arguments.tokenizer,
             toolkit=arguments.toolkit,
+            calibrate=arguments.calibrate,
             say=lambda line: print(line, file=sys.stderr),
         )
     except KeyboardInterrupt:
