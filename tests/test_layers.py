@@ -22,6 +22,7 @@ __main__
 cli
 commands
 serve bench
+forecast
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
 verify generation estimate opening headroom calibration_ids remedies
