@@ -206,7 +206,9 @@ def _choose(
     product = rows.product if columns is None else rows.product / columns
     span = ALGORITHMS[algorithm]
     quantised = Quantised(
-        span(_sample(rows.fitted * factor), float((rows.low * factor).min()), float((rows.high * factor).max())),
+        span(
+            _sample(rows.fitted * factor), float((rows.low * factor).min()), float((rows.high * factor).max())
+        ),
         span(_sample(product), float(product.min()), float(product.max())),
         *round_weight(weight, smoothing, columns),
         smoothing,
