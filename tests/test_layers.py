@@ -25,13 +25,14 @@ serve bench
 converter evaluation
 artifacts bundle_writer model tuning diagnosis
 verify generation estimate opening headroom calibration_ids
+ranges
 recording calibration
 engine sources
 graphs sampling state tokenizer plan
 backends
 kernels
 checkpoint models
-memory
+memory int8
 bundle
 maths tensorfile toolkit packing
 spec files board npu texts
