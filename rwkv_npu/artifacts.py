@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from rwkv_npu.backends.base import Recorded, relative_error
 from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
-from rwkv_npu.graphs import trace_group
-from rwkv_npu.memory import plan_memory
+from rwkv_npu.graphs import Trace, trace_group
+from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import Group, tensors
+from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
 BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
@@ -34,36 +33,69 @@ def plan_artifacts(
     auto: decode and prefill have artifacts of their own where the NPU's memory holds the weights twice, else one
     artifact serves both. Raises UsageError, with the arithmetic, where not even that fits.
     """
-    attempts = [rows] if rows else [BOTH_ROWS, ONE_ROWS]
-    kind = target, precision, program.fusion
-    there = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == kind]
-    for attempt in attempts:
-        artifacts = [
-            _planned(program, group, target, precision, count)
-            for group in program.groups
-            # The head reads one row at a time.
-            for count in ((1,) if group.role == "head" else attempt)
-        ]
-        paths = {artifact.path for artifact in artifacts}
-        memory = plan_memory(manifest, [*artifacts, *(a for a in there if a.path not in paths)])
+    plans = candidates(manifest, program, target, precision, rows, lambda group: _fp16_bytes(program, group))
+    for artifacts, memory in plans:
         if memory.fits:
             return artifacts
+    counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
-        f"the model does not fit the NPU of {target} at {precision} with rows "
-        f"{','.join(map(str, attempts[-1]))}: {memory.arithmetic()}; use --target none for the CPU alone"
+        f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; use "
+        "--target none for the CPU alone"
     )
 
 
-def _planned(program: Program, group: Group, target: str, precision: str, rows: int) -> Artifact:
-    path = artifact_file(target, group.name, program.fusion, precision, rows)
-    weights = 2 * _projection_elements(program, group)
-    return Artifact(path, group.name, target, precision, program.fusion, rows, weight_bytes=weights)
+def candidates(
+    manifest: Manifest,
+    program: Program,
+    target: str,
+    precision: str,
+    rows: Sequence[int] | None,
+    weigh: Callable[[Group], int],
+) -> Iterator[tuple[list[Artifact], MemoryPlan]]:
+    """Sets of artifacts, the best first, each with what it and those of its kind that are there take of the NPU's
+    memory. `weigh` gives the bytes of a group's weights."""
+    kind = target, precision, program.fusion
+    there = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == kind]
+    sizes = {group.name: weigh(group) for group in program.groups}
+    for counts in [rows] if rows else [BOTH_ROWS, ONE_ROWS]:
+        artifacts = [
+            Artifact(
+                artifact_file(target, group.name, program.fusion, precision, count),
+                group.name,
+                target,
+                precision,
+                program.fusion,
+                count,
+                weight_bytes=sizes[group.name],
+            )
+            for group in program.groups
+            # The head reads one row at a time.
+            for count in ((1,) if group.role == "head" else counts)
+        ]
+        paths = {artifact.path for artifact in artifacts}
+        yield artifacts, plan_memory(manifest, [*artifacts, *(a for a in there if a.path not in paths)])
 
 
-def _projection_elements(program: Program, group: Group) -> int:
-    shapes = {tensor.name: tensor.used_shape for tensor in tensors(program.spec)}
-    constants = trace_group(program, group).projections.values()
-    return sum(prod(shapes[c.name][1:] if c.index is not None else shapes[c.name]) for c in constants)
+def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
+    """Those of the groups that are built for several, the head's one apart."""
+    return sorted({artifact.rows for artifact in artifacts if artifact.group != "head"})
+
+
+def matrices(trace: Trace, spec: Spec) -> list[tuple[int, int]]:
+    """(K, N) of every projection in a group's graph, whole or in parts."""
+    shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
+
+    def span(part: tuple[int, int] | None, whole: int) -> int:
+        return part[1] - part[0] if part else whole
+
+    return [
+        (span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
+        for c in trace.projections.values()
+    ]
+
+
+def _fp16_bytes(program: Program, group: Group) -> int:
+    return sum(2 * k * n for k, n in matrices(trace_group(program, group), program.spec))
 
 
 @dataclass

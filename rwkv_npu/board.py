@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path("/")
 # Where RKNNLite looks for the runtime, in this order.
 LIBRARIES = ("usr/lib/librknn_runtime.so", "usr/lib64/librknn_runtime.so", "usr/lib/librknnrt.so")
-OLDEST_DRIVER = "0.9.6"  # the oldest that is advised: older ones hang, and lose memory
+# The oldest that are advised: older drivers hang and lose memory, librknnrt 2.2 was seen to multiply to zeros.
+OLDEST_DRIVER, OLDEST_RUNTIME = "0.9.6", "2.3.0"
 _CORES = {"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"}
 _ALIKE = 0.85  # of the fastest's clock: cores without a known kind are of its kind down to this
 _DEVFREQ = {"dmc": "ddr", "npu": "npu"}
@@ -154,6 +155,21 @@ def version(text: str) -> str:
 def numbers(text: str) -> tuple[int, ...]:
     """The version in a text, to be compared; none is the oldest."""
     return tuple(int(part) for part in version(text).split(".") if part.isdigit())
+
+
+def outdated(runtime: str | None, driver: str | None, compiler: str = "") -> str:
+    """What is older than it should be, "" if nothing, of versions as libraries say them; unknown ones go unjudged.
+
+    It may work all the same, and the self-test has to show it.
+    """
+    found = []
+    if runtime and compiler and numbers(runtime) < numbers(compiler):
+        found.append(f"librknnrt {version(runtime)} is older than the artifacts' compiler, {compiler}")
+    elif runtime and numbers(runtime) < numbers(OLDEST_RUNTIME):
+        found.append(f"librknnrt {version(runtime)} is older than is advised, {OLDEST_RUNTIME}")
+    if driver and numbers(driver) < numbers(OLDEST_DRIVER):
+        found.append(f"the NPU's driver {version(driver)} is older than is advised, {OLDEST_DRIVER}")
+    return f"{', and '.join(found)}: should anything fail, look there (rwkv-npu doctor)" if found else ""
 
 
 def npu_nodes(root: Path = ROOT) -> list[Path]:

@@ -182,6 +182,10 @@ class Bundle:
         shape = self._weights.entry(name).shape[-2:]
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a projection has taken."""
+        self._weights.release(name)
+
     def is_projection(self, name: str) -> bool:
         return name in self._weights
 

@@ -70,6 +70,9 @@ def _add_convert(commands: Any) -> None:
     texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace whatever is at the output")
+    dry = "say what it would make in each precision: sizes, memory, estimated speed; nothing is compiled or written"
+    p.add_argument("--dry-run", action="store_true", help=dry)
+    p.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
 
 
 def _add_model(p: argparse.ArgumentParser) -> None:
@@ -111,17 +114,30 @@ def _add_generate(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     p = commands.add_parser(
-        "eval", help="measure quality on a text", description="Measure quality on a text."
+        "eval",
+        help="measure quality on a text",
+        description="How well a model predicts a text, and with --against how far it is from a reference: the KL "
+        "divergence of its predictions, by position in the context. The reference runs on the CPU, in fp32 arithmetic "
+        "on weights that are not quantised, unless --against-backend or --against-precision say otherwise. For exact "
+        "fp32 name the checkpoint: a bundle holds its weights in fp16, unless made with --cpu fp32.",
     )
     _add_model(p)
-    p.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text (default: one that the demo model has not seen)"
+    what = (
+        "UTF-8 text, or token ids (.json, .npy); - is stdin (default: one that the demo model has not seen)"
     )
+    p.add_argument("--text", metavar="FILE", help=what)
+    jsonl = 'measure last-word accuracy on these texts instead: {"text": ...} a line, as of LAMBADA'
+    p.add_argument("--lambada", metavar="FILE", help=jsonl)
     p.add_argument(
-        "--against", metavar="PATH", help="model to compare with (default with --against-backend: same)"
+        "--context", type=int, metavar="N", help="begin anew after every N tokens (default: never)"
     )
-    p.add_argument("--against-backend", choices=BACKENDS, help="backend of the model to compare with")
     p.add_argument("-n", "--max-tokens", type=int, metavar="N", help="read no more than so many tokens")
+    same = "(default: the model itself, where one of the other two is given)"
+    p.add_argument("--against", metavar="PATH", help=f"bundle or checkpoint to compare with {same}")
+    p.add_argument("--against-backend", choices=BACKENDS, help="of the reference (default: numba or ort)")
+    p.add_argument("--against-precision", metavar="P", help="of the reference (default: not quantised)")
+    resume = "keep in this file what is done; if it exists, go on from there"
+    p.add_argument("--resume", metavar="FILE", help=resume)
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

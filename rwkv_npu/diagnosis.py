@@ -23,7 +23,6 @@ from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 OK, NOTE, BAD = "ok", "note", "bad"
 LITE = "rknn-toolkit-lite2"
 PYTHONS = ((3, 10), (3, 12))  # that it has wheels for
-OLDEST_RUNTIME = "2.3.0"  # 2.2 was seen to multiply to zeros
 SMALL_CMA = 16 << 20
 FEW_FILES = 4096
 
@@ -125,13 +124,13 @@ def _runtime(root: Path) -> Iterator[Finding]:
         yield Finding(
             NOTE, "librknnrt", f"{shown}, of no known version", f"strings {shown} | grep 'librknnrt version'"
         )
-    elif numbers(version) < numbers(OLDEST_RUNTIME):
+    elif numbers(version) < numbers(board.OLDEST_RUNTIME):
         yield Finding(
             NOTE,
             "librknnrt",
             f"{version} ({shown})",
-            f"{OLDEST_RUNTIME} or later is advised: older ones were "
-            "seen to compute zeros; replace the file by a newer one",
+            f"{board.OLDEST_RUNTIME} or later is advised: older ones were seen to compute zeros; replace the file by a "
+            "newer one",
         )
     else:
         yield Finding(OK, "librknnrt", f"{version} ({shown})")

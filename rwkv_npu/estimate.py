@@ -7,16 +7,19 @@ believe a sum. Nothing in this module was measured on a board by this project.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import UsageError
-from rwkv_npu.spec import Spec, groups, tensors
+from rwkv_npu.packing import PRECISIONS, bits_of, packed_bytes
+from rwkv_npu.spec import Spec, Tensor, groups, tensors
 
 CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
 TABLE_GB_PER_S = 23.63  # what one core reads in the compiler's table
+
+INT8_COLUMN_BYTES = 8  # what every column of an int8 matrix has beside it: a bias and a scale
 
 # Boards took 40 to 270 us for a call that does nothing, in C. The slow end, since our calls come from Python.
 CALL_OVERHEAD_US = 270.0
@@ -54,12 +57,21 @@ BOARD_RATES = (
 )
 RATES = {"rk3588": (TABLE, *BOARD_RATES)}  # of other chips there is only the table
 
-# RK3588, four Cortex-A76: GB/s read, and the peak in fp32 (2 x 4 lanes, multiply and add, 2.3 GHz, four cores).
+# RK3588, four Cortex-A76: GB/s read, and GFLOP/s of products of many rows. The latter is their peak in fp32 (2 x 4
+# lanes, multiply and add, 2.3 GHz, four cores), and it is what llama.cpp was seen to reach in Q8_0 (73 tokens/s read
+# with 1 B parameters).
 CPU_GB_PER_S, CPU_GFLOPS = 26.7, 147.0
-CPU_SOURCE = (
-    "fp16 weights at the 26.7 GB/s that four Cortex-A76 read, products at their fp32 peak of 147 GFLOP/s: optimistic "
-    "as well (published: llama.cpp F16 with 2.9 B parameters at 3.62 tokens/s is 21 GB/s)"
-)
+CPU_PRECISIONS = ("fp16", *PRECISIONS)
+_CPU_READS = "weights at the 26.7 GB/s that four Cortex-A76 read, products at "
+CPU_SOURCES = {
+    "fp16": f"{_CPU_READS}their fp32 peak of 147 GFLOP/s: optimistic as well (published: llama.cpp F16 with 2.9 B "
+    "parameters at 3.62 tokens/s is 21 GB/s)",
+    **dict.fromkeys(
+        PRECISIONS,
+        f"{_CPU_READS}the 147 GFLOP/s that llama.cpp reached there in Q8_0 (published: 73 tokens/s read with 1 B "
+        "parameters); the peak of their int8 instructions is four times that",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -118,11 +130,39 @@ def served_by(artifacts: Sequence[Artifact], tokens: int) -> list[tuple[Artifact
     return found
 
 
+def formula_cycles(k: int, n: int, rows: int, bits: int) -> tuple[float, float, float]:
+    """(DDR, NPU, total) cycles of a product with a constant (k, n) matrix of 16 or 8 bits, as the RK3588's compiler
+    counts them: found from its tables, whose sums over a graph it meets within a few per cent. Operations that are no
+    products have no cycles there, and what is fused into one, such as adding the residual, is left out here.
+    """
+    size, narrowest, columns = (2, 64, 16) if bits == 16 else (1, 128, 32)
+    per_column = 0 if bits == 16 else INT8_COLUMN_BYTES
+    ddr = (size * (rows * k + k * n + rows * n) + per_column * n) / TABLE_GB_PER_S
+    npu = _whole(rows, 16) * max(k, narrowest) * _whole(n, columns) / (8192 / bits)
+    return ddr, npu, max(ddr, npu)
+
+
+def _whole(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
 def weights(spec: Spec) -> dict[str, int]:
     """Numbers that every token multiplies with: `head`, and all the other `projections`."""
-    count = {t.name: prod(t.shape) for t in tensors(spec) if t.kind.is_projection and not t.optional}
-    head = count["head.weight"]
-    return {"projections": sum(count.values()) - head, "head": head}
+    return _by_part(spec, lambda tensor: prod(tensor.shape))
+
+
+def weight_bytes(spec: Spec, precision: str) -> dict[str, int]:
+    """What the CPU reads of them for a token, of weights in one of CPU_PRECISIONS or in fp32."""
+    if precision in ("fp16", "fp32"):
+        size = 2 if precision == "fp16" else 4
+        return {part: size * count for part, count in weights(spec).items()}
+    return _by_part(spec, lambda tensor: packed_bytes(tensor, bits_of(precision, tensor)))
+
+
+def _by_part(spec: Spec, size: Callable[[Tensor], int]) -> dict[str, int]:
+    sizes = {t.name: size(t) for t in tensors(spec) if t.kind.is_projection and not t.optional}
+    head = sizes["head.weight"]
+    return {"projections": sum(sizes.values()) - head, "head": head}
 
 
 def _ms(artifact: Artifact, rate: Rate) -> float:
@@ -160,14 +200,16 @@ def on_npu(
     return Estimate({**terms, **_scaled(host_ms, assumptions)}, calls)
 
 
-def on_cpu(spec: Spec, tokens: int, assumptions: Assumptions, host_ms: Mapping[str, float]) -> Estimate:
-    """The same without the NPU, on an RK3588's four large cores with fp16 weights."""
+def on_cpu(
+    spec: Spec, precision: str, tokens: int, assumptions: Assumptions, host_ms: Mapping[str, float]
+) -> Estimate:
+    """The same without the NPU, on an RK3588's four large cores; `precision` is one of `weight_bytes`."""
+    count, size = weights(spec), weight_bytes(spec, precision)
 
-    def ms(count: int, rows: int) -> float:
-        return max(2 * count / CPU_GB_PER_S, 2 * count * rows / CPU_GFLOPS) / 1e6
+    def ms(part: str, rows: int) -> float:
+        return max(size[part] / CPU_GB_PER_S, 2 * count[part] * rows / CPU_GFLOPS) / 1e6
 
-    count = weights(spec)
-    terms = {"projections": ms(count["projections"], tokens), "head": ms(count["head"], 1)}
+    terms = {"projections": ms("projections", tokens), "head": ms("head", 1)}
     return Estimate({**terms, **_scaled(host_ms, assumptions)})
 
 

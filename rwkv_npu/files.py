@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv_npu.errors import UsageError
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, sync, and rename: whoever reads it sees the old content or the new. Raises OSError."""
@@ -22,6 +24,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def resume_file(path: str | None) -> Path | None:
+    """What `--resume` names. Raises UsageError, before anything is computed, where nothing could be kept."""
+    if path is None:
+        return None
+    file = Path(path)
+    try:
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UsageError(f"--resume {file}: cannot write there: {error.strerror}") from error
+    return file
 
 
 @contextlib.contextmanager

@@ -85,11 +85,14 @@ class Lock:
         self._file = file
 
     def _open(self) -> int:
+        flags = (
+            os.O_CLOEXEC | os.O_NOFOLLOW
+        )  # everybody may write to the folder: no link of theirs is followed
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            return os.open(self.path, os.O_RDWR | flags)
         with contextlib.suppress(FileNotFoundError):
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            return os.open(self.path, os.O_RDONLY | flags)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o666)
         with contextlib.suppress(OSError):
             os.fchmod(file, 0o666)  # whatever the umask: any user may be the next owner
         return file

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from rwkv_npu import board
@@ -35,18 +34,13 @@ class Options:
     npu_cores: str = "auto"
 
 
-def open_engine(
-    source: ModelSource,
-    plan: Plan,
-    options: Options,
-    wrap: Callable[[Backend], Backend] = lambda backend: backend,
-) -> Engine:
-    """An engine on the plan's backends, each of which `wrap` may dress. Raises RwkvNpuError, with nothing left open."""
+def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
+    """An engine on the plan's backends. Raises RwkvNpuError, with nothing left open."""
     groups = source.program.groups
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
-    bound = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND
+    bound, advice = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND, _advice(source)
 
     def cpu() -> Backend:
         """A backend of its own, even where the plan has one: that may multiply in fewer bits than the NPU did."""
@@ -56,16 +50,15 @@ def open_engine(
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
-                opened[name] = guard = Guard(npu, recorded, cpu, faults, bound=bound)
+                opened[name] = guard = Guard(npu, recorded, cpu, faults, bound=bound, advice=advice)
                 guards.append(guard)
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)
             on_failure.callback(opened[name].close)
-        dressed = {name: wrap(backend) for name, backend in opened.items()}
         engine = Engine(
             source.program,
             source.tensor,
-            serve=lambda group, decode: dressed[plan.backend(group, decode)],
+            serve=lambda group, decode: opened[plan.backend(group, decode)],
             fingerprint=source.fingerprint,
             initial=source.initial_states(),
             faults=faults,
@@ -73,12 +66,13 @@ def open_engine(
             recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
         for guard in guards:
-            guard.verdict(_advice(source))
+            guard.verdict()
         on_failure.pop_all()
     return engine
 
 
 def _advice(source: ModelSource) -> str:
+    """What else may be tried where an NPU's numbers come out wrong."""
     if source.program.fusion == "layer":
         return "; where the residual leaves fp16's range, --fusion projection keeps it on the CPU"
     return "; rwkv-npu doctor compares the versions of compiler, runtime and driver"

@@ -6,7 +6,9 @@ A key is a use (`decode`: one row a sequence, `prefill`: more), a group (its nam
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +60,12 @@ def parse(
 ) -> Plan:
     """A plan of "prefill=rknn,decode=ort" or {"prefill": "rknn", ...}. Raises UsageError for what is not there."""
     if isinstance(plan, str):
-        pairs = [part.partition("=") for part in plan.split(",")]
-        plan = {key.strip(): name.strip() for key, _, name in pairs}
+        parts = [part.partition("=") for part in plan.split(",")]
+        pairs = [(key.strip(), name.strip()) for key, _, name in parts]
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        if count > 1:
+            raise UsageError(f"plan {plan} has {key} {count} times: once is enough")
+        plan = dict(pairs)
     names = {*USES, *(group.name for group in groups), *(group.role for group in groups)}
     for key, name in (plan or {}).items():
         group, _, use = key.partition(":")
@@ -86,11 +92,11 @@ def tuned(folder: Path, machine: str, artifacts: str) -> Plan | None:
         rules = tuple((str(key), str(name)) for key, name in found["rules"].items())
         return Plan(str(found["default"]), rules, str(found["fusion"]), str(found["note"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from error
+        raise _Damaged(folder, error) from error
 
 
 def save_tuned(folder: Path, machine: str, artifacts: str, plan: Plan, measured: Mapping[str, Any]) -> Path:
-    """Keep a measured plan beside those of other machines. Raises BundleError."""
+    """Keep a measured plan beside those of other machines; a damaged file is replaced. Raises BundleError."""
     path = folder / TUNED
     entry = {
         "artifacts": artifacts,
@@ -100,7 +106,10 @@ def save_tuned(folder: Path, machine: str, artifacts: str, plan: Plan, measured:
         "note": plan.note,
         "measured": measured,
     }
-    machines = {**_read(folder), machine: entry}
+    others: dict[str, Any] = {}
+    with contextlib.suppress(_Damaged):
+        others = _read(folder)
+    machines = {**others, machine: entry}
     try:
         write_atomically(path, json.dumps({"format": FORMAT, "machines": machines}, indent=1).encode())
     except OSError as error:
@@ -121,8 +130,11 @@ def _read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise BundleError(f"cannot read {folder / TUNED}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from error
+        raise _Damaged(folder, error) from error
 
 
-def _damaged(folder: Path, error: Exception) -> BundleError:
-    return BundleError(f"{folder / TUNED} is damaged ({error!r:.80}): remove it, or run rwkv-npu tune again")
+class _Damaged(BundleError):
+    def __init__(self, folder: Path, error: Exception):
+        super().__init__(
+            f"{folder / TUNED} is damaged ({error!r:.80}): remove it, or run rwkv-npu tune again"
+        )

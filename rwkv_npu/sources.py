@@ -55,6 +55,9 @@ class ModelSource:
         """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
         return self.tensor(name)
 
+    def release(self, name: str) -> None:
+        """A projection was read and will not be again: its pages need not stay in memory."""
+
     def unquantised(self) -> ModelSource:
         """The model with the weights that it stores whole, for a CPU that takes over from an NPU."""
         return self
@@ -113,6 +116,9 @@ class BundleSource(ModelSource):
             matrices = [unpack(self.bundle.packed(self.cpu_precision, name, index)) for index in indices]
             self._unpacked[name] = np.stack(matrices) if stored.ndim == 3 else matrices[0]
         return self._unpacked[name]
+
+    def release(self, name: str) -> None:
+        self.bundle.release(name)
 
     def unquantised(self) -> ModelSource:
         return BundleSource(self.bundle, self.program.fusion, self.bundle.manifest.cpu)

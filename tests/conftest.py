@@ -56,7 +56,9 @@ def emulated_board(board_bundles: dict[str, Path]) -> Iterator[EmulatedBoard]:
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:  # a socket's name is short
         path = Path(folder) / "socket"
         with Server(path, Bundles(list(board_bundles.values()))):
-            yield EmulatedBoard(made, path)
+            board = EmulatedBoard(made, path)
+            yield board
+            board.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import rwkv_npu
 from rwkv_npu.model import demo_model
@@ -15,49 +17,69 @@ from tools.make_checkpoint import make_checkpoint
 GENERATIONS = ("4", "5.2", "6", "7")
 ROWS = "1,16"
 SECONDS = 120  # that a command may take
+FORKS = Path(__file__).with_name("forks.py")
 
 
-@dataclass(frozen=True)
 class EmulatedBoard:
     """`folder` is what tools/board makes, `socket` where the process listens that computes for the stand-in."""
 
-    folder: Path
-    socket: Path
+    def __init__(self, folder: Path, socket: Path):
+        self._folder, self._socket = folder, socket
+        self._forks: subprocess.Popen[str] | None = None
 
     def command(self, *words: object) -> list[str]:
         """`rwkv-npu` or `python` in the board, with arguments."""
         program, *arguments = map(str, words)
-        return [str(self.folder / "bin" / program), *arguments]
+        return [str(self._folder / "bin" / program), *arguments]
 
-    def environment(
+    def variables(
         self, *, faults: str = "", log: Path | None = None, null: bool = False, **more: str
     ) -> dict[str, str]:
-        """`null`: nothing computes, every run returns at once."""
+        """Those of the environment that the stand-in looks at, and `more`. `null`: every run returns at once."""
         stand_in = {"RKNN_STANDIN_FAULTS": faults, "RKNN_STANDIN_LOG": str(log or "")}
-        stand_in |= {"RKNN_STANDIN_SOCKET": str(self.socket), "RKNN_STANDIN_NULL": "1" if null else ""}
-        return {**os.environ, **stand_in, **more}
+        stand_in |= {"RKNN_STANDIN_SOCKET": str(self._socket), "RKNN_STANDIN_NULL": "1" if null else ""}
+        return {**stand_in, **more}
 
     def run(
-        self,
-        *words: object,
-        faults: str = "",
-        log: Path | None = None,
-        null: bool = False,
-        timeout: float = SECONDS,
-        **more: str,
+        self, *words: object, fresh: bool = False, timeout: float = SECONDS, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run to the end, with an empty stdin; `more` are environment variables."""
+        """Run to the end, with an empty stdin, `options` as of `variables`. `fresh`: started as a user starts it,
+        not forked."""
+        variables = self.variables(**options)
+        if not fresh:
+            return self._fork([str(word) for word in words], variables, timeout)
+        environment = {**os.environ, **variables}
         return subprocess.run(
             self.command(*words),
-            env=self.environment(faults=faults, log=log, null=null, **more),
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
 
+    def _fork(
+        self, words: list[str], variables: dict[str, str], seconds: float
+    ) -> subprocess.CompletedProcess[str]:
+        if self._forks is None:
+            self._forks = subprocess.Popen(
+                self.command("python", FORKS), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        assert self._forks.stdin and self._forks.stdout
+        with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+            files = {name: str(Path(folder) / name) for name in ("out", "err")}
+            request = {"words": words, "environment": variables, "seconds": seconds, **files}
+            print(json.dumps(request), file=self._forks.stdin, flush=True)
+            status = int(self._forks.stdout.readline())
+            out, err = (Path(path).read_text() for path in files.values())
+        return subprocess.CompletedProcess(words, status, out, err)
+
     def calls(self, log: Path) -> list[Call]:
         return read_calls(log)
+
+    def close(self) -> None:
+        if self._forks is not None:
+            self._forks.communicate()
 
 
 def convert_for_board(folder: Path, generation: str) -> Path:

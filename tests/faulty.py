@@ -16,6 +16,7 @@ from rwkv_npu.recording import SELF_TEST_ROWS, record
 from rwkv_npu.sources import ModelSource
 from rwkv_npu.spec import Group
 
+ADVICE = "; try something"
 KINDS = ("code", "nan", "inf", "zeros", "rows", "missing")
 
 
@@ -85,7 +86,7 @@ def guarded_engine(
 ) -> tuple[Engine, Guard]:
     """An engine on `npu` behind a guard that falls back to NumPy; its verdict is not asked for."""
     rows = record(source, SELF_TEST_ROWS) if recorded is None else recorded
-    guard = Guard(npu, lambda: rows, lambda: NumpyBackend(source), Faults())
+    guard = Guard(npu, lambda: rows, lambda: NumpyBackend(source), Faults(), advice=ADVICE)
     engine = plain_engine(source, guard, guard.faults)
     npu.opened = True
     return engine, guard

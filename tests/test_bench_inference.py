@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rwkv_npu.bundle import MANIFEST, Artifact, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.engine import Engine
 from rwkv_npu.estimate import Assumptions, Rate
+from rwkv_npu.packing import PRECISIONS, bits_of, pack
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import Group, groups, tensors
 from tests.tiny import command, one_line, run_main, write_model
@@ -400,9 +402,15 @@ def test_the_weights_that_a_token_reads(tmp_path: Path, generation: str) -> None
     count = estimate.weights(spec)
     assert sum(count.values()) == sum(opened.tensor(name).size for name in used)
     assert count["head"] == spec.V * spec.D
-    one, many = (estimate.on_cpu(spec, tokens, Assumptions(), {}) for tokens in (1, 1000))
+    one, many = (estimate.on_cpu(spec, "fp16", tokens, Assumptions(), {}) for tokens in (1, 1000))
     assert one.ms["head"] == many.ms["head"] == pytest.approx(2 * count["head"] / estimate.CPU_GB_PER_S / 1e6)
     assert many.ms["projections"] == pytest.approx(2000 * count["projections"] / estimate.CPU_GFLOPS / 1e6)
+    for precision in PRECISIONS:
+        packed = 0
+        for tensor in (t for t in tensors(spec) if t.name in used):
+            *stack, k, n = tensor.used_shape
+            packed += prod(stack) * pack(np.zeros((k, n)), bits_of(precision, tensor)).nbytes
+        assert sum(estimate.weight_bytes(spec, precision).values()) == packed
 
 
 def test_estimates_stand_beside_what_was_measured(
@@ -411,9 +419,11 @@ def test_estimates_stand_beside_what_was_measured(
     file, picture = tmp_path / "rows.json", tmp_path / "picture.png"
     flags = ("-m", bundle, "--backends", "numpy", "--resume", file, *QUICK)
     rows = run_json(capsys, *flags, "--call-overhead-us", "50", "--host-factor", "2")["results"]
-    measured, cpu, *npu = rows
-    assert [row["estimated"] for row in rows] == [False, True, True, True, True]
+    measured, cpu, cpu_int8, cpu_int4, *npu = rows
+    assert [row["estimated"] for row in rows] == [False] + 6 * [True]
     assert measured["weights"] == measured["stored"] == "fp16" and not measured["basis"]
+    assert [row["weights"] for row in (cpu, cpu_int8, cpu_int4)] == ["fp16", "int8", "int4"]
+    assert cpu["decode_tps"] < cpu_int8["decode_tps"] < cpu_int4["decode_tps"]
     assert cpu["device"].startswith("RK3588 CPU") and [row["terms"]["cores"] for row in npu] == [1, 1, 3]
     host = sum(measured["decode_ms"][name] for name in ("recurrence", "sampling", "dispatch", "rest"))
     one = npu[0]
@@ -441,7 +451,7 @@ def test_estimates_stand_beside_what_was_measured(
             told += 1
         elif line.startswith("| numpy"):
             assert "~" not in line and "estimate" not in line
-    assert told == 3 * 4 and "two to three times as long" in out
+    assert told == 3 * 6 and "two to three times as long" in out
     assert f"({4} x 270 us)" in out and "here x 20)" in out and "10.9 GB/s" in out and "30.9 GB/s" in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -456,7 +466,9 @@ def test_of_other_chips_only_the_table_is_known(checkpoint: Path) -> None:
         "calls",
     }
     bare = [replace(one, cycles={}) for one in artifacts()]
-    assert [row.backend for row in estimates(subject.spec, bare, [], Assumptions(), subject.row)] == ["cpu"]
+    assert [row.backend for row in estimates(subject.spec, bare, [], Assumptions(), subject.row)] == 3 * [
+        "cpu"
+    ]
 
 
 def test_what_is_estimated_is_hatched(
@@ -481,13 +493,13 @@ def test_what_is_estimated_is_hatched(
     monkeypatch.undo()
     for axes in shown[0].axes:
         labels = [label.get_text() for label in shown[0].axes[0].get_yticklabels()]
-        assert ["estimate" in label for label in labels] == [False, True, True, True, True]
+        assert ["estimate" in label for label in labels] == [False] + 6 * [True]
         for patch in axes.patches:
             place = round(patch.get_y() + patch.get_height() / 2)
             assert bool(patch.get_hatch()) == (place > 0)
-        assert {round(p.get_y() + p.get_height() / 2) for p in axes.patches} == set(range(5))
+        assert {round(p.get_y() + p.get_height() / 2) for p in axes.patches} == set(range(7))
         texts = [text.get_text().strip() for text in axes.texts if text.get_text().strip()[-1:].isdigit()]
-        assert [text.startswith("~") for text in texts] == [False, True, True, True, True]
+        assert [text.startswith("~") for text in texts] == [False] + 6 * [True]
     for figure in shown:
         pyplot.close(figure)
 

@@ -80,6 +80,19 @@ def test_the_last_change_of_the_lead_counts() -> None:
     assert one.winner == "ort fp32" and 400 < one.size < 800
 
 
+def test_crossovers_in_one_place_share_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    said: dict[str, str] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: said.update({path.stem[2:]: texts(self)}))
+    rows = [square(n, 1e-6 * n) for n in (100, 200, 400)]
+    rows += [square(n, 1e-6 * n**2 / 300, backend="ort") for n in (100, 200, 400)]
+    rows += [square(n, 1e-6 * n**3 / 301**2, backend="torch") for n in (100, 200, 400)]
+    plot.draw(record.Document({}, "", rows), tmp_path / "a.png")
+    marks = said["time"].splitlines()
+    assert "1-3" in marks and "1" not in marks and sum(" passes " in line for line in marks) == 3
+
+
 def test_steps_and_spikes() -> None:
     rng = np.random.default_rng(0)
     n = np.arange(128, 4097, 128)

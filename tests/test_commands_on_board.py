@@ -53,7 +53,7 @@ def ended(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, Ended]:
         "plan": [*generate, "--plan", "prefill=rknn,decode=rknn-matmul", "--fusion", "projection"],
     }
     words = json.dumps([[str(word) for word in argv] for argv in commands.values()])
-    result = emulated_board.run("python", "-c", COMMANDS, words)
+    result = emulated_board.run("python", "-c", COMMANDS, words, fresh=True)
     assert result.returncode == 0, result.stderr[-2000:]
     out, err = [], result.stderr.split("\f\n")
     rest = result.stdout
@@ -87,7 +87,9 @@ def test_tune_measures_the_npu_and_generate_follows(ended: dict[str, Ended], bun
     facts = json.loads(ended["tune"].out)
     for fusion in ("layer", "projection"):
         for backend in ("rknn", "rknn-matmul", "ort", "numpy"):
-            assert all(value > 0 for value in facts["measured"][f"{fusion} {backend}"].values())
+            taken = facts["measured"][f"{fusion} {backend}"]
+            assert all(value > 0 for use in taken.values() for value in use.values())
+            assert (taken["decode"]["rows"], taken["prefill"]["rows"]) == (1, 16)
     assert (bundle / TUNED).exists() and facts["machine"].startswith("rk3588, ")
     assert "backend: rknn: runtime and artifacts are there and pass their tests" in ended["auto"].err
     assert "backend: measured by rwkv-npu tune on this machine: decode" in ended["tuned"].err

@@ -25,7 +25,7 @@ from rwkv_npu.recording import SELF_TEST_ROWS, record
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Group
 from rwkv_npu.state import State
-from tests.faulty import KINDS, FaultyNpu, guarded_engine, plain_engine
+from tests.faulty import ADVICE, KINDS, FaultyNpu, guarded_engine, plain_engine
 from tests.tiny import write_model
 
 IDS = np.random.default_rng(5).integers(1, 60, 19)
@@ -89,8 +89,15 @@ def test_two_in_a_row_give_the_group_to_the_cpu(source, recorded, expected) -> N
     with pytest.warns(UserWarning, match="faulty failed at .* the CPU runs it from now on") as said:
         assert_same(read(engine), expected)
     assert len(said) == 1 and guard.faults.calls == 2
+    assert str(said[0].message).endswith(ADVICE)  # since its numbers were wrong
     assert guard.faults.groups == {source.program.groups[0].name: "all outputs are zero"}
     assert engine.counters.faults is guard.faults
+
+
+def test_advice_on_numbers_is_not_given_where_the_call_failed(source, recorded) -> None:
+    engine, _ = guarded_engine(source, FaultyNpu(source, ["nan", "code"]), recorded)
+    with pytest.warns(UserWarning, match=r"\(rknn_run returned -3\).* counted, not reported$"):
+        engine.forward(IDS)
 
 
 @pytest.mark.parametrize("at", [0, 3, 9])
@@ -103,6 +110,8 @@ def test_a_hang_does_not_hang(source, recorded, expected, at: int, monkeypatch: 
         assert_same(read(engine), expected)
     assert len(said) == 1 and npu.made == guard.faults.calls == 1  # not asked again, be it for another group
     assert set(guard.faults.groups) == {group.name for group in source.program.groups}
+    later = guard.open(source.program.groups[0], 1)  # nor is a context opened on what has been given up
+    assert np.isfinite(later.run()[source.program.groups[0].outputs[0].name]).all()
     engine.close()  # does not wait for it
     assert not npu.closed and time.monotonic() - begin < 20
     npu.never.set()
@@ -131,8 +140,8 @@ def test_a_context_that_fails_its_self_test_leaves_its_group_to_the_cpu(
         source, FaultyNpu(source, chip=lambda g: kind if g is broken else ""), recorded
     )
     assert set(guard.faults.groups) == {broken.name}
-    with pytest.warns(UserWarning, match=rf"of .* contexts fail .*{broken.name} at 1 rows.*; try something"):
-        guard.verdict("; try something")
+    with pytest.warns(UserWarning, match=rf"of .* contexts fail .*{broken.name} at 1 rows.*{ADVICE}"):
+        guard.verdict()
     assert_same(read(engine), expected)
     assert guard.faults.calls == 0
 

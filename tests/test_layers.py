@@ -22,10 +22,11 @@ __main__
 cli
 commands
 serve bench
+forecast
 converter evaluation
-artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening headroom calibration_ids
-ranges
+artifacts quantisation bundle_writer model tuning diagnosis
+verify generation estimate opening headroom calibration_ids remedies
+ranges sensitivity
 recording calibration
 engine sources
 graphs sampling state tokenizer plan

@@ -160,8 +160,9 @@ def test_worker_answers(checkpoint_file: Path, tmp_path: Path) -> None:
         opened = child.ask("open", model=str(checkpoint_file), weights="fp32", generation="7", threads=1)
         assert opened["ready_s"] > 0 and "onnxruntime" in opened["versions"]
         child.ask("logits", out=str(tmp_path / "a.npy"), **ids)
-        turn = child.ask("turn", **ids)
-        assert turn["prefill_s"] > 0 and turn["decode_s"] > 0 and turn["others"] >= 0
+        turn = child.ask("turn", prompts=[[1, 2, 3], [6] * 5], tokens=[4, 5])
+        assert set(turn) == {"prefill_3_s", "prefill_5_s", "decode_s", "others"}
+        assert min(turn.pop("others") + 1e-9, *turn.values()) > 0
         child.ask("logits", out=str(tmp_path / "b.npy"), **ids)
         assert 0 < child.ask("memory")["own_bytes"] <= child.ask("memory")["peak_rss_bytes"]
     logits = np.load(tmp_path / "a.npy")
@@ -211,14 +212,17 @@ def test_rounds_begin_with_each_in_turn() -> None:
     assert results.rotation([], 1) == []
 
 
+USES = {"decode": 8, "prefill_8": 8}
+
+
 def _turns(*seconds: float) -> list[dict[str, float]]:
-    return [{"prefill_s": s, "decode_s": 2 * s, "others": s / 10} for s in seconds]
+    return [{"prefill_8_s": s, "decode_s": 2 * s, "others": s / 10} for s in seconds]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
     # The machine halves its speed in the third round: no ratio notices.
-    found = results.ratios(_turns(1, 1, 2), _turns(3, 3, 6))
-    assert found == {use: {"median": 3.0, "low": 3.0, "high": 3.0} for use in ("decode", "prefill")}
+    found = results.ratios(_turns(1, 1, 2), _turns(3, 3, 6), USES)
+    assert found == {use: {"median": 3.0, "low": 3.0, "high": 3.0} for use in USES}
 
 
 def test_report_names_everything() -> None:
@@ -232,23 +236,25 @@ def test_report_names_everything() -> None:
         },
         "left_out": {"llama.cpp F16": "no compiler"},
     }
-    results.summarise(size, {"prefill": 8, "decode": 8})
+    results.summarise(size, USES)
     ours = size["systems"][f"{OURS} fp16"]
-    assert ours["tokens_per_s"]["prefill"] == {"median": 4.0, "low": 2.0, "high": 8.0}
+    assert ours["tokens_per_s"]["prefill_8"] == {"median": 4.0, "low": 2.0, "high": 8.0}
     assert ours["disturbed_turns"] == 2
     assert list(size["ratios"]) == [f"{OURS} fp16"] and list(size["ratios"][f"{OURS} fp16"]) == [REFERENCE]
     whole = {
+        "size": "v7-0.1b",
         "machine": {"cpu": "Some CPU", "cores": 2, "memory_gb": 25.0},
-        "settings": {"threads": 2, "prompt": 8, "tokens": 8, "rounds": 3},
+        "settings": {"threads": 2, "prompts": [8, 16], "tokens": 8, "rounds": 3},
         "date": "2026-01-01",
         "commit": "1234567",
         "command": "python -m bench.peers --folder x",
         "versions": {"rwkv": "1"},
-        "sizes": {"v7-0.1b": size},
+        **size,
     }
     text = results.report(whole)
     assert "Some CPU" in text and "`python -m bench.peers --folder x`" in text
     assert "| rwkv_npu fp16 | 2.0 (1.0-4.0) | 4.0 (2.0-8.0) | 4.00 | 2.00 | 3.0 | 0.01 | 0.001 | 2 |" in text
+    assert "| system | decode t/s | prefill of 8 t/s |" in text and "prompts of 8 and 16 tokens" in text
     assert "| rwkv fp32 | 2.00 (1.00-4.00) |" in text
     assert "- llama.cpp F16: no compiler" in text
 

@@ -70,6 +70,11 @@ def test_what_is_not_there_is_refused(bundle: Path, text: str) -> None:
         served(text)
 
 
+def test_a_key_has_one_rule(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="plan decode=ort, decode=numpy has decode 2 times"):
+        served("decode=ort, decode=numpy")
+
+
 @given(
     st.dictionaries(
         st.sampled_from((*USES, "mid", "head:decode", "mid.1:prefill")), st.sampled_from(("ort", "numpy"))
@@ -103,9 +108,11 @@ def test_the_text_does_not_depend_on_the_plan(bundle: Path, text: str) -> None:
 # -- the choice ------------------------------------------------------------------------------------------
 
 
-def measured(backend: str, decode: dict[str, float], prefill: dict[str, float]) -> Measured:
+def measured(
+    backend: str, decode: dict[str, float], prefill: dict[str, float], host: float = 1.0
+) -> Measured:
     return Measured(
-        "layer", backend, 10, {"decode": decode, "prefill": prefill}, {"decode": 1.0, "prefill": 10.0}
+        "layer", backend, 10, {"decode": decode, "prefill": prefill}, {"decode": host, "prefill": 10 * host}
     )
 
 
@@ -125,6 +132,14 @@ def test_a_mixture_has_to_be_worth_it() -> None:
     assert best_plan([slow_head, no_better])[1].text() == "decode=rknn,prefill=rknn"
 
 
+def test_fast_calls_do_not_hide_what_they_cost_the_host() -> None:
+    spinning = measured("ort", {"mid": 2.0, "head": 1.0}, {"mid": 20.0}, host=9.0)
+    quiet = measured("numba", {"mid": 3.0, "head": 2.0}, {"mid": 30.0})
+    assert best_plan([spinning, quiet])[1] == Plan(
+        "numba", (), "layer", "decode 6000.00 ms a token, prefill 4000.00 ms a token"
+    )
+
+
 def test_tune_measures_and_load_follows(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
@@ -134,7 +149,12 @@ def test_tune_measures_and_load_follows(
     assert status == 0 and facts["measured"].keys() == {
         f"{fusion} {backend}" for fusion in ("layer", "projection") for backend in tuning.CPU_BACKENDS
     }
-    assert all(value > 0 for row in facts["measured"].values() for value in row.values())
+    for uses in facts["measured"].values():
+        assert uses["decode"].keys() > {"rows", "head", "host", "token"} and uses["prefill"]["rows"] == 128
+        assert all(value > 0 for taken in uses.values() for value in taken.values())
+    assert (
+        json.loads((bundle / TUNED).read_text())["machines"][machine_key()]["measured"] == facts["measured"]
+    )
     assert "layer fusion, rknn: not measured: this machine has no Rockchip NPU" in said
     status, _, said = run_main(capsys, "generate", "-m", bundle, "-p", "the ", "-n", 2, "-v")
     assert status == 0 and "backend: measured by rwkv-npu tune on this machine: decode" in said
@@ -185,6 +205,9 @@ def test_a_damaged_file_is_named(bundle: Path, content: str) -> None:
         BundleError, match=r"tuned\.json is damaged .*: remove it, or run rwkv-npu tune again"
     ):
         rwkv_npu.load(bundle)
+    keep(bundle, Plan("numpy", (), "layer", "fast"))  # as the message says: measured again, it is whole again
+    with rwkv_npu.load(bundle) as model:
+        assert model.describe().startswith("numpy")
     (bundle / TUNED).unlink()
 
 

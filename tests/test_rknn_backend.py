@@ -171,7 +171,7 @@ def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture
     assert "NPU" not in said[0]
     assert said[1].endswith("| 1 calls to the NPU failed\n") and "warning" not in said[1]
     assert said[2].endswith("| 2 calls to the NPU failed, on the CPU: first\n")
-    assert "warning: rknn failed at first (rknn_run returned -1): the CPU runs it" in said[2]
+    assert "warning: rknn failed at first (rknn_run returned -1: failed): the CPU runs it" in said[2]
 
 
 # -- what is refused, and what is said -------------------------------------------------------------------

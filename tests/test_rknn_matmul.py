@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rwkv_npu
+from rwkv_npu.backends import npu_matmul
 from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
 from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
@@ -25,6 +26,8 @@ from rwkv_npu.spec import FUSIONS, groups
 from tests.tiny import write_model
 from tools.board.calls import count, read_calls
 
+SMALL_PART = 1 << 12  # in the place of MIN_PART, where models are small
+
 # -- cutting: no library needed ----------------------------------------------------------------------------
 
 
@@ -34,7 +37,17 @@ def test_parts_cover_a_matrix_and_are_aligned(K: int, N: int, kind, cores: int) 
     assert sum(how.depths) - K in range(32) and sum(how.widths) - N in range(kind.b_block)
     assert all(0 < depth <= MAX_K and depth % 32 == 0 for depth in how.depths)
     assert all(width > 0 and width % kind.b_block == 0 for width in how.widths)
-    assert len(how.widths) <= cores and (len(how.widths) == 1 or N // len(how.widths) >= MIN_PART)
+    assert len(how.widths) <= cores
+    smallest = min(how.depths) * min(how.widths) * kind.operand.itemsize
+    rounded = max(how.depths) * kind.b_block * kind.operand.itemsize  # what alignment may take from a part
+    assert len(how.widths) == 1 or smallest + rounded >= 0.99 * MIN_PART
+
+
+@pytest.mark.parametrize(
+    ("K", "N", "parts"), [(768, 768, 1), (1024, 1024, 2), (768, 3072, 3), (2048, 2048, 3), (10240, 20, 1)]
+)
+def test_only_what_takes_longer_than_a_thread_is_shared_out(K: int, N: int, parts: int) -> None:
+    assert len(cut(K, N, FP16, 3).widths) == parts
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([FP16, INT8]))
@@ -55,7 +68,8 @@ def test_packing_puts_every_element_where_the_layout_has_it(K: int, N: int, kind
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_official_models_stay_below_the_limit_of_contexts(name: str, dynamic: bool) -> None:
     plan, own = _plan(official_spec(name), FP16, 3, dynamic=dynamic)
-    assert plan.contexts <= MAX_CONTEXTS and not own
+    assert plan.contexts <= MAX_CONTEXTS
+    assert own == (name == "v7-0.1b" and dynamic)  # 12 layers of small parts
     parameters = sum(K * N for K, N in _large(official_spec(name)).values())
     assert 2 * parameters <= plan.weights < 2.05 * parameters
 
@@ -88,13 +102,20 @@ def library(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 @pytest.fixture
-def products(library: Library) -> Iterator[Products]:
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns of small matrices too are worth a core of their own."""
+    monkeypatch.setattr(npu_matmul, "MIN_PART", SMALL_PART)
+
+
+@pytest.fixture
+def products(library: Library, small_parts: None) -> Iterator[Products]:
     made = Products(library, FP16, CORES, own=False)
     yield made
     made.close()
 
 
 @on_the_stand_in
+@pytest.mark.usefixtures("small_parts")
 @settings(max_examples=25, deadline=None)
 @given(M=st.sampled_from([1, 16, 64]), K=st.integers(1, 300), N=st.integers(1, 1000), int8=st.booleans())
 def test_products_of_any_shape(stand_in: Path, M: int, K: int, N: int, int8: bool) -> None:
@@ -119,7 +140,7 @@ def test_fp16_operands_and_fp32_sums_are_exact(products: Products) -> None:
     """A K that is cut, more rows than one, columns for three cores: to the last bits of fp32."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((16, MAX_K + 96)).astype(np.float16).astype(np.float32)
-    matrix = rng.standard_normal((MAX_K + 96, 3 * MIN_PART)).astype(np.float16)
+    matrix = rng.standard_normal((MAX_K + 96, 768)).astype(np.float16)
     weight = products.weight("w", matrix, (16,))
     assert len(weight.parts) == 2 and len(weight.parts[0]) == 3
     exact = x.astype(np.float64) @ matrix
@@ -135,8 +156,10 @@ def test_weights_and_rows_in_turns(stand_in: Path, tmp_path: Path, faults: str, 
     run_alone(
         f"""
         import numpy as np
+        from rwkv_npu.backends import npu_matmul
         from rwkv_npu.backends.npu_matmul import Products
         from rwkv_npu.backends.rknn_api import CORES, FP16, Library
+        npu_matmul.MIN_PART = {SMALL_PART}
         products = Products(Library(), FP16, CORES, own={own})
         rng = np.random.default_rng(0)
         matrices = [rng.standard_normal((64, 600)).astype(np.float16) for _ in range(3)]
@@ -151,9 +174,9 @@ def test_weights_and_rows_in_turns(stand_in: Path, tmp_path: Path, faults: str, 
         RKNN_STANDIN_LOG=str(log),
     )
     calls = read_calls(log)
-    contexts = 2 * (3 if own else 1) * (2 if faults else 1)
+    contexts = 3 * (3 if own else 1) * (2 if faults else 1)
     assert count(calls, "matmul_create", by="code") == {"0": contexts}
-    assert count(calls, "matmul_run").total() == 7 * 3 * 2
+    assert count(calls, "matmul_run").total() == 7 * 3 * 3
     assert calls[-1].name == "matmul_destroy" and calls[-1].number("open") == 0
     assert [call.number("buffers") for call in calls if call.name == "destroy_mem"][-1] == 0
     bindings = [call["tensor"] for call in calls if call.name == "matmul_set_io_mem"]
@@ -162,6 +185,7 @@ def test_weights_and_rows_in_turns(stand_in: Path, tmp_path: Path, faults: str, 
 
 
 @on_the_stand_in
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("generation", ["4", "5.0", "5.2", "6", "7", "7a"])
 def test_every_generation(library: Library, tmp_path: Path, generation: str, fusion: str) -> None:
@@ -180,6 +204,7 @@ def test_every_generation(library: Library, tmp_path: Path, generation: str, fus
 
 
 @on_the_stand_in
+@pytest.mark.usefixtures("small_parts")
 def test_one_core_is_enough(library: Library, tmp_path: Path) -> None:
     write_model(tmp_path / "model.pth")
     found = {}
@@ -254,13 +279,14 @@ def test_eight_bits_are_the_users_choice(library: Library, tmp_path: Path) -> No
 
 
 @on_the_stand_in
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(("dtype", "worst"), [("fp16", 1e-3), ("int8", 0.05)])
 def test_the_sweeps_products(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, worst: float
 ) -> None:
     """`bench matmul` has columns on every core, and gets out what NumPy does."""
     monkeypatch.setattr(rknn, "LOCK", Lock(tmp_path))
-    backend, problem = rknn.RknnMatmulBackend(dtype, 1, "cpu"), make_problem(16, 100, 3 * MIN_PART)
+    backend, problem = rknn.RknnMatmulBackend(dtype, 1, "cpu"), make_problem(16, 100, 768)
     assert "stand-in" in backend.versions and backend.device.endswith("NPU, 3 cores")
     operation = backend.prepare(problem)
     try:
@@ -276,6 +302,8 @@ THROUGH_FAULTS = """
 import sys, warnings
 import numpy as np
 import rwkv_npu
+from rwkv_npu.backends import npu_matmul
+npu_matmul.MIN_PART = 1 << 12  # columns on every core
 found = {}
 for backend in ("numpy", "rknn-matmul"):
     with warnings.catch_warnings(record=True) as warned, rwkv_npu.load(sys.argv[1], backend=backend) as model:

@@ -2,6 +2,8 @@
 
     python -m bench.peers --folder /tmp/peers [--sizes v7-0.1b,v7-0.4b] [--save bench/results/peers-NAME]
 
+With --save each size gets files of its own, peers-NAME-SIZE.json and .md.
+
 Environments, checkpoints and model files are made in the folder at first use and kept there. Every system runs in
 a process of its own that stays open; they take turns, so that what changes on the machine changes for all. Before
 anything is timed, the logits of each are held to those of the `rwkv` package in fp32: a system that is further
@@ -30,27 +32,26 @@ def main() -> int:
     arguments = parse()
     folder = Path(arguments.folder).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m bench.peers " + shlex.join(sys.argv[1:]),
         "commit": commit(),
         "machine": describe(),
-        "settings": {key: getattr(arguments, key) for key in ("threads", "prompt", "tokens", "rounds")},
-        "versions": {},
-        "sizes": {},
+        "settings": {key: getattr(arguments, key) for key in ("threads", "prompts", "tokens", "rounds")},
     }
     workshop = Workshop(folder, arguments.torch, arguments.threads, say)
     names = [part for part in arguments.systems.split(",") if part]
     try:
         for size in arguments.sizes.split(","):
-            task = Task(size, arguments.prompt, arguments.tokens)
-            results["sizes"][size], versions = study(task, workshop, names, arguments.rounds)
-            results["versions"] |= versions
-            save(arguments.save, results)
+            task = Task(size, arguments.prompts, arguments.tokens)
+            found, versions = study(task, workshop, names, arguments.rounds)
+            results = {"size": size, **facts, "versions": versions, **found}
+            if arguments.save:
+                save(f"{arguments.save}-{size}", results, report(results))
+            print(report(results))
     except Failed as error:
         say(f"error: {error}")
         return 1
-    print(report(results))
     return 0
 
 
@@ -60,14 +61,11 @@ def commit() -> str:
     return subprocess.run(described, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def save(stem: str | None, results: dict[str, Any]) -> None:
-    """Write both files anew: what is measured stays if a later size fails."""
-    if stem is None:
-        return
-    for suffix, text in ((".json", json.dumps(results, indent=1)), (".md", report(results))):
-        path = Path(stem + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+def save(stem: str, results: dict[str, Any], text: str) -> None:
+    """Write STEM.json and, for people, STEM.md."""
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    Path(stem + ".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    Path(stem + ".md").write_text(text + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -84,18 +82,24 @@ def parse() -> argparse.Namespace:
         "--systems", default="", help="only those whose name contains one of these, comma-separated"
     )
     parser.add_argument("--rounds", type=int, default=9, help="turns of every system (default: 9)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: 128)")
+    parser.add_argument(
+        "--prompts", type=lengths, default=[128, 512], help="tokens of each prompt (default: 128,512)"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded in a turn (default: 64)")
     parser.add_argument("--threads", type=int, default=2, help="of every system (default: 2)")
     parser.add_argument("--torch", default="torch==2.13.0", help="requirement of the environment with torch")
-    parser.add_argument("--save", help="write PATH.json and PATH.md")
+    parser.add_argument("--save", help="write SAVE-SIZE.json and SAVE-SIZE.md")
     arguments = parser.parse_args()
     for size in arguments.sizes.split(","):
         if size not in SIZES or SIZES[size]["generation"] not in SYSTEMS[0].generations:
             parser.error(f"size {size!r} is none that these systems have in common")
-    if min(arguments.rounds, arguments.prompt, arguments.tokens, arguments.threads) < 1:
-        parser.error("rounds, prompt, tokens and threads must be at least 1")
+    if min(arguments.rounds, *arguments.prompts, arguments.tokens, arguments.threads) < 1:
+        parser.error("rounds, prompts, tokens and threads must be at least 1")
     return arguments
+
+
+def lengths(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def say(line: str) -> None:

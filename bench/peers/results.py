@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from bench.peers.systems import OURS
 
-USES = ("decode", "prefill")
 BUSY = 0.15  # cores kept busy by others during a turn: from here on it is counted as disturbed
 
 
@@ -40,32 +39,33 @@ def difference(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 def rates(turns: Sequence[Mapping[str, float]], tokens: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Tokens per second by use: median, lowest and highest of the turns."""
     result = {}
-    for use in USES:
+    for use in tokens:
         found = [tokens[use] / turn[f"{use}_s"] for turn in turns]
         result[use] = {"median": median(found), "low": min(found), "high": max(found)}
     return result
 
 
 def ratios(
-    ours: Sequence[Mapping[str, float]], peer: Sequence[Mapping[str, float]]
+    ours: Sequence[Mapping[str, float]], peer: Sequence[Mapping[str, float]], uses: Iterable[str]
 ) -> dict[str, dict[str, float]]:
     """Our speed over the peer's: the median of the ratios within each round, which drift leaves alone."""
     result = {}
-    for use in USES:
+    for use in uses:
         found = [b[f"{use}_s"] / a[f"{use}_s"] for a, b in zip(ours, peer, strict=True)]
         result[use] = {"median": median(found), "low": min(found), "high": max(found)}
     return result
 
 
 def summarise(size: dict[str, Any], tokens: Mapping[str, int]) -> None:
-    """Fill in the rates and the ratios of a size whose systems have their turns."""
+    """Fill in the rates and the ratios of a size whose systems have their turns; `tokens` of each use."""
+    size["uses"] = list(tokens)
     systems = {name: row for name, row in size["systems"].items() if row.get("turns")}
     for row in systems.values():
         row["tokens_per_s"] = rates(row["turns"], tokens)
         row["disturbed_turns"] = sum(turn["others"] > BUSY for turn in row["turns"])
     size["ratios"] = {
         ours: {
-            peer: ratios(row["turns"], systems[peer]["turns"])
+            peer: ratios(row["turns"], systems[peer]["turns"], tokens)
             for peer in systems
             if not peer.startswith(OURS)
         }
@@ -78,26 +78,25 @@ def summarise(size: dict[str, Any], tokens: Mapping[str, int]) -> None:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """The whole study as Markdown."""
+    """The study of a size as Markdown."""
     machine, settings = results["machine"], results["settings"]
+    prompts = " and ".join(map(str, settings["prompts"]))
     about = [
         "# RWKV on a CPU: this project beside its peers",
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {results['date']}; "
         f"this project at {results['commit']}; `{results['command']}`.",
-        f"The same random weights for all; {settings['threads']} threads; prompts of {settings['prompt']} tokens, "
+        f"The same random weights for all; {settings['threads']} threads; prompts of {prompts} tokens, "
         f"then {settings['tokens']} tokens one by one; {settings['rounds']} rounds in which every system takes "
         "its turn. Median, and in brackets the lowest and highest.",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
     ]
-    return "\n\n".join(
-        ["\n".join(about), *(size_report(name, size) for name, size in results["sizes"].items())]
-    )
+    return "\n".join(about) + "\n\n" + size_report(results["size"], results)
 
 
 def size_report(name: str, size: Mapping[str, Any]) -> str:
     parts = [f"## {name}: {size['parameters'] / 1e6:.0f} million parameters", speed_table(size)]
-    for use in USES:
+    for use in size["uses"]:
         if any(size["ratios"].values()):
             parts.append(ratio_table(size, use))
     left_out = [f"- {system}: {why}" for system, why in size["left_out"].items()]
@@ -107,14 +106,15 @@ def size_report(name: str, size: Mapping[str, Any]) -> str:
 
 
 def speed_table(size: Mapping[str, Any]) -> str:
-    head = ["system", "decode t/s", "prefill t/s", "peak RSS GB", "file GB", "ready s"]
+    speeds = [f"{_words(use)} t/s" for use in size["uses"]]
+    head = ["system", *speeds, "peak RSS GB", "file GB", "ready s"]
     head += ["largest logit difference", "rms", "disturbed turns"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in size["systems"].items():
         if "tokens_per_s" not in row:
             continue
         logits, speed = row["logits"], row["tokens_per_s"]
-        cells = [name, *(_spread(speed[use], 1) for use in USES)]
+        cells = [name, *(_spread(speed[use], 1) for use in size["uses"])]
         cells += [
             f"{row['peak_rss_bytes'] / 1e9:.2f}",
             f"{row['file_bytes'] / 1e9:.2f}",
@@ -128,10 +128,14 @@ def speed_table(size: Mapping[str, Any]) -> str:
 
 def ratio_table(size: Mapping[str, Any], use: str) -> str:
     ours = list(size["ratios"])
-    lines = [_line([f"{use}: ours / peer", *ours]), _line(["---"] * (1 + len(ours)))]
+    lines = [_line([f"{_words(use)}: ours / peer", *ours]), _line(["---"] * (1 + len(ours)))]
     for peer in size["ratios"][ours[0]]:
         lines.append(_line([peer, *(_spread(size["ratios"][name][peer][use], 2) for name in ours)]))
     return "\n".join(lines)
+
+
+def _words(use: str) -> str:
+    return use.replace("_", " of ")
 
 
 def _spread(value: Mapping[str, float], digits: int) -> str:

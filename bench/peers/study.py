@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,18 +34,18 @@ TRIES = 4  # at a turn that others disturb
 
 @dataclass
 class Task:
-    """What every system is given: a prompt, and tokens to read one by one after it."""
+    """What every system is given: prompts, and tokens to read one by one after the first of them."""
 
     size: str
-    prompt_length: int
+    prompt_lengths: Sequence[int]
     token_count: int
-    prompt: list[int] = field(init=False)
+    prompts: list[list[int]] = field(init=False)
     tokens: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.spec = make_spec(**SIZES[self.size])
         draw = np.random.default_rng(1).integers
-        self.prompt = draw(1, self.spec.V, self.prompt_length).tolist()
+        self.prompts = [draw(1, self.spec.V, length).tolist() for length in self.prompt_lengths]
         self.tokens = draw(1, self.spec.V, self.token_count).tolist()
 
 
@@ -70,8 +70,8 @@ def study(
                 left_out[system.name] = f"memory: {free / 1e9:.1f} GB were free for all"
                 continue
             try:
-                child, row = open_child(task, system, workshop, stack)
-                row["logits"] = difference(logits_of(task, child, system, workshop), reference)
+                child, row = open_child(task.size, task.spec.generation, system, workshop, stack)
+                row["logits"] = difference(checked_logits(task, child, system, workshop), reference)
             except Failed as error:
                 left_out[system.name] = str(error)
                 continue
@@ -83,38 +83,45 @@ def study(
         for name, child in children.items():
             rows[name] |= child.ask("memory")
     found = {"parameters": task.spec.parameters, "systems": rows, "left_out": left_out}
-    summarise(found, {"prefill": task.prompt_length, "decode": task.token_count})
+    prompts = {f"prefill_{length}": length for length in task.prompt_lengths}
+    summarise(found, {"decode": task.token_count, **prompts})
     return found, versions
 
 
 def open_child(
-    task: Task, system: System, workshop: Workshop, stack: ExitStack
+    model: str, generation: str, system: System, workshop: Workshop, stack: ExitStack
 ) -> tuple[Child, dict[str, Any]]:
-    """A worker that has its model open; it is closed with `stack`."""
-    model = workshop.model(system, task.size)
+    """A worker that has the system's file of `model` open; it is closed with `stack`."""
+    path = workshop.model(system, model)
     python = workshop.python(system.environment)
-    log = workshop.folder / "logs" / f"{task.size}.{_file_name(system)}.log"
+    log = workshop.folder / "logs" / f"{model}.{_file_name(system)}.log"
     child = stack.enter_context(Child(python, system.runtime, workshop.threads, log))
-    options = {"generation": task.spec.generation, "threads": workshop.threads}
-    row = child.ask("open", model=str(model), weights=system.weights, backend=system.backend, **options)
-    return child, {**row, "file_bytes": size_on_disk(model)}
+    options = {"generation": generation, "threads": workshop.threads}
+    row = child.ask("open", model=str(path), weights=system.weights, backend=system.backend, **options)
+    return child, {**row, "file_bytes": size_on_disk(path)}
 
 
-def logits_of(task: Task, child: Child, system: System, workshop: Workshop) -> np.ndarray:
-    """(1 + CHECKED, V): after the prompt, and after each token that is given to it."""
+def logits_of(
+    child: Child, system: System, workshop: Workshop, prompt: Sequence[int], tokens: Sequence[int]
+) -> np.ndarray:
+    """(1 + tokens, V): after the prompt, and after each token that is given to it."""
     out = workshop.folder / f"{_file_name(system)}.npy"
-    child.ask("logits", out=str(out), prompt=task.prompt, tokens=task.tokens[:CHECKED])
+    child.ask("logits", out=str(out), prompt=prompt, tokens=tokens)
     logits: np.ndarray = np.load(out)
     out.unlink()
     return logits
+
+
+def checked_logits(task: Task, child: Child, system: System, workshop: Workshop) -> np.ndarray:
+    return logits_of(child, system, workshop, task.prompts[0], task.tokens[:CHECKED])
 
 
 def reference_logits(task: Task, workshop: Workshop) -> np.ndarray:
     """Made in a process that is gone before the others need the memory."""
     system = next(system for system in SYSTEMS if system.name == REFERENCE)
     with ExitStack() as stack:
-        child, _ = open_child(task, system, workshop, stack)
-        return logits_of(task, child, system, workshop)
+        child, _ = open_child(task.size, task.spec.generation, system, workshop, stack)
+        return checked_logits(task, child, system, workshop)
 
 
 def _file_name(system: System) -> str:
@@ -165,7 +172,7 @@ def quiet_turn(task: Task, child: Child) -> dict[str, Any]:
     taken: list[dict[str, Any]] = []
     while not taken or (taken[-1]["others"] > BUSY and len(taken) < TRIES):
         wait_for_quiet()
-        taken.append(child.ask("turn", prompt=task.prompt, tokens=task.tokens))
+        taken.append(child.ask("turn", prompts=task.prompts, tokens=task.tokens))
     return min(taken, key=lambda turn: turn["others"])
 
 

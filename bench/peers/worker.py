@@ -4,7 +4,7 @@
 
     {"do": "open", "model": PATH, "weights": NAME, "generation": "7", "threads": 2}
     {"do": "logits", "prompt": [ids], "tokens": [ids], "out": FILE.npy}   logits after the prompt and each token
-    {"do": "turn", "prompt": [ids], "tokens": [ids]}                      the same against the clock
+    {"do": "turn", "prompts": [[ids], ...], "tokens": [ids]}              the same against the clock, and more prompts
     {"do": "memory"}
 
 Every command is answered by a line of JSON, `{"error": LINE}` if it failed. It needs NumPy and the runtime, and
@@ -159,21 +159,24 @@ def write_logits(system: Any, command: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turn(system: Any, command: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of a prompt and of the tokens after it. `others`: cores that other processes kept busy meanwhile."""
-    system.reset()
-    busy, own = busy_seconds(), time.process_time()
-    begin = time.perf_counter()
-    system.read(command["prompt"])
-    prefilled = time.perf_counter()
-    for token in command["tokens"]:
-        system.read([token])
-    end = time.perf_counter()
+    """Seconds of each prompt, by its length, and of the tokens that follow the first.
+
+    `others`: cores that other processes kept busy meanwhile.
+    """
+    seconds = {}
+    busy, own, begin = busy_seconds(), time.process_time(), time.perf_counter()
+    for prompt in command["prompts"]:
+        system.reset()
+        start = time.perf_counter()
+        system.read(prompt)
+        seconds[f"prefill_{len(prompt)}_s"] = time.perf_counter() - start
+        if "decode_s" not in seconds:
+            start = time.perf_counter()
+            for token in command["tokens"]:
+                system.read([token])
+            seconds["decode_s"] = time.perf_counter() - start
     others = busy_seconds() - busy - (time.process_time() - own)
-    return {
-        "prefill_s": prefilled - begin,
-        "decode_s": end - prefilled,
-        "others": round(max(0.0, others) / (end - begin), 3),
-    }
+    return {**seconds, "others": round(max(0.0, others) / (time.perf_counter() - begin), 3)}
 
 
 def busy_seconds() -> float:

@@ -104,7 +104,8 @@ class Guard:
     """A backend around another.
 
     recorded: gives the rows of the self-test, by group. cpu: makes the backend that steps in, when it is needed.
-    bound: on the self-test's error. faults: where they are counted; several guards may share it.
+    faults: where they are counted; several guards may share it. bound: on the self-test's error. advice: what else may
+    be tried where numbers come out wrong.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class Guard:
         faults: Faults,
         *,
         bound: float = FP16_BOUND,
+        advice: str = "",
     ):
-        self.name, self.faults = npu.name, faults
+        self.name, self.faults, self._advice = npu.name, faults, advice
         self._npu, self._recorded, self._make_cpu, self._bound = npu, recorded, cpu, bound
         self._cpu: Backend | None = None
         self._worker: Worker | None = Worker(f"{npu.name} calls")
@@ -127,7 +129,7 @@ class Guard:
         return self._npu.row_counts(group)
 
     def open(self, group: Group, rows: int, batch: int = 1) -> GuardedRunner:
-        if group.name in self.faults.groups:
+        if group.name in self.faults.groups or self._worker is None:
             return GuardedRunner(self, group, rows, batch, None)
         context = f"{group.name} at {rows} rows"
         try:
@@ -140,7 +142,7 @@ class Guard:
             self.faults.groups[group.name] = f"self-test: {fault}"
         return GuardedRunner(self, group, rows, batch, None if fault else runner)
 
-    def verdict(self, advice: str = "") -> None:
+    def verdict(self) -> None:
         """After all is opened: warn of the contexts that failed their self-test; BackendError if none passed it."""
         failed = {context: fault for context, fault in self._tested.items() if fault}
         if not failed:
@@ -148,22 +150,22 @@ class Guard:
         context, fault = next(iter(failed.items()))
         counted = f"{len(failed)} of {len(self._tested)} contexts fail their self-test ({context}: {fault})"
         if len(failed) == len(self._tested):
-            raise BackendError(f"{self.name}: {counted}{advice}")
-        warnings.warn(f"{self.name}: {counted}; their groups run on the CPU{advice}", stacklevel=4)
+            raise BackendError(f"{self.name}: {counted}{self._advice}")
+        warnings.warn(f"{self.name}: {counted}; their groups run on the CPU{self._advice}", stacklevel=4)
 
     def run(self, group: Group, rows: int, runner: Runner) -> Mapping[str, np.ndarray] | None:
         """What `runner` makes of its inputs, at the second attempt if need be; None where the CPU has to do it."""
-        fault = "the NPU was given up"
+        fault, advice = "the NPU was given up", ""
         for _ in range(2):
             if self._worker is None:
                 break
             try:
                 outputs: Mapping[str, np.ndarray] = self._call(runner.run, CALL_SECONDS)
-                fault = self._flaw(group, rows, outputs)
-                if not fault:
+                if not (flaw := self._flaw(group, rows, outputs)):
                     return outputs
+                fault, advice = flaw, self._advice
             except BackendError as error:
-                fault = str(error)
+                fault, advice = str(error), ""
             self.faults.calls += 1
         self.faults.groups[group.name] = fault
         if not self._warned:
@@ -171,7 +173,7 @@ class Guard:
             what = "it" if self._worker else "everything"
             warnings.warn(
                 f"{self.name} failed at {group.name} ({fault}): the CPU runs {what} from now on; further faults are "
-                "counted, not reported",
+                f"counted, not reported{advice}",
                 stacklevel=2,
             )
         return None

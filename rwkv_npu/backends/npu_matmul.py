@@ -27,7 +27,9 @@ from rwkv_npu.backends.rknn_api import (
     INT8,
     K_BLOCK,
     MAX_K,
+    MESSAGES,
     NATIVE,
+    OUT_OF_MEMORY,
     TO_DEVICE,
     IoAttr,
     Kind,
@@ -42,7 +44,9 @@ from rwkv_npu.errors import BackendError
 # A block of the native layouts of A and C, as one element: 8 of fp16, 16 of int8, 4 sums. Copied whole, it is moved
 # several times faster than its parts.
 BLOCK = np.dtype(np.complex128)
-MIN_PART = 256  # columns below which a part of its own is not worth a thread
+# Bytes of weights below which a part of its own is not worth a thread. One core of the NPU was seen to read 10 GB/s, so
+# that it takes 0.1 ms over these, and handing them to a thread takes about as long (bench/results/board-dispatch-*).
+MIN_PART = 1 << 20
 _LARGEST_INT8 = 127
 
 
@@ -62,10 +66,10 @@ class Cut:
 
 
 def cut(K: int, N: int, kind: Kind, cores: int) -> Cut:
-    """Parts as equal as alignment allows: N over `cores` unless it is narrow, K where it is above MAX_K."""
-    return Cut(
-        K, N, _parts(K, K_BLOCK, ceil(K / MAX_K)), _parts(N, kind.b_block, min(cores, max(1, N // MIN_PART)))
-    )
+    """Parts as equal as alignment allows: N over `cores` unless they are small, K where it is above MAX_K."""
+    depths = _parts(K, K_BLOCK, ceil(K / MAX_K))
+    worth = depths[0] * N * kind.operand.itemsize // MIN_PART
+    return Cut(K, N, depths, _parts(N, kind.b_block, max(1, min(cores, worth, N // kind.b_block))))
 
 
 def _parts(length: int, block: int, count: int) -> tuple[int, ...]:
@@ -78,9 +82,7 @@ class Memory:
         self._library, self._context = library, context
         self.pointer = library.create_mem(context, size)
         if not self.pointer:
-            raise BackendError(
-                f"rknn_create_mem found no {size} bytes: out of NPU memory, or of file descriptors"
-            )
+            raise BackendError(f"rknn_create_mem found no {size} bytes: {MESSAGES[OUT_OF_MEMORY]}")
         address = ctypes.cast(self.pointer.contents.virt_addr, ctypes.POINTER(ctypes.c_int8))
         self.bytes = np.ctypeslib.as_array(address, (size,))
 
@@ -119,7 +121,8 @@ class Context:
         try:
             attrs = self._create(rows, K, N)
             for handle in self._handles:
-                check("rknn_matmul_set_core_mask", library.set_core_mask(handle, core_mask))
+                code = library.set_core_mask(handle, core_mask)
+                check("rknn_matmul_set_core_mask", code, "--npu-cores chooses other cores")
             for number, M in enumerate(rows):
                 handle = self._handles[0 if self.dynamic else number]
                 self._shaped[M] = self._shape(handle, M, K, N, attrs[number])

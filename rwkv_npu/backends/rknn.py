@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
-from rwkv_npu.board import numbers, version
+from rwkv_npu.backends.rknn_api import check
+from rwkv_npu.board import numbers
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
 from rwkv_npu.memory import MemoryPlan, check_room
@@ -59,7 +60,17 @@ class _Sizes:
 
     def values(self, expected: list[int]) -> list[int]:
         """Numbers of fp32 values. What a library does not set is the number that RKNNLite expects, in values."""
-        return expected if self._given in ([], expected) else [size // 4 for size in self._given]
+        given, self._given = (
+            self._given,
+            [],
+        )  # a call that is not seen has none, and not those of the one before
+        return expected if given in ([], expected) else [size // 4 for size in given]
+
+
+def submit(runtime: Any) -> None:
+    """Run what was set. Raises BackendError for a code, which RKNNLite may pack with a frame's number."""
+    code = runtime.run(False)
+    check("rknn_run", code[0] if isinstance(code, (tuple, list)) else code)
 
 
 class RknnRunner:
@@ -77,8 +88,8 @@ class RknnRunner:
     def run(self) -> Mapping[str, np.ndarray]:
         runtime = self._runtime
         try:
-            _check("rknn_inputs_set", runtime.set_inputs(self._given, None, None))
-            _check("rknn_run", runtime.run(False))
+            check("rknn_inputs_set", runtime.set_inputs(self._given, None, None))
+            submit(runtime)
             arrays = runtime.get_outputs(False, **self._options)
         except BackendError:
             raise
@@ -222,17 +233,10 @@ def _open_context(rknnlite: Any, path: Path, artifact: Artifact, cores: str) -> 
 
 
 def _misfits(lite: Any, artifact: Artifact) -> str:
-    """What is older than it should be, "" if nothing: it may work all the same, and the self-test has to show it."""
+    """What of runtime and driver is older than it should be, "" if nothing."""
     with captured():
         _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
-    found = []
-    if artifact.toolkit and numbers(runtime) < numbers(artifact.toolkit):
-        found.append(
-            f"librknnrt {version(runtime)} is older than the artifacts' compiler, {artifact.toolkit}"
-        )
-    if numbers(driver) < numbers(board.OLDEST_DRIVER):
-        found.append(f"the NPU's driver {version(driver)} is older than is advised, {board.OLDEST_DRIVER}")
-    return f"{', and '.join(found)}: should anything fail, look there (rwkv-npu doctor)" if found else ""
+    return board.outdated(runtime, driver, artifact.toolkit)
 
 
 def explain(text: str, artifact: Artifact, cores: str) -> str:
@@ -273,13 +277,6 @@ def _older_file(artifact: Artifact, runtime: str | None) -> str:
     if not older:
         return f"{what}: update it to {VERSIONS[-1]} or later"
     return f"{what}: on a PC, rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"
-
-
-def _check(what: str, code: Any) -> None:
-    """Raises BackendError for a code that is not 0; `run` may pack it with a frame's number."""
-    code = code[0] if isinstance(code, (tuple, list)) else code
-    if code:
-        raise BackendError(f"{what} returned {code}")
 
 
 def _first_line(text: str) -> str:

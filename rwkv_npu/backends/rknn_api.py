@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_npu import board
 from rwkv_npu.errors import BackendError
 
-# Where boards' images put it, as RKNNLite looks for it; RWKV_NPU_RKNNRT names another file.
-LIBRARIES = ("/usr/lib/librknnrt.so", "/usr/lib64/librknnrt.so", "/usr/lib/librknn_runtime.so")
-OVERRIDE = "RWKV_NPU_RKNNRT"
+OVERRIDE = "RWKV_NPU_RKNNRT"  # names another librknnrt.so than the image's
 
 CHIP = "rk3588"  # whose sizes, layouts and cores these are
 CORES = (1, 2, 4)  # masks
@@ -29,11 +28,12 @@ MAX_K = 10240
 NATIVE = 1
 TO_DEVICE, FROM_DEVICE = 1, 2
 
+OUT_OF_MEMORY = -4
 MESSAGES = {
     -1: "failed",
     -2: "timed out",
     -3: "the NPU is unavailable",
-    -4: "out of NPU memory, or of file descriptors",
+    OUT_OF_MEMORY: "out of NPU memory, or of file descriptors: end other programs, or raise the limit, ulimit -Hn",
     -5: "a parameter is refused",
     -7: "the context is invalid",
     -8: "an input is invalid",
@@ -105,16 +105,15 @@ class Library:
     """The functions of librknnrt.so, with their types. Raises BackendError where there is none."""
 
     def __init__(self) -> None:
-        path = os.environ.get(OVERRIDE) or next((path for path in LIBRARIES if Path(path).exists()), None)
+        path = os.environ.get(OVERRIDE) or board.runtime_library()
         if path is None:
             raise BackendError(
-                f"there is no librknnrt.so at {', '.join(LIBRARIES)}: it comes with a board's image ({OVERRIDE} names "
-                "another place)"
+                f"librknnrt.so is not in /usr/lib: it comes with the board's image ({OVERRIDE} names another)"
             )
-        self.path = path
+        self.path = Path(path)
         context, memory, info = c_uint64, POINTER(TensorMem), POINTER(MatmulInfo)
         try:
-            self._library = ctypes.CDLL(self.path)
+            self._library = ctypes.CDLL(str(self.path))
             self.create = self._function("rknn_matmul_create", POINTER(context), info, POINTER(IoAttr))
             self.destroy = self._function("rknn_matmul_destroy", context)
             self.run = self._function("rknn_matmul_run", context)
@@ -139,7 +138,8 @@ class Library:
         return function
 
 
-def check(what: str, code: int) -> None:
+def check(what: str, code: int, remedy: str = "") -> None:
     """Raises BackendError for a code that is not 0."""
     if code:
-        raise BackendError(f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}")
+        said = f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}"
+        raise BackendError(f"{said}; {remedy}" if remedy else said)

@@ -8,6 +8,7 @@ counts share them.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from rwkv_npu.backends.rknn_api import CHIP, CORES, FP16, INT8, OVERRIDE, Kind, 
 from rwkv_npu.errors import BackendError
 from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan, check_room
-from rwkv_npu.npu import LOCK, raise_file_limit
+from rwkv_npu.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.spec import Kind as TensorKind
 
@@ -36,26 +37,29 @@ class MatmulSource(Source, Protocol):
     precision: str | None
 
 
+Multiply = Callable[[np.ndarray, Weight], np.ndarray]
+
+
 class NpuMaths(NumpyMaths):
-    """`maths.Maths` with large products on the NPU. `weight` packs a projection at its first use, and gives None for
+    """`maths.Maths` with large products by `multiply`. `weight` packs a projection at its first use, and gives None for
     those that stay on the CPU."""
 
     def __init__(
         self,
         tensor: Callable[[str], np.ndarray],
         weight: Callable[[str], Weight | None],
-        products: Products,
+        multiply: Multiply,
         prefix: str = "",
     ):
         super().__init__(tensor, prefix)
-        self._tensor, self._packed, self._products = tensor, weight, products
+        self._tensor, self._packed, self._multiply = tensor, weight, multiply
 
     def block(self, layer: int) -> NpuMaths:
-        return NpuMaths(self._tensor, self._packed, self._products, f"blocks.{layer}.")
+        return NpuMaths(self._tensor, self._packed, self._multiply, f"blocks.{layer}.")
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
         weight = self._packed(self._prefix + name)
-        return super().linear(x, name, index) if weight is None else self._products.multiply(x, weight)
+        return super().linear(x, name, index) if weight is None else self._multiply(x, weight)
 
 
 class RknnMatmulRunner:
@@ -83,12 +87,15 @@ class RknnMatmulBackend:
         masks, library = _masks(cores), Library()
         plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
         check_room(plan, "the weights", "use --precision w8a8, or ort")
+        if said := board.outdated(board.runtime_version(library.path), board.driver_version()):
+            warnings.warn(said, stacklevel=2)
         raise_file_limit()
         LOCK.acquire()
         self._source = source
         self._products: Products | None = Products(library, kind, masks, own=own)
         self._large, self._weights = set(_large(source.spec)), dict[str, Weight]()
-        self._maths = NpuMaths(source.tensor, self._weight, self._products)
+        self._maths = NpuMaths(source.tensor, self._weight, self._products.multiply)
+        self._packing = NpuMaths(source.tensor, self._weight, _no_product)
 
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return HEAD_ROWS if group.role == "head" else ROWS
@@ -98,9 +105,9 @@ class RknnMatmulBackend:
             raise BackendError(
                 f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows of one sequence"
             )
-        runner = RknnMatmulRunner(self._source, self._maths, group, rows)
-        runner.run()  # packs its weights
-        return runner
+        with captured():  # what librknnrt prints beside its codes
+            self._source.evaluate(group, self._packing, dict(allocate_inputs(group, rows, 1)))
+        return RknnMatmulRunner(self._source, self._maths, group, rows)
 
     def close(self) -> None:
         if self._products is not None:
@@ -115,6 +122,11 @@ class RknnMatmulBackend:
             assert self._products is not None
             self._weights[name] = self._products.weight(name, self._source.tensor(name), _rows(name))
         return self._weights[name]
+
+
+def _no_product(x: np.ndarray, weight: Weight) -> np.ndarray:
+    """Of a pass that packs weights: the NPU has not been tested yet, and must not be asked."""
+    return np.zeros((len(x), weight.cut.N), np.float32)
 
 
 def _large(spec: Spec) -> dict[str, tuple[int, int]]:

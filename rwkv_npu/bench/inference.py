@@ -16,7 +16,7 @@ from rwkv_npu import estimate
 from rwkv_npu.bench import inference_plot, inference_report
 from rwkv_npu.bench.inference_record import Document
 from rwkv_npu.bench.inference_study import DEFAULT_BACKENDS, Settings, Study
-from rwkv_npu.errors import UsageError
+from rwkv_npu.files import resume_file
 from rwkv_npu.model import demo_model
 
 
@@ -26,8 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     if picture:
         inference_plot.check(picture)
     settings = _settings(arguments)
-    if settings.file:
-        _check_file(settings.file)
     study = Study(settings)
     interrupted = False
     try:
@@ -57,7 +55,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         "seconds": arguments.seconds,
         "threads": arguments.threads,
         "fusion": arguments.fusion,
-        "file": Path(arguments.resume) if arguments.resume else None,
+        "file": resume_file(arguments.resume),
     }
     overhead, factor = arguments.call_overhead_us, arguments.host_factor
     return Settings(
@@ -86,17 +84,6 @@ def _command(arguments: argparse.Namespace) -> str:
         if (value := getattr(arguments, name)) is not None:
             words.append(f"--{name.replace('_', '-')} {value}")
     return " ".join([*words, *(["--profile"] if arguments.profile else [])])
-
-
-def _check_file(file: Path) -> None:
-    """Raises UsageError, before anything is measured, where rows could not be kept."""
-    try:
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise UsageError(f"--resume {file}: cannot write there: {error.strerror}") from error
 
 
 def _print(document: Document, output: str) -> None:

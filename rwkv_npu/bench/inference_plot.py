@@ -104,7 +104,8 @@ def _style() -> dict[str, Any]:
 
 def _name(row: Row, machine: Mapping[str, Any]) -> str:
     if row.estimated:
-        return f"{row.device.replace(', ', chr(10), 1)} (estimate)"
+        chip, how = row.device.split(", ", 1)
+        return f"{chip} {row.precision}\n{how} (estimate)"
     return f"{row.backend} {row.precision}\n{machine.get('cpu', 'this machine')}, {machine.get('cores', '?')} cores"
 
 

@@ -139,17 +139,31 @@ def _mark_crossovers(axes: Any, found: Sequence[Crossover], room: int) -> None:
     """A numbered ring at each, and `room` lines at most of explanation beside the picture, where they hide nothing."""
     chosen = sorted(found, key=lambda one: not one.estimated)[: max(0, room)]
     chosen = sorted(chosen, key=lambda one: one.size)
-    for number, one in enumerate(chosen, 1):
-        y = one.time_s * 1e3
+    for numbers, place in _together(chosen):
         axes.plot(
-            [one.size], [y], "o", markersize=13, color="white", markeredgecolor="#222222", zorder=5, alpha=0.9
+            [place.size],
+            [place.time_s * 1e3],
+            "o",
+            markersize=13,
+            color="white",
+            markeredgecolor="#222222",
+            zorder=5,
+            alpha=0.9,
         )
-        axes.text(one.size, y, str(number), ha="center", va="center", fontsize=8, zorder=6, fontweight="bold")
-        line = f"{number}  N = {one.size:.0f}: {_short(one.winner)} passes {_short(one.loser)}"
+        axes.annotate(
+            numbers,
+            (place.size, place.time_s * 1e3),
+            ha="center",
+            va="center",
+            fontsize=8 if len(numbers) < 3 else 6.5,
+            zorder=6,
+            fontweight="bold",
+        )
+    for number, one in enumerate(chosen, 1):
         axes.text(
             1.02,
             0.045 * (len(chosen) - number),
-            line,
+            f"{number}  N = {one.size:.0f}: {_short(one.winner)} passes {_short(one.loser)}",
             transform=axes.transAxes,
             fontsize=8.5,
             color="#333333",
@@ -157,6 +171,18 @@ def _mark_crossovers(axes: Any, found: Sequence[Crossover], room: int) -> None:
     if chosen:
         heading = "crossovers" + (" (~ estimate)" if any(one.estimated for one in chosen) else "")
         axes.text(1.02, 0.045 * len(chosen), heading, transform=axes.transAxes, fontsize=9, fontweight="bold")
+
+
+def _together(chosen: Sequence[Crossover]) -> list[tuple[str, Crossover]]:
+    """The numbers of those that would hide each other, such as 4-6, and the first of them."""
+    found: list[list[int]] = []
+    for i, one in enumerate(chosen):
+        first = chosen[found[-1][0]] if found else one
+        if found and one.size < 1.05 * first.size and 0.8 < one.time_s / first.time_s < 1.25:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return [(f"{f[0] + 1}-{f[-1] + 1}" if f[1:] else f"{f[0] + 1}", chosen[f[0]]) for f in found]
 
 
 def _short(series: str) -> str:

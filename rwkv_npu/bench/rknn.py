@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_npu.backends.npu_matmul import Products
+from rwkv_npu.backends.rknn import submit
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, Library
 from rwkv_npu.bench.backends import Operation, moved, plain_graph
 from rwkv_npu.bench.problem import Problem
@@ -123,19 +125,12 @@ class RknnBackend:
         def copy_in() -> None:
             runtime.set_inputs([problem.a], None, None)
 
-        def run() -> None:
-            code = runtime.run(False)
-            if isinstance(code, (tuple, list)):
-                code = code[0]
-            if code:
-                raise BackendError(f"rknn_run returned {code}")
-
         def copy_out() -> None:
             last[0] = runtime.get_outputs(False)[0]
 
         size = BYTES[self.dtype]
         return Operation(
-            [copy_in, run, copy_out],
+            [copy_in, partial(submit, runtime), copy_out],
             lambda: last[0].reshape(problem.m, problem.n),
             moved(problem, size, size, size),
             submit=1,
@@ -153,7 +148,7 @@ class RknnMatmulBackend:
         LOCK.acquire()
         self.dtype, self.device = dtype, f"{(soc() or TARGET).upper()} NPU, {len(CORES)} cores"
         self.accumulate = "int32" if dtype == "int8" else "fp32"
-        self.versions = _runtime(Path(self._library.path))
+        self.versions = _runtime(self._library.path)
 
     def prepare(self, problem: Problem) -> Operation:
         products, last = Products(self._library, self._kind, CORES, own=True), [np.empty(0)]

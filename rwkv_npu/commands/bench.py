@@ -13,6 +13,7 @@ from rwkv_npu.bench import fit, matmul, plot, record, report, shapes
 from rwkv_npu.bench.timing import Effort
 from rwkv_npu.commands.common import use_big_cores
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.files import resume_file
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,14 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _matmul(arguments: argparse.Namespace) -> int:
     picture = Path(arguments.plot) if arguments.plot else None
-    file = Path(arguments.resume) if arguments.resume else None
+    file = resume_file(arguments.resume)
     bars = [m for m, _, _ in shapes.parse_sizes(arguments.bars, "--bars")] if arguments.bars else []
     if picture:
         plot.check(picture)
     if arguments.fit:
         fit.check_installed()
-    if file:
-        _check_file(file)
     settings = _settings(arguments, file)
     sweep = matmul.Sweep(settings)
     interrupted = False
@@ -88,17 +87,6 @@ def _command(arguments: argparse.Namespace) -> str:
     flags |= {"repeats": arguments.repeats, "threads": arguments.threads}
     given = [f"--{name} {value}" for name, value in flags.items() if value is not None]
     return " ".join(["rwkv-npu bench matmul", *given])
-
-
-def _check_file(file: Path) -> None:
-    """Raises UsageError, before anything is measured, where rows could not be kept."""
-    try:
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise UsageError(f"--resume {file}: cannot write there: {error.strerror}") from error
 
 
 def _kept(document: record.Document, file: Path | None) -> str:

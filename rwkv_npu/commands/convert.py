@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rwkv_npu.commands import dry_run
 from rwkv_npu.converter import convert
+from rwkv_npu.errors import UsageError
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        return dry_run.run(arguments)
+    if arguments.json:
+        raise UsageError("--json is for --dry-run")
     try:
         path = convert(
             arguments.checkpoint,

@@ -4,60 +4,180 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.resources
 import json
+import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
-from rwkv_npu.evaluation import Evaluation, evaluate
-from rwkv_npu.texts import read_text
+from rwkv_npu.evaluation import Evaluation, Lambada, evaluate, evaluate_lambada, read_lambada
+from rwkv_npu.files import resume_file
+from rwkv_npu.model import Model, demo_model, load
+from rwkv_npu.opening import CPU_BACKEND
+from rwkv_npu.texts import Encode, Tokens, read_tokens
+
+HELD_OUT = "data/demo/heldout.txt"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.max_tokens is not None and arguments.max_tokens < 1:
-        raise UsageError(f"--max-tokens is {arguments.max_tokens}: it must be at least 1")
-    text = read_text(arguments.text) if arguments.text else default_text()
-    with contextlib.ExitStack() as opened:
-        model = opened.enter_context(load_model(arguments))
-        ids = model.encode(text)
-        size = len(text.encode())
-        if arguments.max_tokens is not None and arguments.max_tokens < len(ids):
-            ids = ids[: arguments.max_tokens]
-            size = (
-                sum(len(model.tokenizer.token_bytes(token) or b"") for token in ids) if model.tokenizer else 0
-            )
-        reference = None
-        if arguments.against or arguments.against_backend:
-            other = {
-                "model": arguments.against or arguments.model,
-                "backend": arguments.against_backend or "auto",
-                "precision": None,
-                "plan": None,
-                "fusion": None,
-            }
-            reference = opened.enter_context(load_model(argparse.Namespace(**{**vars(arguments), **other})))
-        with tqdm(total=len(ids), desc="eval", unit="token", leave=False, disable=None) as bar:
-            result = evaluate(model, ids, text_bytes=size, reference=reference, progress=bar.update)
-    print(json.dumps(result.to_json(), indent=1) if arguments.json else _table(result))
+    _check(arguments)
+    resume = resume_file(arguments.resume)
+    measure = _measure_lambada if arguments.lambada else _measure_text
+    try:
+        with contextlib.ExitStack() as opened:
+            result, table = measure(arguments, opened, resume)
+    except KeyboardInterrupt:
+        kept = f": the same command goes on from {resume}" if resume else ""
+        print(f"rwkv-npu: interrupted{kept}", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=1) if arguments.json else table)
     return 0
 
 
-def default_text() -> str:
-    """Prose that the demo model was not trained on."""
-    return (importlib.resources.files("rwkv_npu") / "data" / "demo" / "heldout.txt").read_text(
-        encoding="utf-8"
+def _check(arguments: argparse.Namespace) -> None:
+    for flag, value in (("max-tokens", arguments.max_tokens), ("context", arguments.context)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag} is {value}: it must be at least 1")
+        if value is not None and arguments.lambada:
+            raise UsageError(f"--{flag} is for --text: of --lambada every text is read whole")
+    if arguments.text and arguments.lambada:
+        raise UsageError("give --text or --lambada, not both")
+
+
+def _measure_text(
+    arguments: argparse.Namespace, opened: contextlib.ExitStack, resume: Path | None
+) -> tuple[dict[str, Any], str]:
+    models = functools.cache(lambda: _models(arguments, opened))
+    tokens = _tokens(
+        arguments.text, lambda text: models()[0].encode(text)
+    )  # what is wrong there is said at once
+    model, reference = models()
+    ids = tokens.ids[: arguments.max_tokens]
+    whole = tokens.bytes is not None and len(ids) == len(tokens.ids)
+    found = evaluate(
+        model,
+        ids,
+        text_bytes=tokens.bytes if whole else _bytes(model, ids),
+        reference=reference,
+        context=arguments.context,
+        progress=opened.enter_context(_bar(len(ids), "token")).update,
+        resume=resume,
+    )
+    return {**_named(model, reference), **found.to_json()}, _text_table(found, reference)
+
+
+def _measure_lambada(
+    arguments: argparse.Namespace, opened: contextlib.ExitStack, resume: Path | None
+) -> tuple[dict[str, Any], str]:
+    passages = read_lambada(arguments.lambada)
+    model, reference = _models(arguments, opened)
+    bar = opened.enter_context(_bar(len(passages), "text"))
+    found = evaluate_lambada(model, passages, reference=reference, progress=bar.update, resume=resume)
+    return {**_named(model, reference), **found.to_json()}, _lambada_table(found, reference)
+
+
+def _bar(total: int, unit: str) -> tqdm[Any]:
+    return tqdm(total=total, desc="eval", unit=unit, leave=False, disable=None)
+
+
+def _tokens(path: str | None, encode: Encode) -> Tokens:
+    """Those of a file; by default of prose that the demo model was not trained on."""
+    if path is not None:
+        return read_tokens(path, encode)
+    with importlib.resources.as_file(importlib.resources.files("rwkv_npu") / HELD_OUT) as file:
+        return read_tokens(str(file), encode)
+
+
+def _bytes(model: Model, ids: np.ndarray) -> int | None:
+    """Length of the text of `ids`; None where the vocabulary is not known."""
+    if model.tokenizer is None:
+        return None
+    return sum(len(model.tokenizer.token_bytes(int(token)) or b"") for token in ids)
+
+
+# -- models ----------------------------------------------------------------------------------------------
+
+
+def _models(arguments: argparse.Namespace, opened: contextlib.ExitStack) -> tuple[Model, Model | None]:
+    model = opened.enter_context(load_model(arguments))
+    if not (arguments.against or arguments.against_backend or arguments.against_precision):
+        return model, None
+    return model, opened.enter_context(_reference(arguments))
+
+
+def _reference(arguments: argparse.Namespace) -> Model:
+    """What to compare with: unless told otherwise, fp32 arithmetic on the CPU, on weights that are not quantised."""
+    path = Path(arguments.against or arguments.model or demo_model())
+    precision = arguments.against_precision
+    if precision is None and is_bundle(path):
+        precision = read_manifest(path).cpu
+    return load(
+        path,
+        backend=arguments.against_backend or CPU_BACKEND,
+        precision=precision,
+        tokenizer=arguments.tokenizer,
+        threads=arguments.threads,
+        npu_cores=arguments.npu_cores,
     )
 
 
-def _table(result: Evaluation) -> str:
+def _named(model: Model, reference: Model | None) -> dict[str, Any]:
+    return {"model": _name(model), "compared_with": _name(reference) if reference else None}
+
+
+def _name(model: Model) -> str:
+    source = model.source
+    return f"{source.precision or source.cpu_precision} weights, {model.describe()}"
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+def _text_table(result: Evaluation, reference: Model | None) -> str:
     lines = [f"tokens         {result.tokens}", f"perplexity     {result.perplexity:.3f} per token"]
     if result.bits_per_byte is not None:
         lines.append(f"bits per byte  {result.bits_per_byte:.4f}")
-    if result.kl_mean is not None:
-        lines.append(
-            f"KL             {result.kl_mean:.3g} nats per token (99th percentile {result.kl_p99:.3g})"
-        )
-        lines.append(f"top-1 agrees   {100 * (result.top1 or 0):.2f} %")
+    if reference:
+        lines += [
+            f"KL             {result.kl_mean:.3g} nats per token (99th percentile {result.kl_p99:.3g})",
+            f"top-1 agrees   {100 * (result.top1 or 0):.2f} %",
+            f"compared with  {_name(reference)}",
+        ]
+    return "\n".join([*lines, "", *_positions(result)])
+
+
+def _positions(result: Evaluation) -> list[str]:
+    """A line for every stretch of positions: what drifts grows from one to the next."""
+    compared = result.kl_mean is not None
+    title = f"{'position':>10}{'tokens':>9}{'bits/token':>12}{'perplexity':>12}"
+    lines = [title + (f"{'KL mean':>11}{'KL p99':>11}{'top-1':>9}" if compared else "")]
+    for part in result.positions:
+        place = f"{part.begin}-{'' if part.end is None else part.end}"
+        line = f"{place:>10}{part.tokens:>9}{part.bits_per_token:>12.4f}{part.perplexity:>12.3f}"
+        if compared:
+            line += f"{part.kl_mean:>11.3g}{part.kl_p99:>11.3g}{100 * (part.top1 or 0):>7.2f} %"
+        lines.append(line)
+    return lines
+
+
+def _lambada_table(result: Lambada, reference: Model | None) -> str:
+    lines = _lambada_lines(result)
+    if reference and result.reference:
+        lines += ["", f"compared with  {_name(reference)}", *_lambada_lines(result.reference)[1:]]
     return "\n".join(lines)
+
+
+def _lambada_lines(result: Lambada) -> list[str]:
+    error = "" if result.accuracy_error is None else f" (standard error {100 * result.accuracy_error:.2f} %)"
+    return [
+        f"texts          {result.texts}",
+        f"accuracy       {100 * result.accuracy:.2f} %{error}",
+        f"perplexity     {result.perplexity:.3f} per last word",
+    ]

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv_npu.bundle import artifacts_digest
 from rwkv_npu.commands.common import bundle_at, use_big_cores
+from rwkv_npu.errors import UsageError
 from rwkv_npu.opening import Options, machine_key
 from rwkv_npu.plan import USES, save_tuned
+from rwkv_npu.spec import FUSIONS
 from rwkv_npu.tuning import Measured, tune
 
 
 def run(arguments: argparse.Namespace) -> int:
     bundle = bundle_at(arguments.model)
+    if not os.access(bundle.path, os.W_OK):  # before minutes of measuring
+        raise UsageError(
+            f"{bundle.path} cannot be written to, and the plan is kept in it: tune a copy of your own"
+        )
     use_big_cores(arguments.threads)
     options = Options(arguments.threads, arguments.npu_cores)
     plan, found = tune(bundle, options, say=lambda line: print(line, file=sys.stderr))
-    measured = {f"{m.fusion} {m.backend}": {f"{use}_ms": _ms(m, use) for use in USES} for m in found}
+    measured = {f"{m.fusion} {m.backend}": {use: _milliseconds(m, use) for use in USES} for m in found}
     machine = machine_key()
     kept = save_tuned(bundle.path, machine, artifacts_digest(bundle.manifest), plan, measured)
     facts = {
@@ -30,18 +37,38 @@ def run(arguments: argparse.Namespace) -> int:
         "measured": measured,
         "file": str(kept),
     }
-    print(json.dumps(facts, indent=1) if arguments.json else _table(found, facts))
+    print(json.dumps(facts, indent=1) if arguments.json else _table(facts))
     return 0
 
 
-def _ms(measured: Measured, use: str) -> float:
-    return round(1e3 * measured.per_token(use), 3)
+def _milliseconds(measured: Measured, use: str) -> dict[str, Any]:
+    """Of a pass over `rows` tokens: what all groups of a role took, their calls' overhead in it, and the host."""
+    taken = {**measured.calls[use], "host": measured.host[use]}
+    return {
+        "rows": measured.rows(use),
+        **{role: round(1e3 * seconds, 3) for role, seconds in taken.items()},
+        "token": round(1e3 * measured.per_token(use), 3),
+    }
 
 
-def _table(found: Sequence[Measured], facts: dict[str, Any]) -> str:
-    lines = [f"{'fusion':<12}{'backend':<14}{'decode ms':>12}{'prefill ms':>12}   (a token)"]
-    lines += [
-        f"{m.fusion:<12}{m.backend:<14}{_ms(m, 'decode'):>12.2f}{_ms(m, 'prefill'):>12.2f}" for m in found
-    ]
+def _table(facts: dict[str, Any]) -> str:
+    """A line for every backend, use and fusion; columns are roles of groups."""
+    lines: list[str] = []
+    for fusion in FUSIONS:
+        rows = [
+            {"fusion": fusion, "backend": backend, **taken}
+            for (of, backend), uses in ((name.split(" "), uses) for name, uses in facts["measured"].items())
+            if of == fusion
+            for taken in uses.values()
+        ]
+        columns = list(rows[0]) if rows else []  # of decoding, which has every role
+        lines += [_line(row, columns) for row in ({name: name for name in columns}, *rows) if row]
+    lines.append("Milliseconds of a pass over so many rows, the last column of a token.")
     lines += [f"plan         {facts['plan']}, {facts['fusion']} fusion", f"machine      {facts['machine']}"]
     return "\n".join([*lines, f"kept in      {facts['file']}"])
+
+
+def _line(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    cells = [row.get(name, "") for name in columns]
+    words = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    return "".join([f"{words[0]:<12}{words[1]:<13}", *(f"{word:>9}" for word in words[2:])])

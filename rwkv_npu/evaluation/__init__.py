@@ -1,0 +1,7 @@
+"""How well a model predicts, and how far it is from another: `text` on running text, `lambada` on last words."""
+
+from rwkv_npu.evaluation.lambada import Lambada, evaluate_lambada, read_lambada
+from rwkv_npu.evaluation.likelihood import log_softmax
+from rwkv_npu.evaluation.text import Evaluation, evaluate
+
+__all__ = ["Evaluation", "Lambada", "evaluate", "evaluate_lambada", "log_softmax", "read_lambada"]

@@ -1,0 +1,133 @@
+"""What an evaluation has scored so far, in a file: where the next one goes on after Ctrl-C or a kill.
+
+A safetensors file: a column of numbers for each score, one number an item (a token, a text), and the recurrent states
+after the last of them. Its metadata says what was evaluated, and another evaluation refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.errors import UsageError
+from rwkv_npu.state import State
+from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
+
+FORMAT = "rwkv_npu evaluation 1"
+SAVE_S = 10.0  # seconds between two saves: what a kill can cost
+
+
+class Journal:
+    """Scores of `count` items. `columns` are the scores' names; `identity` says what is evaluated, part by part.
+
+    scores: name -> (count,) fp64, of which the first `done` are there. states: those after them, one a model; what
+    begins every item anew has none. path: None keeps nothing.
+    Raises UsageError for a file of another evaluation, one that is damaged, or one that cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        identity: Mapping[str, str],
+        columns: Sequence[str],
+        count: int,
+        states: Sequence[State] = (),
+    ):
+        self.path = None if path is None else Path(path)
+        self.identity = dict(identity)
+        self.scores = {name: np.empty(count) for name in columns}
+        self._at: tuple[int, tuple[State, ...]] = (
+            0,
+            tuple(states),
+        )  # one thing, so that no Ctrl-C can part it
+        if self.path and self.path.exists() and self.path.stat().st_size:
+            self._at = self._load(self.path, states)
+        self._saved, self._saved_at = self.done, time.monotonic()
+
+    @property
+    def done(self) -> int:
+        return self._at[0]
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return self._at[1]
+
+    def add(self, scores: Mapping[str, np.ndarray], states: Sequence[State] = ()) -> None:
+        """Append the scores of the next items, and have them in the file before long."""
+        stop = self.done + len(next(iter(scores.values())))
+        for name, values in scores.items():
+            self.scores[name][self.done : stop] = values
+        self._at = stop, tuple(states)
+        if time.monotonic() - self._saved_at > SAVE_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all. Raises UsageError."""
+        if self.path is None or self.done == self._saved:
+            return
+        done, states = self._at
+        plans = [_plan(name, column[:done]) for name, column in self.scores.items()]
+        for number, state in enumerate(states):
+            plans += [_plan(f"state.{number}.{name}", part) for name, part in state.parts.items()]
+        metadata = {"format": FORMAT, "identity": json.dumps(self.identity), "done": str(done)}
+        aside = self.path.with_name(self.path.name + ".writing")
+        try:
+            write_tensors(aside, plans, metadata)
+            os.replace(aside, self.path)
+        except OSError as error:
+            raise UsageError(f"cannot write {self.path}: {error.strerror}") from error
+        self._saved, self._saved_at = done, time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.save()
+
+    def _load(self, path: Path, states: Sequence[State]) -> tuple[int, tuple[State, ...]]:
+        with TensorFile(path, error=UsageError) as file:
+            done = self._check(path, file.metadata)
+            for name, column in self.scores.items():
+                column[:done] = _read(file, name, (done,), np.float64)
+            loaded = [
+                {
+                    name: _read(file, f"state.{number}.{name}", part.shape, part.dtype)
+                    for name, part in state.parts.items()
+                }
+                for number, state in enumerate(states)
+            ]
+        return done, tuple(replace(state, parts=parts) for state, parts in zip(states, loaded, strict=True))
+
+    def _check(self, path: Path, metadata: Mapping[str, str]) -> int:
+        """How many items a file of this evaluation has."""
+        if metadata.get("format") != FORMAT:
+            raise UsageError(f"{path} is not from an evaluation that was interrupted: name another file")
+        try:
+            identity, done = json.loads(metadata["identity"]), int(metadata["done"])
+            theirs = {name: identity[name] for name in self.identity}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged ({error!r:.80}): name another file") from None
+        if other := [name for name, value in self.identity.items() if theirs[name] != value]:
+            raise UsageError(f"{path} belongs to an evaluation with another {other[0]}: name another file")
+        if not 0 <= done <= len(next(iter(self.scores.values()))):
+            raise UsageError(f"{path} is damaged (it has {done} scores): name another file")
+        return done
+
+
+def _plan(name: str, array: np.ndarray) -> TensorPlan:
+    return TensorPlan(name, array.dtype, array.shape, lambda: array)
+
+
+def _read(file: TensorFile, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A copy of a tensor. Raises UsageError for one of another shape or type."""
+    found = file.array(name)
+    if found.shape != shape or found.dtype != dtype:
+        raise UsageError(f"{file.path}: {name} is {found.dtype} {found.shape}, not {np.dtype(dtype)} {shape}")
+    return found.copy()

@@ -1,0 +1,194 @@
+"""A text read once, token by token: how likely each was, and how far the predictions are from a reference's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.bundle import artifacts_digest
+from rwkv_npu.errors import UsageError
+from rwkv_npu.evaluation.journal import Journal
+from rwkv_npu.evaluation.likelihood import compare, log_likelihood
+from rwkv_npu.model import Model
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.state import State
+from rwkv_npu.tokenizer import END_OF_TEXT
+
+CHUNK = 64  # tokens whose logits are in memory together: 17 MB a model with 65536 words
+POSITIONS = (0, 64, 512, 4096)  # where the stretches begin that drift is looked at in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of some tokens. bits_per_token, perplexity: of the model's own predictions, per token.
+
+    kl_mean, kl_p99: KL(reference || model) in nats per token; top1: share of tokens before which both would choose the
+    same one. None without a reference.
+    """
+
+    tokens: int
+    bits_per_token: float
+    perplexity: float
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch(Figures):
+    """Tokens at the positions `begin` <= i < `end` of their document; end None: all the later ones."""
+
+    begin: int
+    end: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Figures):
+    """bits_per_byte: negative log2 likelihood of the tokens over the bytes of their text (None without text).
+
+    context: tokens of a document, each read from an empty state; None where the text is one.
+    positions: the same figures by position, as far as there are any.
+    """
+
+    bytes: int | None
+    bits_per_byte: float | None
+    context: int | None
+    positions: tuple[Stretch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: Model,
+    ids: Sequence[int] | np.ndarray,
+    *,
+    text_bytes: int | None = None,
+    reference: Model | None = None,
+    context: int | None = None,
+    progress: Callable[[int], object] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """Read `ids` after an end-of-text token and score each of them; `text_bytes` is the length of their text.
+
+    reference: reads the same, to be compared with. context: begin anew, with an end-of-text token and an empty state,
+    after every so many tokens. progress is called with the number of tokens done since its last call.
+    resume: a file for what is done, kept up to date and written at the end, whatever that is; where it exists the
+    evaluation goes on from it, and gives what it would have given in one go.
+    Raises UsageError for no ids, a reference of another vocabulary size or a file of another evaluation, BackendError
+    for logits that are not finite.
+    """
+    targets = np.asarray(ids, np.int64)
+    models = [model] if reference is None else [model, reference]
+    _check(targets, models, context)
+    columns = ["log_p"] if reference is None else ["log_p", "kl", "agrees"]
+    identity = _identity(models, targets, context)
+    inputs = np.concatenate([[END_OF_TEXT], targets[:-1]])
+    inputs[:: context or len(targets)] = END_OF_TEXT
+    with Journal(resume, identity, columns, len(targets), [one.new_state() for one in models]) as journal:
+        if progress and journal.done:
+            progress(journal.done)
+        for piece in _pieces(len(targets), context, journal.done):
+            begins = piece.start % (context or len(targets)) == 0
+            states = [one.new_state() for one in models] if begins else journal.states
+            journal.add(*_score(models, states, inputs[piece], targets[piece]))
+            if progress:
+                progress(piece.stop - piece.start)
+    return _evaluation(journal.scores, text_bytes, context)
+
+
+def model_identity(model: Model) -> str:
+    """Models of which this is the same give the same logits: content, precision and backends."""
+    source = model.source
+    content = (
+        artifacts_digest(source.bundle.manifest) if isinstance(source, BundleSource) else model.fingerprint
+    )
+    return f"{content} {source.precision} {model.describe()}"
+
+
+def _check(targets: np.ndarray, models: Sequence[Model], context: int | None) -> None:
+    if not len(targets):
+        raise UsageError("there is nothing to evaluate: the text is empty")
+    if len({one.spec.V for one in models}) > 1:
+        sizes = " and ".join(str(one.spec.V) for one in models)
+        raise UsageError(f"the models have vocabularies of {sizes}: no comparison")
+    wrong = targets[(targets < 0) | (targets >= models[0].spec.V)]
+    if wrong.size:
+        raise UsageError(
+            f"token id {wrong[0]} is outside the model's vocabulary of {models[0].spec.V}: was the text encoded for "
+            "another model?"
+        )
+    if context is not None and context < 1:
+        raise UsageError(f"context is {context}: it must be at least 1")
+
+
+def _identity(models: Sequence[Model], targets: np.ndarray, context: int | None) -> dict[str, str]:
+    reference = model_identity(models[1]) if len(models) > 1 else ""
+    return {
+        "model": model_identity(models[0]),
+        "reference": reference,
+        "text": hashlib.blake2b(targets.tobytes(), digest_size=16).hexdigest(),
+        "context": str(context),
+    }
+
+
+def _pieces(count: int, context: int | None, done: int) -> Iterator[slice]:
+    """What is read at once, after `done` tokens: CHUNK tokens, or what is left of a document."""
+    length = context or count
+    for document in range(0, count, length):
+        end = min(document + length, count)
+        for start in range(document, end, CHUNK):
+            if start >= done:
+                yield slice(start, min(start + CHUNK, end))
+
+
+def _score(
+    models: Sequence[Model], states: Sequence[State], inputs: np.ndarray, targets: np.ndarray
+) -> tuple[dict[str, np.ndarray], list[State]]:
+    """Scores of `targets` where the models read `inputs` after `states`, and their new states. States are copied:
+    those of before are still whole after an interruption."""
+    read = [one.forward(inputs, state, all_logits=True) for one, state in zip(models, states, strict=True)]
+    ours, *references = (logits for logits, _ in read)
+    if not references:
+        return {"log_p": log_likelihood(ours, targets)}, [state for _, state in read]
+    log_p, kl = compare(ours, targets, references[0])
+    scores = {"log_p": log_p, "kl": kl, "agrees": ours.argmax(-1) == references[0].argmax(-1)}
+    return scores, [state for _, state in read]
+
+
+def _evaluation(scores: dict[str, np.ndarray], text_bytes: int | None, context: int | None) -> Evaluation:
+    count = len(scores["log_p"])
+    places = np.arange(count) % (context or count)
+    stretches = []
+    for begin, end in zip(POSITIONS, (*POSITIONS[1:], None), strict=True):
+        chosen = (places >= begin) & (places < (end or count))
+        if chosen.any():
+            figures = _figures({name: column[chosen] for name, column in scores.items()})
+            stretches.append(Stretch(begin=begin, end=end, **figures))
+    bits = -float(scores["log_p"].sum()) / np.log(2)
+    return Evaluation(
+        **_figures(scores),
+        bytes=text_bytes,
+        bits_per_byte=bits / text_bytes if text_bytes else None,
+        context=context,
+        positions=tuple(stretches),
+    )
+
+
+def _figures(scores: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of `Figures`."""
+    nats, kl = -float(scores["log_p"].mean()), scores.get("kl")
+    figures = {
+        "tokens": len(scores["log_p"]),
+        "bits_per_token": nats / np.log(2),
+        "perplexity": float(np.exp(nats)),
+    }
+    if kl is not None:
+        figures["kl_mean"], figures["kl_p99"] = float(kl.mean()), float(np.quantile(kl, 0.99))
+        figures["top1"] = float(scores["agrees"].mean())
+    return figures
