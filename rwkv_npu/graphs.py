@@ -394,14 +394,10 @@ def compiler_model(
     return _model(trace, group.name, tensor, projections)
 
 
-def quantised_weights(
-    program: Program, group: Group, rows: int, quantised: Mapping[str, Quantised]
-) -> dict[str, Quantised]:
-    """Of the compiler's graph, the weights that belong to `quantised` projections: by their own names, since of a wide
-    projection there are several."""
-    trace = _compiler_trace(program, group, rows, quantised)
-    labels = {name: constant.whole.label for name, constant in trace.projections.items()}
-    return {name: quantised[label] for name, label in labels.items() if label in quantised}
+def compiler_weights(program: Program, group: Group, rows: int) -> dict[str, str]:
+    """The weights in the compiler's graph, each with the label of the projection that it is a part of, or all of."""
+    trace = _compiler_trace(program, group, rows, {})
+    return {name: constant.whole.label for name, constant in trace.projections.items()}
 
 
 def _compiler_trace(program: Program, group: Group, rows: int, quantised: Mapping[str, Quantised]) -> Trace:

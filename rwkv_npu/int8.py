@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rwkv_npu.bundle import packed_label
 from rwkv_npu.maths import NumpyMaths, matmul
+
+PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
 
 LOWEST, HIGHEST = -128, 127
 LARGEST_WEIGHT = 127
@@ -40,12 +41,9 @@ class Affine:
         return Affine(scale, int(np.clip(np.rint(LOWEST - low / scale), LOWEST, HIGHEST)))
 
     @property
-    def low(self) -> float:
-        return self.scale * (LOWEST - self.zero)
-
-    @property
-    def high(self) -> float:
-        return self.scale * (HIGHEST - self.zero)
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return self.scale * (LOWEST - self.zero), self.scale * (HIGHEST - self.zero)
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The nearest values that there are numbers for, fp32."""
@@ -99,13 +97,15 @@ def round_weight(
     return np.rint(values / steps).astype(np.int8), steps
 
 
-Lookup = Callable[[str], Quantised | None]
-
-
 class Int8Maths(NumpyMaths):
-    """The reference, but for the projections that `lookup(label)` has quantised."""
+    """The reference, but for the projections that `lookup(name)` has quantised; those of a stack are never."""
 
-    def __init__(self, weight: Callable[[str], np.ndarray], lookup: Lookup, prefix: str = ""):
+    def __init__(
+        self,
+        weight: Callable[[str], np.ndarray],
+        lookup: Callable[[str], Quantised | None],
+        prefix: str = "",
+    ):
         super().__init__(weight, prefix)
         self._lookup = lookup
 
@@ -113,5 +113,5 @@ class Int8Maths(NumpyMaths):
         return Int8Maths(self._weight, self._lookup, f"blocks.{layer}.")
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-        quantised = self._lookup(packed_label(self._prefix + name, index))
+        quantised = self._lookup(self._prefix + name) if index is None else None
         return super().linear(x, name, index) if quantised is None else quantised.linear(x)

@@ -44,7 +44,8 @@ def kl_divergence(x: np.ndarray, low: float, high: float) -> Affine:
 
 def _divergence(counts: np.ndarray, centres: np.ndarray, affine: Affine) -> float:
     """KL(histogram, what was clipped put into its ends || the histogram in the steps of `affine`)."""
-    inside = np.flatnonzero((centres >= affine.low) & (centres <= affine.high))
+    low, high = affine.span
+    inside = np.flatnonzero((centres >= low) & (centres <= high))
     first, last = inside[0], inside[-1] + 1
     p = counts[first:last].astype(np.float64)
     steps = np.rint(centres[first:last] / np.float32(affine.scale)).astype(np.int64)

@@ -24,7 +24,7 @@ commands
 serve bench
 forecast
 converter evaluation
-artifacts quantisation bundle_writer model tuning diagnosis
+artifacts quantisation precision_map bundle_writer model tuning diagnosis
 verify generation estimate opening headroom calibration_ids remedies
 ranges sensitivity
 recording calibration
@@ -33,8 +33,9 @@ graphs sampling state tokenizer plan
 backends
 kernels
 checkpoint models
-memory int8
+memory
 bundle
+int8
 maths tensorfile toolkit packing
 spec files board npu texts
 errors
