@@ -1,8 +1,7 @@
 """Products in int8 as the NPU computes them: inputs, weights and results all of 8 bits.
 
     Affine      int8 numbers q that stand for scale * (q - zero), fixed before anything is run
-    Quantised   one projection: the ranges of what goes in and comes out, and its weights in steps a column
-    quantise    chooses the ranges by rows that were seen, and weighs them on rows that were held out
+    Quantised   one projection: the ranges of what goes in and comes out, and its weights in steps of their column
     Int8Maths   the reference, with some projections quantised
 
 Between the projections everything stays in floating point; the chip converts in both directions. Rounding is to the
@@ -14,24 +13,16 @@ Letters: M rows, K width of the input, N of the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_npu.bundle import packed_label
-from rwkv_npu.calibration import Samples
 from rwkv_npu.maths import NumpyMaths, matmul
 
+PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
+
 LOWEST, HIGHEST = -128, 127
-LARGEST_WEIGHT = 127
-BINS = 2048  # of the histograms that kl_divergence compares
-NUMBERS = 1 << 20  # as many are looked at to choose a range, and four times as many to weigh it
-# Shares of the whole range that are tried: what lies outside is clipped, and the rest has finer steps.
-SHARES = np.linspace(1.0, 0.3, 29)
-# A matrix behind which only what is positive counts: the negative half of its range would be for nothing.
-RECTIFIED = "ffn.key.weight"
 
 
 @dataclass(frozen=True)
@@ -49,12 +40,9 @@ class Affine:
         return Affine(scale, int(np.clip(np.rint(LOWEST - low / scale), LOWEST, HIGHEST)))
 
     @property
-    def low(self) -> float:
-        return self.scale * (LOWEST - self.zero)
-
-    @property
-    def high(self) -> float:
-        return self.scale * (HIGHEST - self.zero)
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return self.scale * (LOWEST - self.zero), self.scale * (HIGHEST - self.zero)
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The nearest values that there are numbers for, fp32."""
@@ -64,7 +52,8 @@ class Affine:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A projection (K, N). weight: int8; a number of column n stands for steps[n] times itself.
+    """A projection (K, N). weight: in steps from 0, of which those of column n are steps[n]; int8 numbers less the one
+    that stands for 0.
 
     smoothing: (K,), what the channels of the input are divided by before they are rounded, or None.
     spread: (N,), what the columns of the product are divided by before they are rounded, and multiplied by after, or
@@ -97,151 +86,33 @@ def reciprocal(smoothing: np.ndarray) -> np.ndarray:
 def round_weight(
     weight: np.ndarray, smoothing: np.ndarray | None = None, spread: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) -> int8 numbers (K, N) and the step of each column (N,), fp32."""
+    """(K, N) -> how many steps each weight is from 0, (K, N), and the step of each column (N,), fp32.
+
+    A column's 256 numbers reach from its lowest weight to its highest. Rounded again they are the same, which is what
+    the compiler does with the weights that it is given.
+    """
     values = weight.astype(np.float32)
     if smoothing is not None:
         values = values * smoothing[:, None]
     if spread is not None:
         values = values / spread
-    steps = np.abs(values).max(0) / np.float32(LARGEST_WEIGHT)
+    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
+    steps = (high - low) / np.float32(HIGHEST - LOWEST)
     steps = np.where(steps > 0, steps, np.float32(1))
-    return np.rint(values / steps).astype(np.int8), steps
-
-
-# -- ranges ----------------------------------------------------------------------------------------------
-
-
-def normal(x: np.ndarray, low: float, high: float) -> Affine:
-    """All that was seen."""
-    return Affine.covering(low, high)
-
-
-def mmse(x: np.ndarray, low: float, high: float) -> Affine:
-    """The range whose rounding and clipping take the smallest squares from x."""
-    return min(_candidates(low, high), key=lambda a: float(np.square(a.round(x) - x).mean()))
-
-
-def kl_divergence(x: np.ndarray, low: float, high: float) -> Affine:
-    """The range that keeps the distribution of x best, by KL of the histograms."""
-    if high <= low:
-        return Affine.covering(low, high)
-    counts, edges = np.histogram(x, BINS, (min(low, 0.0), max(high, 0.0)))
-    centres = ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
-    return min(_candidates(low, high), key=lambda a: _divergence(counts, centres, a))
-
-
-def _divergence(counts: np.ndarray, centres: np.ndarray, affine: Affine) -> float:
-    """KL(histogram, what was clipped put into its ends || the histogram in the steps of `affine`)."""
-    inside = np.flatnonzero((centres >= affine.low) & (centres <= affine.high))
-    first, last = inside[0], inside[-1] + 1
-    p = counts[first:last].astype(np.float64)
-    steps = np.rint(centres[first:last] / np.float32(affine.scale)).astype(np.int64)
-    steps -= steps[0]
-    # Within a step all bins that have anything have the same.
-    mass, filled = np.bincount(steps, p), np.bincount(steps, p > 0)
-    q = np.where(p > 0, (mass / np.maximum(filled, 1))[steps], 0.0)
-    p[0] += counts[:first].sum()
-    p[-1] += counts[last:].sum()
-    p, q = p / p.sum(), np.maximum(q / max(q.sum(), 1.0), 1e-12)
-    there = p > 0
-    return float((p[there] * np.log(p[there] / q[there])).sum())
-
-
-def _candidates(low: float, high: float) -> Iterable[Affine]:
-    return (Affine.covering(share * low, share * high) for share in SHARES)
-
-
-ALGORITHMS = {"normal": normal, "mmse": mmse, "kl_divergence": kl_divergence}
-
-
-class Choice(NamedTuple):
-    """A projection quantised, how its ranges were found, and the error (relative, rms) on rows that were held out."""
-
-    quantised: Quantised
-    algorithm: str
-    error: float
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a projection's input and the products to come of them; low and high of all that were seen, (K,)."""
-
-    fitted: np.ndarray
-    product: np.ndarray
-    held: np.ndarray
-    expected: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def quantise(
-    label: str,
-    weight: np.ndarray,
-    samples: Samples,
-    smoothings: Sequence[np.ndarray | None] = (None,),
-    algorithms: Sequence[str] = tuple(ALGORITHMS),
-    spread: bool = True,
-) -> Choice:
-    """The best that can be made of a projection (K, N): of the algorithms and `smoothings` those that leave the
-    smallest error on held-out rows. `spread` allows each column of the product its own scale."""
-    most = max(2, 4 * NUMBERS // max(weight.shape))
-    fitted, held = (rows[:most] for rows in samples.halves())
-    product, expected = (matmul(rows, weight) for rows in (fitted, held))
-    if label.endswith(RECTIFIED):  # the range then starts at 0, and clips what is negative
-        product, expected = (np.maximum(p, np.float32(0)) for p in (product, expected))
-    rows = _Rows(fitted, product, held, expected, samples.low, samples.high)
-    choices = [
-        _choose(weight, rows, smoothing, algorithm, spread)
-        for smoothing in smoothings
-        for algorithm in algorithms
-    ]
-    return min(choices, key=lambda choice: choice.error)
-
-
-def _choose(
-    weight: np.ndarray, rows: _Rows, smoothing: np.ndarray | None, algorithm: str, spread: bool
-) -> Choice:
-    factor = np.float32(1) if smoothing is None else reciprocal(smoothing)
-    columns = column_scales(rows.product) if spread else None
-    product = rows.product if columns is None else rows.product / columns
-    span = ALGORITHMS[algorithm]
-    quantised = Quantised(
-        span(
-            _sample(rows.fitted * factor), float((rows.low * factor).min()), float((rows.high * factor).max())
-        ),
-        span(_sample(product), float(product.min()), float(product.max())),
-        *round_weight(weight, smoothing, columns),
-        smoothing,
-        columns,
-    )
-    difference = quantised.linear(rows.held) - rows.expected
-    return Choice(quantised, algorithm, _rms(difference) / max(_rms(rows.expected), 1e-12))
-
-
-def column_scales(product: np.ndarray) -> np.ndarray:
-    """(M, N) -> (N,): the largest magnitude of each column; not so small that it would blow up what was not seen."""
-    largest = np.abs(product).max(0)
-    return np.maximum(largest, max(float(largest.max()), 1e-30) / 64)
-
-
-def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
-
-
-def _sample(x: np.ndarray) -> np.ndarray:
-    flat = x.reshape(-1)
-    return flat[:: max(1, len(flat) // NUMBERS)]
-
-
-# -- a model of which some projections are quantised -----------------------------------------------------
-
-Lookup = Callable[[str], Quantised | None]
+    zeros = np.rint(LOWEST - low / steps)
+    numbers = np.clip(np.rint(values / steps) + zeros, LOWEST, HIGHEST)
+    return (numbers - zeros).astype(np.int16), steps
 
 
 class Int8Maths(NumpyMaths):
-    """The reference, but for the projections that `lookup(label)` has quantised."""
+    """The reference, but for the projections that `lookup(name)` has quantised; those of a stack are never."""
 
-    def __init__(self, weight: Callable[[str], np.ndarray], lookup: Lookup, prefix: str = ""):
+    def __init__(
+        self,
+        weight: Callable[[str], np.ndarray],
+        lookup: Callable[[str], Quantised | None],
+        prefix: str = "",
+    ):
         super().__init__(weight, prefix)
         self._lookup = lookup
 
@@ -249,5 +120,5 @@ class Int8Maths(NumpyMaths):
         return Int8Maths(self._weight, self._lookup, f"blocks.{layer}.")
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-        quantised = self._lookup(packed_label(self._prefix + name, index))
+        quantised = self._lookup(self._prefix + name) if index is None else None
         return super().linear(x, name, index) if quantised is None else quantised.linear(x)

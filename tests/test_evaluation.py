@@ -500,3 +500,30 @@ def test_a_bundle_is_compared_with_its_own_unquantised_weights(
 def test_the_command_refuses(flags: list[str], message: str, run: Run) -> None:
     status, out, err = run("eval", "-m", "/no/such/model", *flags)
     assert (status, out) == (1, "") and one_line(err) and message in err
+
+
+@pytest.mark.compiler
+def test_the_simulator_goes_on_too(
+    run: Run, board_bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after each chunk, Rockchip's simulator ends with the figures of one go."""
+    np.save(tmp_path / "ids.npy", IDS[:40] % 256)
+    monkeypatch.setattr(text, "CHUNK", 16)
+    flags = ("eval", "-m", board_bundles["6"], "--backend", "rknn-sim", "--against-backend", "numpy")
+    flags = (*flags, "--text", tmp_path / "ids.npy", "--json")
+    forward, calls = Model.forward, iter(range(1000))
+
+    def interrupted(model: Model, *arguments: object, **options: object) -> object:
+        if "rknn-sim" in model.describe() and next(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return forward(model, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "forward", interrupted)
+    resumed = (*flags, "--resume", tmp_path / "file")
+    assert [run(*resumed)[0] for _ in range(2)] == [130, 130]
+    status, out, _ = run(*resumed)
+    figures = json.loads(out)
+    assert status == 0 and figures["tokens"] == 40 and 0 < figures["kl_mean"] < 1e-3
+    assert "rknn-sim" in figures["model"] and figures["compared_with"].startswith("fp16 weights, numpy")
+    monkeypatch.setattr(Model, "forward", forward)
+    assert json.loads(run(*flags)[1]) == figures
