@@ -132,6 +132,10 @@ class Dispatcher:
         """Whether several sequences can be read at once: artifacts are built for one."""
         return all(counts is None for _, counts in self._served.values())
 
+    def backends(self) -> list[str]:
+        """Names of the backends that serve something."""
+        return list(dict.fromkeys(backend.name for backend, _ in self._served.values()))
+
     def describe(self) -> str:
         """The backends in a few words."""
         decode, prefill = (
@@ -187,6 +191,11 @@ class Engine:
     @property
     def counters(self) -> Counters:
         return self._dispatcher.counters
+
+    @property
+    def backends(self) -> list[str]:
+        """Names of the backends in use."""
+        return self._dispatcher.backends()
 
     def describe(self) -> str:
         """Backends, fusion and what runs the recurrence, in a few words."""
