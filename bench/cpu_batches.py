@@ -1,7 +1,6 @@
-"""Several sequences at once, and the way to the first token: `python -m bench.cpu_batches BUNDLE [--save STEM]`.
+"""Several sequences at once: `python -m bench.cpu_batches BUNDLE [--save STEM]`.
 
-Tokens a second of `Model.forward_batch` for 1, 2, 4 and 8 sequences in every precision of the bundle; and the seconds
-from the start of a process to its first token, of `rwkv-npu generate -n 1`, files in the page cache. Precisions take
+Tokens a second of `Model.forward_batch` for 1, 2, 4 and 8 sequences, in every precision of the bundle. Precisions take
 turns, so that what changes on the machine changes for all; medians of the rounds.
 """
 
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,32 +30,22 @@ def batch_seconds(model: rwkv_npu.Model, size: int) -> float:
     states = [model.forward([1 + i])[1] for i in range(size)]
     tokens = random.integers(1, model.spec.V, (TOKENS + 2, size, 1))
     for step in tokens[:2]:
-        _, states = model.forward_batch(step, states)
+        _, states = model.forward_batch(step, states, inplace=True)
     begin = time.perf_counter()
     for step in tokens[2:]:
-        _, states = model.forward_batch(step, states)
+        _, states = model.forward_batch(step, states, inplace=True)
     return (time.perf_counter() - begin) / TOKENS
-
-
-def first_token_seconds(bundle: Path, precision: str) -> float:
-    command = [sys.executable, "-m", "rwkv_npu", "generate", "-m", str(bundle), "--precision", precision]
-    command += ["--backend", "numba", "-n", "1", "--ids", "-p", "1,2,3"]
-    begin = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin
 
 
 def study(bundle: Path) -> dict[str, Any]:
     precisions = read_manifest(bundle).cpu_precisions
     models = {name: rwkv_npu.load(bundle, backend="numba", precision=name) for name in precisions}
     turns: dict[str, dict[int, list[float]]] = {name: {size: [] for size in SIZES} for name in precisions}
-    starts: dict[str, list[float]] = {name: [] for name in precisions}
     for number in range(ROUNDS):
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
         for name, model in models.items():
             for size in SIZES:
                 turns[name][size].append(batch_seconds(model, size))
-            starts[name].append(first_token_seconds(bundle, name))
     rows = {
         name: {
             "tokens_per_s": {size: size / float(np.median(turns[name][size])) for size in SIZES},
@@ -65,7 +53,6 @@ def study(bundle: Path) -> dict[str, Any]:
                 size: float(np.median(size * np.array(turns[name][1]) / np.array(turns[name][size])))
                 for size in SIZES
             },
-            "first_token_s": float(np.median(starts[name])),
         }
         for name in precisions
     }
@@ -79,14 +66,13 @@ def table(results: dict[str, Any]) -> str:
         f"{results['machine']['cpu']}, {results['machine']['cores']} cores; `{results['command']}`; medians of "
         f"{results['rounds']} rounds.",
         "",
-        "| weights | "
-        + " | ".join(f"{size} t/s" for size in SIZES)
-        + " | 8 against 1 | start to first token s |",
-        "|---" * (len(SIZES) + 3) + "|",
+        "| weights | " + " | ".join(f"{size} t/s" for size in SIZES) + " | 2 | 4 | 8 against 1 |",
+        "|---" * (len(SIZES) + 4) + "|",
     ]
     for name, row in results["rows"].items():
         speeds = " | ".join(f"{row['tokens_per_s'][size]:.1f}" for size in SIZES)
-        lines.append(f"| {name} | {speeds} | {row['gain'][SIZES[-1]]:.2f} | {row['first_token_s']:.2f} |")
+        gains = " | ".join(f"{row['gain'][size]:.2f}" for size in SIZES[1:])
+        lines.append(f"| {name} | {speeds} | {gains} |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, matmul
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
 from rwkv_npu.sources import ModelSource
-from rwkv_npu.spec import Group, Scaling, Spec, tensors
+from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.state import new_state
 
 KEEP = 4096  # rows of every projection
@@ -55,7 +55,7 @@ class Samples:
 
 @dataclass
 class Calibration:
-    """What was seen of `tokens` tokens, under `scaling`, that of the source.
+    """What was seen of `tokens` tokens, under the `Scaling` of the source.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
     calls: by group, its inputs in some steps, as many consecutive tokens as a graph takes rows; those of the head are
@@ -70,7 +70,6 @@ class Calibration:
     calls: dict[str, list[Arrays]]
     peaks: dict[str, float]
     tokens: int
-    scaling: Scaling = Scaling()
 
 
 class Reservoir:
@@ -208,7 +207,7 @@ def calibrate(
             "the model's values do not stay finite over the calibration text: are its weights whole?"
         )
     kept = {name: list(by_place.values()) for name, by_place in calls.items()}
-    return Calibration(seen.samples, kept, dict(seen.peaks), len(tokens), source.program.scaling)
+    return Calibration(seen.samples, kept, dict(seen.peaks), len(tokens))
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> np.ndarray:

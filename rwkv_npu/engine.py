@@ -9,17 +9,20 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Faults, Runner
+from rwkv_npu.backends.base import Backend, Faults, Runner, Walker, WalkRunner
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.kernels.recurrence import Compiled
-from rwkv_npu.models.network import Network, Program, Run
+from rwkv_npu.models import MODULES
+from rwkv_npu.models.common import Arrays
+from rwkv_npu.models.network import Network, Program, Recurrence, Run
 from rwkv_npu.spec import Group, Spec
-from rwkv_npu.state import State, new_state
+from rwkv_npu.state import Batch, State, new_state
 
 PREFILL_ROWS = 128  # tokens a call where the backend takes any number of rows
 
@@ -31,12 +34,14 @@ Serve = Callable[[Group, bool], Backend]
 class Counters:
     """What the groups were asked to do since the engine was made, and how long it took.
 
-    run_s: seconds inside the backends, by role of the group. dispatch_s: choosing runners and filling their inputs.
+    calls: into backends, for a group or for all of them. run_s: seconds inside the backends, by role of the group.
+    recurrence_s: of the recurrences. dispatch_s: choosing runners and filling their inputs.
     faults: what an NPU did wrong, and the CPU made up for.
     """
 
     calls: int = 0
     run_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    recurrence_s: float = 0.0
     dispatch_s: float = 0.0
     faults: Faults = field(default_factory=Faults)
 
@@ -55,6 +60,17 @@ class Dispatcher:
             for backend in (serve(group, decode),)
         }
         self._runners: dict[tuple[int, str, int, int], Runner] = {}
+        self._walkers = {decode: self._walker(decode) for decode in (True, False)}
+
+    def walk(self, rows: int, batch: int) -> CountedWalk | None:
+        """The whole way to the head in one call; None where several backends share it, or one cannot do it."""
+        walker = self._walkers[rows == batch]
+        return CountedWalk(walker.open_walk(rows, batch), self.counters) if walker else None
+
+    def _walker(self, decode: bool) -> Walker | None:
+        backends = [self._served[group.name, decode][0] for group in self._groups if group.role != "head"]
+        one = all(backend is backends[0] for backend in backends)
+        return backends[0] if one and isinstance(backends[0], Walker) else None
 
     def run(self, group: Group, inputs: Mapping[str, np.ndarray], *, batch: int) -> Mapping[str, np.ndarray]:
         """Run `group` on rows of `batch` sequences; the outputs are valid until its next run."""
@@ -108,7 +124,10 @@ class Dispatcher:
 
     def open(self) -> None:
         """Open what will be used of every group: whatever cannot be opened is said when a model is loaded."""
+        at_once = self.walk(1, 1) is not None and self._walkers[True] is self._walkers[False]
         for group in self._groups:
+            if at_once and group.role != "head":
+                continue
             (token, counts), (prompt, several) = (
                 self._served[group.name, decode] for decode in (True, False)
             )
@@ -136,6 +155,10 @@ class Dispatcher:
         """Names of the backends that serve something."""
         return list(dict.fromkeys(backend.name for backend, _ in self._served.values()))
 
+    def calls(self) -> int:
+        """Into backends, for a token."""
+        return 2 if self._walkers[True] else len(self._groups)
+
     def describe(self) -> str:
         """The backends in a few words."""
         decode, prefill = (
@@ -148,6 +171,38 @@ class Dispatcher:
         self._runners.clear()
         for backend in {id(backend): backend for backend, _ in self._served.values()}.values():
             backend.close()
+
+
+class CountedWalk:
+    """A walk whose calls and seconds are counted."""
+
+    def __init__(self, runner: WalkRunner, counters: Counters):
+        self._runner, self._counters, self.inputs = runner, counters, runner.inputs
+
+    def run(self, state: Arrays) -> np.ndarray:
+        begin, counters = time.perf_counter(), self._counters
+        x = self._runner.run(state)
+        spent = self._runner.seconds()
+        counters.calls += 1
+        counters.dispatch_s += time.perf_counter() - begin - sum(spent.values())
+        counters.recurrence_s += spent.pop("recurrence")
+        for role, seconds in spent.items():
+            counters.run_s[role] += seconds
+        return x
+
+
+class TimedRecurrence:
+    """A recurrence whose seconds are counted."""
+
+    def __init__(self, recurrence: Recurrence, counters: Counters):
+        self._recurrence, self._counters = recurrence, counters
+        self.prepare = recurrence.prepare
+
+    def time_mix(self, p: Any, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
+        begin = time.perf_counter()
+        y = self._recurrence.time_mix(p, x, state, carry)
+        self._counters.recurrence_s += time.perf_counter() - begin
+        return y
 
 
 def _rows(group: Group, inputs: Mapping[str, np.ndarray]) -> int:
@@ -174,9 +229,10 @@ class Engine:
         recurrence: Compiled | None = None,
     ):
         self.program, self.fingerprint = program, fingerprint
-        self._network = Network(program, host, recurrence)
-        self._recurrence = recurrence
         self._dispatcher = Dispatcher(program.groups, serve, faults or Faults())
+        self._recurrence = recurrence
+        timed = TimedRecurrence(recurrence or MODULES[program.spec.generation], self.counters)
+        self._network = Network(program, host, timed)
         self._dispatcher.open()
         self._initial = initial
         self._lock = threading.Lock()  # runners own their buffers: one call at a time
@@ -199,10 +255,9 @@ class Engine:
 
     def describe(self) -> str:
         """Backends, fusion and what runs the recurrence, in a few words."""
-        used, program = self._dispatcher.describe(), self.program
+        used, calls = self._dispatcher.describe(), self._dispatcher.calls()
         recurrence = self._recurrence.name if self._recurrence else "NumPy"
-        calls = len(program.groups)
-        return f"{used}, {program.fusion} fusion, {calls} calls a token, recurrence in {recurrence}"
+        return f"{used}, {self.program.fusion} fusion, {calls} calls a token, recurrence in {recurrence}"
 
     def new_state(self) -> State:
         return new_state(self.spec, self.fingerprint, self._initial)
@@ -239,7 +294,7 @@ class Engine:
         collected = []
         for start in range(0, len(ids), self.chunk):
             piece = ids[start : start + self.chunk]
-            x = self._network.hidden(self._run(1), piece[:, None], batched)
+            x = self._hidden(piece[:, None], batched)
             state.tokens_seen += len(piece)
             if all_logits:
                 collected.append(self._logits(x))
@@ -249,41 +304,36 @@ class Engine:
                 progress(len(piece))
         logits = collected[0] if len(collected) == 1 else np.concatenate(collected)
         state.logits = logits[-1].copy()
-        return (logits if all_logits else state.logits.copy()), state
+        return (logits if all_logits else logits[-1]), state
 
     def forward_batch(
-        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State]
-    ) -> tuple[np.ndarray, list[State]]:
-        """Read T tokens of B sequences at once: (B, T) ids and B states -> logits (B, V) and B new states."""
+        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State], *, inplace: bool = False
+    ) -> tuple[np.ndarray, Sequence[State]]:
+        """Read T tokens of B sequences at once: (B, T) ids and B states -> logits (B, V) and B new states.
+
+        Pass on the `Batch` that was returned, with `inplace`, and no state is copied; states given so are lost.
+        """
         rows = [self._check(row) for row in tokens]
         if not rows or len(rows) != len(states) or len({len(row) for row in rows}) > 1:
             raise UsageError("forward_batch takes as many states as sequences, and sequences of one length")
         for state in states:
             self._check_state(state)
         if not self._batches:
-            results = [self.forward(row, state) for row, state in zip(rows, states, strict=True)]
+            results = [
+                self.forward(row, state, inplace=inplace) for row, state in zip(rows, states, strict=True)
+            ]
             return np.stack([logits for logits, _ in results]), [state for _, state in results]
+        batch = states if inplace and isinstance(states, Batch) else Batch.of(states)
         with self._lock:
-            return self._read_batch(np.stack(rows, axis=1), states)
+            return self._read_batch(np.stack(rows, axis=1), batch), batch
 
-    def _read_batch(self, ids: np.ndarray, states: Sequence[State]) -> tuple[np.ndarray, list[State]]:
-        B = len(states)
-        names = states[0].parts
-        batched = {name: np.stack([state.parts[name] for state in states], axis=1) for name in names}
-        step = max(1, self.chunk // B)
+    def _read_batch(self, ids: np.ndarray, batch: Batch) -> np.ndarray:
+        step = max(1, self.chunk // len(batch))
         for start in range(0, len(ids), step):
-            x = self._network.hidden(self._run(B), ids[start : start + step], batched)
-        logits = self._logits(x[-B:], B)
-        advanced = [
-            replace(
-                state,
-                parts={name: np.ascontiguousarray(batched[name][:, b]) for name in names},
-                logits=logits[b].copy(),
-                tokens_seen=state.tokens_seen + len(ids),
-            )
-            for b, state in enumerate(states)
-        ]
-        return logits, advanced
+            x = self._hidden(ids[start : start + step], batch.parts)
+        logits = self._logits(x[-len(batch) :], len(batch))
+        batch.advance(len(ids), logits.copy())
+        return logits
 
     def close(self) -> None:
         """Give back what the backend holds; the engine cannot be used after it."""
@@ -291,6 +341,14 @@ class Engine:
         self._dispatcher.close()
         if self._recurrence:
             self._recurrence.close()
+
+    def _hidden(self, tokens: np.ndarray, state: Arrays) -> np.ndarray:
+        """(T, B) ids -> (T*B, D), valid until the next call. `state` (L, B, ...) is updated in place."""
+        T, B = tokens.shape
+        walk = self._dispatcher.walk(T * B, B)
+        if walk is None:
+            return self._network.hidden(self._run(B), tokens, state)
+        return self._network.hidden_at_once(walk, tokens, state)
 
     def _run(self, batch: int) -> Run:
         return partial(self._dispatcher.run, batch=batch)

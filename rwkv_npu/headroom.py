@@ -7,67 +7,100 @@ overflows silently, so that nothing seen may come near: no intermediate passes L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count, takewhile
+import re
+from collections.abc import Callable
 from math import ceil, log2
 
 import numpy as np
+from tqdm import tqdm
 
-from rwkv_npu.calibration import Calibration
+from rwkv_npu.bundle import Manifest
+from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.sources import ModelSource
 from rwkv_npu.spec import Scaling, Spec
 
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not
 
+ROWS = 256  # of a step: any number finds the same, and weights are widened once a step
+
+_ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale
+_TWICE = ("square", "ffn.value.weight", "ffn.value.weight.in")  # by its square
+_RESIDUAL = ("ln1", "ln2", "att.output.weight", "att.output.weight.in")  # multiplied by the residual's scale
+
+
+def keep_in_range(
+    manifest: Manifest, source: ModelSource, ids: np.ndarray, adding: bool, say: Callable[[str], None]
+) -> None:
+    """Choose the manifest's scales by what the model, without any, makes of `ids`.
+
+    A bundle that is added to keeps those that its graphs have; `say` is told of what passes LIMIT under them.
+    """
+    with tqdm(total=len(ids), desc="calibrate", unit="token", leave=False, disable=None) as bar:
+        seen = calibrate(source, ids, rows=min(ROWS, len(ids)), keep=2, progress=bar.update)
+    if not adding:
+        manifest.scaling = choose_scaling(source.spec, seen)
+    found = magnitudes(source.spec, seen, manifest.scaling)
+    name, largest = max(found.items(), key=lambda item: item[1])
+    manifest.headroom = {"tokens": seen.tokens, "largest": largest, "at": name}
+    if loud := too_large(found):
+        advice = "--force scales it anew" if adding else "--fusion projection has less of it on the NPU"
+        say(
+            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}): {advice}"
+        )
+
 
 def choose_scaling(spec: Spec, seen: Calibration) -> Scaling:
-    """The scales nearest to 1 under which nothing of `seen`, a calibration without any, passes LIMIT."""
-    return Scaling(layers=tuple((_channel_mix(i, seen), _residual(spec, i, seen)) for i in range(spec.L)))
+    """The scales nearest to 1 under which nothing of `seen` that they can change passes LIMIT.
+
+    `seen` is a calibration in layer fusion, without any scaling.
+    """
+    found = magnitudes(spec, seen, Scaling())
+    layers = []
+    for layer in range(spec.L):
+        block = f"blocks.{layer}."
+        once, twice, residual = (
+            _halvings(max(found[block + name] for name in names)) for names in (_ONCE, _TWICE, _RESIDUAL)
+        )
+        # As the layer leaves it, before it is scaled for the next; the channel mix's product is added to it.
+        left = _halvings(max(found[f"{block}out"], found[f"{block}ffn.value.weight"]))
+        layers.append((2.0 ** max(once, ceil(twice / 2)), 2.0 ** -max(residual, left)))
+    return Scaling(layers=tuple(layers))
 
 
-def too_large(seen: Calibration, limit: float = LIMIT) -> dict[str, float]:
-    """What passes `limit`, by name, the largest first."""
-    found = {name: largest for name, largest in magnitudes(seen) if largest > limit}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+def magnitudes(spec: Spec, seen: Calibration, scaling: Scaling) -> dict[str, float]:
+    """The largest magnitude of every intermediate under `scaling`, for a calibration without any.
+
+    NAME.in is what a projection is given, `blocks.I.out` the residual as layer I leaves it.
+    """
+    found = {**seen.peaks, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
+    following = [*(f"blocks.{layer}.ln1" for layer in range(1, spec.L)), "ln_out"]
+    found |= {f"blocks.{layer}.out": found[norm] for layer, norm in enumerate(following)}
+    return {name: magnitude * _factor(spec, name, scaling) for name, magnitude in found.items()}
 
 
-def magnitudes(seen: Calibration) -> Iterator[tuple[str, float]]:
-    """The largest magnitude of every intermediate: `NAME.in` is what a projection is given, `NORM.before` what a norm
-    reads before it is scaled from one layer's scale to the next."""
-    yield from seen.peaks.items()
-    for layer, name in enumerate(_first_norms(seen)):
-        if layer:
-            rescaled = seen.scaling.residual(layer) / seen.scaling.residual(layer - 1)
-            yield f"{name}.before", seen.peaks[name] / rescaled
-    for label, samples in seen.projections.items():
-        yield f"{label}.in", float(samples.absmax.max())
+def too_large(found: dict[str, float]) -> dict[str, float]:
+    """What passes LIMIT, by name, the largest first."""
+    return {name: x for name, x in sorted(found.items(), key=lambda item: -item[1]) if x > LIMIT}
 
 
-def _first_norms(seen: Calibration) -> Iterator[str]:
-    """ln1 of each layer, where norms are in the graphs."""
-    names = (f"blocks.{layer}.ln1" for layer in count())
-    return takewhile(seen.peaks.__contains__, names)
-
-
-def _channel_mix(layer: int, seen: Calibration) -> float:
-    block = f"blocks.{layer}."
-    # Divided once: what the key makes of its input. Twice: its square, and all that comes of that.
-    once = seen.peaks[f"{block}ffn.key.weight"]
-    value = f"{block}ffn.value.weight"
-    twice = max(
-        seen.peaks[f"{block}square"], seen.peaks[value], float(np.max(seen.projections[value].absmax))
-    )
-    return 2.0 ** max(0, _halvings(once), ceil(_halvings(twice) / 2))
-
-
-def _residual(spec: Spec, layer: int, seen: Calibration) -> float:
-    """Of the residual as it enters a layer, and as attention and channel mix leave it."""
-    block, output = f"blocks.{layer}.", f"blocks.{layer}.att.output.weight"
-    following = "ln_out" if layer + 1 == spec.L else f"blocks.{layer + 1}.ln1"
-    read = [f"{block}ln1", f"{block}ln2", following, output, f"{block}ffn.value.weight"]
-    largest = max(*(seen.peaks[name] for name in read), float(np.max(seen.projections[output].absmax)))
-    return 2.0 ** -max(0, _halvings(largest))
+def _factor(spec: Spec, name: str, scaling: Scaling) -> float:
+    """What `scaling` multiplies an intermediate by."""
+    if name in ("ln_out", "last.x"):
+        return scaling.residual(spec.L - 1)
+    if name == "first.x":
+        return scaling.residual(0)
+    if group := re.fullmatch(r"mid\.(\d+)\.x", name):
+        return scaling.residual(int(group[1]))
+    if not (block := re.fullmatch(r"blocks\.(\d+)\.(.+)", name)):
+        return 1.0
+    layer, part = int(block[1]), block[2]
+    if part in _ONCE:
+        return 1 / scaling.channel_mix(layer)
+    if part in _TWICE:
+        return 1 / scaling.channel_mix(layer) ** 2
+    return scaling.residual(layer) if part in (*_RESIDUAL, "out") else 1.0
 
 
 def _halvings(magnitude: float) -> int:
-    return ceil(log2(magnitude / LIMIT)) if magnitude > 0 else 0
+    return max(0, ceil(log2(magnitude / LIMIT))) if magnitude > 0 else 0

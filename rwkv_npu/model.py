@@ -68,10 +68,15 @@ class Model:
         return self.engine.forward(tokens, state, all_logits, inplace=inplace, progress=progress)
 
     def forward_batch(
-        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State]
-    ) -> tuple[np.ndarray, list[State]]:
-        """Read T tokens of each of B sequences: (B, T) ids and B states -> logits (B, V) and B new states."""
-        return self.engine.forward_batch(tokens, states)
+        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State], *, inplace: bool = False
+    ) -> tuple[np.ndarray, Sequence[State]]:
+        """Read T tokens of each of B sequences: (B, T) ids and B states -> logits (B, V) and B new states.
+
+        `states` are untouched unless `inplace`, and then lost: use those that are returned. Where these are passed
+        on with `inplace`, no state is copied.
+        Raises UsageError as `forward`, and where the sequences differ in length.
+        """
+        return self.engine.forward_batch(tokens, states, inplace=inplace)
 
     def generate(
         self,
@@ -196,7 +201,7 @@ def load(
     if is_bundle(where):
         bundle = open_bundle(where)
         manifest = bundle.manifest
-        present = {*manifest.cpu_precisions, *(a.precision for a in manifest.artifacts)}
+        present = {*manifest.cpu_precisions, *manifest.int8, *(a.precision for a in manifest.artifacts)}
         if backend == "auto" and plan is None and precision is None:
             measured = measured_plan(bundle)
             measured = measured if measured and fusion in (None, measured.fusion) else None

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from rwkv_npu import board
@@ -16,6 +15,7 @@ from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.plan import Plan, tuned
 from rwkv_npu.recording import self_test
@@ -35,18 +35,13 @@ class Options:
     npu_cores: str = "auto"
 
 
-def open_engine(
-    source: ModelSource,
-    plan: Plan,
-    options: Options,
-    wrap: Callable[[Backend], Backend] = lambda backend: backend,
-) -> Engine:
-    """An engine on the plan's backends, each of which `wrap` may dress. Raises RwkvNpuError, with nothing left open."""
+def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
+    """An engine on the plan's backends. Raises RwkvNpuError, with nothing left open."""
     groups = source.program.groups
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
-    bound, advice = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND, _advice(source)
+    bound, advice = INT8_BOUND if _in_int8(source) else FP16_BOUND, _advice(source)
 
     def cpu() -> Backend:
         """A backend of its own, even where the plan has one: that may multiply in fewer bits than the NPU did."""
@@ -61,11 +56,10 @@ def open_engine(
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)
             on_failure.callback(opened[name].close)
-        dressed = {name: wrap(backend) for name, backend in opened.items()}
         engine = Engine(
             source.program,
             source.tensor,
-            serve=lambda group, decode: dressed[plan.backend(group, decode)],
+            serve=lambda group, decode: opened[plan.backend(group, decode)],
             fingerprint=source.fingerprint,
             initial=source.initial_states(),
             faults=faults,
@@ -76,6 +70,12 @@ def open_engine(
             guard.verdict()
         on_failure.pop_all()
     return engine
+
+
+def _in_int8(source: ModelSource) -> bool:
+    """Whether an NPU's backend will multiply in int8: as it is told, or as the artifacts that it finds."""
+    found = next((a.precision for a in source.artifacts() if a.target == board.soc()), None)
+    return (source.precision or found) in INT8_PRECISIONS
 
 
 def _advice(source: ModelSource) -> str:

@@ -116,9 +116,9 @@ def numbers(packed: Packed) -> np.ndarray:
 
 
 def pack_floats(weight: np.ndarray) -> np.ndarray:
-    """(K, N) of any float type as strips, (strips, K, LANES) of the same type: N in whole panels, K a multiple of 4."""
+    """(K, N) of any float type as strips, (strips, K, LANES) of the same type, N in whole panels."""
     K, N = weight.shape
-    strips = np.zeros((padded(K, N)[1] // LANES, -(-K // 4) * 4, LANES), weight.dtype)
+    strips = np.zeros((padded(K, N)[1] // LANES, K, LANES), weight.dtype)
     # A lane of 16 as one element: several times as fast to move as one by one.
     lane = np.dtype((np.void, LANES * weight.itemsize))
     step = max(PANEL, _CHUNK // max(K, 1) // PANEL * PANEL)
@@ -126,9 +126,9 @@ def pack_floats(weight: np.ndarray) -> np.ndarray:
         columns = np.ascontiguousarray(weight[:, start : start + step])
         first, whole = start // LANES, columns.shape[1] // LANES
         lanes = np.ascontiguousarray(columns[:, : whole * LANES]).view(lane)
-        strips[first : first + whole, :K].view(lane)[..., 0] = lanes.T
+        strips[first : first + whole].view(lane)[..., 0] = lanes.T
         if N % LANES and start + step >= N:
-            strips[first + whole, :K, : N % LANES] = columns[:, whole * LANES :]
+            strips[first + whole, :, : N % LANES] = columns[:, whole * LANES :]
     return strips
 
 

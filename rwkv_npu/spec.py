@@ -12,7 +12,7 @@ Letters used everywhere:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from math import prod
 from typing import Any
@@ -303,6 +303,12 @@ def ffn_inputs(spec: Spec) -> tuple[Port, ...]:
 def deep_embedding(spec: Spec) -> Port:
     """7a: per token an (R, R) matrix, row-major, looked up on the host."""
     return Port("s", spec.ranks["s"] ** 2)
+
+
+def walk_inputs(spec: Spec) -> tuple[Port, ...]:
+    """What all layers together read beside the state: the embedding, and of 7a a matrix for each layer."""
+    deep = [replace(deep_embedding(spec), name=f"s.{i}") for i in range(spec.L) if spec.generation == "7a"]
+    return (Port("x", spec.D), *deep)
 
 
 def check_fusion(fusion: str) -> None:

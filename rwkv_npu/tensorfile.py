@@ -112,6 +112,13 @@ class TensorFile:
             return np.empty(shape, dtype)
         return np.frombuffer(self._map, np.uint8, nbytes, offset).view(dtype).reshape(shape)
 
+    def release(self, name: str) -> None:
+        """Gives back the memory that the file's pages with a tensor take; whoever reads it again reads the file."""
+        _, _, offset, nbytes = self.entry(name)
+        begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and nbytes:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)
+
     def close(self) -> None:
         """Gives the mapping up: at once, or together with the last view of it."""
         mapped, self._map = self._map, None

@@ -62,8 +62,14 @@ def calibration_text(encode: Encode) -> Tokens:
     path = importlib.resources.files("rwkv_npu") / "data" / "calibration.txt"
     parts = [part + "\n\n" for part in path.read_text(encoding="utf-8").split("\n\n")]
     tokens = [Tokens(np.asarray(encode(part), np.int64), len(part.encode())) for part in parts]
-    known = [part for part in tokens if not part.bytewise] or tokens
-    return Tokens(np.concatenate([part.ids for part in known]), sum(part.bytes or 0 for part in known))
+    known = [part for part in tokens if not part.bytewise]
+    if _bytes(known) < _bytes(tokens) / 2:  # a vocabulary of little else
+        known = tokens
+    return Tokens(np.concatenate([part.ids for part in known]), _bytes(known))
+
+
+def _bytes(parts: list[Tokens]) -> int:
+    return sum(part.bytes or 0 for part in parts)
 
 
 def read_text(path: str) -> str:

@@ -1,28 +1,26 @@
-"""Measures every group on every backend that is there, and makes the fastest plan of it for this machine.
+"""Measures the groups on every backend that is there, and makes the fastest plan of it for this machine.
 
 A backend reads a prompt and some tokens as it would in use, so that caches, threads and the cost of a call are those
-of the real thing, while each call is timed. What is left of a pass is the host's share, which differs between
-backends too: threads of theirs that wait for work take cores from it.
+of the real thing, while the engine counts the time of each role. What is left of a pass is the host's share, which
+differs between backends too: threads of theirs that wait for work take cores from it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rwkv_npu.backends import NPU_BACKENDS
-from rwkv_npu.backends.base import Backend, Runner
 from rwkv_npu.bundle import Bundle
 from rwkv_npu.engine import PREFILL_ROWS, Engine
 from rwkv_npu.errors import BackendError, RwkvNpuError
 from rwkv_npu.opening import Options, open_engine, why_absent
 from rwkv_npu.plan import USES, Plan
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS, Group
+from rwkv_npu.spec import FUSIONS
 
 CPU_BACKENDS = ("numba", "ort", "numpy")
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes
@@ -30,38 +28,6 @@ TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use by which fusions
 WORTH = 0.95  # of the time of what is simpler: a mixture, or another fusion, has to stay below it
 
 Say = Callable[[str], None]
-Times = defaultdict[str, list[float]]
-
-
-class TimedRunner:
-    def __init__(self, runner: Runner, times: list[float]):
-        self._runner, self._times = runner, times
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        return self._runner.inputs
-
-    def run(self) -> Mapping[str, np.ndarray]:
-        begin = time.perf_counter()
-        outputs = self._runner.run()
-        self._times.append(time.perf_counter() - begin)
-        return outputs
-
-
-class Timed:
-    """A backend whose calls are timed, by group."""
-
-    def __init__(self, backend: Backend, times: Times):
-        self.name, self._backend, self._times = backend.name, backend, times
-
-    def row_counts(self, group: Group) -> tuple[int, ...] | None:
-        return self._backend.row_counts(group)
-
-    def open(self, group: Group, rows: int, batch: int = 1) -> TimedRunner:
-        return TimedRunner(self._backend.open(group, rows, batch), self._times[group.name])
-
-    def close(self) -> None:
-        self._backend.close()
 
 
 @dataclass(frozen=True)
@@ -87,12 +53,11 @@ def measure(source: BundleSource, backend: str, options: Options, chunk: int | N
 
     Raises RwkvNpuError where it cannot be opened, or faults.
     """
-    times: Times = defaultdict(list)
-    engine = open_engine(source, Plan(backend), options, wrap=lambda opened: Timed(opened, times))
+    engine = open_engine(source, Plan(backend), options)
     try:
         chunk = chunk or engine.chunk
         ids = np.random.default_rng(0).integers(1, source.spec.V, chunk)
-        results = {use: _passes(engine, ids if use == "prefill" else ids[:1], times) for use in USES}
+        results = {use: _passes(engine, ids if use == "prefill" else ids[:1]) for use in USES}
         if faults := engine.counters.faults.groups:
             raise BackendError(f"{backend} fails at {', '.join(faults)}")
     finally:
@@ -103,25 +68,21 @@ def measure(source: BundleSource, backend: str, options: Options, chunk: int | N
     )
 
 
-def _passes(engine: Engine, ids: np.ndarray, times: Times) -> tuple[dict[str, float], float]:
+def _passes(engine: Engine, ids: np.ndarray) -> tuple[dict[str, float], float]:
     """Seconds by role, and the host's, of reading `ids`: medians."""
-    groups = [group for group in engine.program.groups if len(ids) == 1 or group.role != "head"]
+    roles = {group.role for group in engine.program.groups if len(ids) == 1 or group.role != "head"}
     engine.forward(ids)  # opens what is not open, and fills caches
     totals: list[float] = []
     taken: list[dict[str, float]] = []
-    begin = time.perf_counter()
+    spent, begin = engine.counters.run_s, time.perf_counter()
     while len(totals) < FEWEST or (len(totals) < MOST and time.perf_counter() - begin < SECONDS):
-        for found in times.values():
-            found.clear()
-        start = time.perf_counter()
+        before, start = dict(spent), time.perf_counter()
         engine.forward(ids)
         totals.append(time.perf_counter() - start)
-        taken.append({group.name: sum(times[group.name]) for group in engine.program.groups})
-    roles: defaultdict[str, float] = defaultdict(float)
-    for group in groups:
-        roles[group.role] += float(np.median([found[group.name] for found in taken]))
+        taken.append({role: seconds - before.get(role, 0.0) for role, seconds in spent.items()})
     host = [total - sum(found.values()) for total, found in zip(totals, taken, strict=True)]
-    return dict(roles), float(np.median(host))
+    medians = {role: float(np.median([found[role] for found in taken])) for role in roles}
+    return medians, float(np.median(host))
 
 
 def tune(bundle: Bundle, options: Options, say: Say) -> tuple[Plan, list[Measured]]:

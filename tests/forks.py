@@ -2,7 +2,8 @@
 
 Most of a command's time there is Python's start and its imports, under emulation; a fork has them behind it, and what
 the emulator has translated by then as well. Whatever matters to a command is its own: environment, files, limits, the
-libraries of Rockchip's and of the stand-in, which nobody has loaded before, and its end.
+libraries of Rockchip's and of the stand-in, which nobody has loaded before, and its end. (Nor has anybody loaded ONNX
+Runtime, which does not survive a fork there.)
 
 A line of stdin is a request, JSON: `words` (rwkv-npu ..., or python -c CODE ...), `environment`, the files `out` and
 `err`, and `seconds`, after which it is killed. A line of stdout answers with the exit status; negative is a signal's.
@@ -17,11 +18,10 @@ import sys
 import time
 from typing import Any
 
-import onnxruntime  # noqa: F401
 import tqdm  # noqa: F401
 
 from rwkv_npu import cli, diagnosis, tuning  # noqa: F401
-from rwkv_npu.backends import ort, rknn, rknn_matmul  # noqa: F401
+from rwkv_npu.backends import rknn, rknn_matmul  # noqa: F401
 from rwkv_npu.commands import doctor, generate, info, tune  # noqa: F401
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_npu.backends import NPU_BACKENDS
 from tests.emulated import EmulatedBoard
 
 pytestmark = pytest.mark.board
@@ -37,56 +38,90 @@ def arguments(bundle: Path, *more: object, backend: str = "rknn") -> list[object
 
 
 @pytest.fixture(scope="module")
-def text(emulated_board: EmulatedBoard, bundle: Path) -> str:
-    """What the NPU writes when nothing is wrong."""
-    result = emulated_board.run("rwkv-npu", *arguments(bundle))
-    assert result.returncode == 0 and len(result.stdout.split()) == TOKENS
-    assert "warning" not in result.stderr and "failed" not in result.stderr
-    return result.stdout
+def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
+    """What the NPU writes when nothing is wrong, by backend."""
+    found = {}
+    for backend in NPU_BACKENDS:
+        result = emulated_board.run("rwkv-npu", *arguments(bundle, backend=backend))
+        assert result.returncode == 0 and len(result.stdout.split()) == TOKENS
+        assert "warning" not in result.stderr and "failed" not in result.stderr
+        found[backend] = result.stdout
+    return found
 
 
+# Contexts of rknn are groups; of rknn-matmul they are products, of which 29 are made by the self-tests.
 @pytest.mark.parametrize(
-    ("faults", "said"),
+    ("backend", "faults", "said"),
     [
-        ("run-fails@20", "| 1 calls to the NPU failed\n"),
-        ("run-fails/7", "calls to the NPU failed\n"),
+        ("rknn", "run-fails@20", "| 1 calls to the NPU failed\n"),
+        ("rknn", "run-fails/7", "calls to the NPU failed\n"),
         (
+            "rknn",
             "run-fails@5+:mid.0,nan@6+:last,zeros@7+:first,wrong-size@5+:head",
             "| 8 calls to the NPU failed, on the CPU: ",
         ),
+        ("rknn", "nan@6+:mid.0", " is not finite): the CPU runs it from now on"),
         # 7000 descriptors: the limit was raised.
-        ("old-version,fds=1000", "warning: librknnrt 1.5.2 is older than the artifacts' compiler, 2.5.0"),
+        (
+            "rknn",
+            "old-version,fds=1000",
+            "warning: librknnrt 1.5.2 is older than the artifacts' compiler, 2.5.0",
+        ),
+        ("rknn-matmul", "run-fails@40", "| 1 calls to the NPU failed\n"),
+        ("rknn-matmul", "nan@45,zeros@60", "calls to the NPU failed\n"),
+        ("rknn-matmul", "run-fails/31", "calls to the NPU failed\n"),
+        ("rknn-matmul", "run-fails@3+:1x128x256", "| 2 calls to the NPU failed, on the CPU: head\n"),
+        ("rknn-matmul", "nan@9+:1x512x128", "where the residual leaves fp16's range, --fusion projection"),
+        ("rknn-matmul", "no-dynamic,fds=100", "generated 10 tokens"),
     ],
 )
 def test_the_text_stays(
-    emulated_board: EmulatedBoard, bundle: Path, text: str, faults: str, said: str
+    emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], backend: str, faults: str, said: str
 ) -> None:
-    result = emulated_board.run("rwkv-npu", *arguments(bundle), faults=faults)
+    result = emulated_board.run("rwkv-npu", *arguments(bundle, backend=backend), faults=faults)
     assert result.returncode == 0 and said in result.stderr, result.stderr
-    assert result.stdout == text
+    assert result.stdout == texts[backend]
     assert result.stderr.count("rwkv-npu: warning: ") <= 1
 
 
-def test_a_hang_is_left_behind(emulated_board: EmulatedBoard, bundle: Path, text: str) -> None:
-    result = emulated_board.run("python", "-c", IMPATIENT, *arguments(bundle), faults="hang@30", timeout=60)
+@pytest.mark.parametrize(("backend", "at"), [("rknn", 30), ("rknn-matmul", 70)])
+def test_a_hang_is_left_behind(
+    emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], backend: str, at: int
+) -> None:
+    words = "python", "-c", IMPATIENT, *arguments(bundle, backend=backend)
+    result = emulated_board.run(*words, faults=f"hang@{at}", timeout=60)
     assert result.returncode == 0 and "no answer within 3 s): the CPU runs everything" in result.stderr
-    assert result.stdout == text and "| 1 calls to the NPU failed" in result.stderr
+    assert result.stdout == texts[backend] and "| 1 calls to the NPU failed" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("faults", "more", "said"),
+    ("backend", "faults", "more", "said"),
     [
-        ("zeros", [], "4 of 4 contexts fail their self-test (first at 1 rows: all outputs are zero)"),
-        ("init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
-        ("old-runtime", [], "rwkv-npu convert --toolkit 2.3.2"),
-        ("core-mask", ["--npu-cores", "0"], "--npu-cores 0 is not for this chip: use auto"),
-        ("fds=200000", [], "failed to allocate NPU memory for first"),
+        (
+            "rknn",
+            "zeros",
+            [],
+            "4 of 4 contexts fail their self-test (first at 1 rows: all outputs are zero)",
+        ),
+        ("rknn", "init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
+        ("rknn", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.2"),
+        ("rknn", "core-mask", ["--npu-cores", "0"], "--npu-cores 0 is not for this chip: use auto"),
+        ("rknn", "fds=200000", [], "failed to allocate NPU memory for first"),
+        ("rknn-matmul", "zeros", [], "4 of 4 contexts fail their self-test (first at 1 rows: its error is"),
+        ("rknn-matmul", "init-memory@5", [], "out of NPU memory, or of file descriptors: end other programs"),
+        ("rknn-matmul", "core-mask", [], "a parameter is refused; --npu-cores chooses other cores"),
+        (
+            "rknn-matmul",
+            "fds=200000",
+            [],
+            "returned -4: out of NPU memory, or of file descriptors: end other programs",
+        ),
     ],
 )
 def test_what_cannot_be_mended_is_one_line(
-    emulated_board: EmulatedBoard, bundle: Path, faults: str, more: list[str], said: str
+    emulated_board: EmulatedBoard, bundle: Path, backend: str, faults: str, more: list[str], said: str
 ) -> None:
-    result = emulated_board.run("rwkv-npu", *arguments(bundle, *more), faults=faults)
+    result = emulated_board.run("rwkv-npu", *arguments(bundle, *more, backend=backend), faults=faults)
     assert result.returncode == 1 and result.stdout == ""
     assert said in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
@@ -108,16 +143,17 @@ def test_one_client_at_a_time(emulated_board: EmulatedBoard, bundle: Path) -> No
     )
     with owner:
         assert owner.stdout and owner.stdout.readline() == "has it\n"
-        result = emulated_board.run("rwkv-npu", *arguments(bundle))
-        assert result.returncode == 1 and "the NPU is in use by process " in result.stderr
+        for backend in NPU_BACKENDS:
+            result = emulated_board.run("rwkv-npu", *arguments(bundle, backend=backend))
+            assert result.returncode == 1 and "the NPU is in use by process " in result.stderr
         owner.communicate("\n")
 
 
 def test_a_kill_leaves_nothing_in_the_way(
-    emulated_board: EmulatedBoard, bundle: Path, text: str, tmp_path: Path
+    emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
     """Killed within a token: what was written is the start of the text, its state is not, and the next run works."""
-    state = tmp_path / "state"
+    state, text = tmp_path / "state", texts["rknn"]
     result = emulated_board.run("rwkv-npu", *arguments(bundle, "--state", state), faults="killed@40")
     assert result.returncode in (-9, 137) and text.startswith(result.stdout) and result.stdout != text
     assert not list(tmp_path.iterdir())

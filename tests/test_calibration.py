@@ -140,6 +140,7 @@ def test_progress_counts_every_token(folder: Path) -> None:
 # -- the sample ------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(0, 9))
 def test_a_reservoir_is_bounded_and_full(keep: int, steps: list[int], seed: int) -> None:
     reservoir, kept, start = Reservoir(keep, np.random.default_rng(seed)), {}, 0
@@ -165,7 +166,7 @@ def test_a_reservoir_is_uniform() -> None:
     assert np.abs(counts - 400).max() < 5 * np.sqrt(400 * 0.9)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5000))
 def test_contexts_are_all_the_tokens_once(count: int) -> None:
     pieces = list(contexts(np.arange(count)))

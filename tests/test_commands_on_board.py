@@ -53,7 +53,7 @@ def ended(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, Ended]:
         "plan": [*generate, "--plan", "prefill=rknn,decode=rknn-matmul", "--fusion", "projection"],
     }
     words = json.dumps([[str(word) for word in argv] for argv in commands.values()])
-    result = emulated_board.run("python", "-c", COMMANDS, words)
+    result = emulated_board.run("python", "-c", COMMANDS, words, fresh=True)
     assert result.returncode == 0, result.stderr[-2000:]
     out, err = [], result.stderr.split("\f\n")
     rest = result.stdout

@@ -241,6 +241,31 @@ def test_a_batch_is_separate_sequences(source: CheckpointSource, backend: str, B
     engine.close()
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_batch_goes_on_where_it_lies(source: CheckpointSource, backend: str) -> None:
+    """In place, without a copy of any state; a state of a batch is as good as another, on its own too."""
+    engine = engine_of(source, open_backend(backend, source))
+    first, second = [TOKENS[:3], TOKENS[3:6]], [TOKENS[6:7], TOKENS[7:8]]
+    alone = [engine.forward(one + other) for one, other in zip(first, second, strict=True)]
+    _, batch = engine.forward_batch(first, [engine.new_state(), engine.new_state()])
+    kept = [parts_of(state) for state in batch]
+    _, copies = engine.forward_batch(second, batch)
+    assert all(unchanged(state, parts) for state, parts in zip(batch, kept, strict=True))
+    logits, same = engine.forward_batch(second, batch, inplace=True)
+    assert same is batch
+    last, _ = engine.forward(TOKENS[8:9], batch[0])
+    for b in range(2):
+        assert_same((logits[b], batch[b]), alone[b])
+        assert_same((logits[b], batch[b]), (logits[b], copies[b]))
+        assert batch[b].tokens_seen == 4 and (batch[b].logits == logits[b]).all()
+    engine.forward(TOKENS[8:9], batch[0], inplace=True)
+    assert_same((last, batch[0]), engine.forward(first[0] + second[0] + TOKENS[8:9]))
+    assert batch[0].tokens_seen == 5 and np.shares_memory(
+        batch.parts["att.shift"], batch[0].parts["att.shift"]
+    )
+    engine.close()
+
+
 def test_batches_on_fixed_rows_go_one_by_one(source: CheckpointSource) -> None:
     engine, rows = engine_of(source, FixedRows(source)), [TOKENS[:20], TOKENS[20:40]]
     logits, states = engine.forward_batch(rows, [engine.new_state(), engine.new_state()])

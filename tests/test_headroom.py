@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
-from rwkv_npu.headroom import LIMIT, choose_scaling, too_large
+from rwkv_npu.headroom import LIMIT, choose_scaling, magnitudes, too_large
 from rwkv_npu.models.network import Network
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, GENERATIONS, Scaling
@@ -57,13 +57,21 @@ def logits(source: CheckpointSource) -> np.ndarray:
     return network.logits(run, network.hidden(run, IDS[:, None], parts))
 
 
+def in_the_graphs(source: CheckpointSource) -> dict[str, float]:
+    """Magnitudes as a pass under the source's own scaling has them."""
+    seen = calibrate(source, IDS, rows=16, keep=2)
+    return {**seen.peaks, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
+
+
 def check(path: Path, factors: dict[str, float]) -> Scaling:
     plain = Louder(path, "layer", factors)
-    scaling = choose_scaling(plain.spec, calibrate(plain, IDS, rows=16, keep=2))
+    seen = calibrate(plain, IDS, rows=16, keep=2)
+    scaling = choose_scaling(plain.spec, seen)
+    assert too_large(magnitudes(plain.spec, seen, scaling)) == {}
     expected = logits(plain)
     for fusion in FUSIONS:
         source = Louder(path, fusion, factors).scaled(scaling)
-        assert too_large(calibrate(source, IDS, rows=16, keep=2)) == {}
+        assert max(in_the_graphs(source).values()) <= LIMIT
         assert np.abs(logits(source) - expected).max() < 1e-4 * np.abs(expected).max()
     return scaling
 
@@ -72,7 +80,7 @@ def check(path: Path, factors: dict[str, float]) -> Scaling:
 def test_nothing_passes_the_limit(folder: Path, generation: str) -> None:
     factors = {"ffn.key.weight": 400.0, "ffn.value.weight": 0.3, "att.output.weight": 3e4, "ln0.weight": 3e4}
     loud = Louder(folder / f"{generation}.pth", "layer", factors)
-    before = too_large(calibrate(loud, IDS, rows=16, keep=2))
+    before = too_large(magnitudes(loud.spec, calibrate(loud, IDS, rows=16, keep=2), Scaling()))
     assert {"blocks.0.square", "blocks.0.ln1", "blocks.2.ln2"} <= before.keys()
     assert list(before.values()) == sorted(before.values(), reverse=True)
     check(folder / f"{generation}.pth", {**factors, "ln0.weight": 1.0})
@@ -90,17 +98,28 @@ def test_the_limit_holds_whatever_is_loud(folder: Path, key: float, value: float
     check(folder / "6.pth", factors)
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_magnitudes_under_a_scaling_are_foretold(folder: Path, generation: str) -> None:
+    """As a pass under it finds them, all of them."""
+    path, scaling = folder / f"{generation}.pth", Scaling(layers=((2.0, 0.5), (1.0, 2.0), (8.0, 0.125)))
+    plain = Louder(path, "layer", {})
+    foretold = magnitudes(plain.spec, calibrate(plain, IDS, rows=16, keep=2), scaling)
+    found = in_the_graphs(Louder(path, "layer", {}).scaled(scaling))
+    assert found.keys() == {name for name in foretold if not name.endswith(".out") or "ln" in name}
+    for name, magnitude in found.items():
+        assert magnitude == pytest.approx(foretold[name], rel=1e-3), name
+
+
 def test_the_scales_are_the_nearest_to_one(folder: Path) -> None:
-    """A scale that is not 1 is needed: with half of it something would pass the limit."""
-    factors = {"ffn.key.weight": 300.0, "ffn.value.weight": 0.1}
-    plain = Louder(folder / "7.pth", "layer", factors)
-    scaling = choose_scaling(plain.spec, calibrate(plain, IDS, rows=16, keep=2))
-    assert any(ffn > 1 for ffn, _ in scaling.layers)
-    for i, (ffn, residual) in enumerate(scaling.layers):
+    """Where a scale is not 1, half of it would let something pass the limit."""
+    plain = Louder(folder / "7.pth", "layer", {"ffn.key.weight": 300.0, "ffn.value.weight": 0.1})
+    seen = calibrate(plain, IDS, rows=16, keep=2)
+    layers = choose_scaling(plain.spec, seen).layers
+    assert any(ffn > 1 for ffn, _ in layers) and any(residual < 1 for _, residual in layers)
+    for i, (ffn, residual) in enumerate(layers):
         for part in [(ffn / 2, residual)] * (ffn > 1) + [(ffn, residual * 2)] * (residual < 1):
-            nearer = Scaling(layers=(*scaling.layers[:i], part, *scaling.layers[i + 1 :]))
-            source = Louder(folder / "7.pth", "layer", factors).scaled(nearer)
-            assert too_large(calibrate(source, IDS, rows=16, keep=2))
+            nearer = Scaling(layers=(*layers[:i], part, *layers[i + 1 :]))
+            assert too_large(magnitudes(plain.spec, seen, nearer))
 
 
 def test_a_limit_of_an_eighth() -> None:

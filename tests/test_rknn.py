@@ -12,6 +12,7 @@ from rwkv_npu.bundle import open_bundle
 from rwkv_npu.commands.info import estimate_ms
 from rwkv_npu.spec import FUSIONS, groups
 from rwkv_npu.toolkit import Environment, rknn_info
+from tests.fp16 import check_logits, check_state, forced
 from tools.make_checkpoint import make_checkpoint
 
 pytestmark = pytest.mark.compiler
@@ -55,23 +56,12 @@ def test_a_file_says_what_it_is(bundle) -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_simulator_follows_numpy_through_a_text(bundle, fusion: str) -> None:
-    ids = np.random.default_rng(0).integers(1, bundle.spec.V, 20)
-    with rwkv_npu.load(bundle.path, backend="numpy", fusion=fusion) as reference:
-        expected, expected_state = reference.forward(ids)
-    with rwkv_npu.load(bundle.path, backend="rknn-sim", fusion=fusion) as model:
-        logits, state = model.forward(ids)  # a call of 16 rows, and one padded to 16
-        logits, state = model.forward([5], state)
-        calls = model.engine.counters.calls
-    expected, expected_state = reference_step(bundle, fusion, expected_state)
-    assert calls == 2 * (len(groups(bundle.spec, fusion)) - 1) + 1 + len(groups(bundle.spec, fusion))
-    assert np.abs(logits - expected).max() < 0.02 * expected.std() + 0.02
-    for name, part in expected_state.parts.items():
-        assert np.abs(state.parts[name] - part).max() < 0.02 * max(1.0, np.abs(part).max())
-
-
-def reference_step(bundle, fusion: str, state):
-    with rwkv_npu.load(bundle.path, backend="numpy", fusion=fusion) as reference:
-        return reference.forward([5], state)
+    """A prompt by a call of 16 rows and one padded to 16, then 64 tokens."""
+    ids = np.random.default_rng(0).integers(1, bundle.spec.V, 20 + 64).tolist()
+    expected, expected_state = forced(bundle.path, ids, 20, backend="numpy", fusion=fusion)
+    found, state = forced(bundle.path, ids, 20, backend="rknn-sim", fusion=fusion)
+    check_logits(found, expected)
+    check_state(state, expected_state)
 
 
 def test_converting_again_builds_nothing(bundle) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rwkv_npu.maths import Maths
+from rwkv_npu.maths import Maths, NumpyMaths
 from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Group, Spec
 
@@ -48,6 +48,12 @@ class Source(Protocol):
     def weight(self, name: str) -> np.ndarray:
         """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
 
+    def release(self, name: str) -> None:
+        """Say that a projection was copied and will not be read again."""
+
+    def maths(self) -> NumpyMaths:
+        """What multiplies in NumPy, in the precision that was asked for."""
+
     def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
         """Outputs of a group for its inputs, computed with the operations of `f`."""
 
@@ -80,6 +86,30 @@ class Backend(Protocol):
         """Open `group` for M = `rows` of which `batch` sequences. Raises BackendError."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Walker(Protocol):
+    """A backend that can also go the whole way from the embedding to the head at once, recurrences included."""
+
+    def open_walk(self, rows: int, batch: int) -> WalkRunner:
+        """Open all groups but the head for M = `rows` of which `batch` sequences, on one state. Raises BackendError."""
+
+
+class WalkRunner(Protocol):
+    """A walk opened for a number of rows and sequences; `inputs` by the names of `spec.walk_inputs`."""
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]: ...
+
+    def run(self, state: dict[str, np.ndarray]) -> np.ndarray:
+        """(M, D), what the head reads, valid until the next run. `state` (L, B, ...) is updated in place.
+
+        Raises UsageError for arrays that are no such state.
+        """
+
+    def seconds(self) -> dict[str, float]:
+        """Of the last run, by role of group, and of the `recurrence`."""
 
 
 def relative_error(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:

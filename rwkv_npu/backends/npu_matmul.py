@@ -27,7 +27,9 @@ from rwkv_npu.backends.rknn_api import (
     INT8,
     K_BLOCK,
     MAX_K,
+    MESSAGES,
     NATIVE,
+    OUT_OF_MEMORY,
     TO_DEVICE,
     IoAttr,
     Kind,
@@ -80,9 +82,7 @@ class Memory:
         self._library, self._context = library, context
         self.pointer = library.create_mem(context, size)
         if not self.pointer:
-            raise BackendError(
-                f"rknn_create_mem found no {size} bytes: out of NPU memory, or of file descriptors"
-            )
+            raise BackendError(f"rknn_create_mem found no {size} bytes: {MESSAGES[OUT_OF_MEMORY]}")
         address = ctypes.cast(self.pointer.contents.virt_addr, ctypes.POINTER(ctypes.c_int8))
         self.bytes = np.ctypeslib.as_array(address, (size,))
 
@@ -121,7 +121,8 @@ class Context:
         try:
             attrs = self._create(rows, K, N)
             for handle in self._handles:
-                check("rknn_matmul_set_core_mask", library.set_core_mask(handle, core_mask))
+                code = library.set_core_mask(handle, core_mask)
+                check("rknn_matmul_set_core_mask", code, "--npu-cores chooses other cores")
             for number, M in enumerate(rows):
                 handle = self._handles[0 if self.dynamic else number]
                 self._shaped[M] = self._shape(handle, M, K, N, attrs[number])

@@ -28,11 +28,12 @@ MAX_K = 10240
 NATIVE = 1
 TO_DEVICE, FROM_DEVICE = 1, 2
 
+OUT_OF_MEMORY = -4
 MESSAGES = {
     -1: "failed",
     -2: "timed out",
     -3: "the NPU is unavailable",
-    -4: "out of NPU memory, or of file descriptors",
+    OUT_OF_MEMORY: "out of NPU memory, or of file descriptors: end other programs, or raise the limit, ulimit -Hn",
     -5: "a parameter is refused",
     -7: "the context is invalid",
     -8: "an input is invalid",
@@ -137,7 +138,8 @@ class Library:
         return function
 
 
-def check(what: str, code: int) -> None:
+def check(what: str, code: int, remedy: str = "") -> None:
     """Raises BackendError for a code that is not 0."""
     if code:
-        raise BackendError(f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}")
+        said = f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}"
+        raise BackendError(f"{said}; {remedy}" if remedy else said)

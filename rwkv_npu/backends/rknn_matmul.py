@@ -21,7 +21,7 @@ from rwkv_npu.backends.rknn_api import CHIP, CORES, FP16, INT8, OVERRIDE, Kind, 
 from rwkv_npu.errors import BackendError
 from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan, check_room
-from rwkv_npu.npu import LOCK, raise_file_limit
+from rwkv_npu.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.spec import Kind as TensorKind
 
@@ -105,7 +105,8 @@ class RknnMatmulBackend:
             raise BackendError(
                 f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows of one sequence"
             )
-        self._source.evaluate(group, self._packing, dict(allocate_inputs(group, rows, 1)))
+        with captured():  # what librknnrt prints beside its codes
+            self._source.evaluate(group, self._packing, dict(allocate_inputs(group, rows, 1)))
         return RknnMatmulRunner(self._source, self._maths, group, rows)
 
     def close(self) -> None:

@@ -6,13 +6,13 @@ The arithmetic and its sources are in rwkv_npu/estimate.py; the CPU's share of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from rwkv_npu import estimate
 from rwkv_npu.bench.inference_record import PREFILLS, Row
 from rwkv_npu.bundle import Artifact
-from rwkv_npu.spec import Spec, state_shapes
+from rwkv_npu.spec import Spec, groups, state_shapes
 
 HOST_TERMS = ("recurrence", "sampling", "dispatch", "rest")  # what the CPU does beside the groups
 BOARD = "rk3588"  # the chip whose CPU and bandwidths are known
@@ -35,15 +35,22 @@ def estimates(
     for kind in kinds:
         chosen = [a for a in artifacts if (a.target, a.precision, a.fusion) == kind]
         if all(a.cycles for a in chosen):  # else the compiler printed none
-            rows += [estimator.npu(chosen, rate) for rate in estimate.RATES.get(kind[0], (estimate.TABLE,))]
+            dispatching = replace(estimator, host=_host(measured, len(groups(spec, kind[2]))))
+            rows += [dispatching.npu(chosen, rate) for rate in estimate.RATES.get(kind[0], (estimate.TABLE,))]
     return rows
 
 
-def _host(measured: Sequence[Row]) -> Row | None:
-    """The row whose recurrence, sampling and dispatch stand for the board's: the default backend's if it is there."""
+def _host(measured: Sequence[Row], calls: int | None = None) -> Row | None:
+    """The row whose recurrence, sampling and dispatch stand for the board's: one that makes as many calls a token, if
+    that matters and there is one; then the default backend's."""
     able = [row for row in measured if row.decode_ms and row.prefill_128_ms]
     order = {"numba": 0, "ort": 1}
-    return min(able, key=lambda row: (order.get(row.backend, 2), -(row.decode_tps or 0)), default=None)
+
+    def preference(row: Row) -> tuple[bool, int, float]:
+        others = calls is not None and row.calls_per_token != calls
+        return others, order.get(row.backend, 2), -(row.decode_tps or 0)
+
+    return min(able, key=preference, default=None)
 
 
 @dataclass(frozen=True)

@@ -113,17 +113,31 @@ def terms(row: Row) -> str:
 
 
 def profile_table(row: Row) -> str:
-    """Where a token goes, by role of group and by function."""
+    """Where a token goes, by role of group and by function. Files from before bytes were counted have none."""
     roles = []
-    for role, calls, ms, weights in row.profile["roles"]:
-        per_weight = {"fp32": 4, "fp16": 2, "bf16": 2}.get(row.weights, 0) * weights
-        rate = _figure(per_weight / ms / 1e6) if ms and per_weight else ""
-        roles.append([role, str(calls), _figure(ms), _figure(calls * ms), _figure(weights / 1e6), rate])
+    for role, calls, ms, weights, *size in row.profile["roles"]:
+        rate = size[0] / ms / 1e6 if ms and size else None
+        share = f"{100 * rate / row.read_gb_per_s:.0f} %" if rate and row.read_gb_per_s else ""
+        megabytes = _figure(size[0] * calls, 1e-6) if size else ""
+        cells = [_figure(ms), _figure(calls * ms), _figure(weights / 1e6), megabytes, _figure(rate), share]
+        roles.append([role, str(calls), *cells])
     functions = [[name, f"{calls:.1f}", _figure(ms)] for name, calls, ms in row.profile["functions"]]
     return "\n\n".join(
         [
             f"Profile of {row.name}, {row.profile['tokens']} tokens:",
-            _markdown(["group", "calls a token", "ms a call", "ms a token", "M weights", "GB/s"], roles),
+            _markdown(
+                [
+                    "group",
+                    "times",
+                    "ms each",
+                    "ms a token",
+                    "M weights",
+                    "MB a token",
+                    "GB/s",
+                    "of the read before",
+                ],
+                roles,
+            ),
             "Own time of functions (Python's profiler makes small ones look slower):",
             _markdown(["function", "calls a token", "ms a token"], functions),
         ]

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from rwkv_npu.backends.base import Faults
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
@@ -153,12 +151,16 @@ class _PromptBar:
     """Progress over a long prompt, and the place where Ctrl-C ends its reading."""
 
     def __init__(self, total: int, interrupt: Interrupt):
-        hidden = None if total >= LONG_PROMPT else True  # None: shown on a terminal
-        self._bar = tqdm(total=total, desc="prompt", unit="token", leave=False, disable=hidden)
-        self._interrupt = interrupt
+        self._bar, self._interrupt = None, interrupt
+        if total >= LONG_PROMPT:
+            from tqdm import tqdm  # an import that a short prompt would wait for
+
+            # None: shown on a terminal.
+            self._bar = tqdm(total=total, desc="prompt", unit="token", leave=False, disable=None)
 
     def update(self, count: int) -> None:
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
         if self._interrupt.asked:
             raise _PromptInterrupted
 
@@ -166,7 +168,8 @@ class _PromptBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

@@ -1,8 +1,9 @@
 """Code that is compiled on the machine it runs on, by numba (extra `fast`): no compiler, no build step.
 
     recurrence.py      the recurrences of all generations, in v4.py .. v7.py
-    tape.py            groups as instructions; machine.py executes them, pool.py on several threads
-    products.py        matrices times rows; simd.py has the vectors it is written in
+    recorder.py        groups, and the way through all of them, as instructions; tape.py gives them memory,
+                       machine.py executes them, pool.py on several threads
+    products.py        matrices times rows, in the tiles of tiles.py and the vectors of simd.py
 
 numba is imported when one of them is loaded. What it compiles is kept in the cache folder, in a folder named after the
 sources, the processor and numba, so that no other machine or version ever reads it.

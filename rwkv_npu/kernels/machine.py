@@ -1,7 +1,7 @@
 """Executes tapes, compiled.
 
-All threads run the same tape: of rows each takes its own, of products its own columns. Where the tape says `wait` they
-meet.
+All threads run the same tape: of rows each takes its own, of products its own columns, of recurrences its own heads.
+Where the tape says `wait` they meet.
 """
 
 from __future__ import annotations
@@ -9,14 +9,38 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
+from rwkv_npu.kernels.instructions import (
+    ADD,
+    ADD_VECTOR,
+    BF16,
+    FP16,
+    INT4,
+    INT8,
+    KEEP,
+    LAYER_NORM,
+    LINEAR,
+    MIX,
+    MUL,
+    MUL_VECTOR,
+    QUANTISE,
+    RECUR,
+    RELU,
+    ROW_MATMUL,
+    SCALE,
+    SHIFT,
+    SIGMOID,
+    SUB,
+    TANH,
+)
 from rwkv_npu.kernels.products import (
+    FEW,
     ROWS,
+    few_rows_bf16,
+    few_rows_fp16,
+    few_rows_fp32,
+    few_rows_int4,
+    few_rows_int8,
     quantise_rows,
-    row_times_bf16,
-    row_times_fp16,
-    row_times_fp32,
-    row_times_int4,
-    row_times_int8,
     rows_times_bf16,
     rows_times_fp16,
     rows_times_fp32,
@@ -26,46 +50,46 @@ from rwkv_npu.kernels.simd import (
     add,
     add_atomically,
     at_least,
+    call_code,
     floats,
     fma,
     load_float,
     load_floats,
+    load_long,
     mul,
     pause,
     read_atomically,
     sigmoid,
     store_float,
     store_floats,
+    store_long,
     sub,
     tanh,
     total,
-)
-from rwkv_npu.kernels.tape import (
-    ADD,
-    ADD_VECTOR,
-    BF16,
-    FP16,
-    INT4,
-    INT8,
-    LAYER_NORM,
-    LINEAR,
-    MIX,
-    MUL,
-    MUL_VECTOR,
-    QUANTISE,
-    RELU,
-    ROW_MATMUL,
-    SCALE,
-    SHIFT,
-    SIGMOID,
-    SUB,
-    TANH,
 )
 from rwkv_npu.packing import PANEL
 
 PATIENCE = 4096  # rounds of waiting, some 100 us, before the core is offered to others
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+_MONOTONIC = 1
+_SECOND = 1_000_000_000  # nanoseconds
+
+
+@njit(nogil=True)
+def _now(scratch):  # type: ignore[no-untyped-def]
+    """Nanoseconds; 16 bytes of scratch are overwritten."""
+    _clock_gettime(types.int32(_MONOTONIC), scratch)  # type: ignore[call-overload]
+    return load_long(scratch) * _SECOND + load_long(scratch + 8)
+
+
+@njit(nogil=True)
+def _charge(clock, since, scratch):  # type: ignore[no-untyped-def]
+    """Add the time since then to a clock; the time now."""
+    now = _now(scratch)
+    store_long(load_long(clock) + now - since, clock)
+    return now
 
 
 @njit(nogil=True)
@@ -116,6 +140,16 @@ def _row_matmul(x, s, out, R):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def _copy(source, target, count):  # type: ignore[no-untyped-def]
+    """So many floats and no more: a state has no padding."""
+    whole = count // 16 * 16
+    for n in range(0, whole, 16):
+        store_floats(load_floats(source + n * 4), target + n * 4)
+    for n in range(whole, count):
+        store_float(load_float(source + n * 4), target + n * 4)
+
+
+@njit(nogil=True)
 def _of_row(t, row):  # type: ignore[no-untyped-def]
     """What an instruction does to one row."""
     op, width = t.op, t.width
@@ -124,12 +158,14 @@ def _of_row(t, row):  # type: ignore[no-untyped-def]
     if op == LAYER_NORM:
         _layer_norm(a, out, width, t.vector, t.bias, t.number)
     elif op == ROW_MATMUL:
-        _row_matmul(a, t.b + row * t.a_stride * 4, out, width)
+        _row_matmul(a, t.b + row * t.other_stride * 4, out, width)
     elif op == SHIFT:
         before = row - int(t.number)
-        source = t.a + before * t.stride * 4 if before >= 0 else t.b + row * t.stride * 4
-        for n in range(0, width, 16):
-            store_floats(load_floats(source + n * 4), out + n * 4)
+        _copy(t.a + before * t.stride * 4 if before >= 0 else t.b + row * t.other_stride * 4, out, width)
+    elif op == KEEP:
+        sequence = row - t.rows + int(t.number)
+        if sequence >= 0:
+            _copy(t.a + row * t.other_stride * 4, t.out + sequence * t.stride * 4, width)
     elif op == MIX:
         for n in range(0, width, 16):
             value = fma(load_floats(b + n * 4), load_floats(t.vector + n * 4), load_floats(a + n * 4))
@@ -167,30 +203,30 @@ def _of_row(t, row):  # type: ignore[no-untyped-def]
 def _quantise(t, first, last):  # type: ignore[no-untyped-def]
     """Rows as int8; what lies beyond their width is cleared first, since it would count."""
     for row in range(first, last):
-        for n in range(t.width, t.stride):
+        for n in range(t.width, t.k):
             store_float(types.float32(0), t.a + (row * t.stride + n) * 4)
-    quantise_rows(t.a, t.stride, first, last, t.stride, t.out, t.b, t.sums)
+    quantise_rows(t.a, t.stride, first, last, t.k, t.out, t.b, t.sums)
 
 
 @njit(nogil=True)
-def _one_row(t, thread, threads):  # type: ignore[no-untyped-def]
-    """The one row times this thread's columns of a matrix."""
-    strips = t.n // 16
+def _few_rows(t, thread, threads):  # type: ignore[no-untyped-def]
+    """A few rows times this thread's columns of a matrix."""
+    strips, rows, stride = t.n // 16, t.rows, t.stride
     first, last = strips * thread // threads, strips * (thread + 1) // threads
     if t.format == INT4:
-        row_times_int4(t.a, t.b, t.sums, t.weights, t.scales, t.k, first, last, t.out)
+        few_rows_int4(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
     elif t.format == INT8:
-        row_times_int8(t.a, t.b, t.sums, t.weights, t.scales, t.k, first, last, t.out)
+        few_rows_int8(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
     elif t.format == FP16:
-        row_times_fp16(t.a, t.weights, t.k, first, last, t.out)
+        few_rows_fp16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
     elif t.format == BF16:
-        row_times_bf16(t.a, t.weights, t.k, first, last, t.out)
+        few_rows_bf16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
     else:
-        row_times_fp32(t.a, t.weights, t.k, first, last, t.out)
+        few_rows_fp32(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
 
 
 @njit(nogil=True)
-def _rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
+def _many_rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
     """All rows times this thread's panels; where there are fewer panels than threads, they share the rows too."""
     panels, tiles = -(-t.n // PANEL), -(-t.rows // ROWS)
     pieces = 1 if panels >= threads else min(tiles, -(-threads // panels))
@@ -204,11 +240,11 @@ def _rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
                 bits, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
             )
         elif t.format == FP16:
-            rows_times_fp16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+            rows_times_fp16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
         elif t.format == BF16:
-            rows_times_bf16(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+            rows_times_bf16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
         else:
-            rows_times_fp32(t.a, t.a_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+            rows_times_fp32(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
 
 
 @njit(nogil=True)
@@ -217,16 +253,21 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
 
     Returns where it stands afterwards: all threads are done then.
     """
+    since, clock = _now(scratch), tape[0].clock
     for i in range(len(tape)):
         t = tape[i]
         if t.wait:
             met += threads
             _meet(counter, met)
+            if thread == 0:
+                since, clock = _charge(clock, since, scratch), t.clock
         if t.op == LINEAR:
-            if t.rows == 1:
-                _one_row(t, thread, threads)
+            if t.rows <= FEW:
+                _few_rows(t, thread, threads)
             else:
-                _rows(t, thread, threads, scratch)
+                _many_rows(t, thread, threads, scratch)
+        elif t.op == RECUR:
+            call_code(t.weights, t.vector, t.n * thread // threads, t.n * (thread + 1) // threads)
         else:
             first, last = t.rows * thread // threads, t.rows * (thread + 1) // threads
             if t.op == QUANTISE:
@@ -236,4 +277,6 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
                     _of_row(t, row)
     met += threads
     _meet(counter, met)
+    if thread == 0:
+        _charge(clock, since, scratch)
     return met

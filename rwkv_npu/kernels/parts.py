@@ -9,13 +9,25 @@ index that is computed could be negative, for all the compiler knows, and its lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
 from rwkv_npu import kernels
+from rwkv_npu.kernels.instructions import (
+    A_B,
+    A_H,
+    A_N,
+    A_STATES,
+    A_STRIDE,
+    A_T,
+    A_TABLE,
+    A_VALUES,
+    A_Y,
+    ARGUMENTS,
+)
 from rwkv_npu.models.common import GROUP_NORM_EPS
 
 F = np.float32
@@ -27,27 +39,69 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "con
 # Where an addition rounds on purpose.
 _IN_ORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
-ROWS = "f4[:, :, ::1]"  # (T, B, A)
-CHANNELS = "f4[:, ::1]"  # (B, A), or a table of parameters (any, A)
-MATRICES = "f4[:, :, :, ::1]"  # (B, H, N, N)
-
 inlined = njit(forceinline=True, **_OPTIONS)
 
-
-def kernel(*arguments: str) -> Callable[[Any], Any]:
-    """Compile for these types at once, or read what was compiled before. A kernel lets other threads run."""
-    return njit(f"void({', '.join(arguments)})", nogil=True, cache=kernels.KEEP, **_OPTIONS)
+# -- arguments -------------------------------------------------------------------------------------------
 
 
-def rows(count: int) -> str:
-    """The type of a tuple of so many outputs of projections."""
-    return f"UniTuple({ROWS}, {count})"
+def recurrence(run: Any) -> Any:
+    """Compile run(arguments, begin, end) at once, or read what was compiled before.
+
+    arguments: the address of what `instructions.A_T` and the names after it list. What results is called from Python
+    (`.ctypes`), whose other threads run on meanwhile, or from compiled code, by its `.address`.
+    """
+    return cfunc("void(i8, i8, i8)", cache=kernels.KEEP, **_OPTIONS)(run)
+
+
+@intrinsic
+def _words(_context: Any, address: Any) -> Any:
+    return _as_pointer(types.CPointer(types.int64))
+
+
+@intrinsic
+def _floats(_context: Any, address: Any) -> Any:
+    return _as_pointer(types.CPointer(types.float32))
+
+
+def _as_pointer(kind: Any) -> Any:
+    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(kind))
+
+    return kind(types.int64), code
 
 
 @inlined
-def by_head(x: Any, H: Any, N: Any) -> Any:
-    """(T, B, A) -> (T, B, H, N)."""
-    return x.reshape((x.shape[0], x.shape[1], H, N))
+def arguments(address: Any) -> Any:
+    return carray(_words(address), (ARGUMENTS,))  # type: ignore[call-arg]
+
+
+@inlined
+def array(address: Any, shape: Any) -> Any:
+    return carray(_floats(address), shape)  # type: ignore[call-arg]
+
+
+@inlined
+def values(a: Any, number: Any) -> Any:
+    """An output of the projections, (T, B, heads, N). There may be more heads than H: rows have padding."""
+    return array(a[A_VALUES + number], (a[A_T], a[A_B], a[A_STRIDE] // a[A_N], a[A_N]))
+
+
+@inlined
+def result(a: Any) -> Any:
+    """y, of the same shape."""
+    return array(a[A_Y], (a[A_T], a[A_B], a[A_STRIDE] // a[A_N], a[A_N]))
+
+
+@inlined
+def matrices(a: Any) -> Any:
+    """The state of all heads, (B, H, N, N)."""
+    return array(a[A_STATES], (a[A_B], a[A_H], a[A_N], a[A_N]))
+
+
+@inlined
+def table(a: Any, count: Any) -> Any:
+    """The parameters of the layer, (count, H, N)."""
+    return array(a[A_TABLE], (count, a[A_H], a[A_N]))
 
 
 # -- exponentials ----------------------------------------------------------------------------------------

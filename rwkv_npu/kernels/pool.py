@@ -8,6 +8,7 @@ exception of Python's (Ctrl-C) can come between handing out a tape and doing one
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import threading
 import weakref
@@ -18,10 +19,11 @@ from numba import carray, from_dtype, njit, types
 from numba.extending import intrinsic
 
 from rwkv_npu import kernels
+from rwkv_npu.kernels.instructions import INSTRUCTION
 from rwkv_npu.kernels.machine import execute
 from rwkv_npu.kernels.products import SCRATCH_BYTES
 from rwkv_npu.kernels.simd import add_atomically, pause, read_atomically, write_atomically
-from rwkv_npu.kernels.tape import INSTRUCTION, aligned_bytes
+from rwkv_npu.kernels.tape import aligned_bytes
 
 ROUNDS = 20_000  # of looking for a tape before a helper goes to sleep: about a millisecond
 
@@ -31,20 +33,12 @@ _TICKET, _MET, _TAPE, _LENGTH, _PER_THREAD = (_LINE * i for i in range(5))
 _ASLEEP, _SEMAPHORE, _THREAD_BYTES = 0, _LINE, 2 * _LINE  # within what each thread has
 
 # Semaphores of the C library: a helper sleeps, and is woken, without Python.
-_sem_init = types.ExternalFunction("sem_init", types.int32(types.intp, types.int32, types.uint32))
+_libc = ctypes.CDLL(None)
 _sem_post = types.ExternalFunction("sem_post", types.int32(types.intp))
 _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.intp))
 
 _Instructions = types.CPointer(from_dtype(INSTRUCTION))
-
-
-_Tape = types.Array(from_dtype(INSTRUCTION), 1, "C")
 _I8 = types.int64
-
-
-def entry(result: Any, *arguments: Any) -> Any:
-    """Compile now, or read what was compiled before, and with it all that it calls."""
-    return njit(result(*arguments), nogil=True, cache=kernels.KEEP)
 
 
 @intrinsic
@@ -56,17 +50,16 @@ def _instructions(_context: Any, address: Any) -> Any:
 
 
 @njit(nogil=True)
+def _tape(address, length):  # type: ignore[no-untyped-def]
+    return carray(_instructions(address), (length,))  # type: ignore[call-arg]
+
+
+@njit(nogil=True)
 def _of_thread(control, thread):  # type: ignore[no-untyped-def]
     return control + _PER_THREAD + thread * _THREAD_BYTES
 
 
-@entry(types.void, _I8, _I8)
-def _prepare(control, threads):  # type: ignore[no-untyped-def]
-    for thread in range(threads):
-        _sem_init(_of_thread(control, thread) + _SEMAPHORE, 0, 0)  # type: ignore[call-overload]
-
-
-@entry(types.void, _I8, _I8, _I8, _I8)
+@njit(nogil=True)
 def _publish(control, threads, tape, length):  # type: ignore[no-untyped-def]
     """Hand a tape to the helpers; no length ends them."""
     write_atomically(control + _TAPE, tape)
@@ -77,15 +70,7 @@ def _publish(control, threads, tape, length):  # type: ignore[no-untyped-def]
             _sem_post(_of_thread(control, thread) + _SEMAPHORE)
 
 
-@entry(types.void, _I8, _I8, _Tape, _I8, _I8)
-def _lead(control, threads, tape, address, scratch):  # type: ignore[no-untyped-def]
-    """Have a tape executed by all threads, this one among them."""
-    met = read_atomically(control + _MET)  # all are done with the tape before: nobody counts on
-    _publish(control, threads, address, len(tape))
-    execute(tape, 0, threads, control + _MET, met, scratch)
-
-
-@entry(types.void, _I8, _I8, _I8, _I8)
+@njit(nogil=True)
 def _help(control, thread, threads, scratch):  # type: ignore[no-untyped-def]
     """Execute this thread's share of every tape that is published, until one without length."""
     mine = _of_thread(control, thread)
@@ -96,7 +81,7 @@ def _help(control, thread, threads, scratch):  # type: ignore[no-untyped-def]
             length = read_atomically(control + _LENGTH)
             if length == 0:
                 return
-            tape = carray(_instructions(read_atomically(control + _TAPE)), (length,))  # type: ignore[call-arg]
+            tape = _tape(read_atomically(control + _TAPE), length)
             met = execute(tape, thread, threads, control + _MET, met, scratch)
             rounds = 0
         elif rounds < ROUNDS:
@@ -111,6 +96,19 @@ def _help(control, thread, threads, scratch):  # type: ignore[no-untyped-def]
             rounds = 0
 
 
+# The one entry: each is compiled, and read again, with a copy of the whole machine.
+@njit(types.void(_I8, _I8, _I8, _I8, _I8, _I8), nogil=True, cache=kernels.KEEP)
+def _work(control, thread, threads, address, length, scratch):  # type: ignore[no-untyped-def]
+    """Thread 0: have a tape executed by all threads, this one among them. Others: help until there are no more."""
+    if thread > 0:
+        _help(control, thread, threads, scratch)
+        return
+    met = read_atomically(control + _MET)  # all are done with the tape before: nobody counts on
+    _publish(control, threads, address, length)
+    if length > 0:
+        execute(_tape(address, length), 0, threads, control + _MET, met, scratch)
+
+
 class Pool:
     """`threads` threads, the caller's among them. One tape at a time."""
 
@@ -121,12 +119,12 @@ class Pool:
         self._start()
         _open_pools.add(self)
 
-    def run(self, tape: np.ndarray, address: int) -> None:
-        """Execute a tape (INSTRUCTION records, at `address`)."""
+    def run(self, address: int, length: int) -> None:
+        """Execute the tape of so many instructions at `address`."""
         with self._lock:
             if self._owner != os.getpid():  # a forked child has no threads but its own
                 self._start()
-            _lead(self._address, self.threads, tape, address, self._own)
+            _work(self._address, 0, self.threads, address, length, self._own)
 
     def close(self) -> None:
         with self._lock:
@@ -139,11 +137,12 @@ class Pool:
         self._control = aligned_bytes(_PER_THREAD + self.threads * _THREAD_BYTES)
         control = self._address = int(self._control.ctypes.data)
         self._own = int(self._scratch[0].ctypes.data)
-        _prepare(control, self.threads)
+        for thread in range(self.threads):
+            _libc.sem_init(ctypes.c_void_p(control + _PER_THREAD + thread * _THREAD_BYTES + _SEMAPHORE), 0, 0)
         self._helpers = [
             threading.Thread(
-                target=_help,
-                args=(control, thread, self.threads, self._scratch[thread].ctypes.data),
+                target=_work,
+                args=(control, thread, self.threads, 0, 0, self._scratch[thread].ctypes.data),
                 name=f"rwkv_npu-{thread}",
                 daemon=True,
             )
@@ -154,7 +153,7 @@ class Pool:
 
     def _stop(self) -> None:
         if self._owner == os.getpid():
-            _publish(self._address, self.threads, 0, 0)
+            _work(self._address, 0, self.threads, 0, 0, self._own)
             for helper in self._helpers:
                 helper.join()
         self._helpers = []

@@ -1,9 +1,10 @@
 """Products of rows with a matrix, compiled: quantised matrices as `rwkv_npu.packing` lays them out, and float ones.
 
-One row is a matrix times a vector: every weight is read once, and memory sets the pace. Several rows go through
-panels of 64 columns: the weights of a panel are unpacked once into a scratch that fits the cache, and tiles of
-ROWS x 64 sums are kept in registers. Quantised weights meet rows that are quantised as well, a scale for every BLOCK
-of a row, so that four products of bytes are one step of one instruction.
+One row is a matrix times a vector: every weight is read once, and memory sets the pace. So it does for a few rows,
+which take turns at each strip while its weights are in the cache. Many rows go through panels of 64 columns: the
+weights of a panel are unpacked once into a scratch that fits the cache, and tiles of ROWS x 64 sums are kept in
+registers. Quantised weights meet rows that are quantised as well, a scale for every BLOCK of a row, so that four
+products of bytes are one step of one instruction.
 
 Addresses are integers. Rows of x and y lie `stride` floats apart, a multiple of PANEL; there are memory for a whole
 number of tiles of rows, and whatever lies beyond the last row and column may be overwritten.
@@ -13,44 +14,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import njit, types
 
 from rwkv_npu.kernels import simd
+from rwkv_npu.kernels.instructions import TILE_ROWS
 from rwkv_npu.kernels.simd import (
-    ADDRESS,
-    Floats,
-    Ints,
     absolute,
     add,
-    add_ints,
-    dot,
     floats,
-    fma,
     high_nibbles,
     larger,
     largest,
     load_bfloats,
     load_bytes,
-    load_float,
     load_floats,
     load_halves,
-    load_int,
     low_nibbles,
     mul,
     operand,
-    operation,
-    repeat_four,
     rounded,
     store_bytes,
     store_float,
     store_floats,
     store_int,
     store_small_ints,
-    to_floats,
     total,
 )
-from rwkv_npu.kernels.tape import TILE_ROWS
+from rwkv_npu.kernels.tiles import float_tile, int_tile
 from rwkv_npu.packing import BLOCK, PANEL, ZERO
 
 ROWS = TILE_ROWS
@@ -58,6 +48,7 @@ STRIPS = PANEL // simd.LANES
 # Strips of a tile: as many as the registers hold.
 SPAN = STRIPS if simd.WIDE else 1
 
+FEW = 8  # rows up to which it is better to read weights as they lie than to unpack them for all rows
 # Rows of a panel that are unpacked at a time: 16 KiB stay in the first cache while all rows of x pass by.
 K_STEP_BYTES = 256
 K_STEP_FLOATS = 64
@@ -68,95 +59,9 @@ ZERO_INT4 = ZERO[4]
 ZERO_INT8 = 0 if simd.SIGNED_DOT else ZERO[8]
 
 
-# -- tiles: ROWS x SPAN vectors of sums in registers ---------------------------------------------------------
-
-_TILE = ROWS * SPAN
-IntTile = types.UniTuple(Ints, _TILE)
-FloatTile = types.UniTuple(Floats, _TILE)
-
-
-def _tile(b: Any, values: list[Any]) -> Any:
-    tile = ir.Constant(ir.ArrayType(values[0].type, _TILE), ir.Undefined)
-    for i, value in enumerate(values):
-        tile = b.insert_value(tile, value, i)
-    return tile
-
-
-def _at(b: Any, address: Any, stride: Any, index: int) -> Any:
-    return b.add(address, b.mul(stride, stride.type(index)))
-
-
-@operation(IntTile, ADDRESS, ADDRESS, types.int32)
-def zeros_of(b: Any, sums: Any, stride: Any, zero: Any) -> Any:
-    """Tile to begin with: what the zero of the weights adds to the sum of each row, taken off."""
-    values = []
-    for r in range(ROWS):
-        of_row = simd.read(b, _at(b, sums, stride, r), ir.IntType(32))
-        values += [simd.spread(b, b.neg(b.mul(of_row, zero)))] * SPAN
-    return _tile(b, values)
-
-
-@operation(IntTile, IntTile, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-def add_dots(b: Any, tile: Any, weights: Any, weights_stride: Any, x: Any, x_stride: Any) -> Any:
-    """Four rows of the matrix and four bytes of each row of x."""
-    strips = [simd.read(b, _at(b, weights, weights_stride, s), simd.Bytes.llvm) for s in range(SPAN)]
-    values = []
-    for r in range(ROWS):
-        four = simd.read(b, _at(b, x, x_stride, r), ir.IntType(32))
-        of_row = b.bitcast(simd.spread(b, four), simd.Bytes.llvm)
-        for s in range(SPAN):
-            values.append(simd.emit_dot(b, b.extract_value(tile, r * SPAN + s), strips[s], of_row))
-    return _tile(b, values)
-
-
-@operation(types.void, IntTile, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-def add_scaled(
-    b: Any, tile: Any, x_scales: Any, x_stride: Any, scales: Any, scales_stride: Any, y: Any, y_stride: Any
-) -> None:
-    """y += tile * scale of the block of the row * scales of the block of the columns."""
-    columns = [simd.read_bfloats(b, _at(b, scales, scales_stride, s)) for s in range(SPAN)]
-    for r in range(ROWS):
-        scale = simd.spread(b, simd.read(b, _at(b, x_scales, x_stride, r), ir.FloatType()))
-        for s in range(SPAN):
-            place = b.add(_at(b, y, y_stride, r), y.type(simd.VECTOR_BYTES * s))
-            value = b.fmul(b.sitofp(b.extract_value(tile, r * SPAN + s), Floats.llvm), scale)
-            so_far = simd.read(b, place, Floats.llvm)
-            simd.write(b, place, simd.call(b, "llvm.fma.v16f32", Floats.llvm, value, columns[s], so_far))
-
-
-@operation(FloatTile, ADDRESS, ADDRESS)
-def load_tile(b: Any, y: Any, y_stride: Any) -> Any:
-    return _tile(
-        b,
-        [
-            simd.read(b, b.add(_at(b, y, y_stride, r), y.type(simd.VECTOR_BYTES * s)), Floats.llvm)
-            for r in range(ROWS)
-            for s in range(SPAN)
-        ],
-    )
-
-
-@operation(FloatTile, FloatTile, ADDRESS, ADDRESS, ADDRESS)
-def add_products(b: Any, tile: Any, weights: Any, x: Any, x_stride: Any) -> Any:
-    """One row of the matrix and one float of each row of x."""
-    strips = [
-        simd.read(b, b.add(weights, weights.type(simd.VECTOR_BYTES * s)), Floats.llvm) for s in range(SPAN)
-    ]
-    values = []
-    for r in range(ROWS):
-        of_row = simd.spread(b, simd.read(b, _at(b, x, x_stride, r), ir.FloatType()))
-        for s in range(SPAN):
-            so_far = b.extract_value(tile, r * SPAN + s)
-            values.append(simd.call(b, "llvm.fma.v16f32", Floats.llvm, of_row, strips[s], so_far))
-    return _tile(b, values)
-
-
-@operation(types.void, FloatTile, ADDRESS, ADDRESS)
-def store_tile(b: Any, tile: Any, y: Any, y_stride: Any) -> None:
-    for r in range(ROWS):
-        for s in range(SPAN):
-            place = b.add(_at(b, y, y_stride, r), y.type(simd.VECTOR_BYTES * s))
-            simd.write(b, place, b.extract_value(tile, r * SPAN + s))
+_ints, _floats = int_tile(ROWS, SPAN)[1], float_tile(ROWS, SPAN)  # of panels
+zeros_of, add_dots, add_scaled = _ints.zeros_of, _ints.add_dots, _floats.add_scaled
+load_tile, add_products, store_tile = _floats.load, _floats.add_products, _floats.store
 
 
 # -- rows, quantised ---------------------------------------------------------------------------------------
@@ -190,77 +95,128 @@ def quantise_rows(x, stride, first, last, K, q, scales, sums):  # type: ignore[n
             store_int(types.int32(total(add(add(a, b), add(c, d)))), sums + place)
 
 
-# -- one row -----------------------------------------------------------------------------------------------
+# -- few rows ----------------------------------------------------------------------------------------------
+# A product of `R` rows with one strip, in which weights go from memory to the sums without a stop. Two tiles of sums
+# take turns, so that an addition need not wait for the one before.
 
 
-@njit(nogil=True)
-def _add_block(result, dots, row_scale, column_scales):  # type: ignore[no-untyped-def]
-    """result + dots * the scale of a block of the row * those of a block of the columns."""
-    return fma(to_floats(dots), mul(floats(load_float(row_scale)), load_bfloats(column_scales)), result)
+def _few_quantised(R: int, bits: int) -> Any:
+    (zeros_of, _, add_dots, plus), sums_of = int_tile(R, 1)[1], float_tile(R, 1)
+    zeros, store, add_scaled = sums_of.zeros, sums_of.store, sums_of.add_scaled_to
+    zero = ZERO_INT4 if bits == 4 else ZERO_INT8
 
-
-@njit(nogil=True)
-def row_times_int4(q, scales, sums, weights, weight_scales, K, first, last, y):  # type: ignore[no-untyped-def]
-    """Strips first .. last of the product of one quantised row."""
-    blocks = K // BLOCK
-    for strip in range(first, last):
-        w, s = weights + strip * K * 8, weight_scales + strip * blocks * 32
-        result = floats(types.float32(0))
-        for block in range(blocks):
-            a = simd.ints(types.int32(-ZERO_INT4) * load_int(sums + block * 4))
-            b = simd.ints(types.int32(0))
-            for k in range(block * BLOCK, (block + 1) * BLOCK, 16):
-                some, more = load_bytes(w + k * 8), load_bytes(w + k * 8 + 64)
-                a = dot(a, low_nibbles(some), repeat_four(q + k))
-                b = dot(b, high_nibbles(some), repeat_four(q + k + 4))
-                a = dot(a, low_nibbles(more), repeat_four(q + k + 8))
-                b = dot(b, high_nibbles(more), repeat_four(q + k + 12))
-            result = _add_block(result, add_ints(a, b), scales + block * 4, s + block * 32)
-        store_floats(result, y + strip * 64)
-
-
-@njit(nogil=True)
-def row_times_int8(q, scales, sums, weights, weight_scales, K, first, last, y):  # type: ignore[no-untyped-def]
-    """The same for 8 bits."""
-    blocks = K // BLOCK
-    for strip in range(first, last):
-        w, s = weights + strip * K * 16, weight_scales + strip * blocks * 32
-        result = floats(types.float32(0))
-        for block in range(blocks):
-            a = simd.ints(types.int32(-ZERO_INT8) * load_int(sums + block * 4))
-            b = simd.ints(types.int32(0))
-            for k in range(block * BLOCK, (block + 1) * BLOCK, 8):
-                a = dot(a, operand(load_bytes(w + k * 16)), repeat_four(q + k))
-                b = dot(b, operand(load_bytes(w + k * 16 + 64)), repeat_four(q + k + 4))
-            result = _add_block(result, add_ints(a, b), scales + block * 4, s + block * 32)
-        store_floats(result, y + strip * 64)
-
-
-def _row_times(load: Any, size: int) -> Any:
     @njit(nogil=True)
-    def row_times(x, weights, K, first, last, y):  # type: ignore[no-untyped-def]
-        """Strips first .. last of the product of one row of floats; K is a multiple of 4."""
-        step = 16 * size
+    def add_int4(a, b, w, q, K):  # type: ignore[no-untyped-def]
+        """A block."""
+        for k in range(0, BLOCK, 16):
+            some, more = load_bytes(w + k * 8), load_bytes(w + k * 8 + 64)
+            a = add_dots(a, low_nibbles(some), q + k, K)
+            b = add_dots(b, high_nibbles(some), q + k + 4, K)
+            a = add_dots(a, low_nibbles(more), q + k + 8, K)
+            b = add_dots(b, high_nibbles(more), q + k + 12, K)
+        return plus(a, b)
+
+    @njit(nogil=True)
+    def add_int8(a, b, w, q, K):  # type: ignore[no-untyped-def]
+        for k in range(0, BLOCK, 8):
+            a = add_dots(a, operand(load_bytes(w + k * 16)), q + k, K)
+            b = add_dots(b, operand(load_bytes(w + k * 16 + 64)), q + k + 4, K)
+        return plus(a, b)
+
+    add_block = add_int4 if bits == 4 else add_int8
+
+    @njit(nogil=True)
+    def few(q, scales, sums, weights, weight_scales, K, strip, y, stride):  # type: ignore[no-untyped-def]
+        blocks = K // BLOCK
+        w, s = weights + strip * K * 2 * bits, weight_scales + strip * blocks * 32
+        result = zeros()
+        for block in range(blocks):
+            a = zeros_of(sums + block * 4, blocks * 4, types.int32(zero))
+            b = zeros_of(sums + block * 4, blocks * 4, types.int32(0))
+            dots = add_block(a, b, w + block * BLOCK * 2 * bits, q + block * BLOCK, K)
+            result = add_scaled(result, dots, scales + block * 4, blocks * 4, s + block * 32)
+        store(result, y + strip * 64, stride * 4)
+
+    return few
+
+
+def _few_floats(R: int, load: Any, size: int) -> Any:
+    tile = float_tile(R, 1)
+    zeros, store, add_products, plus = tile.zeros, tile.store, tile.add_products_of, tile.plus
+
+    @njit(nogil=True)
+    def few(x, x_stride, weights, K, strip, y, stride):  # type: ignore[no-untyped-def]
+        """Nothing of x is read beyond K."""
+        step, fours = 16 * size, K // 4 * 4
+        w = weights + strip * K * step
+        a, b, c, d = zeros(), zeros(), zeros(), zeros()
+        for k in range(0, fours, 4):
+            at = w + k * step
+            a = add_products(a, load(at), x + k * 4, x_stride * 4)
+            b = add_products(b, load(at + step), x + k * 4 + 4, x_stride * 4)
+            c = add_products(c, load(at + 2 * step), x + k * 4 + 8, x_stride * 4)
+            d = add_products(d, load(at + 3 * step), x + k * 4 + 12, x_stride * 4)
+        for k in range(fours, K):
+            a = add_products(a, load(w + k * step), x + k * 4, x_stride * 4)
+        store(plus(plus(a, b), plus(c, d)), y + strip * 64, stride * 4)
+
+    return few
+
+
+def _few_rows_quantised(bits: int) -> Any:
+    one, two, four = (_few_quantised(R, bits) for R in (1, 2, 4))
+
+    @njit(nogil=True)
+    def few_rows(q, scales, sums, rows, weights, weight_scales, K, first, last, y, stride):  # type: ignore[no-untyped-def]
+        """Quantised rows times strips first .. last, whose weights are read from memory once."""
         for strip in range(first, last):
-            w = weights + strip * K * step
-            a = b = c = d = floats(types.float32(0))
-            for k in range(0, K, 4):
-                at = w + k * step
-                a = fma(floats(load_float(x + k * 4)), load(at), a)
-                b = fma(floats(load_float(x + k * 4 + 4)), load(at + step), b)
-                c = fma(floats(load_float(x + k * 4 + 8)), load(at + 2 * step), c)
-                d = fma(floats(load_float(x + k * 4 + 12)), load(at + 3 * step), d)
-            store_floats(add(add(a, b), add(c, d)), y + strip * 64)
+            row = 0
+            while row < rows:
+                x, at = q + row * K, row * (K // BLOCK) * 4
+                of_row = y + row * stride * 4
+                if rows - row > 2 and simd.WIDE:
+                    four(x, scales + at, sums + at, weights, weight_scales, K, strip, of_row, stride)
+                    row += 4
+                elif rows - row > 1:
+                    two(x, scales + at, sums + at, weights, weight_scales, K, strip, of_row, stride)
+                    row += 2
+                else:
+                    one(x, scales + at, sums + at, weights, weight_scales, K, strip, of_row, stride)
+                    row += 1
 
-    return row_times
+    return few_rows
 
 
-row_times_fp16 = _row_times(load_halves, 2)
-row_times_bf16 = _row_times(load_bfloats, 2)
-row_times_fp32 = _row_times(load_floats, 4)
+def _few_rows_floats(load: Any, size: int) -> Any:
+    one, two, four = (_few_floats(R, load, size) for R in (1, 2, 4))
+
+    @njit(nogil=True)
+    def few_rows(x, x_stride, rows, weights, K, first, last, y, stride):  # type: ignore[no-untyped-def]
+        """The same of floats."""
+        for strip in range(first, last):
+            row = 0
+            while row < rows:
+                of_x, of_y = x + row * x_stride * 4, y + row * stride * 4
+                if rows - row > 2 and simd.WIDE:
+                    four(of_x, x_stride, weights, K, strip, of_y, stride)
+                    row += 4
+                elif rows - row > 1:
+                    two(of_x, x_stride, weights, K, strip, of_y, stride)
+                    row += 2
+                else:
+                    one(of_x, x_stride, weights, K, strip, of_y, stride)
+                    row += 1
+
+    return few_rows
 
 
-# -- several rows ------------------------------------------------------------------------------------------
+few_rows_int4, few_rows_int8 = _few_rows_quantised(4), _few_rows_quantised(8)
+few_rows_fp16 = _few_rows_floats(load_halves, 2)
+few_rows_bf16 = _few_rows_floats(load_bfloats, 2)
+few_rows_fp32 = _few_rows_floats(load_floats, 4)
+
+
+# -- many rows ------------------------------------------------------------------------------------------
 
 
 @njit(nogil=True)

@@ -8,18 +8,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
 from rwkv_npu import board
 from rwkv_npu.kernels import load
+from rwkv_npu.kernels.instructions import A_STATES, A_VALUES, ARGUMENTS
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.spec import Spec
 
 # Multiplications of a state's elements that are worth a thread of their own: some 100 us, when waking it takes 20.
 SHARE = 1 << 20
+
+
+def kernel(spec: Spec) -> ModuleType:
+    """The compiled recurrence of a generation."""
+    return load(f"v{spec.generation[0]}", f"the recurrence of RWKV-{spec.generation}")
+
+
+def parameters(vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:
+    """Those of a layer as rows of one table, each (A,). vector: tensors by their name in the layer."""
+    parts = kernel(spec).parameters(MODULES[spec.generation].prepare(vector, spec))
+    return np.stack([part.reshape(-1) for part in parts]).astype(np.float32)
 
 
 class Compiled:
@@ -32,40 +44,44 @@ class Compiled:
 
     def __init__(self, spec: Spec, threads: int | None = None):
         """`threads`: the most to be used at once; None: one a large core."""
-        self._kernel = load(f"v{spec.generation[0]}", f"the recurrence of RWKV-{spec.generation}")
-        self._reference = MODULES[spec.generation]
-        self._tasks = spec.H
+        self._spec, self._kernel = spec, kernel(spec)
         self._share = max(1, SHARE // (spec.N * (1 if spec.generation == "4" else spec.N)))
         self._threads = threads or len(board.big_cores())
         self._pool: ThreadPoolExecutor | None = None
         self._y = np.empty((0, 0, 0), np.float32)
 
     def prepare(self, vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:
-        """The parameters of a layer as rows of one table, each (A,)."""
-        parts = self._kernel.parameters(self._reference.prepare(vector, spec))
-        return np.stack([part.reshape(-1) for part in parts]).astype(np.float32)
+        return parameters(vector, spec)
 
     def time_mix(self, p: np.ndarray, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
-        kernel = self._kernel
-        inputs = tuple([_plain(array) for array in kernel.inputs(x, carry)])
-        if self._y.shape != inputs[0].shape:
-            self._y = np.empty_like(inputs[0])
-        self._share_out(inputs, p, *[state[name] for name in kernel.STATES], self._y)
+        values = [_plain(array) for array in self._kernel.inputs(x, carry)]
+        states = [state[name] for name in self._kernel.STATES]
+        if not all(part.flags.carray and part.dtype == np.float32 for part in (p, *states)):
+            raise ValueError(
+                "parameters and states must be float32 in C order: they are updated where they lie"
+            )
+        if self._y.shape != values[0].shape:
+            self._y = np.empty_like(values[0])
+        T, B, A = self._y.shape
+        arguments = np.zeros(ARGUMENTS, np.int64)
+        arguments[:A_STATES] = T, B, self._spec.H, self._spec.N, A, p.ctypes.data, self._y.ctypes.data
+        arguments[A_STATES : A_STATES + len(states)] = [part.ctypes.data for part in states]
+        arguments[A_VALUES : A_VALUES + len(values)] = [array.ctypes.data for array in values]
+        self._share_out(arguments.ctypes.data, T, B * self._spec.H)
         return self._y
 
-    def _share_out(self, *arguments: Any) -> None:
+    def _share_out(self, arguments: int, tokens: int, heads: int) -> None:
         """Run the kernel over the heads of all sequences, in as many threads as they are worth."""
-        (T, B, _), run = self._y.shape, self._kernel.run
-        tasks = B * self._tasks
-        parts = min(self._threads, tasks, T * tasks // self._share)
+        run = self._kernel.run.ctypes
+        parts = min(self._threads, heads, tokens * heads // self._share)
         if parts < 2:
-            run(*arguments, 0, tasks)
+            run(arguments, 0, heads)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads - 1, "rwkv_npu-kernel")
-        bounds = [tasks * part // parts for part in range(parts + 1)]
-        others = [self._pool.submit(run, *arguments, *bounds[part : part + 2]) for part in range(1, parts)]
-        run(*arguments, 0, bounds[1])
+        bounds = [heads * part // parts for part in range(parts + 1)]
+        others = [self._pool.submit(run, arguments, *bounds[part : part + 2]) for part in range(1, parts)]
+        run(arguments, 0, bounds[1])
         for other in others:
             other.result()
 
@@ -77,7 +93,8 @@ class Compiled:
 
 def _plain(array: np.ndarray) -> np.ndarray:
     """The array, or a copy where a backend hands out one that kernels are not compiled for."""
-    return array if array.flags.carray else np.array(array, np.float32, order="C")
+    plain = array.flags.carray and array.dtype == np.float32
+    return array if plain else np.array(array, np.float32, order="C")
 
 
 def compiled(spec: Spec, threads: int | None = None) -> Compiled | None:

@@ -25,7 +25,7 @@ from rwkv_npu.packing import LANES
 
 VECTOR_BYTES = 64
 
-_BIT, _I8, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
+_I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 
 
@@ -205,30 +205,24 @@ def store_float(b: Any, value: Any, address: Any) -> None:
     write(b, address, value)
 
 
-@operation(types.int32, ADDRESS)
-def load_int(b: Any, address: Any) -> Any:
-    return read(b, address, _I32)
-
-
 @operation(types.void, types.int32, ADDRESS)
 def store_int(b: Any, value: Any, address: Any) -> None:
+    write(b, address, value)
+
+
+@operation(types.int64, ADDRESS)
+def load_long(b: Any, address: Any) -> Any:
+    return read(b, address, _I64)
+
+
+@operation(types.void, types.int64, ADDRESS)
+def store_long(b: Any, value: Any, address: Any) -> None:
     write(b, address, value)
 
 
 @operation(Floats, types.float32)
 def floats(b: Any, x: Any) -> Any:
     return spread(b, x)
-
-
-@operation(Ints, types.int32)
-def ints(b: Any, x: Any) -> Any:
-    return spread(b, x)
-
-
-@operation(Bytes, ADDRESS)
-def repeat_four(b: Any, address: Any) -> Any:
-    """Four bytes of memory, in every lane."""
-    return b.bitcast(spread(b, read(b, address, _I32)), Bytes.llvm)
 
 
 @operation(Bytes, Bytes)
@@ -248,21 +242,6 @@ def high_nibbles(b: Any, v: Any) -> Any:
 def operand(b: Any, v: Any) -> Any:
     """Weights stored with a zero of 128, as `dot` takes them."""
     return b.xor(v, constant(Bytes, 128)) if SIGNED_DOT else v
-
-
-@operation(Ints, Ints, Bytes, Bytes)
-def dot(b: Any, total: Any, weights: Any, x: Any) -> Any:
-    return emit_dot(b, total, weights, x)
-
-
-@operation(Ints, Ints, Ints)
-def add_ints(b: Any, x: Any, y: Any) -> Any:
-    return b.add(x, y)
-
-
-@operation(Floats, Ints)
-def to_floats(b: Any, v: Any) -> Any:
-    return b.sitofp(v, Floats.llvm)
 
 
 @operation(Floats, Floats, Floats)
@@ -379,23 +358,30 @@ def tanh(x):  # type: ignore[no-untyped-def]
     return sub(mul(sigmoid(mul(x, floats(2.0))), floats(2.0)), floats(1.0))
 
 
+@operation(types.void, ADDRESS, types.int64, types.int64, types.int64)
+def call_code(b: Any, address: Any, arguments: Any, begin: Any, end: Any) -> None:
+    """Call a recurrence."""
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+    b.call(b.inttoptr(address, kind.as_pointer()), [arguments, begin, end])
+
+
 # -- threads -----------------------------------------------------------------------------------------------
 
 
 @operation(types.int64, ADDRESS, types.int64)
 def add_atomically(b: Any, address: Any, number: Any) -> Any:
     """Add to an int64 that other threads use too; the value before. Everything before it is visible after it."""
-    return b.atomic_rmw("add", pointer(b, address, ir.IntType(64)), number, "seq_cst")
+    return b.atomic_rmw("add", pointer(b, address, _I64), number, "seq_cst")
 
 
 @operation(types.int64, ADDRESS)
 def read_atomically(b: Any, address: Any) -> Any:
-    return b.load_atomic(pointer(b, address, ir.IntType(64)), "seq_cst", 8)
+    return b.load_atomic(pointer(b, address, _I64), "seq_cst", 8)
 
 
 @operation(types.void, ADDRESS, types.int64)
 def write_atomically(b: Any, address: Any, number: Any) -> None:
-    b.store_atomic(number, pointer(b, address, ir.IntType(64)), "seq_cst", 8)
+    b.store_atomic(number, pointer(b, address, _I64), "seq_cst", 8)
 
 
 @operation(types.void)

@@ -9,31 +9,29 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_npu.kernels.instructions import A_VALUES
 from rwkv_npu.kernels.parts import (
-    CHANNELS,
-    MATRICES,
-    ROWS,
     K,
     R,
     V,
     W,
     Y,
-    by_head,
+    arguments,
     eagle,
     inlined,
-    kernel,
+    matrices,
     moments,
-    rows,
+    recurrence,
+    result,
     sigmoid,
+    table,
+    values,
 )
 from rwkv_npu.models.common import Arrays
 
 STATES = ("att.wkv",)
-P_W, P_U, P_WEIGHT, P_BIAS = range(4)
+P_W, P_U, P_WEIGHT, P_BIAS, PARAMETERS = range(5)
 X_R, X_K, X_V, X_G = range(4)
-
-
-_NO_GATE = np.empty((0, 0, 0), np.float32)
 
 
 def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
@@ -41,7 +39,7 @@ def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
 
 
 def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
-    return x["r"], x["k"], x["v"], x.get("g", _NO_GATE)
+    return tuple(x[name] for name in "rkvg" if name in x)
 
 
 @inlined
@@ -59,16 +57,15 @@ def _token(x: Any, p: Any, S: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: An
         y[t, b, h, j] = (c[Y, j] - mean) * scale * p[P_WEIGHT, h, j] + p[P_BIAS, h, j]
 
 
-@kernel(rows(4), CHANNELS, MATRICES, ROWS, "i8", "i8")
-def run(outputs: Any, table: Any, states: Any, y: Any, begin: Any, end: Any) -> None:
-    """All tokens of heads `begin` to `end` of B*H; y (T, B, A) is written, the states are updated."""
+@recurrence
+def run(at: Any, begin: Any, end: Any) -> None:
+    """All tokens of heads `begin` to `end` of B*H; y is written, the states are updated."""
+    a = arguments(at)
+    x = values(a, X_R), values(a, X_K), values(a, X_V), values(a, X_G)
+    p, y, states = table(a, PARAMETERS), result(a), matrices(a)
     H, N = states.shape[1:3]
-    o = outputs
-    x = by_head(o[X_R], H, N), by_head(o[X_K], H, N), by_head(o[X_V], H, N), by_head(o[X_G], H, N)
-    y = by_head(y, H, N)
-    p = table.reshape((len(table), H, N))
     c = np.empty((5, N), np.float32)
-    gated = len(o[X_G]) > 0
+    gated = a[A_VALUES + X_G] != 0
     for head in range(begin, end):
         b, h = head // H, head % H
         S = states[b, h]

@@ -10,28 +10,28 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.kernels.parts import (
-    CHANNELS,
-    MATRICES,
-    ROWS,
     K,
     R,
     V,
     W,
     Y,
-    by_head,
+    arguments,
     eagle,
     exp,
     exp_of_decay,
     inlined,
-    kernel,
+    matrices,
     moments,
-    rows,
+    recurrence,
+    result,
     sigmoid,
+    table,
+    values,
 )
 from rwkv_npu.models.common import Arrays
 
 STATES = ("att.wkv",)
-P_DECAY, P_U, P_WEIGHT, P_BIAS = range(4)
+P_DECAY, P_U, P_WEIGHT, P_BIAS, PARAMETERS = range(5)
 X_R, X_W, X_K, X_V, X_G = range(5)
 
 
@@ -63,20 +63,13 @@ def _token(x: Any, p: Any, S: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: An
         y[t, b, h, j] = normal * (g * sigmoid(g))
 
 
-@kernel(rows(5), CHANNELS, MATRICES, ROWS, "i8", "i8")
-def run(outputs: Any, table: Any, states: Any, y: Any, begin: Any, end: Any) -> None:
-    """All tokens of heads `begin` to `end` of B*H; y (T, B, A) is written, the states are updated."""
+@recurrence
+def run(at: Any, begin: Any, end: Any) -> None:
+    """All tokens of heads `begin` to `end` of B*H; y is written, the states are updated."""
+    a = arguments(at)
+    x = values(a, X_R), values(a, X_W), values(a, X_K), values(a, X_V), values(a, X_G)
+    p, y, states = table(a, PARAMETERS), result(a), matrices(a)
     H, N = states.shape[1:3]
-    o = outputs
-    x = (
-        by_head(o[X_R], H, N),
-        by_head(o[X_W], H, N),
-        by_head(o[X_K], H, N),
-        by_head(o[X_V], H, N),
-        by_head(o[X_G], H, N),
-    )
-    y = by_head(y, H, N)
-    p = table.reshape((len(table), H, N))
     c = np.empty((5, N), np.float32)
     for head in range(begin, end):
         b, h = head // H, head % H

@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.kernels.parts import (
-    CHANNELS,
-    MATRICES,
     ONE,
-    ROWS,
     ZERO,
-    by_head,
+    arguments,
     exp,
     inlined,
-    kernel,
+    matrices,
     moments,
-    rows,
+    recurrence,
+    result,
     sigmoid,
+    table,
+    values,
 )
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.v7 import LOG_DECAY, NORM_FLOOR
 
 STATES = ("att.wkv",)
-P_W0, P_K_K, P_K_A, P_R_K, P_WEIGHT, P_BIAS = range(6)
+P_W0, P_K_K, P_K_A, P_R_K, P_WEIGHT, P_BIAS, PARAMETERS = range(7)
 X_R, X_W, X_K, X_V, X_A, X_G, X_VMIX, X_FIRST = range(8)
 TURN = 16  # tokens for which it pays to turn a state and to turn it back
 
@@ -127,23 +127,22 @@ def _get(x: Any, p: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: Any) -> None
         y[t, b, h, j] = (normal + bonus * c[V, j]) * x[X_G][t, b, h, j]
 
 
-@kernel(rows(8), CHANNELS, MATRICES, ROWS, "i8", "i8")
-def run(outputs: Any, table: Any, states: Any, y: Any, begin: Any, end: Any) -> None:
-    """All tokens of heads `begin` to `end` of B*H; y (T, B, A) is written, the states are updated."""
-    H, N = states.shape[1:3]
-    o = outputs
+@recurrence
+def run(at: Any, begin: Any, end: Any) -> None:
+    """All tokens of heads `begin` to `end` of B*H; y is written, the states are updated."""
+    a = arguments(at)
     x = (
-        by_head(o[X_R], H, N),
-        by_head(o[X_W], H, N),
-        by_head(o[X_K], H, N),
-        by_head(o[X_V], H, N),
-        by_head(o[X_A], H, N),
-        by_head(o[X_G], H, N),
-        by_head(o[X_VMIX], H, N),
-        by_head(o[X_FIRST], H, N),
+        values(a, X_R),
+        values(a, X_W),
+        values(a, X_K),
+        values(a, X_V),
+        values(a, X_A),
+        values(a, X_G),
+        values(a, X_VMIX),
+        values(a, X_FIRST),
     )
-    y = by_head(y, H, N)
-    p = table.reshape((len(table), H, N))
+    p, y, states = table(a, PARAMETERS), result(a), matrices(a)
+    H, N = states.shape[1:3]
     c = np.empty((8, N), np.float32)
     turned = np.empty((N, N), np.float32)
     turn = N == 64 and len(y) >= TURN
