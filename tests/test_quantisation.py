@@ -15,6 +15,7 @@ from rwkv_npu import artifacts, converter, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
+from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import load
 from rwkv_npu.precision_map import resolve
 from rwkv_npu.quantisation import NOTES, sizes
@@ -249,7 +250,7 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
     source = BundleSource(bundle, precision="fp16")
     judged = Judge(source, tokens)
     expected = judged.divergence({name: bundle.quantised(name) for name in sizes(bundle.spec)})
-    p, q = (sensitivity.log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
+    p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
 
 
