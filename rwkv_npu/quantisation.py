@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,27 @@ def key_of(bundle: Bundle, ids: np.ndarray) -> str:
     """What the ranges follow from, apart from the weights."""
     text = f"{VERSION} {bundle.manifest.scaling}".encode()
     return hashlib.blake2b(text + ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+
+def quantise_bundle(
+    bundle: Bundle,
+    ids: np.ndarray,
+    precision: str,
+    max_kl: float,
+    mapped: Collection[str] | None,
+    say: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Choose what artifacts of `precision` have in int8, for the manifest, and return the names: those of a map, all of
+    them for w8a8, else as many as `max_kl` allows."""
+    say("choosing the ranges of int8")
+    quantised = Quantisation(bundle, ids)
+    if precision == "mixed" and mapped is None:
+        say("measuring what int8 costs, projection by projection")
+        chosen = quantised.take_most(precision, max_kl)
+    else:
+        chosen = quantised.take(precision, sizes(bundle.spec) if mapped is None else mapped)
+    say("\n".join(describe(precision, chosen, quantised.table)))
+    return chosen.projections
 
 
 class Quantisation:

@@ -99,5 +99,5 @@ def test_a_product_is_the_simulators(
     theirs, ours = simulated(source, group, rows, chosen, toolkit_environment, tmp_path)
     if output != "x_out":  # the product itself
         steps = np.abs(theirs[output] - ours[output]) / quantised[name].output.scale
-        assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.06
+        assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.08
     assert relative_error({output: theirs[output]}, {output: ours[output]}) < 0.01
