@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import rwkv_npu
 from rwkv_npu import quantisation
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts, remove_notes
