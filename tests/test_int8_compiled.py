@@ -14,17 +14,20 @@ import pytest
 
 from rwkv_npu import toolkit
 from rwkv_npu.backends.base import relative_error
+from rwkv_npu.bundle import open_bundle
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.graphs import compiler_model, compiler_weights
 from rwkv_npu.int8 import Int8Maths, Quantised
-from rwkv_npu.model import demo_model
+from rwkv_npu.maths import log_softmax
+from rwkv_npu.model import demo_model, load
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.ranges import quantise
 from rwkv_npu.recording import record
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.toolkit import CompileOptions, compile_graph
+from tests.tiny import run_main
 
 pytestmark = pytest.mark.compiler
 
