@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, REFERENCES
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
@@ -48,6 +49,12 @@ class ModelSource:
     def cpu_precision(self) -> str:
         """In which precision the CPU is to multiply."""
         return "fp32"
+
+    def precision_on(self, backend: str) -> str:
+        """In which precision the weights are that a backend of this name multiplies with."""
+        if backend in MADE_PRECISIONS:
+            return self.precision or MADE_PRECISIONS[backend][0]
+        return self.cpu_precision
 
     def packed(self, name: str, index: int | None = None) -> Packed | None:
         """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
@@ -100,6 +107,13 @@ class BundleSource(ModelSource):
     @property
     def cpu_precision(self) -> str:
         return self._cpu_precision
+
+    def precision_on(self, backend: str) -> str:
+        if backend in COMPILED:
+            return next((artifact.precision for artifact in self.artifacts()), "no")
+        if backend in REFERENCES:
+            return self.precision or self.bundle.manifest.cpu
+        return super().precision_on(backend)
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
