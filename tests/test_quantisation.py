@@ -15,6 +15,7 @@ from rwkv_npu import artifacts, converter, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
+from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import load
 from rwkv_npu.precision_map import resolve
 from rwkv_npu.quantisation import NOTES, sizes
@@ -208,6 +209,25 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
     assert weights < sum(a.weight_bytes for a in manifest.artifacts) <= weights + 2 * low
 
 
+def test_another_text_makes_all_of_int8_anew(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "o"
+    for precision in ("fp16", "w8a8"):
+        assert convert(capsys, checkpoint, out, ids, "--precision", precision)[0] == 0
+    before = manifest_of(out)
+    np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(1, V, 400))
+    assert convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")[0] == 0
+    after = manifest_of(out)
+    assert run_main(capsys, "info", out, "--check")[0] == 0
+    assert after.int8_key != before.int8_key and list(after.int8) == ["mixed"]
+    assert after.files[INT8] != before.files[INT8]
+    assert {a.precision for a in after.artifacts if a.int8} == {"mixed"}
+    assert [a for a in after.artifacts if a.precision == "fp16"] == [
+        a for a in before.artifacts if a.precision == "fp16"
+    ]
+
+
 def test_an_interrupted_measurement_goes_on(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +269,7 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
     source = BundleSource(bundle, precision="fp16")
     judged = Judge(source, tokens)
     expected = judged.divergence({name: bundle.quantised(name) for name in sizes(bundle.spec)})
-    p, q = (sensitivity.log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
+    p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
 
 
