@@ -242,7 +242,7 @@ def _run_builds(
         Job(
             onnx_path=build.graph,
             out_path=build.out,
-            weight_bytes=2 * build.artifact.weight_bytes,  # the compiler works in fp32
+            weight_bytes=build.source.compiler_bytes(build.artifact),
             options=build.source.compile_options(build.artifact),
             verify_inputs=build.verify.inputs if build.verify else None,
             write_graph=build.write_graph,

@@ -142,10 +142,7 @@ class Tracer:
                 for part, rows in zip(inputs.names, _spans(inputs.widths), strict=True)
             ]
             outputs.append(reduce(lambda total, product: self.node("Add", [total, product]), products))
-        product = Value(self, outputs, widths)
-        if quantised and quantised.spread is not None:
-            return self._scaled(product, quantised.spread)
-        return product
+        return Value(self, outputs, widths)
 
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
         label = self._prefix + name

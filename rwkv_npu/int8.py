@@ -23,7 +23,6 @@ from rwkv_npu.maths import NumpyMaths, matmul
 PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
 
 LOWEST, HIGHEST = -128, 127
-LARGEST_WEIGHT = 127
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,10 @@ class Affine:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A projection (K, N). weight: int8; a number of column n stands for steps[n] times itself.
+    """A projection (K, N). weight: in steps from 0, of which those of column n are steps[n]; int8 numbers less the one
+    that stands for 0.
 
     smoothing: (K,), what the channels of the input are divided by before they are rounded, or None.
-    spread: (N,), what the columns of the product are divided by before they are rounded, and multiplied by after, or
-        None. The weights have it already: it costs one multiplication, and columns of all sizes have fine steps.
     """
 
     input: Affine
@@ -65,17 +63,15 @@ class Quantised:
     weight: np.ndarray
     steps: np.ndarray
     smoothing: np.ndarray | None = None
-    spread: np.ndarray | None = None
 
     def linear(self, x: np.ndarray) -> np.ndarray:
         """(M, K) -> (M, N) fp32."""
         if self.smoothing is not None:
             x = x * reciprocal(self.smoothing)
-        product = self.output.round(matmul(self.input.round(x), self.weight) * self.steps)
-        return product if self.spread is None else product * self.spread
+        return self.output.round(matmul(self.input.round(x), self.weight) * self.steps)
 
     def values(self) -> np.ndarray:
-        """What the weights stand for, (K, N) fp32, smoothing and spread included."""
+        """What the weights stand for, (K, N) fp32, smoothing included."""
         return self.weight * self.steps
 
 
@@ -83,18 +79,21 @@ def reciprocal(smoothing: np.ndarray) -> np.ndarray:
     return np.float32(1) / smoothing
 
 
-def round_weight(
-    weight: np.ndarray, smoothing: np.ndarray | None = None, spread: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) -> int8 numbers (K, N) and the step of each column (N,), fp32."""
+def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(K, N) -> how many steps each weight is from 0, (K, N), and the step of each column (N,), fp32.
+
+    A column's 256 numbers reach from its lowest weight to its highest. Rounded again they are the same, which is what
+    the compiler does with the weights that it is given.
+    """
     values = weight.astype(np.float32)
     if smoothing is not None:
         values = values * smoothing[:, None]
-    if spread is not None:
-        values = values / spread
-    steps = np.abs(values).max(0) / np.float32(LARGEST_WEIGHT)
+    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
+    steps = (high - low) / np.float32(HIGHEST - LOWEST)
     steps = np.where(steps > 0, steps, np.float32(1))
-    return np.rint(values / steps).astype(np.int8), steps
+    zeros = np.rint(LOWEST - low / steps)
+    numbers = np.clip(np.rint(values / steps) + zeros, LOWEST, HIGHEST)
+    return (numbers - zeros).astype(np.int16), steps
 
 
 class Int8Maths(NumpyMaths):

@@ -63,7 +63,7 @@ def parse(
         parts = [part.partition("=") for part in plan.split(",")]
         pairs = [(key.strip(), name.strip()) for key, _, name in parts]
         key, count = Counter(key for key, _ in pairs).most_common(1)[0]
-        if count > 1:
+        if key and count > 1:
             raise UsageError(f"plan {plan} has {key} {count} times: once is enough")
         plan = dict(pairs)
     names = {*USES, *(group.name for group in groups), *(group.role for group in groups)}

@@ -112,8 +112,7 @@ class Quantisation:
         table, plans = [], []
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
             weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
-            # No scales of its own for each column of the product: the compiler takes them into the weights again.
-            choice = quantise(name, weight, samples, smoothings(weight, samples), spread=False)
+            choice = quantise(name, weight, samples, smoothings(weight, samples))
             smoothed = choice.quantised.smoothing is not None
             table.append(Sensitivity(name, bytes_of[name], choice.algorithm, smoothed, choice.error))
             plans += _plans(name, choice)

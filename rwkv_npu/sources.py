@@ -174,6 +174,13 @@ class BundleSource(ModelSource):
         model = compiler_model(self.program, group, artifact.rows, self.tensor, quantised)
         return model.SerializeToString()
 
+    def compiler_bytes(self, artifact: Artifact) -> int:
+        """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
+        from rwkv_npu.graphs import trace_group
+
+        constants = trace_group(self.program, self._group(artifact)).projections.values()
+        return sum(4 * constant.of(self.tensor(constant.name)).size for constant in constants)
+
     def _group(self, artifact: Artifact) -> Group:
         return next(group for group in self.program.groups if group.name == artifact.group)
 

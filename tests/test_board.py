@@ -62,6 +62,21 @@ def test_a_library_without_a_version_has_none(tmp_path: Path, content: bytes) ->
     assert board.runtime_version(tmp_path / "librknnrt.so") is None
 
 
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        (("2.3.2 (x)", "0.9.8"), ""),
+        (("2.2.0", "0.9.8"), "librknnrt 2.2.0 is older than is advised, 2.3.0: should anything fail"),
+        (("2.3.2", "0.9.8", "2.5.0"), "librknnrt 2.3.2 is older than the artifacts' compiler, 2.5.0: should"),
+        (("2.5.0", "0.9.2"), "the NPU's driver 0.9.2 is older than is advised, 0.9.6: should anything fail"),
+        ((None, None), ""),  # not shown to this user: the self-test judges
+    ],
+)
+def test_old_versions_are_said(versions: tuple[str | None, ...], said: str) -> None:
+    found = board.outdated(*versions)
+    assert found.startswith(said) and bool(found) == bool(said)
+
+
 # -- large and small cores -------------------------------------------------------------------------------
 
 

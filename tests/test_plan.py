@@ -55,6 +55,8 @@ def test_a_name_wins_over_a_role_and_a_role_over_a_use(bundle: Path) -> None:
     "text",
     [
         "",
+        ",",
+        "decode=ort,",
         "decode",
         "decode=abacus",
         "both=ort",
@@ -222,6 +224,31 @@ def test_converting_again_keeps_what_was_measured(bundle: Path) -> None:
 def test_tune_wants_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, said = run_main(capsys, "tune", "-m", bundle.parent / "model.pth")
     assert status == 1 and "model.pth is no bundle: rwkv-npu convert makes one" in said
+
+
+def test_an_interrupted_tune_leaves_the_plan_that_was_there(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(bundle, Plan("numpy", (), "layer", "fast"))
+    before = (bundle / TUNED).read_bytes()
+
+    def interrupted(*_: object) -> Measured:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "measure", interrupted)
+    status, _, said = run_main(capsys, "tune", "-m", bundle)
+    assert status == 130 and said.endswith("rwkv-npu: interrupted\n")
+    assert (bundle / TUNED).read_bytes() == before
+    (bundle / TUNED).unlink()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_npu.commands.tune.os.access", lambda *_: False)
+    monkeypatch.setattr(tuning, "measure", lambda *_: pytest.fail("it was measured"))
+    status, _, said = run_main(capsys, "tune", "-m", bundle)
+    assert status == 1 and "cannot be written to, and the plan is kept in it: tune a copy of your own" in said
 
 
 def test_a_plan_that_cannot_be_kept_is_said(bundle: Path) -> None:

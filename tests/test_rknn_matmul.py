@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,16 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rwkv_npu
-from rwkv_npu.backends import npu_matmul
+from rwkv_npu.backends import npu_matmul, rknn_matmul
 from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
 from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
 from rwkv_npu.bench import rknn
 from rwkv_npu.bench.problem import make_problem
 from rwkv_npu.bench.shapes import official_spec
+from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.memory import MAX_CONTEXTS
 from rwkv_npu.npu import Lock
+from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, groups
 from tests.tiny import write_model
 from tools.board.calls import count, read_calls
@@ -86,8 +89,22 @@ def test_without_a_board_one_line_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(BackendError, match="needs an rk3588"):
         rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul")
     monkeypatch.setenv(OVERRIDE, str(tmp_path / "none.so"))
-    with pytest.raises(BackendError, match=r"none.so cannot be used"):
+    with pytest.raises(
+        BackendError, match=r"none.so cannot be used as librknnrt.so .*RWKV_NPU_RKNNRT names it"
+    ):
         rwkv_npu.load(tmp_path / "model.pth", backend="rknn-matmul")
+
+
+def test_an_old_runtime_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is asked of it: 2.2 was seen to multiply to zeros."""
+    library = SimpleNamespace(path=tmp_path / "librknnrt.so", create_dynamic=None)
+    library.path.write_bytes(b"librknnrt version: 2.2.0 (x)")
+    monkeypatch.setattr(rknn_matmul, "Library", lambda: library)
+    monkeypatch.setattr(rknn_matmul.board, "soc", lambda: "rk3588")
+    write_model(tmp_path / "model.pth")
+    source = CheckpointSource(open_checkpoint(tmp_path / "model.pth"))
+    with pytest.warns(UserWarning, match=r"librknnrt 2\.2\.0 is older than is advised, 2\.3\.0"):
+        rknn_matmul.RknnMatmulBackend(source).close()
 
 
 # -- on the stand-in ---------------------------------------------------------------------------------------
@@ -302,8 +319,6 @@ THROUGH_FAULTS = """
 import sys, warnings
 import numpy as np
 import rwkv_npu
-from rwkv_npu.backends import npu_matmul
-npu_matmul.MIN_PART = 1 << 12  # columns on every core
 found = {}
 for backend in ("numpy", "rknn-matmul"):
     with warnings.catch_warnings(record=True) as warned, rwkv_npu.load(sys.argv[1], backend=backend) as model:

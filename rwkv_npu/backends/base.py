@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from rwkv_npu.maths import Maths, NumpyMaths
+from rwkv_npu.models.network import Whole
 from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Group, Spec
 
@@ -96,17 +97,8 @@ class Walker(Protocol):
         """Open all groups but the head for M = `rows` of which `batch` sequences, on one state. Raises BackendError."""
 
 
-class WalkRunner(Protocol):
-    """A walk opened for a number of rows and sequences; `inputs` by the names of `spec.walk_inputs`."""
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]: ...
-
-    def run(self, state: dict[str, np.ndarray]) -> np.ndarray:
-        """(M, D), what the head reads, valid until the next run. `state` (L, B, ...) is updated in place.
-
-        Raises UsageError for arrays that are no such state.
-        """
+class WalkRunner(Whole, Protocol):
+    """A walk opened for a number of rows and sequences. `run` raises UsageError for arrays that are no such state."""
 
     def seconds(self) -> dict[str, float]:
         """Of the last run, by role of group, and of the `recurrence`."""

@@ -124,7 +124,12 @@ class Library:
             self.create_mem = self._function("rknn_create_mem", context, c_uint32)
             self.create_mem.restype = memory
         except (OSError, AttributeError) as error:
-            raise BackendError(f"{self.path} cannot be used: {error}") from error
+            named = (
+                f"{OVERRIDE} names it"
+                if OVERRIDE in os.environ
+                else "rwkv-npu doctor says what belongs there"
+            )
+            raise BackendError(f"{self.path} cannot be used as librknnrt.so ({error}): {named}") from error
         try:  # younger than the rest
             shapes = POINTER(context), info, c_int, POINTER(Shape), POINTER(IoAttr)
             self.create_dynamic = self._function("rknn_matmul_create_dynamic_shape", *shapes)

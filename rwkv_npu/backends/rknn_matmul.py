@@ -164,7 +164,10 @@ def _check_chip() -> None:
     """Shapes and layouts here are the RK3588's. A library of the user's own is taken as it is."""
     chip = board.soc()
     if chip != CHIP and OVERRIDE not in os.environ:
-        raise BackendError(f"rknn-matmul needs an {CHIP} and this machine is {chip or 'none'}: use ort")
+        other = "rknn" if chip else "ort"
+        raise BackendError(
+            f"rknn-matmul needs an {CHIP}, and this machine is {chip or 'none'}: use --backend {other}"
+        )
 
 
 def _masks(cores: str) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ STRIPS = PANEL // simd.LANES
 # Strips of a tile: as many as the registers hold.
 SPAN = STRIPS if simd.WIDE else 1
 
-FEW = 8  # rows up to which it is better to read weights as they lie than to unpack them for all rows
+FEW = 16  # rows up to which it is better to read weights as they lie than to unpack them for all rows
 # Rows of a panel that are unpacked at a time: 16 KiB stay in the first cache while all rows of x pass by.
 K_STEP_BYTES = 256
 K_STEP_FLOATS = 64

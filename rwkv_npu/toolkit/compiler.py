@@ -39,8 +39,8 @@ class CompileOptions:
     `input_shapes` fixes the shapes of a graph whose dimensions are symbolic. `custom_string` (at most 1023
     characters) travels inside the file. `calibration` is for the quantized precisions: one mapping of input
     name to array a sample, of the artifact's own shapes. `int8` names the weights whose products run in int8, with
-    the spans of their inputs and of their results, while the rest of the graph stays in fp16; the largest magnitude of
-    each column of such a weight is its number 127.
+    the spans of their inputs and of their results, while the rest of the graph stays in fp16; numbers -128 and 127
+    of a column of such a weight are its lowest and highest value.
     """
 
     target: str = "rk3588"

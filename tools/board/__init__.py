@@ -3,14 +3,15 @@
     build     a root folder from Debian's arm64 packages and PyPI's aarch64 wheels, for qemu-user: no chroot, no binfmt
     chip      the files by which such a root looks like an RK3588
     standin/  librknnrt.so in C: it reads real .rknn files and hands the rows to a process on the host
-    compute   that process: fp16 arithmetic in NumPy (half), or any backend of this project
+    compute   that process: NumPy with every operation rounded to fp16 (half), or any backend of this project
     calls     the stand-in's log of calls, read
 
 `python -m tools.board build` makes it (in the user's cache folder), `python -m tools.board run -- CMD ...` runs a
 command in it, `rwkv-npu` and `python` among them.
 
 Nothing here is part of the package, and nothing that runs here says anything about the speed of a board, or about
-what its NPU computes: every version that the stand-in reports says that it is one.
+what its NPU computes: neither Rockchip's library answers nor its simulator, but our own idea of fp16. Every version
+that the stand-in reports says that it is one.
 
 The stand-in's environment variables:
 
