@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,26 @@ BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
 
 
 def plan_artifacts(
-    manifest: Manifest, program: Program, target: str, precision: str, rows: Sequence[int] | None
+    manifest: Manifest,
+    program: Program,
+    target: str,
+    precision: str,
+    rows: Sequence[int] | None,
+    int8: Collection[str] = (),
 ) -> list[Artifact]:
-    """What there has to be for `target`; `rows` None is `--rows auto`, and what the bundle has already counts.
+    """What there has to be for `target`; `rows` None is `--rows auto`, and what the bundle has already counts. `int8`
+    names the projections of which an element takes one byte.
 
     auto: decode and prefill have artifacts of their own where the NPU's memory holds the weights twice, else one
     artifact serves both. Raises UsageError, with the arithmetic, where not even that fits.
     """
-    plans = candidates(manifest, program, target, precision, rows, lambda group: _fp16_bytes(program, group))
+    chosen = {group.name: _int8_in(program, group, int8) for group in program.groups}
+    plans = candidates(
+        manifest, program, target, precision, rows, lambda group: _bytes(program, group, chosen[group.name])
+    )
     for artifacts, memory in plans:
         if memory.fits:
-            return artifacts
+            return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
         f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; use "
@@ -94,8 +104,21 @@ def matrices(trace: Trace, spec: Spec) -> list[tuple[int, int]]:
     ]
 
 
-def _fp16_bytes(program: Program, group: Group) -> int:
-    return sum(2 * k * n for k, n in matrices(trace_group(program, group), program.spec))
+def _int8_in(program: Program, group: Group, int8: Collection[str]) -> list[str]:
+    if not int8:
+        return []
+    return [label for label in trace_group(program, group).projections if label in int8]
+
+
+def _bytes(program: Program, group: Group, int8: Collection[str]) -> int:
+    trace = trace_group(program, group)
+    widths = [1 if label in int8 else 2 for label in trace.projections]
+    return sum(width * k * n for width, (k, n) in zip(widths, matrices(trace, program.spec), strict=True))
+
+
+def _identity(key: str, names: Sequence[str]) -> str:
+    """Of what is in int8, and of what its ranges follow from."""
+    return hashlib.blake2b(json.dumps([key, *names]).encode(), digest_size=8).hexdigest() if names else ""
 
 
 @dataclass
@@ -124,7 +147,8 @@ class Build:
             artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        good = self.out.exists() and _enough(artifact, environment, self.verify is not None)
+        same = artifact.int8 == self.artifact.int8
+        good = same and self.out.exists() and _enough(artifact, environment, self.verify is not None)
         return artifact if good else None
 
     @property
@@ -134,7 +158,7 @@ class Build:
     def write_graph(self) -> None:
         """Write the graph that the compiler reads."""
         self.graph.parent.mkdir(parents=True, exist_ok=True)
-        self.graph.write_bytes(self.source.compiler_onnx(self.group, self.artifact.rows))
+        self.graph.write_bytes(self.source.compiler_onnx(self.artifact))
 
     def complete(self, result: CompileResult, error: float | None) -> Artifact:
         """Write down what the compiler and the verification said."""
@@ -164,8 +188,12 @@ def build_artifacts(
     version of the compiler than `environment`'s is built again.
     """
     bundle, manifest = source.bundle, source.bundle.manifest
-    wanted = {artifact.path for artifact in planned}
-    stale = {a.path for a in manifest.artifacts if a.path in wanted and not _enough(a, environment, verify)}
+    wanted = {artifact.path: artifact.int8 for artifact in planned}
+    stale = {
+        a.path
+        for a in manifest.artifacts
+        if a.path in wanted and not (a.int8 == wanted[a.path] and _enough(a, environment, verify))
+    }
     if stale:  # they leave the manifest before they are replaced, in case of a kill
         manifest.artifacts = [a for a in manifest.artifacts if a.path not in stale]
         manifest.files = {name: record for name, record in manifest.files.items() if name not in stale}

@@ -24,6 +24,7 @@ from rwkv_npu.converter import Request
 from rwkv_npu.errors import UsageError
 from rwkv_npu.estimate import formula_cycles
 from rwkv_npu.forecast import ASSUMED_SHARE, Forecast, Variant, forecast
+from rwkv_npu.graphs import compiler_model
 from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model
 from rwkv_npu.sources import CheckpointSource
@@ -307,7 +308,9 @@ def test_int8_artifacts_are_as_foretold(
     checkpoint = open_checkpoint(demo_model())
     source = CheckpointSource(checkpoint, fusion)
     (group,) = [group for group in source.program.groups if group.name == name]
-    (tmp_path / "g.onnx").write_bytes(source.compiler_onnx(group, rows))
+    (tmp_path / "g.onnx").write_bytes(
+        compiler_model(source.program, group, rows, source.tensor).SerializeToString()
+    )
     rng = np.random.default_rng(0)
     rowset = {
         port.name: rng.standard_normal((1 if port.per_sequence else rows, port.width)).astype(np.float32)

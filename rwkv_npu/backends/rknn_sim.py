@@ -31,7 +31,7 @@ class CompiledSource(Source, Protocol):
 
     def compile_options(self, artifact: Artifact) -> CompileOptions: ...
 
-    def compiler_onnx(self, group: Group, rows: int) -> bytes: ...
+    def compiler_onnx(self, artifact: Artifact) -> bytes: ...
 
 
 class SimulatorRunner:
@@ -90,7 +90,7 @@ class RknnSimBackend:
         options = self._source.compile_options(artifact)
         with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
             path = Path(folder) / f"{group.name}.onnx"
-            path.write_bytes(self._source.compiler_onnx(group, artifact.rows))
+            path.write_bytes(self._source.compiler_onnx(artifact))
             return Simulator(self._environment, path, options)
 
 
