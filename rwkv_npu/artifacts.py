@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import Trace, trace_group
-from rwkv_npu.memory import MemoryPlan, plan_memory
+from rwkv_npu.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
@@ -26,17 +27,26 @@ BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
 
 
 def plan_artifacts(
-    manifest: Manifest, program: Program, target: str, precision: str, rows: Sequence[int] | None
+    manifest: Manifest,
+    program: Program,
+    target: str,
+    precision: str,
+    rows: Sequence[int] | None,
+    int8: Collection[str] = (),
 ) -> list[Artifact]:
-    """What there has to be for `target`; `rows` None is `--rows auto`, and what the bundle has already counts.
+    """What there has to be for `target`; `rows` None is `--rows auto`, and what the bundle has already counts. `int8`
+    names the projections of which an element takes one byte.
 
     auto: decode and prefill have artifacts of their own where the NPU's memory holds the weights twice, else one
     artifact serves both. Raises UsageError, with the arithmetic, where not even that fits.
     """
-    plans = candidates(manifest, program, target, precision, rows, lambda group: _fp16_bytes(program, group))
+    chosen = {group.name: _int8_in(program, group, int8) for group in program.groups}
+    plans = candidates(
+        manifest, program, target, precision, rows, lambda group: _bytes(program, group, chosen[group.name])
+    )
     for artifacts, memory in plans:
         if memory.fits:
-            return artifacts
+            return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
         f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; use "
@@ -81,21 +91,41 @@ def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
     return sorted({artifact.rows for artifact in artifacts if artifact.group != "head"})
 
 
-def matrices(trace: Trace, spec: Spec) -> list[tuple[int, int]]:
-    """(K, N) of every projection in a group's graph, whole or in parts."""
+class Matrix(NamedTuple):
+    """A projection in a group's graph, (k, n), whole or a part; `name` is that of its tensor."""
+
+    name: str
+    k: int
+    n: int
+
+
+def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
+    """What a group multiplies with."""
     shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
 
     def span(part: tuple[int, int] | None, whole: int) -> int:
         return part[1] - part[0] if part else whole
 
     return [
-        (span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
+        Matrix(c.name, span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
         for c in trace.projections.values()
     ]
 
 
-def _fp16_bytes(program: Program, group: Group) -> int:
-    return sum(2 * k * n for k, n in matrices(trace_group(program, group), program.spec))
+def _int8_in(program: Program, group: Group, int8: Collection[str]) -> list[str]:
+    if not int8:
+        return []
+    return [label for label in trace_group(program, group).projections if label in int8]
+
+
+def _bytes(program: Program, group: Group, int8: Collection[str]) -> int:
+    found = matrices(trace_group(program, group), program.spec)
+    return sum(matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16) for one in found)
+
+
+def _identity(key: str, names: Sequence[str]) -> str:
+    """Of what is in int8, and of what its ranges follow from."""
+    return hashlib.blake2b(json.dumps([key, *names]).encode(), digest_size=8).hexdigest() if names else ""
 
 
 @dataclass
@@ -124,7 +154,8 @@ class Build:
             artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        good = self.out.exists() and _enough(artifact, environment, self.verify is not None)
+        same = artifact.int8 == self.artifact.int8
+        good = same and self.out.exists() and _enough(artifact, environment, self.verify is not None)
         return artifact if good else None
 
     @property
@@ -134,7 +165,7 @@ class Build:
     def write_graph(self) -> None:
         """Write the graph that the compiler reads."""
         self.graph.parent.mkdir(parents=True, exist_ok=True)
-        self.graph.write_bytes(self.source.compiler_onnx(self.group, self.artifact.rows))
+        self.graph.write_bytes(self.source.compiler_onnx(self.artifact))
 
     def complete(self, result: CompileResult, error: float | None) -> Artifact:
         """Write down what the compiler and the verification said."""
@@ -164,8 +195,12 @@ def build_artifacts(
     version of the compiler than `environment`'s is built again.
     """
     bundle, manifest = source.bundle, source.bundle.manifest
-    wanted = {artifact.path for artifact in planned}
-    stale = {a.path for a in manifest.artifacts if a.path in wanted and not _enough(a, environment, verify)}
+    wanted = {artifact.path: artifact.int8 for artifact in planned}
+    stale = {
+        a.path
+        for a in manifest.artifacts
+        if a.path in wanted and not (a.int8 == wanted[a.path] and _enough(a, environment, verify))
+    }
     if stale:  # they leave the manifest before they are replaced, in case of a kill
         manifest.artifacts = [a for a in manifest.artifacts if a.path not in stale]
         manifest.files = {name: record for name, record in manifest.files.items() if name not in stale}
@@ -207,7 +242,7 @@ def _run_builds(
         Job(
             onnx_path=build.graph,
             out_path=build.out,
-            weight_bytes=2 * build.artifact.weight_bytes,  # the compiler works in fp32
+            weight_bytes=build.source.compiler_bytes(build.artifact),
             options=build.source.compile_options(build.artifact),
             verify_inputs=build.verify.inputs if build.verify else None,
             write_graph=build.write_graph,

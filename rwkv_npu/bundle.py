@@ -5,6 +5,7 @@
     graphs/weights.safetensors  every projection once, for every backend of the CPU
     graphs/FUSION.GROUP.onnx    the groups; they refer to the weights by offset
     cpu/PRECISION.safetensors   every projection quantised, as `packing` lays it out
+    calib/int8.safetensors      ranges of the projections that artifacts may have in int8
     selftest.safetensors        rows for every group, and what comes of them: how a board tests its NPU
     rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
     vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import BundleError
+from rwkv_npu.int8 import Affine, Quantised, round_weight
 from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Scaling, Spec
 from rwkv_npu.tensorfile import TensorFile
@@ -40,6 +42,7 @@ MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 HOST = "host.safetensors"
 WEIGHTS = "graphs/weights.safetensors"
 SELF_TEST = "selftest.safetensors"
+INT8 = "calib/int8.safetensors"
 
 _SMALL = 4 << 20  # files up to this size are read whole on opening
 
@@ -55,7 +58,8 @@ class Artifact:
     """A graph compiled for one (group, target, precision, fusion, rows). Sizes in bytes.
 
     `cycles` (DDR, NPU, total) are the compiler's own estimate for one core; `on_cpu` lists the operations that it
-    leaves to the board's CPU; `error` is what `--verify` measured (relative, rms), None where it did not run.
+    leaves to the board's CPU; `error` is what `--verify` measured (relative, rms), None where it did not run. `int8`
+    says what it has in int8, and in which ranges, "" where nothing: another is another artifact.
     """
 
     path: str
@@ -69,11 +73,42 @@ class Artifact:
     on_cpu: tuple[str, ...] = ()
     toolkit: str = ""
     error: float | None = None
+    int8: str = ""
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Artifact:
         artifact: Artifact = _known(Artifact, {**data, "on_cpu": tuple(data["on_cpu"])})
         return artifact
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What int8 does to one projection alone.
+
+    bytes: of its weights in int8. error: relative, rms, of its product on rows that were held out. kl: of the model's
+    logits, in nats a token, None where it was not measured. algorithm and smoothed: how its ranges were found.
+    """
+
+    name: str
+    bytes: int
+    algorithm: str
+    smoothed: bool
+    error: float
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Int8Set:
+    """The projections that the artifacts of a precision have in int8.
+
+    share: of the numbers in all projections. kl: of the logits with all of them in int8, in NumPy. max_kl: what was
+    allowed, None where the projections were not chosen by measurement.
+    """
+
+    projections: tuple[str, ...]
+    share: float
+    kl: float
+    max_kl: float | None = None
 
 
 @dataclass
@@ -84,6 +119,7 @@ class Manifest:
     weights, quick to have of any checkpoint; weights_digest: of every value.
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
+    int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from.
     headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
     """
 
@@ -103,6 +139,9 @@ class Manifest:
     graph_errors: dict[str, float] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
     cpu_default: str = ""
+    int8: dict[str, Int8Set] = field(default_factory=dict)
+    sensitivity: list[Sensitivity] = field(default_factory=list)
+    int8_key: str = ""
     headroom: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -134,6 +173,11 @@ class Manifest:
         known["scaling"] = Scaling.from_json(data["scaling"])
         known["files"] = {name: _file_record(name, record) for name, record in data["files"].items()}
         known["artifacts"] = [Artifact.from_json(artifact) for artifact in data["artifacts"]]
+        known["sensitivity"] = [_known(Sensitivity, row) for row in data.get("sensitivity", ())]
+        known["int8"] = {
+            name: _known(Int8Set, {**chosen, "projections": tuple(chosen["projections"])})
+            for name, chosen in data.get("int8", {}).items()
+        }
         return Manifest(**known)
 
 
@@ -165,6 +209,7 @@ class Bundle:
         self._host = TensorFile(path / HOST, error=BundleError)
         self._weights = TensorFile(path / WEIGHTS, error=BundleError)
         self._packed: dict[str, TensorFile] = {}
+        self._int8: TensorFile | None = None
 
     @property
     def spec(self) -> Spec:
@@ -185,6 +230,32 @@ class Bundle:
     def release(self, name: str) -> None:
         """Give back the memory that reading a projection has taken."""
         self._weights.release(name)
+
+    def quantised(self, name: str) -> Quantised:
+        """A projection as artifacts may have it in int8. Raises BundleError for one that is not there."""
+        given, made = (
+            Affine(float(scale), int(zero)) for scale, zero in self._ranges.array(f"{name}.ranges")
+        )
+        smoothed = f"{name}.smoothing" in self._ranges
+        smoothing = np.array(self._ranges.array(f"{name}.smoothing")) if smoothed else None
+        return Quantised(given, made, *round_weight(self.tensor(name), smoothing), smoothing)
+
+    def spans(self, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Of such a projection, lowest and highest number of its input and of its product."""
+        given, made = (
+            Affine(float(scale), int(zero)) for scale, zero in self._ranges.array(f"{name}.ranges")
+        )
+        return given.span, made.span
+
+    def forget_ranges(self) -> None:
+        """Read the ranges of int8 anew: they were written."""
+        self._int8 = None
+
+    @property
+    def _ranges(self) -> TensorFile:
+        if self._int8 is None:
+            self._int8 = TensorFile(self.path / INT8, error=BundleError)
+        return self._int8
 
     def is_projection(self, name: str) -> bool:
         return name in self._weights

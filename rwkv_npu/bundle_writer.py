@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rwkv_npu.bundle import (
     HOST,
+    INT8,
     MATHS,
     SELF_TEST,
     WEIGHTS,
@@ -170,5 +171,7 @@ def record_files(folder: Path, manifest: Manifest) -> None:
         names += [graph_file(fusion, group["name"]) for group in described]
     if manifest.tokenizer and not manifest.tokenizer.startswith("builtin:"):
         names.append(manifest.tokenizer)
+    if manifest.int8:
+        names.append(INT8)
     known = manifest.files
     manifest.files = {name: known.get(name) or record_file(folder / name) for name in names}

@@ -23,6 +23,7 @@ from rwkv_npu.models.network import Network
 from rwkv_npu.sources import ModelSource
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.state import new_state
+from rwkv_npu.tokenizer import END_OF_TEXT
 
 KEEP = 4096  # rows of every projection
 CALLS = 32  # steps of which the groups' inputs are kept whole
@@ -178,16 +179,17 @@ def calibrate(
     """
     tokens, spec = check_ids(ids, source.spec, at_least=max(2, rows)), source.spec
     rng = np.random.default_rng(seed)
-    rows_kept = Reservoir(max(2, min(keep, len(tokens), MEMORY // (4 * _width(spec)))), rng)
+    pieces = list(contexts(tokens))
+    rows_kept = Reservoir(max(2, min(keep, sum(map(len, pieces)), MEMORY // (4 * _width(spec)))), rng)
     steps_kept = Reservoir(max(1, min(CALLS, MEMORY // (4 * _call_width(source.program.groups, rows)))), rng)
     seen = _Seen(rows_kept.keep)
     maths = RecordingMaths(source.tensor, seen)
     calls: dict[str, dict[int, Arrays]] = {group.name: {} for group in source.program.groups}
     network = Network(source.program, source.tensor)
-    for context in contexts(tokens):
+    for context in pieces:
         state = new_state(spec, source.fingerprint, source.initial_states())
         parts = {name: part[:, None] for name, part in state.parts.items()}
-        for step in np.split(context, range(rows, len(context), rows)):
+        for number, step in enumerate(np.split(context, range(rows, len(context), rows))):
             seen.chosen, seen.places = rows_kept.admit(len(step))
             # Of the steps only whole ones are kept.
             places = steps_kept.admit(1)[1].tolist() if len(step) == rows else []
@@ -201,7 +203,7 @@ def calibrate(
 
             network.logits(run, network.hidden(run, step[:, None], parts))
             if progress:
-                progress(len(step))
+                progress(len(step) - (number == 0))  # the end of text is none of the user's
     if not np.isfinite(list(seen.peaks.values())).all():
         raise CheckpointError(
             "the model's values do not stay finite over the calibration text: are its weights whole?"
@@ -227,11 +229,18 @@ def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> 
 
 
 def contexts(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The tokens in contexts: a quarter of them in short ones, a quarter in ones of medium length, half in one."""
+    """The tokens in contexts: a quarter of them in short ones, a quarter in ones of medium length, half in one.
+
+    Each begins with an end-of-text token, as texts do in training, which has extremes of its own.
+    """
     quarter, half = len(tokens) // 4, len(tokens) // 2
-    for start, stop, length in ((0, quarter, SHORT), (quarter, half, MEDIUM)):
-        yield from (tokens[at : min(at + length, stop)] for at in range(start, stop, length))
-    yield tokens[half:]
+    for start, stop, length in (
+        (0, quarter, SHORT - 1),
+        (quarter, half, MEDIUM - 1),
+        (half, len(tokens), len(tokens)),
+    ):
+        for at in range(start, stop, length):
+            yield np.concatenate([[END_OF_TEXT], tokens[at : min(at + length, stop)]])
 
 
 def _width(spec: Spec) -> int:

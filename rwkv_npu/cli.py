@@ -57,7 +57,15 @@ def _add_convert(commands: Any) -> None:
     p.add_argument(
         "--target", default="rk3588", help="rk3588 (default), rk3576, rk3562, rk3566, rk3568, or none"
     )
-    p.add_argument("--precision", default="fp16", help="of the NPU's artifacts: fp16")
+    p.add_argument(
+        "--precision",
+        default="fp16",
+        help="of the NPU's artifacts: fp16 (default), mixed (as much in int8 as --max-kl allows), w8a8, or bf16",
+    )
+    p.add_argument("--precision-map", metavar="FILE", help="JSON: what mixed has in int8, by name or pattern")
+    p.add_argument(
+        "--max-kl", type=float, default=0.005, metavar="X", help="for mixed, nats a token (default: 0.005)"
+    )
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
     p.add_argument("--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rwkv_npu
+from rwkv_npu import quantisation
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts, remove_notes
 from rwkv_npu.bundle import (
     FORMAT,
@@ -45,8 +46,11 @@ from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
 from rwkv_npu.headroom import keep_in_range
+from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
+from rwkv_npu.precision_map import read_map
+from rwkv_npu.quantisation import MAX_KL, quantise_bundle, sizes
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import Scaling, Spec, check_fusion
@@ -57,6 +61,11 @@ from rwkv_npu.verify import verify_graphs
 Say = Callable[[str], None]
 
 NO_TARGET = "none"  # graphs for the CPU only
+
+# What artifacts can be in, and where a chip has another choice. bf16 builds for the RK3588; what a board makes of it is
+# not known.
+ARTIFACT_PRECISIONS = ("fp16", *INT8_PRECISIONS)
+NPU_PRECISIONS = {"rk3588": ("fp16", "bf16", *INT8_PRECISIONS)}
 
 
 # What the disk, or its permissions, can do to us; any other OSError is a bug of ours.
@@ -86,17 +95,21 @@ class Request:
     jobs: int | None
     verify: bool
     force: bool
+    max_kl: float = MAX_KL
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
-        known = {
-            "CPU precision": (*STORAGE, *PRECISIONS),
-            "target": (*TARGETS, NO_TARGET),
-            "precision": ("fp16",),
-        }
-        for (what, values), value in zip(known.items(), (self.cpu, self.target, self.precision), strict=True):
+        known = {"CPU precision": (*STORAGE, *PRECISIONS), "target": (*TARGETS, NO_TARGET)}
+        for (what, values), value in zip(known.items(), (self.cpu, self.target), strict=True):
             if value not in values:
                 raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
+        has = NPU_PRECISIONS.get(self.target, ARTIFACT_PRECISIONS)
+        if self.precision not in has:
+            raise UsageError(
+                f"{self.target} has no precision {self.precision!r}: use one of {', '.join(has)}"
+            )
+        if not 0 < self.max_kl < float("inf"):
+            raise UsageError(f"max_kl is {self.max_kl}: it must be more than 0")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
 
@@ -108,6 +121,10 @@ class Request:
     @property
     def compiles(self) -> bool:
         return self.target != NO_TARGET
+
+    @property
+    def quantises(self) -> bool:
+        return self.precision in INT8_PRECISIONS
 
 
 def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
@@ -144,11 +161,16 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     toolkit: str | None = None,
     calibrate: Sequence[str | os.PathLike[str]] = (),
+    precision_map: str | os.PathLike[str] | None = None,
+    max_kl: float = MAX_KL,
     say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
 
     target: the chip whose `.rknn` files are built, or `none` for the CPU only.
+    precision: of the artifacts: fp16; w8a8, every large matrix in int8 and all between them in fp16; mixed, as many of
+        them in int8 as leave the KL divergence of the logits under `max_kl` nats a token; bf16, an experiment.
+    precision_map: a JSON file that says for mixed which are (precision_map.py), instead of a measurement.
     rows: row counts of the artifacts, such as "1,64"; auto chooses by memory.
     cpu: precision in which the CPU multiplies: int8, int4, fp16 or fp32. Beside quantised weights there are those in
         fp16, which the other backends read.
@@ -161,24 +183,28 @@ def convert(
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
     anything is written where the input is at fault.
     """
-    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force)
+    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl)
     source = Path(checkpoint)
     opened = open_checkpoint(source)
     override = None if tokenizer is None else os.fspath(tokenizer)
     words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
-    place = Path(out) if out is not None else Path(f"{_stem(source)}.rwkv")
+    place = bundle_place(source, out)
     _check_place(place, source)
     adding = _existing(place, opened, request)
     manifest = adding or _new_manifest(opened, request)
+    mapped = _mapped(precision_map, request, opened.spec)
     compiler, planned = None, []
+    chosen: Sequence[str] = ()
     if request.compiles:
         compiler = environment.require(toolkit)
         program = Program(manifest.spec, request.fusion, manifest.scaling)
-        planned = plan_artifacts(manifest, program, request.target, request.precision, request.rows)
+        # What will be in int8 is not known yet: whether as much as can be would fit is.
+        most = sizes(opened.spec) if request.quantises else ()
+        planned = plan_artifacts(manifest, program, request.target, request.precision, request.rows, most)
     rows = max((artifact.rows for artifact in planned), default=1)
     ids = read_ids([os.fspath(file) for file in calibrate], words, opened.spec, say, at_least=rows)
     _check_values(opened, manifest, request, place, say)
-    if request.compiles:
+    if request.compiles or request.quantises:
         unscaled = CheckpointSource(opened)
         ids = ids if ids is not None else default_ids(words, unscaled, say, at_least=rows)
         keep_in_range(manifest, unscaled, ids, adding is not None, say)
@@ -198,7 +224,14 @@ def convert(
         if request.verify:
             say("verifying the graphs in ONNX Runtime")
             verify_graphs(bundle)
+        if request.quantises:
+            assert ids is not None, "int8 is calibrated"
+            chosen = quantise_bundle(bundle, ids, request.precision, request.max_kl, mapped, say)
         if compiler:
+            program = Program(manifest.spec, request.fusion, manifest.scaling)
+            planned = plan_artifacts(
+                manifest, program, request.target, request.precision, request.rows, chosen
+            )
             say(
                 f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those not there yet"
             )
@@ -209,7 +242,19 @@ def convert(
         record_files(folder, manifest)
         write_atomically(folder / MANIFEST, manifest.to_json().encode())
         remove_notes(folder)
+        quantisation.remove_notes(folder)
     return place
+
+
+def _mapped(precision_map: str | os.PathLike[str] | None, request: Request, spec: Spec) -> list[str] | None:
+    """What a map has in int8, None without one. Raises UsageError."""
+    if precision_map is None:
+        return None
+    if request.precision != "mixed":
+        raise UsageError(
+            f"a precision map is for --precision mixed, not for {request.precision}: it says what is in int8"
+        )
+    return read_map(os.fspath(precision_map), spec, sizes(spec))
 
 
 def _check_values(
@@ -235,6 +280,11 @@ def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
     paths = {artifact.path for artifact in planned}
     errors = {**manifest.graph_errors, **{a.path: a.error for a in manifest.artifacts if a.path in paths}}
     return "\n".join(f"  error {error:.1e}  {name}" for name, error in errors.items() if error is not None)
+
+
+def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None) -> Path:
+    """Where the bundle of a checkpoint goes: `out`, or the current folder."""
+    return Path(out) if out is not None else Path(f"{_stem(checkpoint)}.rwkv")
 
 
 def _stem(checkpoint: Path) -> str:

@@ -10,16 +10,18 @@ Rockchip's compiler, and matrices wider than `split` are cut into parts that the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from rwkv_npu.int8 import Quantised, reciprocal
 from rwkv_npu.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import BLOCK, Packed, numbers
@@ -50,9 +52,16 @@ class Constant:
         parts += [f"{key}{span[0]}" for key, span in (("k", self.rows), ("n", self.columns)) if span]
         return ".".join(parts)
 
+    @property
+    def whole(self) -> Constant:
+        """What this is a part of."""
+        return Constant(self.name, self.index)
+
     def of(self, array: np.ndarray) -> np.ndarray:
-        if self.index is not None:
-            array = array[self.index]
+        return self.cut(array if self.index is None else array[self.index])
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """This part of the matrix, or vector."""
         if self.rows:
             array = array[slice(*self.rows)]
         return array[..., slice(*self.columns)] if self.columns else array
@@ -98,10 +107,12 @@ class Tracer:
         *,
         rows: int | None,
         split: int | None = None,
+        quantised: Mapping[str, Quantised] = MappingProxyType({}),
         trace: Trace | None = None,
         prefix: str = "",
     ):
         self._shape_of, self._rows, self._split, self._prefix = shape_of, rows, split, prefix
+        self._quantised = quantised
         self.trace = trace if trace is not None else Trace()
 
     def block(self, layer: int) -> Tracer:
@@ -109,6 +120,7 @@ class Tracer:
             self._shape_of,
             rows=self._rows,
             split=self._split,
+            quantised=self._quantised,
             trace=self.trace,
             prefix=f"blocks.{layer}.",
         )
@@ -120,6 +132,9 @@ class Tracer:
         full = self._prefix + name
         widths = self._part_widths(self._shape_of(full)[-1])
         inputs = self._cut(x, self._part_widths(sum(x.widths)))
+        quantised = self._quantised.get(Constant(full, index).label)
+        if quantised and quantised.smoothing is not None:
+            inputs = self._scaled(inputs, reciprocal(quantised.smoothing))
         outputs = []
         for columns in _spans(widths):
             products = [
@@ -190,6 +205,12 @@ class Tracer:
         """x as one tensor."""
         return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
 
+    def _scaled(self, x: Value, factors: np.ndarray) -> Value:
+        """x times a number for each column."""
+        literals = [self._literal(factors[slice(*span)] if span else factors) for span in _spans(x.widths)]
+        names = [self.node("Mul", list(pair)) for pair in zip(x.names, literals, strict=True)]
+        return Value(self, names, x.widths)
+
     def _like(self, x: Value, name: str) -> Value:
         return Value(self, [name], [sum(x.widths)])
 
@@ -241,11 +262,17 @@ def _spans(widths: Sequence[int]) -> Sequence[tuple[int, int] | None]:
 
 
 def trace_group(
-    program: Program, group: Group, *, rows: int | None = None, split: int | None = None
+    program: Program,
+    group: Group,
+    *,
+    rows: int | None = None,
+    split: int | None = None,
+    quantised: Mapping[str, Quantised] = MappingProxyType({}),
 ) -> Trace:
-    """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece."""
+    """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece. What
+    projections that are `quantised`, by label, do before and after their product is recorded too."""
     shapes = {tensor.name: tensor.used_shape for tensor in tensors(program.spec)}
-    tracer = Tracer(shapes.__getitem__, rows=rows, split=split)
+    tracer = Tracer(shapes.__getitem__, rows=rows, split=split, quantised=quantised)
     inputs = {port.name: Value(tracer, [port.name], [port.width]) for port in group.inputs}
     values = program.evaluate(group, tracer, inputs)
     results = {port.name: tracer.whole(values[port.name]) for port in group.outputs}
@@ -344,11 +371,35 @@ def quantised_model(
 
 
 def compiler_model(
-    program: Program, group: Group, rows: int, tensor: Callable[[str], np.ndarray]
+    program: Program,
+    group: Group,
+    rows: int,
+    tensor: Callable[[str], np.ndarray],
+    quantised: Mapping[str, Quantised] = MappingProxyType({}),
 ) -> onnx.ModelProto:
-    """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32."""
-    trace = trace_group(program, group, rows=rows, split=NPU_WIDTH if rows > 1 else None)
-    return inline_model(trace, group.name, tensor)
+    """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32.
+
+    The weights of projections that are `quantised`, by label, are what their int8 numbers stand for.
+    """
+    trace = _compiler_trace(program, group, rows, quantised)
+
+    def values(constant: Constant) -> np.ndarray:
+        whole = quantised.get(constant.whole.label)
+        return constant.of(tensor(constant.name)) if whole is None else constant.cut(whole.values())
+
+    projections = [_initialiser(name, values(c), np.float32) for name, c in trace.projections.items()]
+    return _model(trace, group.name, tensor, projections)
+
+
+def compiler_weights(program: Program, group: Group, rows: int) -> dict[str, str]:
+    """The weights in the compiler's graph, each with the label of the projection that it is a part of, or all of."""
+    trace = _compiler_trace(program, group, rows, {})
+    return {name: constant.whole.label for name, constant in trace.projections.items()}
+
+
+def _compiler_trace(program: Program, group: Group, rows: int, quantised: Mapping[str, Quantised]) -> Trace:
+    split = NPU_WIDTH if rows > 1 else None
+    return trace_group(program, group, rows=rows, split=split, quantised=quantised)
 
 
 def _model(

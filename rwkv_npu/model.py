@@ -201,7 +201,7 @@ def load(
     if is_bundle(where):
         bundle = open_bundle(where)
         manifest = bundle.manifest
-        present = {*manifest.cpu_precisions, *(a.precision for a in manifest.artifacts)}
+        present = {*manifest.cpu_precisions, *manifest.int8, *(a.precision for a in manifest.artifacts)}
         if backend == "auto" and plan is None and precision is None:
             measured = measured_plan(bundle)
             measured = measured if measured and fusion in (None, measured.fusion) else None

@@ -15,6 +15,7 @@ from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.plan import Plan, tuned
 from rwkv_npu.recording import self_test
@@ -40,7 +41,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
-    bound, advice = INT8_BOUND if source.precision == "w8a8" else FP16_BOUND, _advice(source)
+    bound, advice = INT8_BOUND if _in_int8(source) else FP16_BOUND, _advice(source)
 
     def cpu() -> Backend:
         """A backend of its own, even where the plan has one: that may multiply in fewer bits than the NPU did."""
@@ -69,6 +70,12 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
             guard.verdict()
         on_failure.pop_all()
     return engine
+
+
+def _in_int8(source: ModelSource) -> bool:
+    """Whether an NPU's backend will multiply in int8: as it is told, or as the artifacts that it finds."""
+    found = next((a.precision for a in source.artifacts() if a.target == board.soc()), None)
+    return (source.precision or found) in INT8_PRECISIONS
 
 
 def _advice(source: ModelSource) -> str:

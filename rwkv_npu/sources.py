@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, REFERENCES
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
-from rwkv_npu.maths import Maths
+from rwkv_npu.int8 import Int8Maths, Quantised
+from rwkv_npu.maths import Maths, NumpyMaths
 from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import Packed, unpack
@@ -47,6 +50,12 @@ class ModelSource:
         """In which precision the CPU is to multiply."""
         return "fp32"
 
+    def precision_on(self, backend: str) -> str:
+        """In which precision the weights are that a backend of this name multiplies with."""
+        if backend in MADE_PRECISIONS:
+            return self.precision or MADE_PRECISIONS[backend][0]
+        return self.cpu_precision
+
     def packed(self, name: str, index: int | None = None) -> Packed | None:
         """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
         return None
@@ -62,17 +71,15 @@ class ModelSource:
         """The model with the weights that it stores whole, for a CPU that takes over from an NPU."""
         return self
 
+    def maths(self) -> NumpyMaths:
+        """What multiplies in NumPy, in the precision that was asked for: products in int8 as artifacts have them."""
+        return NumpyMaths(self.weight)
+
     def has(self, name: str) -> bool:
         return False
 
     def onnx(self, group: Group) -> str | bytes:
         raise KeyError(group.name)
-
-    def compiler_onnx(self, group: Group, rows: int) -> bytes:
-        """The group's graph as Rockchip's compiler reads it."""
-        from rwkv_npu.graphs import compiler_model
-
-        return compiler_model(self.program, group, rows, self.tensor).SerializeToString()
 
     def artifacts(self) -> list[Artifact]:
         """The artifacts that there are for this fusion."""
@@ -100,6 +107,13 @@ class BundleSource(ModelSource):
     @property
     def cpu_precision(self) -> str:
         return self._cpu_precision
+
+    def precision_on(self, backend: str) -> str:
+        if backend in COMPILED:
+            return next((artifact.precision for artifact in self.artifacts()), "no")
+        if backend in REFERENCES:
+            return self.precision or self.bundle.manifest.cpu
+        return super().precision_on(backend)
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
@@ -138,10 +152,48 @@ class BundleSource(ModelSource):
 
     def compile_options(self, artifact: Artifact) -> CompileOptions:
         """How an artifact is compiled; the simulator has to be given the same."""
+        from rwkv_npu.graphs import compiler_weights
         from rwkv_npu.toolkit import CompileOptions
 
         identity = json.dumps({"fingerprint": self.fingerprint, "group": artifact.group})
-        return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
+        chosen = self.bundle.manifest.int8.get(artifact.precision)
+        if chosen is None:
+            return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
+        weights = compiler_weights(self.program, self._group(artifact), artifact.rows)
+        int8 = {name: self.bundle.spans(of) for name, of in weights.items() if of in chosen.projections}
+        return CompileOptions(artifact.target, "fp16", custom_string=identity, int8=int8)
+
+    def compiler_onnx(self, artifact: Artifact) -> bytes:
+        """The graph of an artifact as Rockchip's compiler reads it."""
+        from rwkv_npu.graphs import compiler_model, compiler_weights
+
+        group, chosen = self._group(artifact), self.bundle.manifest.int8.get(artifact.precision)
+        names = set(compiler_weights(self.program, group, artifact.rows).values())
+        names &= set(chosen.projections if chosen else ())
+        quantised = {name: self.bundle.quantised(name) for name in names}
+        model = compiler_model(self.program, group, artifact.rows, self.tensor, quantised)
+        return model.SerializeToString()
+
+    def compiler_bytes(self, artifact: Artifact) -> int:
+        """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
+        from rwkv_npu.graphs import trace_group
+
+        constants = trace_group(self.program, self._group(artifact)).projections.values()
+        return sum(4 * constant.of(self.tensor(constant.name)).size for constant in constants)
+
+    def _group(self, artifact: Artifact) -> Group:
+        return next(group for group in self.program.groups if group.name == artifact.group)
+
+    def maths(self) -> NumpyMaths:
+        chosen = self.bundle.manifest.int8.get(self.precision or "")
+        if chosen is None:
+            return super().maths()
+
+        @cache
+        def lookup(name: str) -> Quantised | None:
+            return self.bundle.quantised(name) if name in chosen.projections else None
+
+        return Int8Maths(self.tensor, lookup)
 
     def onnx(self, group: Group) -> str | bytes:
         if self._quantised:

@@ -24,8 +24,9 @@ commands
 serve bench
 forecast
 converter evaluation
-artifacts bundle_writer model tuning diagnosis
-verify generation estimate opening headroom calibration_ids
+artifacts quantisation precision_map bundle_writer model tuning diagnosis
+verify generation estimate opening headroom calibration_ids remedies
+ranges sensitivity
 recording calibration
 engine sources
 graphs sampling state tokenizer plan
@@ -34,6 +35,7 @@ kernels
 checkpoint models
 memory
 bundle
+int8
 maths tensorfile toolkit packing
 spec files board npu texts
 errors

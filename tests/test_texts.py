@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.errors import UsageError
@@ -38,6 +38,7 @@ def test_a_text(file) -> None:
     assert tokens.ids.tolist() == by_character("für\n") and tokens.bytes == 5
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1))
 def test_ids_come_back(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
     folder = tmp_path_factory.mktemp("ids")

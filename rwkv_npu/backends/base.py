@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rwkv_npu.maths import Maths
+from rwkv_npu.maths import Maths, NumpyMaths
 from rwkv_npu.models.network import Whole
 from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Group, Spec
@@ -51,6 +51,9 @@ class Source(Protocol):
 
     def release(self, name: str) -> None:
         """Say that a projection was copied and will not be read again."""
+
+    def maths(self) -> NumpyMaths:
+        """What multiplies in NumPy, in the precision that was asked for."""
 
     def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
         """Outputs of a group for its inputs, computed with the operations of `f`."""

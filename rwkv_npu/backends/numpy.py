@@ -7,14 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from rwkv_npu.backends.base import Source, allocate_inputs
-from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.spec import Group
 
 
 class NumpyRunner:
     def __init__(self, source: Source, group: Group, rows: int, batch: int):
         self._source, self._group = source, group
-        self._maths = NumpyMaths(source.weight)
+        self._maths = source.maths()
         self.inputs = allocate_inputs(group, rows, batch)
 
     def run(self) -> Mapping[str, np.ndarray]:

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
             tokenizer=arguments.tokenizer,
             toolkit=arguments.toolkit,
             calibrate=arguments.calibrate,
+            precision_map=arguments.precision_map,
+            max_kl=arguments.max_kl,
             say=lambda line: print(line, file=sys.stderr),
         )
     except KeyboardInterrupt:

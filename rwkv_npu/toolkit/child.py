@@ -9,11 +9,13 @@ Messages, both ways, are a JSON header, preceded by its length as a little-endia
 arrays that it describes. Requests arrive on stdin, replies go to stdout; what the library prints goes to
 SCRATCH/log.
     {"action": "build", "onnx", "out", "options", "verbose"}   arrays: calibration rows, named "ROW/INPUT"
+                                                               (none where options["int8"] gives ranges)
     {"action": "run"}                                          arrays: inputs for the simulator
 A reply has "error" if the request failed.
 """
 
 import ctypes
+import glob
 import importlib.metadata
 import json
 import os
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from typing import IO, Any
 
 import numpy as np
@@ -73,14 +76,18 @@ class Graph:
         options = request["options"]
         path = self._read(request["onnx"], options["input_shapes"])
         self.started = False
-        self.rknn = RKNN(verbose=request["verbose"])
+        self.rknn = RKNN(verbose=request["verbose"] and not options["int8"])
         _check("config", self.rknn.config(**options["config"]))
         fixed = {"inputs": self.inputs, "input_size_list": self.shapes} if options["input_shapes"] else {}
         _check("load_onnx", self.rknn.load_onnx(model=path, **fixed))
         if "Generate random data" in _printed():  # in place of external data that it cannot read!
             raise RuntimeError("the weights beside the graph cannot be read")
-        dataset = _write_dataset(self.inputs, calibration)
-        _check("build", self.rknn.build(do_quantization=dataset is not None, dataset=dataset))
+        if options["int8"]:
+            dataset = _write_dataset(self.inputs, self._random_row())
+            self.rknn = _build_hybrid(self.rknn, dataset, options["int8"], request["verbose"])
+        else:
+            dataset = _write_dataset(self.inputs, calibration)
+            _check("build", self.rknn.build(do_quantization=dataset is not None, dataset=dataset))
         ctypes.CDLL(None).malloc_trim(0)  # a simulator stays: give back half of what the build took
         if request["out"]:
             # A failed export leaves a truncated file: in the scratch folder, which lies beside the target.
@@ -99,6 +106,12 @@ class Graph:
         self.shapes = _shapes(inputs, shapes)
         self.dtypes = [onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in inputs]
         return _adapt(model, path, self.shapes)
+
+    def _random_row(self) -> dict[str, np.ndarray]:
+        """What the compiler looks for ranges on: those that count are put in their place."""
+        rng = np.random.default_rng(0)
+        row = zip(self.inputs, self.shapes, self.dtypes, strict=True)
+        return {f"0/{name}": rng.standard_normal(shape).astype(dtype) for name, shape, dtype in row}
 
     def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Simulate once; inputs by name, outputs by name as float32."""
@@ -183,6 +196,80 @@ def _write_dataset(inputs: list[str], calibration: dict[str, np.ndarray]) -> str
     with open("dataset.txt", "w") as file:
         file.writelines(" ".join(files[name] for name in inputs) + "\n" for files in lines.values())
     return "dataset.txt"
+
+
+def _build_hybrid(rknn: Any, dataset: str | None, products: dict[str, Any], verbose: bool) -> Any:
+    """Build a graph of which some products run in int8, in given ranges, and all else in fp16.
+
+    `products`: by the name of a weight, {"input": [low, high], "output": [low, high]}. The compiler does it in two
+    steps, with a file between them that says of every tensor how it is rounded.
+    """
+    import onnx
+
+    sys.modules.update(_json_for_yaml())
+    _check("hybrid_quantization_step1", rknn.hybrid_quantization_step1(dataset=dataset, proposal=False))
+    (settings,) = glob.glob("*.quantization.cfg")
+    stem = settings.removesuffix(".quantization.cfg")
+    graph = onnx.load(f"{stem}.model").graph
+    with open(settings) as file:
+        config = json.load(file)
+    tensors = config["quantize_parameters"]
+    rounded = _rounded(graph, products)
+    for name, (low, high) in [*_inputs(graph, products), *rounded.items()]:
+        tensors[name].update(min=[low], max=[high])
+    kept = {*rounded, *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    # The compiler's own conversions, at the ends of the graph, bear this suffix.
+    floats = [name for name in tensors if name not in kept and not name.endswith("_int8")]
+    config["custom_quantize_layers"] = dict.fromkeys(floats, "float16")
+    with open(settings, "w") as file:
+        json.dump(config, file)
+    rknn = type(rknn)(verbose=verbose)
+    step2 = rknn.hybrid_quantization_step2(
+        model_input=f"{stem}.model", data_input=f"{stem}.data", model_quantization_cfg=settings
+    )
+    _check("hybrid_quantization_step2", step2)
+    return rknn
+
+
+def _convolutions(graph: Any, products: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """What the compiler has made of each product, with its ranges."""
+    made = {node.input[1]: node for node in graph.node if node.op_type == "Conv"}
+    if lacking := products.keys() - made.keys():
+        raise RuntimeError(f"the compiler makes no product of its own of {', '.join(sorted(lacking))}")
+    return [(made[weight], ranges) for weight, ranges in products.items()]
+
+
+def _inputs(graph: Any, products: dict[str, Any]) -> list[tuple[str, list[float]]]:
+    return [(node.input[0], ranges["input"]) for node, ranges in _convolutions(graph, products)]
+
+
+def _rounded(graph: Any, products: dict[str, Any]) -> dict[str, list[float]]:
+    """The tensors that are int8, with their ranges: what the products make, and a Relu of it, which runs with them."""
+    rounded = {node.output[0]: ranges["output"] for node, ranges in _convolutions(graph, products)}
+    relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
+    return {**rounded, **{relus[name]: span for name, span in rounded.items() if name in relus}}
+
+
+def _json_for_yaml() -> dict[str, Any]:
+    """Modules in place of ruamel.yaml, with which the compiler writes and reads its settings: JSON keeps every bit of a
+    number, and needs no package."""
+
+    class Json:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def indent(self, **options: Any) -> None:
+            pass
+
+        def dump(self, data: Any, file: IO[str]) -> None:
+            json.dump(data, file, default=lambda number: number.tolist())
+
+        def load(self, file: IO[str]) -> Any:
+            return json.load(file)
+
+    package, module = types.ModuleType("ruamel"), types.ModuleType("ruamel.yaml")
+    vars(package)["yaml"], vars(module)["YAML"] = module, Json
+    return {"ruamel": package, "ruamel.yaml": module}
 
 
 def _peak_rss() -> int:

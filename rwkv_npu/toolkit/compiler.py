@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,18 @@ QUANTIZED = {
 }
 
 
+Span = tuple[float, float]  # lowest and highest value that there is an int8 number for
+
+
 @dataclass(frozen=True)
 class CompileOptions:
     """How a graph is compiled; all of it belongs to an artifact's key.
 
     `input_shapes` fixes the shapes of a graph whose dimensions are symbolic. `custom_string` (at most 1023
     characters) travels inside the file. `calibration` is for the quantized precisions: one mapping of input
-    name to array a sample, of the artifact's own shapes.
+    name to array a sample, of the artifact's own shapes. `int8` names the weights whose products run in int8, with
+    the spans of their inputs and of their results, while the rest of the graph stays in fp16; numbers -128 and 127
+    of a column of such a weight are its lowest and highest value.
     """
 
     target: str = "rk3588"
@@ -46,6 +51,7 @@ class CompileOptions:
     calibration: Sequence[Mapping[str, np.ndarray]] = ()
     quantized_algorithm: str = "normal"
     quantized_method: str = "channel"
+    int8: Mapping[str, tuple[Span, Span]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -55,6 +61,8 @@ class CompileOptions:
             raise UsageError(f"{self.target} cannot run {self.precision}: choose one of {', '.join(known)}")
         if self.precision not in FLOATS and not self.calibration:
             raise UsageError(f"{self.precision} needs calibration rows")
+        if self.int8 and self.precision != "fp16":
+            raise UsageError(f"products in int8 leave the rest in fp16, not in {self.precision}")
         if self.custom_string is not None and len(self.custom_string.encode()) > 1023:
             raise UsageError("custom_string is longer than 1023 bytes")
 
@@ -67,12 +75,15 @@ class CompileOptions:
         }
         if self.custom_string is not None:
             config["custom_string"] = self.custom_string
+        if self.int8:
+            config["quantized_dtype"] = "w8a8"
         if self.precision not in FLOATS:
             config["quantized_dtype"] = self.precision
             config["quantized_algorithm"] = self.quantized_algorithm
             config["quantized_method"] = self.quantized_method
         shapes = {name: [int(n) for n in shape] for name, shape in (self.input_shapes or {}).items()}
-        return {"config": config, "input_shapes": shapes}
+        int8 = {name: {"input": given, "output": made} for name, (given, made) in self.int8.items()}
+        return {"config": config, "input_shapes": shapes, "int8": int8}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The calibration rows as the child takes them."""

@@ -1,0 +1,88 @@
+"""Notices when an int8 model is given what it was not calibrated for, and says so once.
+
+Ranges of int8 are fixed when an artifact is compiled; what lies beyond is clipped, and nothing fails. Every few calls
+the inputs of one are compared with the largest that calibration saw. A text has a peak now and then: only where they
+are common is it another kind of text.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from rwkv_npu.backends.base import Backend, Runner
+from rwkv_npu.spec import Group
+
+# By group and input, the largest magnitude that calibration saw.
+Ranges = Mapping[str, Mapping[str, float]]
+
+EVERY = (
+    13  # calls for one that is looked at: no number of layers in use is a multiple, so that each has its turn
+)
+ENOUGH = 32  # calls that are looked at before anything is said
+COMMON = 1 / 16  # of them beyond the ranges: calibration's own text has one in thousands
+
+
+@dataclass
+class Drift:
+    """What was seen since the model was loaded."""
+
+    calls: int = 0
+    looked: int = 0
+    beyond: int = 0
+    said: bool = False
+
+    def note(self, group: str, ranges: Mapping[str, float], inputs: Mapping[str, np.ndarray]) -> None:
+        """Look at the inputs of a call. Warns once."""
+        self.looked += 1
+        found = {name: _largest(inputs[name]) for name, largest in ranges.items()}
+        over = {name: x for name, x in found.items() if x > ranges[name]}
+        self.beyond += bool(over)
+        if over and not self.said and self.looked >= ENOUGH and self.beyond > COMMON * self.looked:
+            self.said = True
+            name, largest = next(iter(over.items()))
+            warnings.warn(
+                f"inputs leave the ranges of int8 in {self.beyond} of {self.looked} calls looked at ({name} of {group} "
+                f"reaches {largest:.3g}, calibrated to {ranges[name]:.3g}), which costs quality: convert with "
+                "--calibrate and a text of this kind, or use --precision fp16",
+                stacklevel=4,
+            )
+
+
+class WatchedRunner:
+    def __init__(self, runner: Runner, group: Group, ranges: Mapping[str, float], drift: Drift):
+        self._runner, self._group, self._ranges, self._drift = runner, group.name, ranges, drift
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return self._runner.inputs
+
+    def run(self) -> Mapping[str, np.ndarray]:
+        self._drift.calls += 1
+        if self._drift.calls % EVERY == 0:
+            self._drift.note(self._group, self._ranges, self._runner.inputs)
+        return self._runner.run()
+
+
+class Watched:
+    """A backend with artifacts in int8, and their ranges. Groups without any are not looked at."""
+
+    def __init__(self, backend: Backend, ranges: Ranges):
+        self.name, self._backend, self._ranges, self.drift = backend.name, backend, ranges, Drift()
+
+    def row_counts(self, group: Group) -> tuple[int, ...] | None:
+        return self._backend.row_counts(group)
+
+    def open(self, group: Group, rows: int, batch: int = 1) -> Runner:
+        runner, ranges = self._backend.open(group, rows, batch), self._ranges.get(group.name)
+        return WatchedRunner(runner, group, ranges, self.drift) if ranges else runner
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def _largest(x: np.ndarray) -> float:
+    return max(float(x.max()), -float(x.min()))

@@ -1,0 +1,216 @@
+"""The int8 of a conversion: ranges for every projection that may have it, and which of them do.
+
+The ranges are chosen by rows that the model gives its projections while it reads a text, and kept in the bundle
+(`calib/int8.safetensors`). What int8 costs is measured on the end of that text, which no range was chosen by. What was
+found is noted beside the ranges as it is found, so that an interrupted conversion goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
+from rwkv_npu.calibration import calibrate
+from rwkv_npu.files import write_atomically
+from rwkv_npu.ranges import Choice, quantise
+from rwkv_npu.remedies import smoothings
+from rwkv_npu.sensitivity import Judge, select
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import Kind, Spec, tensors
+from rwkv_npu.tensorfile import TensorPlan, write_tensors
+
+MAX_KL = 0.005  # nats a token
+NOTES = "calib/int8.json"
+MEASURED = 1024  # tokens on which int8 is measured, and no more than a quarter of the text
+ROWS = 64  # tokens of a step
+VERSION = 1  # of the way in which ranges are chosen
+
+
+def sizes(spec: Spec) -> dict[str, int]:
+    """The projections that may be in int8, with the bytes that they take then. Low-rank ones stay in floating point:
+    they are small, and steer the state."""
+    return {
+        t.name: t.shape[0] * t.shape[1] for t in tensors(spec) if t.kind is Kind.LINEAR and not t.optional
+    }
+
+
+def key_of(bundle: Bundle, ids: np.ndarray) -> str:
+    """What the ranges follow from, apart from the weights."""
+    text = f"{VERSION} {bundle.manifest.scaling}".encode()
+    return hashlib.blake2b(text + ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+
+def quantise_bundle(
+    bundle: Bundle,
+    ids: np.ndarray,
+    precision: str,
+    max_kl: float,
+    mapped: Collection[str] | None,
+    say: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Choose what artifacts of `precision` have in int8, for the manifest, and return the names: those of a map, all of
+    them for w8a8, else as many as `max_kl` allows."""
+    say("choosing the ranges of int8")
+    quantised = Quantisation(bundle, ids)
+    if precision == "mixed" and mapped is None:
+        say("measuring what int8 costs, projection by projection")
+        chosen = quantised.take_most(precision, max_kl)
+    else:
+        chosen = quantised.take(precision, sizes(bundle.spec) if mapped is None else mapped)
+    say("\n".join(describe(precision, chosen, quantised.table)))
+    return chosen.projections
+
+
+class Quantisation:
+    """Ranges and sensitivities of a bundle's projections, calibrated with `ids` (M,)."""
+
+    def __init__(self, bundle: Bundle, ids: np.ndarray):
+        self._bundle = bundle
+        measured = max(1, min(MEASURED, len(ids) // 4))
+        self._fitted, self._measured = ids[:-measured], ids[-measured:]
+        self._source = BundleSource(bundle, "layer", bundle.manifest.cpu)
+        self._judge: Judge | None = None
+        self._key = key_of(bundle, ids)
+        self.table = self._known() or self._choose_ranges()
+        bundle.manifest.int8_key = self._key
+        bundle.manifest.sensitivity = self.table
+
+    def take(self, precision: str, names: Collection[str]) -> Int8Set:
+        """Have exactly `names` in int8."""
+        known = self._bundle.manifest.int8.get(precision)
+        if known is not None and self._unchanged and set(known.projections) == set(names):
+            return known
+        return self._keep(precision, names, self._together(names), None)
+
+    def take_most(self, precision: str, max_kl: float) -> Int8Set:
+        """Have as much in int8 as leaves the KL of the logits under `max_kl`."""
+        known = self._bundle.manifest.int8.get(precision)
+        if known is not None and known.max_kl == max_kl and self._unchanged:
+            return known
+        self._measure_each()
+        costs = {row.name: row.kl or 0.0 for row in self.table}
+        names, kl = select(costs, sizes(self._bundle.spec), max_kl, self._together)
+        return self._keep(precision, names, kl, max_kl)
+
+    def _keep(self, precision: str, names: Collection[str], kl: float, max_kl: float | None) -> Int8Set:
+        spec, bytes_of = self._bundle.spec, sizes(self._bundle.spec)
+        everything = sum(
+            int(np.prod(t.shape)) for t in tensors(spec) if t.kind.is_projection and not t.optional
+        )
+        ordered = tuple(name for name in bytes_of if name in names)
+        chosen = Int8Set(ordered, sum(bytes_of[name] for name in ordered) / everything, kl, max_kl)
+        self._bundle.manifest.int8[precision] = chosen
+        return chosen
+
+    # -- ranges --
+
+    def _known(self) -> list[Sensitivity] | None:
+        """The table of an earlier conversion, or of one that was interrupted."""
+        self._unchanged = False
+        if not (self._bundle.path / INT8).is_file():
+            return None
+        if self._bundle.manifest.int8_key == self._key and self._bundle.manifest.sensitivity:
+            self._unchanged = True
+            return self._bundle.manifest.sensitivity
+        try:
+            notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
+            return [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _choose_ranges(self) -> list[Sensitivity]:
+        with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
+            rows = max(1, min(ROWS, len(self._fitted) // 2))
+            seen = calibrate(self._source, self._fitted, rows=rows, progress=bar.update)
+        bytes_of = sizes(self._bundle.spec)
+        table, plans = [], []
+        for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
+            weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
+            choice = quantise(name, weight, samples, smoothings(weight, samples))
+            smoothed = choice.quantised.smoothing is not None
+            table.append(Sensitivity(name, bytes_of[name], choice.algorithm, smoothed, choice.error))
+            plans += _plans(name, choice)
+        path = self._bundle.path / INT8
+        path.parent.mkdir(exist_ok=True)
+        self._forget()
+        aside = path.with_name(path.name + ".writing")
+        write_tensors(aside, plans)
+        os.replace(aside, path)
+        self._bundle.forget_ranges()
+        self._note(table)
+        return table
+
+    def _forget(self) -> None:
+        """What follows from other ranges goes: first from the manifest, in case of a kill."""
+        manifest, folder = self._bundle.manifest, self._bundle.path
+        (folder / NOTES).unlink(missing_ok=True)
+        stale = [artifact.path for artifact in manifest.artifacts if artifact.int8]
+        manifest.int8, manifest.sensitivity, manifest.int8_key = {}, [], ""
+        manifest.artifacts = [artifact for artifact in manifest.artifacts if not artifact.int8]
+        gone = {INT8, *stale}
+        manifest.files = {name: record for name, record in manifest.files.items() if name not in gone}
+        if (folder / MANIFEST).exists():
+            write_atomically(folder / MANIFEST, manifest.to_json().encode())
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+
+    def _note(self, table: list[Sensitivity]) -> None:
+        notes = {"key": self._key, "table": [asdict(row) for row in table]}
+        write_atomically(self._bundle.path / NOTES, json.dumps(notes).encode())
+
+    # -- what it costs --
+
+    def _measure_each(self) -> None:
+        waiting = [number for number, row in enumerate(self.table) if row.kl is None]
+        for number in tqdm(waiting, "measure int8", unit="matrix", leave=False, disable=None):
+            row = self.table[number]
+            self.table[number] = replace(row, kl=self._together([row.name]))
+            self._note(self.table)
+
+    def _together(self, names: Collection[str]) -> float:
+        """KL of the logits with `names` in int8."""
+        if self._judge is None:
+            self._judge = Judge(self._source, self._measured)
+        return self._judge.divergence({name: self._bundle.quantised(name) for name in names})
+
+
+def remove_notes(folder: Path) -> None:
+    """Once the manifest has the table."""
+    (folder / NOTES).unlink(missing_ok=True)
+
+
+def describe(precision: str, chosen: Int8Set, table: list[Sensitivity]) -> Iterator[str]:
+    """What was found, a line a projection, those that cost most first."""
+    if any(row.kl is not None for row in table):
+        yield "  KL alone  error   ranges                    projection"
+    for row in sorted(table, key=lambda row: -(row.kl or 0.0)):
+        how = row.algorithm + (", smoothed" if row.smoothed else "")
+        where = "w8a8" if row.name in chosen.projections else "fp16"
+        kl = "" if row.kl is None else f"{row.kl:.2e}"
+        yield f"  {kl:8s}  {100 * row.error:5.2f} %  {how:24s}  {where}  {row.name}"
+    limit = "" if chosen.max_kl is None else f", {chosen.max_kl:g} is allowed"
+    yield (
+        f"{precision}: {len(chosen.projections)} of {len(table)} large projections in int8, "
+        f"{100 * chosen.share:.1f} % of all weights, KL {chosen.kl:.2g} nats a token{limit}"
+    )
+
+
+def _plans(name: str, choice: Choice) -> list[TensorPlan]:
+    quantised = choice.quantised
+    ranges = np.array([[a.scale, a.zero] for a in (quantised.input, quantised.output)], np.float32)
+    arrays: Mapping[str, Any] = {"ranges": ranges, "smoothing": quantised.smoothing}
+    return [
+        TensorPlan(f"{name}.{kind}", np.float32, array.shape, partial(np.asarray, array))
+        for kind, array in arrays.items()
+        if array is not None
+    ]

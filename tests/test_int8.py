@@ -1,0 +1,133 @@
+"""int8 as the NPU computes it: rounding, sums, ranges, and which of several ways is taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rwkv_npu.calibration import Samples
+from rwkv_npu.int8 import HIGHEST, LOWEST, Affine, Int8Maths, Quantised, round_weight
+from rwkv_npu.ranges import ALGORITHMS, quantise
+from rwkv_npu.remedies import smoothings
+
+RNG = np.random.default_rng(0)
+NUMBERS = st.floats(-1e4, 1e4, width=32)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def samples_of(rows: np.ndarray) -> Samples:
+    return Samples(rows, rows.min(0), rows.max(0), len(rows))
+
+
+@given(NUMBERS, NUMBERS, arrays(np.float32, 20, elements=NUMBERS))
+def test_rounding_is_to_the_nearest_of_256_values_and_0_is_one(a: float, b: float, x: np.ndarray) -> None:
+    low, high = min(a, b, 0.0), max(a, b, 0.0)
+    affine = Affine.covering(low, high)
+    assert LOWEST <= affine.zero <= HIGHEST and affine.round(np.zeros(1, np.float32))[0] == 0
+    rounded = affine.round(x)
+    np.testing.assert_array_equal(affine.round(rounded), rounded)
+    numbers = rounded / np.float32(affine.scale) + affine.zero
+    assert np.abs(numbers - np.rint(numbers)).max() < 1e-3
+    assert numbers.min() > LOWEST - 0.5 and numbers.max() < HIGHEST + 0.5
+    lowest, highest = affine.span
+    # The ends move by half a step at most, so that 0 has a number.
+    assert (
+        abs(lowest - low) <= 0.51 * affine.scale and abs(highest - high) <= 0.51 * affine.scale or low == high
+    )
+    inside = (x >= lowest) & (x <= highest)
+    assert np.all(np.abs(rounded - x)[inside] <= 0.501 * affine.scale)
+    assert np.all(rounded[x < lowest] == np.float32(lowest)) or np.allclose(rounded[x < lowest], lowest)
+
+
+@given(arrays(np.float32, (5, 4), elements=st.floats(-100, 100, width=16)))
+def test_a_column_of_weights_uses_all_its_numbers(weight: np.ndarray) -> None:
+    numbers, steps = round_weight(weight)
+    low, high = np.minimum(weight.min(0), 0), np.maximum(weight.max(0), 0)
+    used = np.maximum(numbers.max(0), 0) - np.minimum(numbers.min(0), 0)
+    assert np.all((used == HIGHEST - LOWEST) | (high == low))
+    assert np.all(np.abs(numbers * steps - weight) <= 0.51 * steps)
+    # A compiler that rounds them again finds the same.
+    again, same = round_weight(numbers * steps)
+    np.testing.assert_array_equal(again, numbers)
+    np.testing.assert_allclose(same, steps, rtol=1e-6)
+
+
+def test_products_are_those_of_integers() -> None:
+    weight, x = normal(96, 40), normal(7, 96)
+    numbers, steps = round_weight(weight)
+    given_, made = Affine.covering(-2.5, 3.0), Affine.covering(-20.0, 25.0)
+    found = Quantised(given_, made, numbers, steps).linear(x)
+    q = np.clip(np.rint(x / np.float32(given_.scale)) + given_.zero, LOWEST, HIGHEST).astype(np.int64)
+    sums = (q - given_.zero) @ numbers.astype(np.int64)
+    real = sums * (given_.scale * steps.astype(np.float64) / made.scale)
+    expected = np.clip(np.rint(real) + made.zero, LOWEST, HIGHEST)
+    np.testing.assert_array_equal(np.rint(found / np.float32(made.scale)) + made.zero, expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(deadline=None, max_examples=20)
+@given(arrays(np.float32, 400, elements=st.floats(-50, 50, width=32)))
+def test_every_range_lies_in_what_was_seen(algorithm: str, x: np.ndarray) -> None:
+    low, high = float(x.min()), float(x.max())
+    whole, found = Affine.covering(low, high), ALGORITHMS[algorithm](x, low, high)
+    assert found.scale <= whole.scale * 1.0001
+    error = [float(np.square(affine.round(x) - x).mean()) for affine in (whole, found)]
+    if algorithm == "mmse":
+        assert error[1] <= error[0]
+
+
+def test_what_is_rare_is_clipped_where_that_helps() -> None:
+    x = np.concatenate([normal(100_000), np.float32([-40.0, 40.0])])
+    whole = ALGORITHMS["normal"](x, -40.0, 40.0)
+    for algorithm, share in (("mmse", 0.9), ("kl_divergence", 0.6)):
+        assert ALGORITHMS[algorithm](x, -40.0, 40.0).scale < share * whole.scale
+
+
+def test_the_smallest_held_out_error_is_taken() -> None:
+    rows, weight = normal(400, 48), normal(48, 32)
+    rows[:, 5] *= 60
+    samples = samples_of(rows)
+    candidates = smoothings(weight, samples)
+    each = [
+        quantise("w", weight, samples, [smoothing], [algorithm])
+        for smoothing in candidates
+        for algorithm in ALGORITHMS
+    ]
+    best = quantise("w", weight, samples, candidates)
+    assert best.error == min(choice.error for choice in each)
+    plain = quantise("w", weight, samples)
+    assert best.quantised.smoothing is not None and best.error < 0.7 * plain.error
+
+
+def test_behind_a_relu_only_what_is_positive_has_numbers() -> None:
+    weight, samples = normal(64, 32), samples_of(normal(400, 64))
+    key = quantise("blocks.0.ffn.key.weight", weight, samples).quantised
+    assert key.output.zero == LOWEST and key.linear(samples.rows).min() == 0
+    both = quantise("blocks.0.att.key.weight", weight, samples).quantised
+    assert key.output.scale < 0.6 * both.output.scale
+
+
+def test_channels_and_columns_that_are_silent_do_no_harm() -> None:
+    rows, weight = normal(64, 16), normal(16, 8)
+    rows[:, 3], weight[:, 2] = 0, 0
+    for smoothing in smoothings(weight, samples_of(rows)):
+        found = quantise("w", weight, samples_of(rows), [smoothing])
+        assert np.isfinite(found.error) and np.isfinite(found.quantised.linear(rows)).all()
+    nothing = quantise("w", np.zeros((16, 8), np.float32), samples_of(np.zeros((4, 16), np.float32)))
+    assert not nothing.quantised.linear(rows).any()
+
+
+def test_only_what_is_chosen_is_rounded() -> None:
+    weights = {"blocks.0.a": normal(8, 8), "blocks.0.b": normal(8, 8), "blocks.0.s": normal(2, 8, 8)}
+    quantised = quantise("a", weights["blocks.0.a"], samples_of(normal(64, 8))).quantised
+    f = Int8Maths(weights.__getitem__, {"blocks.0.a": quantised, "blocks.0.s": quantised}.get).block(0)
+    x = normal(3, 8)
+    np.testing.assert_array_equal(f.linear(x, "a"), quantised.linear(x))
+    np.testing.assert_array_equal(f.linear(x, "b"), x @ weights["blocks.0.b"])
+    np.testing.assert_array_equal(f.linear(x, "s", 1), x @ weights["blocks.0.s"][1])

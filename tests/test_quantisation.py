@@ -1,0 +1,287 @@
+"""Which projections are in int8: what each costs, what all cost together, maps, and conversions that do it once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_npu import artifacts, converter, quantisation, sensitivity
+from rwkv_npu.bundle import INT8, Manifest, open_bundle
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.errors import UsageError
+from rwkv_npu.maths import log_softmax
+from rwkv_npu.model import load
+from rwkv_npu.precision_map import resolve
+from rwkv_npu.quantisation import NOTES, sizes
+from rwkv_npu.sensitivity import Judge, select
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import FUSIONS, GENERATIONS
+from rwkv_npu.toolkit import Environment
+from tests.test_artifacts import Compiler
+from tests.tiny import V, one_line, run_main, write_model
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    stand_in = Compiler()
+    monkeypatch.setattr(artifacts, "compile_many", stand_in)
+    environment = Environment(Path("python"), "2.5.0", False)
+    monkeypatch.setattr(converter.environment, "require", lambda version: environment)
+    return stand_in
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    write_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(1, V, 400))
+    return path
+
+
+def convert(capsys: Any, checkpoint: Path, out: Path, ids: Path, *options: object) -> tuple[int, str, str]:
+    fixed = ("--rows", "16", "--cpu", "fp16", "--calibrate", ids)
+    return run_main(capsys, "convert", checkpoint, "-o", out, *fixed, *options)
+
+
+def manifest_of(out: Path) -> Manifest:
+    return open_bundle(out).manifest
+
+
+# -- the choice ------------------------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(
+        st.text("abcdef", min_size=1), st.tuples(st.floats(0, 1), st.integers(1, 99)), min_size=1
+    ),
+    st.floats(0, 3),
+)
+def test_what_costs_least_for_its_bytes_comes_first(
+    found: dict[str, tuple[float, int]], limit: float
+) -> None:
+    costs = {name: cost for name, (cost, _) in found.items()}
+    bytes_of = {name: size for name, (_, size) in found.items()}
+
+    def measure(names: Any) -> float:
+        return 1.1 * sum(costs[name] for name in names)
+
+    names, kl = select(costs, bytes_of, limit, measure)
+    assert kl == pytest.approx(measure(names)) and kl <= limit
+    order = sorted(costs, key=lambda name: costs[name] / bytes_of[name])
+    assert names == order[: len(names)]
+    assert len(names) == len(order) or measure(order[: len(names) + 1]) > limit
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_what_comes_before_a_projection_is_not_computed_again(
+    generation: str, fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write_model(tmp_path / "model.pth", generation, vocabulary=False)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(1, V, 240))
+    out = tmp_path / "o"
+    status = convert(
+        capsys, tmp_path / "model.pth", out, tmp_path / "ids.npy", "--precision", "w8a8", "--target", "none"
+    )
+    assert status[0] == 0
+    bundle = open_bundle(out)
+    source = BundleSource(bundle, fusion)
+    tokens = np.random.default_rng(1).integers(1, V, 80)
+    quick = Judge(source, tokens)
+    monkeypatch.setattr(sensitivity, "KEPT", 0)
+    whole = Judge(source, tokens)
+    assert quick.divergence({}) == 0
+    for name in sizes(bundle.spec):
+        chosen = {name: bundle.quantised(name)}
+        found = quick.divergence(chosen)
+        assert found == pytest.approx(whole.divergence(chosen), rel=1e-9) and found > 0, name
+
+
+# -- maps ------------------------------------------------------------------------------------------------
+
+
+def test_later_patterns_count(checkpoint: Path) -> None:
+    spec = open_checkpoint(checkpoint).spec
+    given_map = {"mid.*": "w8a8", "blocks.*.att.output.weight": "fp16", "head": "w8a8", "ffn.1": "w8a8"}
+    assert set(resolve(given_map, spec, sizes(spec), "m")) == {
+        *(f"blocks.0.ffn.{name}.weight" for name in ("key", "value")),
+        *(f"blocks.1.att.{name}.weight" for name in ("receptance", "key", "value")),
+        *(f"blocks.1.ffn.{name}.weight" for name in ("key", "value")),
+        "head.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"blocks.0.att.keys": "w8a8"}, "there are att.in.N, att.out.N"),
+        ({"blocks.9.*": "w8a8"}, "nothing is called 'blocks.9.*'"),
+        ({"head": "w4a16"}, "a projection is in fp16 or w8a8"),
+        ({"blocks.*.att.w1": "w8a8"}, "stays in fp16"),
+        (["head"], "is no precision map"),
+        ({"head": 8}, "is no precision map"),
+        ("{", "is not JSON"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_wrong_map_is_refused(
+    content: Any, says: str, checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "map.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    options = ("--precision", "mixed", "--precision-map", path)
+    status, _, err = convert(capsys, checkpoint, tmp_path / "o", ids, *options)
+    assert status == 1 and says in err and err.count("\n") == 1, err
+    assert not list(tmp_path.glob("o*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--precision", "w4a16"), "rk3588 has no precision 'w4a16': use one of fp16, bf16, w8a8, mixed"),
+        (("--precision", "bf16", "--target", "rk3566"), "use one of fp16, w8a8, mixed"),
+        (("--precision", "mixed", "--max-kl", "-1"), "it must be more than 0"),
+        (("--precision", "mixed", "--max-kl", "nan"), "it must be more than 0"),
+        (("--precision", "w8a8", "--precision-map", "m.json"), "is for --precision mixed"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_done(
+    options: tuple[str, ...], says: str, checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    status, _, err = convert(capsys, checkpoint, tmp_path / "o", ids, *options)
+    assert status == 1 and says in err and one_line(err)
+    assert not list(tmp_path.glob("o*"))
+
+
+# -- conversions -----------------------------------------------------------------------------------------
+
+
+def test_mixed_is_measured_once(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, compiler: Any
+) -> None:
+    out = tmp_path / "o"
+    status, _, err = convert(capsys, checkpoint, out, ids, "--precision", "mixed", "--max-kl", "1e-4")
+    assert status == 0 and "large projections in int8" in err
+    manifest = manifest_of(out)
+    chosen = manifest.int8["mixed"]
+    assert chosen.kl <= 1e-4 == chosen.max_kl and all(row.kl is not None for row in manifest.sensitivity)
+    assert {row.name for row in manifest.sensitivity} == set(sizes(manifest.spec))
+    assert INT8 in manifest.files and not (out / NOTES).exists()
+    assert all(
+        bool(a.int8) == bool(_members(out, a.group) & set(chosen.projections)) for a in manifest.artifacts
+    )
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it was there")
+
+    monkeypatch.setattr(quantisation, "calibrate", never)
+    monkeypatch.setattr(quantisation, "Judge", never)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.rknn")}
+    assert convert(capsys, checkpoint, out, ids, "--precision", "mixed", "--max-kl", "1e-4")[0] == 0
+    assert manifest_of(out).int8 == manifest.int8
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.rknn")}
+
+
+def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "o"
+    for limit in ("1e-9", "10"):
+        assert convert(capsys, checkpoint, out, ids, "--precision", "mixed", "--max-kl", limit)[0] == 0
+        manifest = manifest_of(out)
+        everything = len(sizes(manifest.spec))
+        assert (len(manifest.int8["mixed"].projections) == everything) == (limit == "10")
+    assert all(artifact.int8 for artifact in manifest.artifacts)
+    # Bytes of int8: of low-rank matrices twice as many.
+    low = sum(8 * (64 + 64) for _ in "wagv") * 2
+    weights = sum(sizes(manifest.spec).values())
+    assert weights < sum(a.weight_bytes for a in manifest.artifacts) <= weights + 2 * low
+
+
+def test_another_text_makes_all_of_int8_anew(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "o"
+    for precision in ("fp16", "w8a8"):
+        assert convert(capsys, checkpoint, out, ids, "--precision", precision)[0] == 0
+    before = manifest_of(out)
+    np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(1, V, 400))
+    assert convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")[0] == 0
+    after = manifest_of(out)
+    assert run_main(capsys, "info", out, "--check")[0] == 0
+    assert after.int8_key != before.int8_key and list(after.int8) == ["mixed"]
+    assert after.files[INT8] != before.files[INT8]
+    assert {a.precision for a in after.artifacts if a.int8} == {"mixed"}
+    assert [a for a in after.artifacts if a.precision == "fp16"] == [
+        a for a in before.artifacts if a.precision == "fp16"
+    ]
+
+
+def test_an_interrupted_measurement_goes_on(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measured = tmp_path / "o", Judge.divergence
+    calls: list[int] = []
+
+    def interrupted(self: Judge, chosen: Any) -> float:
+        calls.append(len(chosen))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(self, chosen)
+
+    monkeypatch.setattr(Judge, "divergence", interrupted)
+    assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 130
+    assert not out.exists()
+    monkeypatch.setattr(quantisation, "calibrate", None)  # not again
+    assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
+    assert calls.count(1) == len(sizes(manifest_of(out).spec)) + 1
+
+
+def test_a_map_is_followed(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
+    path, out = tmp_path / "map.json", tmp_path / "o"
+    path.write_text('{"head": "w8a8"}')
+    options = ("--precision", "mixed", "--precision-map", path, "--target", "none")
+    assert convert(capsys, checkpoint, out, ids, *options)[0] == 0
+    chosen = manifest_of(out).int8["mixed"]
+    assert chosen.projections == ("head.weight",) and chosen.kl > 0 and chosen.max_kl is None
+
+
+def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "o"
+    assert convert(capsys, checkpoint, out, ids, "--precision", "w8a8", "--target", "none")[0] == 0
+    tokens = np.load(ids)[:40]
+    logits = {}
+    for precision in ("fp16", "w8a8"):
+        with load(out, backend="numpy", precision=precision) as model:
+            logits[precision] = model.forward(tokens, all_logits=True)[0]
+    bundle = open_bundle(out)
+    source = BundleSource(bundle, precision="fp16")
+    judged = Judge(source, tokens)
+    expected = judged.divergence({name: bundle.quantised(name) for name in sizes(bundle.spec)})
+    p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
+    assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
+
+
+def test_names_of_maps_are_pure(checkpoint: Path) -> None:
+    spec = open_checkpoint(checkpoint).spec
+    with pytest.raises(UsageError, match="nothing is called"):
+        resolve({"": "w8a8"}, spec, sizes(spec), "m")
+
+
+def _members(out: Path, group: str) -> set[str]:
+    from rwkv_npu.graphs import trace_group
+
+    program = BundleSource(open_bundle(out)).program
+    (found,) = [g for g in program.groups if g.name == group]
+    return set(trace_group(program, found).projections)
