@@ -1,4 +1,4 @@
-"""What precision costs a model on the NPU: fp16, mixed and w8a8 in Rockchip's simulator, int8 with and without remedies.
+"""What precision costs a model on the NPU: fp16, mixed and w8a8 in the simulator, int8 with and without remedies.
 
     python -m bench.precision CHECKPOINT --text FILE --save FILE.json [--tokens 4096] [--folder DIR]
 
