@@ -188,7 +188,7 @@ def convert(
     opened = open_checkpoint(source)
     override = None if tokenizer is None else os.fspath(tokenizer)
     words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
-    place = Path(out) if out is not None else Path(f"{_stem(source)}.rwkv")
+    place = bundle_place(source, out)
     _check_place(place, source)
     adding = _existing(place, opened, request)
     manifest = adding or _new_manifest(opened, request)
@@ -280,6 +280,11 @@ def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
     paths = {artifact.path for artifact in planned}
     errors = {**manifest.graph_errors, **{a.path: a.error for a in manifest.artifacts if a.path in paths}}
     return "\n".join(f"  error {error:.1e}  {name}" for name, error in errors.items() if error is not None)
+
+
+def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None) -> Path:
+    """Where the bundle of a checkpoint goes: `out`, or the current folder."""
+    return Path(out) if out is not None else Path(f"{_stem(checkpoint)}.rwkv")
 
 
 def _stem(checkpoint: Path) -> str:
