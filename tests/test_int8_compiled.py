@@ -132,3 +132,11 @@ def test_a_model_in_the_simulator_predicts_as_it_does_in_numpy(
         kl = (np.exp(reference) * (reference - log_softmax(logits))).sum(-1).mean()
         assert kl < 0.02, backend  # of random tokens: what is calibrated with is text
     assert relative_error({"x": found["rknn-sim"]}, {"x": found["numpy"]}) < 0.1
+
+
+def test_bfloat16_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "o"
+    options = ("--precision", "bf16", "--rows", "1", "--cpu", "fp16", "--verify")
+    assert run_main(capsys, "convert", demo_model(), "-o", out, *options)[0] == 0
+    errors = [artifact.error for artifact in open_bundle(out).manifest.artifacts]
+    assert all(error is not None and error < 0.05 for error in errors)
