@@ -42,7 +42,7 @@ class Judge:
 
     def divergence(self, quantised: Mapping[str, Quantised]) -> float:
         """KL(reference || the model with `quantised`, by label, in int8), the mean over all tokens."""
-        first = min(map(self._place, quantised), default=len(self._order))
+        first = min(map(self._place, quantised), default=len(self._order) - 1)
         total = 0.0
         maths = Int8Maths(self._weight, quantised.get)
         for expected, found in zip(self._expected, self._logits(maths, first), strict=True):

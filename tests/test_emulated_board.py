@@ -14,7 +14,7 @@ from rwkv_npu.bundle import open_bundle
 from rwkv_npu.sources import BundleSource
 from tests.emulated import EmulatedBoard
 from tools.board import build
-from tools.board.calls import bytes_moved, count
+from tools.board.calls import bytes_moved, count, read_calls
 
 pytestmark = pytest.mark.board
 
@@ -112,7 +112,7 @@ def test_the_log_counts_calls_and_bytes(emulated_board: EmulatedBoard, board_bun
     groups = [
         group for group, _, _ in run_artifacts(emulated_board, tmp_path, board_bundles["7"], 1, log=log)
     ]
-    calls = emulated_board.calls(log)
+    calls = read_calls(log)
     for name in ("init", "inputs_set", "run", "outputs_get", "destroy"):
         assert count(calls, name).total() == len(groups), name
     assert set(count(calls, "run")) == {group.name for group in groups}

@@ -209,6 +209,25 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
     assert weights < sum(a.weight_bytes for a in manifest.artifacts) <= weights + 2 * low
 
 
+def test_another_text_makes_all_of_int8_anew(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "o"
+    for precision in ("fp16", "w8a8"):
+        assert convert(capsys, checkpoint, out, ids, "--precision", precision)[0] == 0
+    before = manifest_of(out)
+    np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(1, V, 400))
+    assert convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")[0] == 0
+    after = manifest_of(out)
+    assert run_main(capsys, "info", out, "--check")[0] == 0
+    assert after.int8_key != before.int8_key and list(after.int8) == ["mixed"]
+    assert after.files[INT8] != before.files[INT8]
+    assert {a.precision for a in after.artifacts if a.int8} == {"mixed"}
+    assert [a for a in after.artifacts if a.precision == "fp16"] == [
+        a for a in before.artifacts if a.precision == "fp16"
+    ]
+
+
 def test_an_interrupted_measurement_goes_on(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
