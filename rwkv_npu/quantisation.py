@@ -33,7 +33,7 @@ MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, and no more than a quarter of the text
 ROWS = 64  # tokens of a step
-VERSION = 1  # of the way in which ranges are chosen
+VERSION = 3  # of the way in which ranges are chosen, and graphs made
 
 
 def sizes(spec: Spec) -> dict[str, int]:

@@ -18,6 +18,7 @@ from rwkv_npu.int8 import Affine, Quantised, reciprocal, round_weight
 from rwkv_npu.maths import matmul
 
 BINS = 2048  # of the histograms that kl_divergence compares
+WORTH = 0.9  # what smoothing leaves of the error, at most
 NUMBERS = 1 << 20  # as many are looked at to choose a range, and four times as many to weigh it
 # Shares of the whole range that are tried: what lies outside is clipped, and the rest has finer steps.
 SHARES = np.linspace(1.0, 0.3, 29)
@@ -97,7 +98,7 @@ def quantise(
     algorithms: Sequence[str] = tuple(ALGORITHMS),
 ) -> Choice:
     """The best that can be made of a projection (K, N): of the algorithms and `smoothings` those that leave the
-    smallest error on held-out rows."""
+    smallest error on held-out rows. Smoothing is two more operations for the NPU, and has to be WORTH them."""
     most = max(2, 4 * NUMBERS // max(weight.shape))
     fitted, held = (rows[:most] for rows in samples.halves())
     product, expected = (matmul(rows, weight) for rows in (fitted, held))
@@ -108,7 +109,9 @@ def quantise(
     choices = [
         _choose(weight, rows, smoothing, algorithm) for smoothing in smoothings for algorithm in algorithms
     ]
-    return min(choices, key=lambda choice: choice.error)
+    return min(
+        choices, key=lambda choice: choice.error / (1 if choice.quantised.smoothing is None else WORTH)
+    )
 
 
 def _partial(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:

@@ -131,3 +131,8 @@ def test_only_what_is_chosen_is_rounded() -> None:
     np.testing.assert_array_equal(f.linear(x, "a"), quantised.linear(x))
     np.testing.assert_array_equal(f.linear(x, "b"), x @ weights["blocks.0.b"])
     np.testing.assert_array_equal(f.linear(x, "s", 1), x @ weights["blocks.0.s"][1])
+
+
+def test_smoothing_has_to_be_worth_its_operations() -> None:
+    weight, samples = normal(48, 32), samples_of(normal(400, 48))
+    assert quantise("w", weight, samples, smoothings(weight, samples)).quantised.smoothing is None

@@ -39,13 +39,14 @@ def source() -> CheckpointSource:
 
 @pytest.fixture(scope="module")
 def quantised(source: CheckpointSource) -> dict[str, Quantised]:
-    """All that may be in int8, calibrated on a few random tokens: the arithmetic is the same for any ranges."""
+    """All that may be in int8, smoothed, on a few random tokens: the arithmetic is the same for any ranges."""
     ids = np.random.default_rng(0).integers(1, source.spec.V, 256)
     seen = calibrate(source, ids, rows=64).projections
     found = {}
     for name in sizes(source.spec):
         weight = source.tensor(name)
-        found[name] = quantise(name, weight, seen[name], smoothings(weight, seen[name])).quantised
+        found[name] = quantise(name, weight, seen[name], smoothings(weight, seen[name])[1:]).quantised
+        assert np.ptp(found[name].smoothing) > 0, name
     return found
 
 
@@ -70,7 +71,7 @@ def simulated(
         environment, folder / "g.onnx", folder / "g.rknn", CompileOptions(int8=int8), inputs
     )
     assert not result.cpu_fallback and result.verify_outputs is not None
-    assert sum(layer.dtype == "INT8" and "Conv" in layer.op for layer in result.layers) == len(int8)
+    assert sum(layer.dtype == "INT8" and layer.op.startswith("Conv") for layer in result.layers) == len(int8)
     return result.verify_outputs, source.evaluate(found, Int8Maths(source.tensor, chosen.get), dict(inputs))
 
 
@@ -131,3 +132,11 @@ def test_a_model_in_the_simulator_predicts_as_it_does_in_numpy(
         kl = (np.exp(reference) * (reference - log_softmax(logits))).sum(-1).mean()
         assert kl < 0.02, backend  # of random tokens: what is calibrated with is text
     assert relative_error({"x": found["rknn-sim"]}, {"x": found["numpy"]}) < 0.1
+
+
+def test_bfloat16_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "o"
+    options = ("--precision", "bf16", "--rows", "1", "--cpu", "fp16", "--verify")
+    assert run_main(capsys, "convert", demo_model(), "-o", out, *options)[0] == 0
+    errors = [artifact.error for artifact in open_bundle(out).manifest.artifacts]
+    assert all(error is not None and error < 0.05 for error in errors)

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_npu import artifacts, converter, quantisation, sensitivity
+from rwkv_npu import artifacts, board, converter, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
 from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import load
+from rwkv_npu.opening import _in_int8
 from rwkv_npu.precision_map import resolve
 from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.sensitivity import Judge, select
@@ -246,6 +247,21 @@ def test_an_interrupted_measurement_goes_on(
     monkeypatch.setattr(quantisation, "calibrate", None)  # not again
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
     assert calls.count(1) == len(sizes(manifest_of(out).spec)) + 1
+
+
+def test_the_self_test_of_a_board_allows_for_int8(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o"
+    assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
+    assert convert(capsys, checkpoint, out, ids, "--precision", "fp16")[0] == 0
+    monkeypatch.setattr(board, "soc", lambda: "rk3588")
+    bundle = open_bundle(out)
+    found = {
+        precision: _in_int8(BundleSource(bundle, precision=precision))
+        for precision in (None, "fp16", "mixed")
+    }
+    assert found == {None: True, "fp16": False, "mixed": True}
 
 
 def test_a_map_is_followed(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
