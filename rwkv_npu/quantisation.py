@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_npu.bundle import INT8, Bundle, Int8Set, Sensitivity
-from rwkv_npu.calibration import calibrate
+from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
 from rwkv_npu.ranges import Choice, quantise
 from rwkv_npu.remedies import smoothings
@@ -100,7 +100,10 @@ class Quantisation:
             return self._bundle.manifest.sensitivity
         try:
             notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
-            return [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
+            table = [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
+            if table:
+                self._bundle.manifest.int8_inputs = notes["inputs"]
+            return table
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -108,6 +111,7 @@ class Quantisation:
         with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
             rows = max(1, min(ROWS, len(self._fitted) // 2))
             seen = calibrate(self._source, self._fitted, rows=rows, progress=bar.update)
+        self._bundle.manifest.int8_inputs = input_peaks(self._source.program.groups, seen)
         bytes_of = sizes(self._bundle.spec)
         table, plans = [], []
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
@@ -128,7 +132,11 @@ class Quantisation:
         return table
 
     def _note(self, table: list[Sensitivity]) -> None:
-        notes = {"key": self._key, "table": [asdict(row) for row in table]}
+        notes = {
+            "key": self._key,
+            "table": [asdict(row) for row in table],
+            "inputs": self._bundle.manifest.int8_inputs,
+        }
         write_atomically(self._bundle.path / NOTES, json.dumps(notes).encode())
 
     # -- what it costs --
