@@ -1,6 +1,7 @@
 """Starting, and memory: `python -m bench.cpu_start BUNDLE [--save STEM]`.
 
-For every precision of the bundle on backend numba, in fresh processes, files in the page cache and kernels compiled:
+For every precision of the bundle on backend numba, in fresh processes, with files in the page cache and kernels and
+Python's bytecode compiled (by a first round that does not count):
 the seconds from the start of `rwkv-npu generate -n 1` to the first byte that it writes, and to its end; where they go;
 and the memory of a process that has read a prompt and written some tokens. Medians of the rounds, in which precisions
 take turns.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,12 +25,18 @@ PROMPT, TOKENS = 128, 32
 STAGES = ("numpy", "rwkv_npu", "numba", "kernels", "opening", "first token")
 
 
+def environment() -> dict[str, str]:
+    """This one, in which Python keeps the bytecode that it compiles, as installers do."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def start_seconds(bundle: Path, precision: str) -> tuple[float, float]:
     """From the start of the command to its first output, and to its end."""
     command = [sys.executable, "-m", "rwkv_npu", "generate", "-m", str(bundle), "--precision", precision]
     command += ["--backend", "numba", "-n", "1", "--ids", "-p", "1,2,3"]
     begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment(), **pipes) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
         written = time.perf_counter() - begin
@@ -107,7 +115,10 @@ def study(bundle: Path) -> dict[str, Any]:
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
         for name in precisions:
             command = [sys.executable, "-m", "bench.cpu_start", "--child", str(bundle), name]
-            found = start_seconds(bundle, name), json.loads(subprocess.check_output(command))
+            found = (
+                start_seconds(bundle, name),
+                json.loads(subprocess.check_output(command, env=environment())),
+            )
             if number >= 0:
                 starts[name].append(found[0])
                 children[name].append(found[1])

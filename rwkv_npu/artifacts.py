@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import Trace, trace_group
-from rwkv_npu.memory import MemoryPlan, plan_memory
+from rwkv_npu.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
@@ -91,15 +91,23 @@ def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
     return sorted({artifact.rows for artifact in artifacts if artifact.group != "head"})
 
 
-def matrices(trace: Trace, spec: Spec) -> list[tuple[int, int]]:
-    """(K, N) of every projection in a group's graph, whole or in parts."""
+class Matrix(NamedTuple):
+    """A projection in a group's graph, (k, n), whole or a part; `name` is that of its tensor."""
+
+    name: str
+    k: int
+    n: int
+
+
+def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
+    """What a group multiplies with."""
     shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
 
     def span(part: tuple[int, int] | None, whole: int) -> int:
         return part[1] - part[0] if part else whole
 
     return [
-        (span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
+        Matrix(c.name, span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
         for c in trace.projections.values()
     ]
 
@@ -111,9 +119,8 @@ def _int8_in(program: Program, group: Group, int8: Collection[str]) -> list[str]
 
 
 def _bytes(program: Program, group: Group, int8: Collection[str]) -> int:
-    trace = trace_group(program, group)
-    widths = [1 if label in int8 else 2 for label in trace.projections]
-    return sum(width * k * n for width, (k, n) in zip(widths, matrices(trace, program.spec), strict=True))
+    found = matrices(trace_group(program, group), program.spec)
+    return sum(matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16) for one in found)
 
 
 def _identity(key: str, names: Sequence[str]) -> str:
@@ -235,7 +242,7 @@ def _run_builds(
         Job(
             onnx_path=build.graph,
             out_path=build.out,
-            weight_bytes=2 * build.artifact.weight_bytes,  # the compiler works in fp32
+            weight_bytes=build.source.compiler_bytes(build.artifact),
             options=build.source.compile_options(build.artifact),
             verify_inputs=build.verify.inputs if build.verify else None,
             write_graph=build.write_graph,

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import rwkv_npu
 from rwkv_npu import quantisation
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts, remove_notes
@@ -52,7 +50,7 @@ from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.precision_map import read_map
-from rwkv_npu.quantisation import MAX_KL, Quantisation, sizes
+from rwkv_npu.quantisation import MAX_KL, quantise_bundle, sizes
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import Scaling, Spec, check_fusion
@@ -190,12 +188,13 @@ def convert(
     opened = open_checkpoint(source)
     override = None if tokenizer is None else os.fspath(tokenizer)
     words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
-    place = Path(out) if out is not None else Path(f"{_stem(source)}.rwkv")
+    place = bundle_place(source, out)
     _check_place(place, source)
     adding = _existing(place, opened, request)
     manifest = adding or _new_manifest(opened, request)
     mapped = _mapped(precision_map, request, opened.spec)
-    compiler, planned, chosen = None, [], ()
+    compiler, planned = None, []
+    chosen: Sequence[str] = ()
     if request.compiles:
         compiler = environment.require(toolkit)
         program = Program(manifest.spec, request.fusion, manifest.scaling)
@@ -226,7 +225,8 @@ def convert(
             say("verifying the graphs in ONNX Runtime")
             verify_graphs(bundle)
         if request.quantises:
-            chosen = _quantise(bundle, ids, request, mapped, say)
+            assert ids is not None, "int8 is calibrated"
+            chosen = quantise_bundle(bundle, ids, request.precision, request.max_kl, mapped, say)
         if compiler:
             program = Program(manifest.spec, request.fusion, manifest.scaling)
             planned = plan_artifacts(
@@ -257,21 +257,6 @@ def _mapped(precision_map: str | os.PathLike[str] | None, request: Request, spec
     return read_map(os.fspath(precision_map), spec, sizes(spec))
 
 
-def _quantise(
-    bundle: Bundle, ids: np.ndarray, request: Request, mapped: list[str] | None, say: Say
-) -> Sequence[str]:
-    """Choose ranges for int8 and what has it, into the manifest; the names."""
-    say("choosing the ranges of int8")
-    quantised = Quantisation(bundle, ids)
-    if request.precision == "mixed" and mapped is None:
-        say("measuring what int8 costs, projection by projection")
-        chosen = quantised.take_most(request.precision, request.max_kl)
-    else:
-        chosen = quantised.take(request.precision, sizes(bundle.spec) if mapped is None else mapped)
-    say("\n".join(quantisation.describe(request.precision, chosen, quantised.table)))
-    return chosen.projections
-
-
 def _check_values(
     checkpoint: Checkpoint, manifest: Manifest, request: Request, place: Path, say: Say
 ) -> None:
@@ -295,6 +280,11 @@ def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
     paths = {artifact.path for artifact in planned}
     errors = {**manifest.graph_errors, **{a.path: a.error for a in manifest.artifacts if a.path in paths}}
     return "\n".join(f"  error {error:.1e}  {name}" for name, error in errors.items() if error is not None)
+
+
+def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None) -> Path:
+    """Where the bundle of a checkpoint goes: `out`, or the current folder."""
+    return Path(out) if out is not None else Path(f"{_stem(checkpoint)}.rwkv")
 
 
 def _stem(checkpoint: Path) -> str:

@@ -151,6 +151,10 @@ class Dispatcher:
         """Whether several sequences can be read at once: artifacts are built for one."""
         return all(counts is None for _, counts in self._served.values())
 
+    def backends(self) -> list[str]:
+        """Names of the backends that serve something."""
+        return list(dict.fromkeys(backend.name for backend, _ in self._served.values()))
+
     def calls(self) -> int:
         """Into backends, for a token."""
         return 2 if self._walkers[True] else len(self._groups)
@@ -243,6 +247,11 @@ class Engine:
     @property
     def counters(self) -> Counters:
         return self._dispatcher.counters
+
+    @property
+    def backends(self) -> list[str]:
+        """Names of the backends in use."""
+        return self._dispatcher.backends()
 
     def describe(self) -> str:
         """Backends, fusion and what runs the recurrence, in a few words."""

@@ -13,13 +13,12 @@ from math import prod
 
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import UsageError
+from rwkv_npu.memory import matrix_bytes
 from rwkv_npu.packing import PRECISIONS, bits_of, packed_bytes
 from rwkv_npu.spec import Spec, Tensor, groups, tensors
 
 CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
 TABLE_GB_PER_S = 23.63  # what one core reads in the compiler's table
-
-INT8_COLUMN_BYTES = 8  # what every column of an int8 matrix has beside it: a bias and a scale
 
 # Boards took 40 to 270 us for a call that does nothing, in C. The slow end, since our calls come from Python.
 CALL_OVERHEAD_US = 270.0
@@ -136,8 +135,7 @@ def formula_cycles(k: int, n: int, rows: int, bits: int) -> tuple[float, float, 
     products have no cycles there, and what is fused into one, such as adding the residual, is left out here.
     """
     size, narrowest, columns = (2, 64, 16) if bits == 16 else (1, 128, 32)
-    per_column = 0 if bits == 16 else INT8_COLUMN_BYTES
-    ddr = (size * (rows * k + k * n + rows * n) + per_column * n) / TABLE_GB_PER_S
+    ddr = (size * rows * (k + n) + matrix_bytes(k, n, bits)) / TABLE_GB_PER_S
     npu = _whole(rows, 16) * max(k, narrowest) * _whole(n, columns) / (8192 / bits)
     return ddr, npu, max(ddr, npu)
 

@@ -6,19 +6,18 @@ Memory is added up by `memory.plan_memory`, as it is for what was compiled, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from rwkv_npu.artifacts import candidates, matrices, row_counts
+from rwkv_npu.artifacts import Matrix, candidates, matrices, row_counts
 from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.converter import Request, default_scaling
 from rwkv_npu.estimate import (
     BOARD_RATES,
-    INT8_COLUMN_BYTES,
     TABLE,
     Assumptions,
     Rate,
@@ -28,40 +27,42 @@ from rwkv_npu.estimate import (
     weights,
 )
 from rwkv_npu.graphs import NPU_WIDTH, Trace, trace_group
-from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, plan_memory
+from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS as PACKED
 from rwkv_npu.packing import bits_of, packed_bytes
+from rwkv_npu.quantisation import sizes
 from rwkv_npu.recording import SELF_TEST_ROWS
 from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, state_shapes, tensors
+
+Share = Callable[[str], float]
 
 PROMPT_TOKENS = 128  # of the prompt whose reading is estimated
 RATES = (TABLE, BOARD_RATES[0])  # those of one core, since a fused group runs on one
 FORMULA_FOR = "rk3588"  # the chip whose tables the formula was found in
 
+PRECISIONS = ("fp16", "mixed", "w8a8")
 ASSUMED_SHARE = 0.8  # of the weights in int8, where nobody has chosen them yet
-SHARES = {"fp16": 0.0, "mixed": ASSUMED_SHARE, "w8a8": 1.0}
 
-# Bytes of a `.rknn` beside its weights, as found in files of toolkit 2.5.0: for each node of the graph, and for each
-# input and output, which has to be transposed where it has several rows. In fp16 and in int8, of one row and of more.
-BESIDE = {
-    "one": ((6_300, 4_700), (6_300, 4_700)),
-    "more": ((6_300, 36_000), (0, 155_000)),
-}
+# Bytes of a `.rknn` beside its weights, as found in files of toolkit 2.5.0: for each node of the graph, each input and
+# output, which has to be transposed where it has several rows, and each product in int8, which has to be converted.
+NODE_BYTES, PORT_BYTES, TRANSPOSED_BYTES, INT8_BYTES = 6_300, 4_700, 30_000, 4_500
 
 
 @dataclass(frozen=True)
 class Variant:
     """The artifacts of one precision. Their `weight_bytes` and `cycles` are estimates, like all else.
 
-    int8: share of the weights that are. files: bytes of each `.rknn` by its path. memory: of all artifacts, whether
-    they fit or not; left: the groups that the NPU has no room for, which convert would not make, and their bytes.
-    ms: by rate, of a token written and of PROMPT_TOKENS read, with what is left on the board's CPU; none where no
-    formula is known for the chip. board_bytes: what a process takes of the board's memory beside the NPU's.
+    int8: share of the weights that are; assumed: nobody has chosen which. files: bytes of each `.rknn` by its path.
+    memory: of all artifacts, whether they fit or not; left: the groups that the NPU has no room for, which convert
+    would not make, and their bytes. ms: by rate, of a token written and of PROMPT_TOKENS read, with what is left on the
+    board's CPU; none where no formula is known for the chip. board_bytes: what a process takes of the board's memory
+    beside the NPU's.
     """
 
     precision: str
     int8: float
+    assumed: bool
     rows: list[int]
     artifacts: list[Artifact]
     files: dict[str, int]
@@ -89,69 +90,83 @@ class Forecast:
 
 
 class Graphs:
-    """The graphs of a program's groups; those that are alike but for their layer are one."""
+    """The graphs of a program's groups. Those that are alike but for their layer are one, unless told `apart`."""
 
-    def __init__(self, program: Program):
-        self.program = program
-        self._traces: dict[Any, Trace] = {}
-        self._matrices: dict[Any, list[tuple[int, int]]] = {}
+    def __init__(self, program: Program, *, apart: bool = False):
+        self.program, self._apart = program, apart
+        self._found: dict[Any, tuple[Trace, list[Matrix]]] = {}
+
+    def _look(self, group: Group, rows: int | None) -> tuple[Trace, list[Matrix]]:
+        key = group.layer if self._apart else None, group.role, group.inputs, group.outputs, rows
+        if key not in self._found:
+            split = NPU_WIDTH if (rows or 1) > 1 else None
+            trace = trace_group(self.program, group, rows=rows, split=split)
+            self._found[key] = trace, matrices(trace, self.program.spec)
+        return self._found[key]
 
     def trace(self, group: Group, rows: int | None = None) -> Trace:
         """As the compiler reads it, or with `rows` None as the CPU does."""
-        key = group.role, group.inputs, group.outputs, rows
-        if key not in self._traces:
-            split = NPU_WIDTH if (rows or 1) > 1 else None
-            self._traces[key] = trace_group(self.program, group, rows=rows, split=split)
-        return self._traces[key]
+        return self._look(group, rows)[0]
 
-    def matrices(self, group: Group, rows: int | None = None) -> list[tuple[int, int]]:
-        """(K, N) of what it multiplies with."""
-        trace = self.trace(group, rows)
-        key = id(trace)
-        if key not in self._matrices:
-            self._matrices[key] = matrices(trace, self.program.spec)
-        return self._matrices[key]
+    def matrices(self, group: Group, rows: int | None = None) -> list[Matrix]:
+        """What it multiplies with."""
+        return self._look(group, rows)[1]
 
 
-def forecast(checkpoint: Checkpoint, request: Request) -> Forecast:
-    """What `request` would make of a checkpoint, in each of SHARES; its own precision does not count."""
+def forecast(checkpoint: Checkpoint, request: Request, chosen: Collection[str] | None = None) -> Forecast:
+    """What `request` would make of a checkpoint, in each of PRECISIONS; its own does not count.
+
+    chosen: names of the projections that `mixed` has in int8; None where they are not known yet.
+    """
     spec = checkpoint.spec
     programs = {fusion: Program(spec, fusion, default_scaling(spec)) for fusion in FUSIONS}
-    graphs = {fusion: Graphs(program) for fusion, program in programs.items()}
+    graphs = {fusion: Graphs(program, apart=chosen is not None) for fusion, program in programs.items()}
     parts = _bundle_parts(checkpoint, request, list(graphs.values()))
     # What every process holds: embedding and vectors, and the state of one sequence.
     held = parts["embedding and vectors"] + 4 * spec.L * sum(map(prod, state_shapes(spec).values()))
-    chosen = graphs[request.fusion]
-    variants = (
-        [_variant(chosen, request, precision, held) for precision in SHARES] if request.compiles else []
-    )
-    return Forecast(spec, request.target, request.fusion, len(chosen.program.groups), parts, variants)
+    ours, variants = graphs[request.fusion], []
+    for precision in PRECISIONS if request.compiles else ():
+        assumed = precision == "mixed" and chosen is None
+        variants.append(_variant(ours, request, precision, _share(spec, precision, chosen), held, assumed))
+    return Forecast(spec, request.target, request.fusion, len(ours.program.groups), parts, variants)
 
 
 # -- artifacts -------------------------------------------------------------------------------------------
 
 
-def _variant(graphs: Graphs, request: Request, precision: str, held: int) -> Variant:
-    program, int8 = graphs.program, SHARES[precision]
+def _share(spec: Spec, precision: str, chosen: Collection[str] | None) -> Share:
+    """How much of a projection is in int8, by its name: all or nothing where that is known."""
+    able = {} if precision == "fp16" else sizes(spec)
+    if precision == "mixed" and chosen is not None:
+        return lambda name: float(name in chosen)
+    part = 1.0 if precision != "mixed" else ASSUMED_SHARE * sum(weights(spec).values()) / sum(able.values())
+    return lambda name: part if name in able else 0.0
+
+
+def _variant(
+    graphs: Graphs, request: Request, precision: str, share: Share, held: int, assumed: bool
+) -> Variant:
+    program = graphs.program
     spec, groups = program.spec, {group.name: group for group in program.groups}
     manifest = Manifest(spec, "", "", program.fusion, "", program.scaling, None, groups=describe_groups(spec))
 
     def weigh(group: Group) -> int:
-        return _weight_bytes(graphs.matrices(group), int8)
+        return _weight_bytes(graphs.matrices(group), share)
 
     plans = list(candidates(manifest, program, request.target, precision, request.rows, weigh))
     artifacts, memory = next((plan for plan in plans if plan[1].fits), plans[-1])
     if request.target == FORMULA_FOR:
         found = [graphs.matrices(groups[a.group], a.rows) for a in artifacts]
         artifacts = [
-            replace(a, cycles=_cycles(f, a.rows, int8)) for a, f in zip(artifacts, found, strict=True)
+            replace(a, cycles=_cycles(f, a.rows, share)) for a, f in zip(artifacts, found, strict=True)
         ]
-    files = {a.path: a.weight_bytes + _around(graphs, groups[a.group], a.rows, int8) for a in artifacts}
+    files = {a.path: a.weight_bytes + _around(graphs, groups[a.group], a.rows, share) for a in artifacts}
     left = _left(manifest, artifacts)
     kept = [artifact for artifact in artifacts if artifact.group not in left]
     return Variant(
         precision=precision,
-        int8=int8,
+        int8=_int8([one for group in program.groups for one in graphs.matrices(group)], share),
+        assumed=assumed,
         rows=row_counts(artifacts),
         artifacts=artifacts,
         files=files,
@@ -164,28 +179,36 @@ def _variant(graphs: Graphs, request: Request, precision: str, held: int) -> Var
     )
 
 
-def _weight_bytes(found: Sequence[tuple[int, int]], int8: float) -> int:
-    """What matrices take of the NPU's memory, the share `int8` of them in 8 bits."""
-    fp16 = sum(2 * k * n for k, n in found)
-    w8a8 = sum((k + INT8_COLUMN_BYTES) * n for k, n in found)
-    return round((1 - int8) * fp16 + int8 * w8a8)
+def _int8(found: Sequence[Matrix], share: Share) -> float:
+    """Share of the numbers in some matrices that are in int8."""
+    return sum(share(one.name) * one.k * one.n for one in found) / sum(one.k * one.n for one in found)
 
 
-def _cycles(found: Sequence[tuple[int, int]], rows: int, int8: float) -> dict[str, int]:
-    wide, narrow = (
-        [sum(terms) for terms in zip(*(formula_cycles(k, n, rows, bits) for k, n in found), strict=True)]
-        for bits in (16, 8)
-    )
-    sums = (round((1 - int8) * w + int8 * n) for w, n in zip(wide, narrow, strict=True))
-    return dict(zip(("ddr", "npu", "total"), sums, strict=True))
+def _blend(share: float, fp16: float, int8: float) -> float:
+    return (1 - share) * fp16 + share * int8
 
 
-def _around(graphs: Graphs, group: Group, rows: int, int8: float) -> int:
+def _weight_bytes(found: Sequence[Matrix], share: Share) -> int:
+    sizes = (_blend(share(m.name), *(matrix_bytes(m.k, m.n, bits) for bits in (16, 8))) for m in found)
+    return round(sum(sizes))
+
+
+def _cycles(found: Sequence[Matrix], rows: int, share: Share) -> dict[str, int]:
+    sums = dict.fromkeys(("ddr", "npu", "total"), 0.0)
+    for one in found:
+        fp16, int8 = (formula_cycles(one.k, one.n, rows, bits) for bits in (16, 8))
+        for key, wide, narrow in zip(sums, fp16, int8, strict=True):
+            sums[key] += _blend(share(one.name), wide, narrow)
+    return {key: round(value) for key, value in sums.items()}
+
+
+def _around(graphs: Graphs, group: Group, rows: int, share: Share) -> int:
     """Bytes of a `.rknn` other than its weights."""
     nodes = len(graphs.trace(group, rows).nodes)
     ports = sum(not port.per_sequence for port in (*group.inputs, *group.outputs))
-    fp16, w8a8 = (node * nodes + port * ports for node, port in BESIDE["one" if rows == 1 else "more"])
-    return round((1 - int8) * fp16 + int8 * w8a8)
+    products = sum(share(one.name) for one in graphs.matrices(group, rows))
+    port_bytes = PORT_BYTES if rows == 1 else TRANSPOSED_BYTES
+    return round(NODE_BYTES * nodes + port_bytes * ports + INT8_BYTES * products)
 
 
 def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
@@ -212,7 +235,7 @@ def _ms(graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str) -> di
         of_all = on_cpu(spec, cpu, tokens, Assumptions(), {}).ms
         for group in left:
             part = "head" if group.role == "head" else "projections"
-            total += of_all[part] * sum(map(prod, graphs.matrices(group))) / weights(spec)[part]
+            total += of_all[part] * sum(one.k * one.n for one in graphs.matrices(group)) / weights(spec)[part]
         return total
 
     return {rate.label: (ms(rate, 1), ms(rate, PROMPT_TOKENS)) for rate in RATES}

@@ -134,7 +134,7 @@ class Tracer:
         inputs = self._cut(x, self._part_widths(sum(x.widths)))
         quantised = self._quantised.get(Constant(full, index).label)
         if quantised and quantised.smoothing is not None:
-            inputs = self._scaled(inputs, reciprocal(quantised.smoothing))
+            inputs = self._smoothed(inputs, quantised)
         outputs = []
         for columns in _spans(widths):
             products = [
@@ -142,10 +142,7 @@ class Tracer:
                 for part, rows in zip(inputs.names, _spans(inputs.widths), strict=True)
             ]
             outputs.append(reduce(lambda total, product: self.node("Add", [total, product]), products))
-        product = Value(self, outputs, widths)
-        if quantised and quantised.spread is not None:
-            return self._scaled(product, quantised.spread)
-        return product
+        return Value(self, outputs, widths)
 
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
         label = self._prefix + name
@@ -195,7 +192,7 @@ class Tracer:
         elif isinstance(b, Constant):
             others = [self._constant(replace(b, columns=columns)) for columns in _spans(a.widths)]
         else:
-            others = [self._literal(np.array(b, np.float32))] * len(a.names)
+            others = [self._literal(np.array([b], np.float32))] * len(a.names)
         names = [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)]
         return Value(self, names, a.widths)
 
@@ -208,11 +205,18 @@ class Tracer:
         """x as one tensor."""
         return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
 
-    def _scaled(self, x: Value, factors: np.ndarray) -> Value:
-        """x times a number for each column."""
+    def _smoothed(self, x: Value, quantised: Quantised) -> Value:
+        """x by what smooths its channels, and within the range of int8.
+
+        The compiler would take the factors into the weights, and leave the range to what they were to smooth; it does
+        not reach across a Clip, which is what rounding does anyway.
+        """
+        assert quantised.smoothing is not None
+        factors = reciprocal(quantised.smoothing)
         literals = [self._literal(factors[slice(*span)] if span else factors) for span in _spans(x.widths)]
-        names = [self.node("Mul", list(pair)) for pair in zip(x.names, literals, strict=True)]
-        return Value(self, names, x.widths)
+        smoothed = [self.node("Mul", list(pair)) for pair in zip(x.names, literals, strict=True)]
+        bounds = [self._literal(np.array(bound, np.float32)) for bound in quantised.input.span]
+        return Value(self, [self.node("Clip", [name, *bounds]) for name in smoothed], x.widths)
 
     def _like(self, x: Value, name: str) -> Value:
         return Value(self, [name], [sum(x.widths)])
@@ -426,6 +430,6 @@ def _model(
 
 
 def _initialiser(label: str, array: np.ndarray, dtype: Any) -> TensorProto:
-    data = np.ascontiguousarray(array.astype(dtype, copy=False))
+    data = np.asarray(array, dtype, order="C")
     kind = helper.np_dtype_to_tensor_dtype(data.dtype)
     return helper.make_tensor(label, kind, data.shape, data.tobytes(), raw=True)

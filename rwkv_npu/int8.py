@@ -56,8 +56,6 @@ class Quantised:
     that stands for 0.
 
     smoothing: (K,), what the channels of the input are divided by before they are rounded, or None.
-    spread: (N,), what the columns of the product are divided by before they are rounded, and multiplied by after, or
-        None. The weights have it already: it costs one multiplication, and columns of all sizes have fine steps.
     """
 
     input: Affine
@@ -65,17 +63,15 @@ class Quantised:
     weight: np.ndarray
     steps: np.ndarray
     smoothing: np.ndarray | None = None
-    spread: np.ndarray | None = None
 
     def linear(self, x: np.ndarray) -> np.ndarray:
         """(M, K) -> (M, N) fp32."""
         if self.smoothing is not None:
             x = x * reciprocal(self.smoothing)
-        product = self.output.round(matmul(self.input.round(x), self.weight) * self.steps)
-        return product if self.spread is None else product * self.spread
+        return self.output.round(matmul(self.input.round(x), self.weight) * self.steps)
 
     def values(self) -> np.ndarray:
-        """What the weights stand for, (K, N) fp32, smoothing and spread included."""
+        """What the weights stand for, (K, N) fp32, smoothing included."""
         return self.weight * self.steps
 
 
@@ -83,9 +79,7 @@ def reciprocal(smoothing: np.ndarray) -> np.ndarray:
     return np.float32(1) / smoothing
 
 
-def round_weight(
-    weight: np.ndarray, smoothing: np.ndarray | None = None, spread: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(K, N) -> how many steps each weight is from 0, (K, N), and the step of each column (N,), fp32.
 
     A column's 256 numbers reach from its lowest weight to its highest. Rounded again they are the same, which is what
@@ -94,8 +88,6 @@ def round_weight(
     values = weight.astype(np.float32)
     if smoothing is not None:
         values = values * smoothing[:, None]
-    if spread is not None:
-        values = values / spread
     low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
     steps = (high - low) / np.float32(HIGHEST - LOWEST)
     steps = np.where(steps > 0, steps, np.float32(1))

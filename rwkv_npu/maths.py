@@ -72,6 +72,12 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) 
     return centred / np.sqrt(variance + np.float32(eps)) * weight + bias
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(M, V) fp32 -> (M, V) fp64: what two models differ by can be less than fp32 resolves."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 class NumpyMaths:
     """The reference. `weight(name)` gives a tensor in the shape in which the maths uses it."""
 

@@ -13,6 +13,14 @@ BUDGET_BYTES = int(3.5 * (1 << 30))  # what a plan may fill of it: the driver an
 MAX_CONTEXTS = 150  # seen on boards; every artifact is a context
 
 
+INT8_COLUMN_BYTES = 8  # what every column of an int8 matrix has beside it: a bias and a scale
+
+
+def matrix_bytes(k: int, n: int, bits: int) -> int:
+    """What a constant (k, n) matrix of 16 or 8 bits takes of the NPU's memory."""
+    return 2 * k * n if bits == 16 else (k + INT8_COLUMN_BYTES) * n
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What the NPU has to hold, in bytes: weights of every artifact, and the buffers of their inputs and outputs."""

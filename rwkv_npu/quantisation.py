@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_npu.bundle import INT8, Bundle, Int8Set, Sensitivity
+from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
 from rwkv_npu.ranges import Choice, quantise
@@ -33,7 +33,7 @@ MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, and no more than a quarter of the text
 ROWS = 64  # tokens of a step
-VERSION = 1  # of the way in which ranges are chosen
+VERSION = 3  # of the way in which ranges are chosen, and graphs made
 
 
 def sizes(spec: Spec) -> dict[str, int]:
@@ -48,6 +48,27 @@ def key_of(bundle: Bundle, ids: np.ndarray) -> str:
     """What the ranges follow from, apart from the weights."""
     text = f"{VERSION} {bundle.manifest.scaling}".encode()
     return hashlib.blake2b(text + ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+
+def quantise_bundle(
+    bundle: Bundle,
+    ids: np.ndarray,
+    precision: str,
+    max_kl: float,
+    mapped: Collection[str] | None,
+    say: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Choose what artifacts of `precision` have in int8, for the manifest, and return the names: those of a map, all of
+    them for w8a8, else as many as `max_kl` allows."""
+    say("choosing the ranges of int8")
+    quantised = Quantisation(bundle, ids)
+    if precision == "mixed" and mapped is None:
+        say("measuring what int8 costs, projection by projection")
+        chosen = quantised.take_most(precision, max_kl)
+    else:
+        chosen = quantised.take(precision, sizes(bundle.spec) if mapped is None else mapped)
+    say("\n".join(describe(precision, chosen, quantised.table)))
+    return chosen.projections
 
 
 class Quantisation:
@@ -66,12 +87,15 @@ class Quantisation:
 
     def take(self, precision: str, names: Collection[str]) -> Int8Set:
         """Have exactly `names` in int8."""
+        known = self._bundle.manifest.int8.get(precision)
+        if known is not None and self._unchanged and set(known.projections) == set(names):
+            return known
         return self._keep(precision, names, self._together(names), None)
 
     def take_most(self, precision: str, max_kl: float) -> Int8Set:
         """Have as much in int8 as leaves the KL of the logits under `max_kl`."""
         known = self._bundle.manifest.int8.get(precision)
-        if known is not None and known.max_kl == max_kl and self._already:
+        if known is not None and known.max_kl == max_kl and self._unchanged:
             return known
         self._measure_each()
         costs = {row.name: row.kl or 0.0 for row in self.table}
@@ -92,11 +116,11 @@ class Quantisation:
 
     def _known(self) -> list[Sensitivity] | None:
         """The table of an earlier conversion, or of one that was interrupted."""
-        self._already = False
+        self._unchanged = False
         if not (self._bundle.path / INT8).is_file():
             return None
         if self._bundle.manifest.int8_key == self._key and self._bundle.manifest.sensitivity:
-            self._already = True
+            self._unchanged = True
             return self._bundle.manifest.sensitivity
         try:
             notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
@@ -111,25 +135,38 @@ class Quantisation:
         with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
             rows = max(1, min(ROWS, len(self._fitted) // 2))
             seen = calibrate(self._source, self._fitted, rows=rows, progress=bar.update)
-        self._bundle.manifest.int8_inputs = input_peaks(self._source.program.groups, seen)
         bytes_of = sizes(self._bundle.spec)
         table, plans = [], []
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
             weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
-            # No scales of its own for each column of the product: the compiler takes them into the weights again.
-            choice = quantise(name, weight, samples, smoothings(weight, samples), spread=False)
+            choice = quantise(name, weight, samples, smoothings(weight, samples))
             smoothed = choice.quantised.smoothing is not None
             table.append(Sensitivity(name, bytes_of[name], choice.algorithm, smoothed, choice.error))
             plans += _plans(name, choice)
         path = self._bundle.path / INT8
         path.parent.mkdir(exist_ok=True)
-        (self._bundle.path / NOTES).unlink(missing_ok=True)  # of other ranges
+        self._forget()
+        self._bundle.manifest.int8_inputs = input_peaks(self._source.program.groups, seen)
         aside = path.with_name(path.name + ".writing")
         write_tensors(aside, plans)
         os.replace(aside, path)
         self._bundle.forget_ranges()
         self._note(table)
         return table
+
+    def _forget(self) -> None:
+        """What follows from other ranges goes: first from the manifest, in case of a kill."""
+        manifest, folder = self._bundle.manifest, self._bundle.path
+        (folder / NOTES).unlink(missing_ok=True)
+        stale = [artifact.path for artifact in manifest.artifacts if artifact.int8]
+        manifest.int8, manifest.sensitivity, manifest.int8_key, manifest.int8_inputs = {}, [], "", {}
+        manifest.artifacts = [artifact for artifact in manifest.artifacts if not artifact.int8]
+        gone = {INT8, *stale}
+        manifest.files = {name: record for name, record in manifest.files.items() if name not in gone}
+        if (folder / MANIFEST).exists():
+            write_atomically(folder / MANIFEST, manifest.to_json().encode())
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
 
     def _note(self, table: list[Sensitivity]) -> None:
         notes = {

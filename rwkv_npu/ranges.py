@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 
 from rwkv_npu.calibration import Samples
+from rwkv_npu.graphs import NPU_WIDTH
 from rwkv_npu.int8 import Affine, Quantised, reciprocal, round_weight
 from rwkv_npu.maths import matmul
 
 BINS = 2048  # of the histograms that kl_divergence compares
+WORTH = 0.9  # what smoothing leaves of the error, at most
 NUMBERS = 1 << 20  # as many are looked at to choose a range, and four times as many to weigh it
 # Shares of the whole range that are tried: what lies outside is clipped, and the rest has finer steps.
 SHARES = np.linspace(1.0, 0.3, 29)
@@ -93,48 +96,46 @@ def quantise(
     samples: Samples,
     smoothings: Sequence[np.ndarray | None] = (None,),
     algorithms: Sequence[str] = tuple(ALGORITHMS),
-    spread: bool = True,
 ) -> Choice:
     """The best that can be made of a projection (K, N): of the algorithms and `smoothings` those that leave the
-    smallest error on held-out rows. `spread` allows each column of the product its own scale."""
+    smallest error on held-out rows. Smoothing is two more operations for the NPU, and has to be WORTH them."""
     most = max(2, 4 * NUMBERS // max(weight.shape))
     fitted, held = (rows[:most] for rows in samples.halves())
     product, expected = (matmul(rows, weight) for rows in (fitted, held))
     if label.endswith(RECTIFIED):  # the range then starts at 0, and clips what is negative
         product, expected = (np.maximum(p, np.float32(0)) for p in (product, expected))
-    rows = _Rows(fitted, product, held, expected, samples.low, samples.high)
+    seen = np.concatenate([product, *_partial(fitted, weight)])
+    rows = _Rows(fitted, seen, held, expected, samples.low, samples.high)
     choices = [
-        _choose(weight, rows, smoothing, algorithm, spread)
-        for smoothing in smoothings
-        for algorithm in algorithms
+        _choose(weight, rows, smoothing, algorithm) for smoothing in smoothings for algorithm in algorithms
     ]
-    return min(choices, key=lambda choice: choice.error)
+    return min(
+        choices, key=lambda choice: choice.error / (1 if choice.quantised.smoothing is None else WORTH)
+    )
 
 
-def _choose(
-    weight: np.ndarray, rows: _Rows, smoothing: np.ndarray | None, algorithm: str, spread: bool
-) -> Choice:
+def _partial(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
+    """The products that a wide projection is added up from where it has several rows: they have the range of their sum,
+    and may be larger than it."""
+    if len(weight) <= NPU_WIDTH:
+        return []
+    parts = np.array_split(np.arange(len(weight)), ceil(len(weight) / NPU_WIDTH))
+    return [matmul(rows[:, part], weight[part]) for part in parts]
+
+
+def _choose(weight: np.ndarray, rows: _Rows, smoothing: np.ndarray | None, algorithm: str) -> Choice:
     factor = np.float32(1) if smoothing is None else reciprocal(smoothing)
-    columns = column_scales(rows.product) if spread else None
-    product = rows.product if columns is None else rows.product / columns
     span = ALGORITHMS[algorithm]
     quantised = Quantised(
         span(
             _sample(rows.fitted * factor), float((rows.low * factor).min()), float((rows.high * factor).max())
         ),
-        span(_sample(product), float(product.min()), float(product.max())),
-        *round_weight(weight, smoothing, columns),
+        span(_sample(rows.product), float(rows.product.min()), float(rows.product.max())),
+        *round_weight(weight, smoothing),
         smoothing,
-        columns,
     )
     difference = quantised.linear(rows.held) - rows.expected
     return Choice(quantised, algorithm, _rms(difference) / max(_rms(rows.expected), 1e-12))
-
-
-def column_scales(product: np.ndarray) -> np.ndarray:
-    """(M, N) -> (N,): the largest magnitude of each column; not so small that it would blow up what was not seen."""
-    largest = np.abs(product).max(0)
-    return np.maximum(largest, max(float(largest.max()), 1e-30) / 64)
 
 
 def _rms(x: np.ndarray) -> float:

@@ -142,8 +142,12 @@ def candidates(softmax: Softmax, options: SamplingOptions) -> tuple[np.ndarray, 
         kept = min_p(logits, options.min_p)
         tokens, logits = tokens[kept], logits[kept]
     temperature = min(max(options.temperature, 1e-6), 1e30)  # within float32
-    weights = np.exp((logits - np.float32(softmax.peak)) / np.float32(temperature)).astype(np.float64)
-    return tokens, weights / weights.sum()
+    if temperature == 1:
+        weights = softmax.weights.take(tokens)
+    else:
+        weights = np.exp((logits - np.float32(softmax.peak)) / np.float32(temperature))
+    probabilities = weights.astype(np.float64)
+    return tokens, probabilities / probabilities.sum()
 
 
 def penalise(logits: np.ndarray, counts: Mapping[int, float], options: SamplingOptions) -> np.ndarray:

@@ -7,12 +7,12 @@ errors do not simply add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from rwkv_npu.int8 import Int8Maths, Quantised
-from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.maths import NumpyMaths, log_softmax
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
 from rwkv_npu.sources import ModelSource
@@ -38,15 +38,16 @@ class Judge:
         # Of the head nothing is kept: it is the last, and what it makes is large.
         widths = sum(port.width for group in source.program.groups[:-1] for port in group.outputs)
         self._kept: dict[tuple[int, str], Outputs] | None = {} if 4 * widths * len(ids) <= KEPT else None
-        self._expected = list(self._log_probabilities(NumpyMaths(self._weight), 0))
+        self._expected = list(self._logits(NumpyMaths(self._weight), 0))
 
     def divergence(self, quantised: Mapping[str, Quantised]) -> float:
         """KL(reference || the model with `quantised`, by label, in int8), the mean over all tokens."""
-        first = min(map(self._place, quantised), default=len(self._order))
+        first = min(map(self._place, quantised), default=len(self._order) - 1)
         total = 0.0
         maths = Int8Maths(self._weight, quantised.get)
-        for expected, found in zip(self._expected, self._log_probabilities(maths, first), strict=True):
-            total += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
+        for expected, found in zip(self._expected, self._logits(maths, first), strict=True):
+            p, q = log_softmax(expected), log_softmax(found)
+            total += float((np.exp(p) * (p - q)).sum())
         return total / len(self._ids)
 
     def _place(self, label: str) -> int:
@@ -61,12 +62,11 @@ class Judge:
         inside = parts[2] == "ffn" or parts[3] == "output"
         return layer + 1 if inside else layer
 
-    def _log_probabilities(self, maths: NumpyMaths, first: int) -> list[np.ndarray]:
-        """Of every step (rows, V) fp64; groups before number `first` are not computed again."""
+    def _logits(self, maths: NumpyMaths, first: int) -> Iterator[np.ndarray]:
+        """Of every step (rows, V); groups before number `first` are not computed again."""
         source = self._source
         state = new_state(source.spec, source.fingerprint, source.initial_states())
         parts = {name: part[:, None] for name, part in state.parts.items()}
-        found = []
         for number, start in enumerate(range(0, len(self._ids), CHUNK)):
 
             def run(group: Group, inputs: Arrays, number: int = number) -> Outputs:
@@ -79,8 +79,7 @@ class Judge:
                 return outputs
 
             x = self._network.hidden(run, self._ids[start : start + CHUNK, None], parts)
-            found.append(log_softmax(self._network.logits(run, x)))
-        return found
+            yield self._network.logits(run, x)
 
     def _weight(self, name: str) -> np.ndarray:
         if not self._widen:
@@ -88,12 +87,6 @@ class Judge:
         if name not in self._weights:
             self._weights[name] = np.asarray(self._source.tensor(name), np.float32)
         return self._weights[name]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(M, V) fp32 -> fp64: what two models differ by can be less than fp32 resolves."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def select(

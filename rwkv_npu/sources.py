@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, REFERENCES
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
@@ -48,6 +49,12 @@ class ModelSource:
     def cpu_precision(self) -> str:
         """In which precision the CPU is to multiply."""
         return "fp32"
+
+    def precision_on(self, backend: str) -> str:
+        """In which precision the weights are that a backend of this name multiplies with."""
+        if backend in MADE_PRECISIONS:
+            return self.precision or MADE_PRECISIONS[backend][0]
+        return self.cpu_precision
 
     def packed(self, name: str, index: int | None = None) -> Packed | None:
         """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
@@ -104,6 +111,13 @@ class BundleSource(ModelSource):
     @property
     def cpu_precision(self) -> str:
         return self._cpu_precision
+
+    def precision_on(self, backend: str) -> str:
+        if backend in COMPILED:
+            return next((artifact.precision for artifact in self.artifacts()), "no")
+        if backend in REFERENCES:
+            return self.precision or self.bundle.manifest.cpu
+        return super().precision_on(backend)
 
     def tensor(self, name: str) -> np.ndarray:
         return self.bundle.tensor(name)
@@ -166,6 +180,13 @@ class BundleSource(ModelSource):
         quantised = {name: self.bundle.quantised(name) for name in names}
         model = compiler_model(self.program, group, artifact.rows, self.tensor, quantised)
         return model.SerializeToString()
+
+    def compiler_bytes(self, artifact: Artifact) -> int:
+        """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
+        from rwkv_npu.graphs import trace_group
+
+        constants = trace_group(self.program, self._group(artifact)).projections.values()
+        return sum(4 * constant.of(self.tensor(constant.name)).size for constant in constants)
 
     def _group(self, artifact: Artifact) -> Group:
         return next(group for group in self.program.groups if group.name == artifact.group)

@@ -11,7 +11,6 @@ from typing import Any
 
 import rwkv_npu
 from rwkv_npu.model import demo_model
-from tools.board.calls import Call, read_calls
 from tools.make_checkpoint import make_checkpoint
 
 GENERATIONS = ("4", "5.2", "6", "7")
@@ -32,26 +31,21 @@ class EmulatedBoard:
         program, *arguments = map(str, words)
         return [str(self._folder / "bin" / program), *arguments]
 
-    def variables(
-        self, *, faults: str = "", log: Path | None = None, null: bool = False, **more: str
-    ) -> dict[str, str]:
-        """Those of the environment that the stand-in looks at, and `more`. `null`: every run returns at once."""
-        stand_in = {"RKNN_STANDIN_FAULTS": faults, "RKNN_STANDIN_LOG": str(log or "")}
-        stand_in |= {"RKNN_STANDIN_SOCKET": str(self._socket), "RKNN_STANDIN_NULL": "1" if null else ""}
-        return {**stand_in, **more}
+    def variables(self, *, faults: str = "", log: Path | None = None) -> dict[str, str]:
+        """Those of the environment that the stand-in looks at."""
+        stand_in = {"FAULTS": faults, "LOG": str(log or ""), "SOCKET": str(self._socket)}
+        return {f"RKNN_STANDIN_{name}": value for name, value in stand_in.items()}
 
     def run(
         self, *words: object, fresh: bool = False, timeout: float = SECONDS, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run to the end, with an empty stdin, `options` as of `variables`. `fresh`: started as a user starts it,
         not forked."""
-        variables = self.variables(**options)
         if not fresh:
-            return self._fork([str(word) for word in words], variables, timeout)
-        environment = {**os.environ, **variables}
+            return self._fork([str(word) for word in words], self.variables(**options), timeout)
         return subprocess.run(
             self.command(*words),
-            env=environment,
+            env={**os.environ, **self.variables(**options)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -73,9 +67,6 @@ class EmulatedBoard:
             status = int(self._forks.stdout.readline())
             out, err = (Path(path).read_text() for path in files.values())
         return subprocess.CompletedProcess(words, status, out, err)
-
-    def calls(self, log: Path) -> list[Call]:
-        return read_calls(log)
 
     def close(self) -> None:
         if self._forks is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ for argv in json.loads(sys.argv[1]):
     print("\\f", main(argv), flush=True)
     print("\\f", file=sys.stderr, flush=True)
 """
+
+
+# qemu asks the host, and not the root folder, whether a user who is not root may use a file: the NPU's node is closed.
+ORDINARY = os.geteuid() != 0
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ def ended(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, Ended]:
 
 def test_doctor(ended: dict[str, Ended]) -> None:
     findings = {finding["what"]: finding for finding in json.loads(ended["doctor"].out)}
+    node = findings.pop("NPU node")
+    assert node["level"] == ("bad" if ORDINARY else "ok") and ended["doctor"].status == int(ORDINARY)
     assert {finding["level"] for finding in findings.values()} <= {"ok", "note"}
-    assert ended["doctor"].status == 0
-    assert {findings[what]["level"] for what in ("NPU node", "rknn-toolkit-lite2", "versions")} == {"ok"}
+    assert {findings[what]["level"] for what in ("rknn-toolkit-lite2", "versions")} == {"ok"}
     assert findings["board"]["found"] == f"{chip.MODEL}, rk3588"
     assert findings["NPU driver"]["found"] == chip.DRIVER
     assert findings["librknnrt"]["found"] == "2.5.0 (/usr/lib/librknnrt.so)"
@@ -103,7 +109,7 @@ def test_a_plan_mixes_the_npus_backends(ended: dict[str, Ended]) -> None:
 
 
 def test_nothing_that_rockchip_prints_is_seen(ended: dict[str, Ended]) -> None:
-    for one in ended.values():
-        assert one.status == 0
+    for name, one in ended.items():
+        assert one.status == int(ORDINARY and name == "doctor")
         lines = (one.out + one.err).splitlines()
         assert not [line for line in lines if line.startswith(("W ", "E ", "I ")) or "RKNN_ERR" in line]

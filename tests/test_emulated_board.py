@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.sources import BundleSource
 from tests.emulated import EmulatedBoard
-from tools.board.calls import bytes_moved, count
+from tools.board import build
+from tools.board.calls import bytes_moved, count, read_calls
 
 pytestmark = pytest.mark.board
 
@@ -37,6 +40,35 @@ for path in map(Path, sys.argv[1:]):
     lite.release()
 print(lite.__class__.__name__)
 """
+
+
+# The command line with another RKNNLite before the board's own.
+WITH_LITE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from rwkv_npu import cli
+import rknnlite
+assert rknnlite.__file__.startswith(sys.argv[1])
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_the_oldest_rknnlite_that_may_be_installed(emulated_board: EmulatedBoard, board_bundles) -> None:
+    """The same text, faults looked at in the same way."""
+    wanted = re.search(r"rknn-toolkit-lite2>=([\d.]+)", (build.REPOSITORY / "pyproject.toml").read_text())
+    assert wanted
+    lite = build.make_lite(wanted[1], lambda line: print(line, file=sys.stderr))
+    words = ["generate", "-m", board_bundles["4"], "--ids", "-p", "5,6,7", "-n", 6, "--temp", 0, "-t", 1]
+    words += ["--backend", "rknn"]
+    expected = emulated_board.run("rwkv-npu", *words).stdout
+    for faults, said in (
+        ("", "generated 6"),
+        ("run-fails@20", "1 calls"),
+        ("wrong-size@4+:head", ": head\n"),
+    ):
+        result = emulated_board.run("python", "-c", WITH_LITE, lite, *words, faults=faults)
+        assert result.returncode == 0 and result.stdout == expected != "", result.stderr
+        assert said in result.stderr
 
 
 def run_artifacts(board: EmulatedBoard, folder: Path, bundle: Path, rows: int, **options: str):
@@ -80,7 +112,7 @@ def test_the_log_counts_calls_and_bytes(emulated_board: EmulatedBoard, board_bun
     groups = [
         group for group, _, _ in run_artifacts(emulated_board, tmp_path, board_bundles["7"], 1, log=log)
     ]
-    calls = emulated_board.calls(log)
+    calls = read_calls(log)
     for name in ("init", "inputs_set", "run", "outputs_get", "destroy"):
         assert count(calls, name).total() == len(groups), name
     assert set(count(calls, "run")) == {group.name for group in groups}

@@ -427,7 +427,7 @@ def test_the_command_measures_lambada(run: Run, folder: Path, tmp_path: Path) ->
     flags = ("eval", "-m", folder / "a" / "model.pth", "--backend", "numpy", "--lambada", file)
     figures = json.loads(run(*flags, "--json")[1])
     assert figures["texts"] == 5 and 0 <= figures["accuracy"] <= 1 and figures["reference"] is None
-    status, table, err = run(*flags, "--against", folder / "b" / "model.pth")
+    status, table, err = run(*flags, "--against", folder / "b" / "model.pth", "--against-backend", "numpy")
     assert (status, err) == (0, "") and f"{figures['perplexity']:.3f} per last word" in table
     assert table.count("accuracy") == 2 and "compared with  fp32 weights" in table
 
@@ -481,6 +481,8 @@ def test_a_bundle_is_compared_with_its_own_unquantised_weights(
     assert int8["kl_mean"] < 1e-9 and "int8 weights" in int8["compared_with"]
     exact = json.loads(run(*flags, "--precision", "fp16", "--against", folder / "a" / "model.pth")[1])
     assert "fp32 weights" in exact["compared_with"] and 0 < exact["kl_mean"] < 1e-3
+    stored = json.loads(run(*flags, "--backend", "numpy", "--against-backend", "ort")[1])
+    assert stored["model"].startswith("fp16 weights") and stored["kl_mean"] < 1e-9
     status, _, err = run(*flags, "--against-precision", "int3")
     assert status == 1 and one_line(err) and "no int3 weights" in err
 
@@ -524,6 +526,8 @@ def test_the_simulator_goes_on_too(
     status, out, _ = run(*resumed)
     figures = json.loads(out)
     assert status == 0 and figures["tokens"] == 40 and 0 < figures["kl_mean"] < 1e-3
-    assert "rknn-sim" in figures["model"] and figures["compared_with"].startswith("fp16 weights, numpy")
+    assert figures["model"].startswith("fp16 weights, rknn-sim") and figures["compared_with"].startswith(
+        "fp16 weights, numpy"
+    )
     monkeypatch.setattr(Model, "forward", forward)
     assert json.loads(run(*flags)[1]) == figures

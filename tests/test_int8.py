@@ -105,17 +105,6 @@ def test_the_smallest_held_out_error_is_taken() -> None:
     assert best.quantised.smoothing is not None and best.error < 0.7 * plain.error
 
 
-def test_columns_with_scales_of_their_own_have_finer_steps() -> None:
-    weight = normal(64, 32)
-    weight[:, ::4] *= 30
-    samples = samples_of(normal(400, 64))
-    alike, own = (quantise("w", weight, samples, spread=spread).quantised for spread in (False, True))
-    small = np.s_[:, 1::4]
-    rows = samples.rows
-    errors = [np.square(q.linear(rows) - rows @ weight)[small].mean() for q in (alike, own)]
-    assert errors[1] < 0.1 * errors[0]
-
-
 def test_behind_a_relu_only_what_is_positive_has_numbers() -> None:
     weight, samples = normal(64, 32), samples_of(normal(400, 64))
     key = quantise("blocks.0.ffn.key.weight", weight, samples).quantised
@@ -142,3 +131,8 @@ def test_only_what_is_chosen_is_rounded() -> None:
     np.testing.assert_array_equal(f.linear(x, "a"), quantised.linear(x))
     np.testing.assert_array_equal(f.linear(x, "b"), x @ weights["blocks.0.b"])
     np.testing.assert_array_equal(f.linear(x, "s", 1), x @ weights["blocks.0.s"][1])
+
+
+def test_smoothing_has_to_be_worth_its_operations() -> None:
+    weight, samples = normal(48, 32), samples_of(normal(400, 48))
+    assert quantise("w", weight, samples, smoothings(weight, samples)).quantised.smoothing is None

@@ -79,7 +79,7 @@ def texts(
     result = emulated_board.run("python", "-c", FORCED, *words, log=log)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "warning" not in result.stderr.lower(), result.stderr
-    found, calls, start = {}, emulated_board.calls(log), 0
+    found, calls, start = {}, read_calls(log), 0
     for pair, line in zip(ON_BOARD, result.stdout.splitlines(), strict=True):
         said, arrays = json.loads(line), dict(np.load(folder / f"{'.'.join(pair)}.npz"))
         found[pair] = Forced(arrays.pop("logits"), arrays, said["calls"], calls[start : said["log"]])
@@ -183,7 +183,7 @@ def test_nothing_leaks_through_rknnlite(emulated_board: EmulatedBoard, board_bun
     log = tmp_path / "log"
     result = emulated_board.run("python", "-c", HELD, board_bundles["4"], "rknn", "layer", 2000, log=log)
     assert result.returncode == 0, result.stderr[-2000:]
-    check_held(result.stdout, emulated_board.calls(log))
+    check_held(result.stdout, read_calls(log))
 
 
 def test_nothing_leaks_through_the_matmul_interface(run_alone, board_bundles, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_matmul_sweep_runs_on_the_board(emulated_board: EmulatedBoard, tmp_p
         assert row["failed"] is None and row["max_rel_error"] < 2e-3
         assert row["device"].startswith("RK3588 NPU") and not row["estimated"]
         assert "stand-in" in row["versions"]  # so that nobody takes it for a board's
-    calls = emulated_board.calls(log)
+    calls = read_calls(log)
     assert count(calls, "run")["16x96x64"] > 1 and count(calls, "matmul_run")["16x96x64"] > 1
 
 

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_npu import artifacts, converter, quantisation, sensitivity
+from rwkv_npu import artifacts, board, converter, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
+from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import load
+from rwkv_npu.opening import _in_int8
 from rwkv_npu.precision_map import resolve
 from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.sensitivity import Judge, select
@@ -208,6 +210,25 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
     assert weights < sum(a.weight_bytes for a in manifest.artifacts) <= weights + 2 * low
 
 
+def test_another_text_makes_all_of_int8_anew(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "o"
+    for precision in ("fp16", "w8a8"):
+        assert convert(capsys, checkpoint, out, ids, "--precision", precision)[0] == 0
+    before = manifest_of(out)
+    np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(1, V, 400))
+    assert convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")[0] == 0
+    after = manifest_of(out)
+    assert run_main(capsys, "info", out, "--check")[0] == 0
+    assert after.int8_key != before.int8_key and list(after.int8) == ["mixed"]
+    assert after.files[INT8] != before.files[INT8]
+    assert {a.precision for a in after.artifacts if a.int8} == {"mixed"}
+    assert [a for a in after.artifacts if a.precision == "fp16"] == [
+        a for a in before.artifacts if a.precision == "fp16"
+    ]
+
+
 def test_an_interrupted_measurement_goes_on(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +247,21 @@ def test_an_interrupted_measurement_goes_on(
     monkeypatch.setattr(quantisation, "calibrate", None)  # not again
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
     assert calls.count(1) == len(sizes(manifest_of(out).spec)) + 1
+
+
+def test_the_self_test_of_a_board_allows_for_int8(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o"
+    assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
+    assert convert(capsys, checkpoint, out, ids, "--precision", "fp16")[0] == 0
+    monkeypatch.setattr(board, "soc", lambda: "rk3588")
+    bundle = open_bundle(out)
+    found = {
+        precision: _in_int8(BundleSource(bundle, precision=precision))
+        for precision in (None, "fp16", "mixed")
+    }
+    assert found == {None: True, "fp16": False, "mixed": True}
 
 
 def test_a_map_is_followed(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
@@ -249,7 +285,7 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
     source = BundleSource(bundle, precision="fp16")
     judged = Judge(source, tokens)
     expected = judged.divergence({name: bundle.quantised(name) for name in sizes(bundle.spec)})
-    p, q = (sensitivity.log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
+    p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
 
 

@@ -148,7 +148,7 @@ def _quantised(
     for name in sizes(source.spec):
         weight, samples = np.asarray(source.tensor(name), np.float32), seen.projections[name]
         candidates = smoothings(weight, samples) if smooth else (None,)
-        found[name] = quantise(name, weight, samples, candidates, algorithms, spread=False).quantised
+        found[name] = quantise(name, weight, samples, candidates, algorithms).quantised
     return found
 
 

@@ -20,6 +20,9 @@ BACKENDS = {
 }
 # Those that need a board. They are opened behind a guard (guard.py), and take `cores` beside `threads`.
 NPU_BACKENDS = ("rknn", "rknn-matmul")
+# Those that run a bundle's artifacts, and those that read its weights as stored unless they are asked for a precision.
+COMPILED = ("rknn", "rknn-sim")
+REFERENCES = ("numpy", "torch")
 # Those that make weights of these precisions themselves, of whatever there is.
 MADE_PRECISIONS = {"rknn-matmul": ("fp16", "w8a8")}
 

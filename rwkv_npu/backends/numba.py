@@ -46,10 +46,10 @@ class Memory:
 class NumbaRunner:
     """A group bound to its memory. Inputs and outputs are views of it, without padding."""
 
-    def __init__(self, pool: Any, tape: Tape, inputs: Memory, outputs: Memory):
+    def __init__(self, pool: Any, tape: Tape, inputs: Memory, outputs: Memory, arena: np.ndarray):
         self._pool, self.tape, self._outputs = pool, tape, outputs
         self.inputs = inputs.parts
-        self._kept = inputs
+        self._kept = inputs, arena
 
     def run(self) -> Mapping[str, np.ndarray]:
         self._pool.run(self.tape.address, self.tape.length)
@@ -82,11 +82,11 @@ class Chunk:
         self.memories: dict[tuple[str, int], tuple[Memory, Memory]] = {}
         self.arenas: list[np.ndarray] = []
 
-    def arena(self, size: int) -> int:
-        """The address of so many bytes. One that was handed out stays, since tapes refer to it."""
+    def arena(self, size: int) -> np.ndarray:
+        """So many bytes, or more. What was handed out stays as it is, since tapes refer to it."""
         if not self.arenas or len(self.arenas[-1]) < size:
             self.arenas.append(aligned_bytes(size))
-        return int(self.arenas[-1].ctypes.data)
+        return self.arenas[-1]
 
 
 class NumbaBackend:
@@ -162,13 +162,13 @@ class NumbaBackend:
         inputs, outputs = chunk.memories[kind]
         offsets, size = layout.place(recording, rows)
         arena = chunk.arena(size)
-        addresses = {key: arena + offset for key, offset in offsets.items()}
+        addresses = {key: int(arena.ctypes.data) + offset for key, offset in offsets.items()}
         addresses |= {id(value): inputs.address(name) for name, value in recording.inputs.items()}
         addresses |= {id(value): outputs.address(name) for name, value in recording.outputs.items()}
         binder = Binder(
             self._source.spec, layout, rows, batch, addresses, self._vectors, self._matrices, self._code
         )
-        return NumbaRunner(self._pool, binder.bind(recording), inputs, outputs)
+        return NumbaRunner(self._pool, binder.bind(recording), inputs, outputs, arena)
 
     def _hold(self, recording: Recording, weights: Weights) -> Recording:
         """Have in memory whatever a recording refers to."""

@@ -44,7 +44,8 @@ class ArtifactSource(Source, Protocol):
 
 
 class _Sizes:
-    """Bytes of each output as librknnrt gave them. RKNNLite 2.5 does not look, and reads on behind a short one."""
+    """Bytes of each output as librknnrt gave them. RKNNLite 2.5.0 does not look, and reads on behind a short one; 2.3.2
+    refuses it."""
 
     def __init__(self, runtime: Any):
         self._given: list[int] = []

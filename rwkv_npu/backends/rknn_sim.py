@@ -33,6 +33,8 @@ class CompiledSource(Source, Protocol):
 
     def compiler_onnx(self, artifact: Artifact) -> bytes: ...
 
+    def compiler_bytes(self, artifact: Artifact) -> int: ...
+
 
 class SimulatorRunner:
     def __init__(self, simulator: Simulator, group: Group, rows: int):
@@ -61,7 +63,7 @@ class RknnSimBackend:
         self._artifacts = {(a.group, a.rows): a for a in artifacts if (a.target, a.precision) == chosen}
         self._source, self._environment = source, require()
         self._simulators: dict[tuple[str, int], Simulator] = {}
-        _check_memory(list(self._artifacts.values()))
+        _check_memory([source.compiler_bytes(artifact) for artifact in self._artifacts.values()])
         self._bar = tqdm(
             total=len(self._artifacts), desc="build simulators", unit="graph", leave=False, disable=None
         )
@@ -94,9 +96,9 @@ class RknnSimBackend:
             return Simulator(self._environment, path, options)
 
 
-def _check_memory(artifacts: list[Artifact]) -> None:
-    """Raises BackendError, with the arithmetic, when the simulators cannot all be held."""
-    jobs = [Job(Path(), Path(), 2 * artifact.weight_bytes) for artifact in artifacts]
+def _check_memory(weights: list[int]) -> None:
+    """Raises BackendError, with the arithmetic, when the simulators of so many bytes of weights cannot all be held."""
+    jobs = [Job(Path(), Path(), size) for size in weights]
     needed, available = sum(job.simulator_rss for job in jobs), int(SHARE * available_memory())
     if needed > available:
         raise BackendError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.bundle import is_bundle, read_manifest
+from rwkv_npu.checkpoint import Checkpoint, open_checkpoint
 from rwkv_npu.commands.common import size
-from rwkv_npu.converter import Request, parse_rows
+from rwkv_npu.converter import Request, bundle_place, parse_rows
 from rwkv_npu.estimate import CALL_OVERHEAD_US, Rate
 from rwkv_npu.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS
@@ -28,9 +30,20 @@ def run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         force=arguments.force,
     )
-    found = forecast(open_checkpoint(arguments.checkpoint), request)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    found = forecast(checkpoint, request, _chosen(arguments, checkpoint))
     print(json.dumps(found.to_json(), indent=1) if arguments.json else table(found))
     return 0
+
+
+def _chosen(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Collection[str] | None:
+    """What `mixed` has in int8, where the bundle that would be added to has it chosen."""
+    place = bundle_place(Path(arguments.checkpoint), arguments.out)
+    if arguments.force or not is_bundle(place):
+        return None
+    manifest = read_manifest(place)
+    known = manifest.int8.get("mixed") if manifest.fingerprint == checkpoint.fingerprint else None
+    return known.projections if known else None
 
 
 def table(found: Forecast) -> str:
@@ -111,7 +124,7 @@ def _notes(found: Forecast) -> Iterator[str]:
         f"{CALL_OVERHEAD_US / 1e3:.2f} ms a call. The CPU's share of a token (recurrence, norms of the heads, "
         "sampling) comes on top.",
         *(f"{_short(rate)}: {rate.source}." for rate in RATES),
-        *(_assumption(variant) for variant in found.variants if 0 < variant.int8 < 1),
+        *(_assumption(variant) for variant in found.variants if variant.assumed),
         *(_refusal(variant) for variant in found.variants if variant.left),
     ]
     for note in notes:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
 from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
@@ -115,12 +116,13 @@ def _models(arguments: argparse.Namespace, opened: contextlib.ExitStack) -> tupl
 def _reference(arguments: argparse.Namespace) -> Model:
     """What to compare with: unless told otherwise, fp32 arithmetic on the CPU, on weights that are not quantised."""
     path = Path(arguments.against or arguments.model or demo_model())
+    backend = arguments.against_backend or CPU_BACKEND
     precision = arguments.against_precision
-    if precision is None and is_bundle(path):
+    if precision is None and is_bundle(path) and backend not in (*COMPILED, *MADE_PRECISIONS):
         precision = read_manifest(path).cpu
     return load(
         path,
-        backend=arguments.against_backend or CPU_BACKEND,
+        backend=backend,
         precision=precision,
         tokenizer=arguments.tokenizer,
         threads=arguments.threads,
@@ -133,8 +135,8 @@ def _named(model: Model, reference: Model | None) -> dict[str, Any]:
 
 
 def _name(model: Model) -> str:
-    source = model.source
-    return f"{source.precision or source.cpu_precision} weights, {model.describe()}"
+    precisions = dict.fromkeys(model.source.precision_on(backend) for backend in model.engine.backends)
+    return f"{'/'.join(precisions)} weights, {model.describe()}"
 
 
 # -- tables ----------------------------------------------------------------------------------------------

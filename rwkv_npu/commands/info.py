@@ -78,6 +78,7 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
     ]
     memory = plan_memory(manifest, chosen)
     errors = [a.error for a in chosen if a.error is not None]
+    int8 = manifest.int8.get(precision)
     return {
         "target": target,
         "precision": precision,
@@ -88,6 +89,8 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
         "npu_bytes": memory.total,
         "left_on_cpu": sorted({f"{a.group}: {name}" for a in chosen for name in a.on_cpu}),
         "toolkit": sorted({a.toolkit for a in chosen}),
+        "int8_share": int8.share if int8 else 0.0,
+        "int8_kl": int8.kl if int8 else None,
         "worst_error": max(errors, default=None),
         "verified": len(errors),
         "estimated_ms_per_token": estimate_ms(chosen, 1),
@@ -122,11 +125,15 @@ def _artifact_lines(facts: dict[str, Any]) -> list[str]:
     rows = ", ".join(map(str, facts["rows"]))
     verified = f"worst error {facts['worst_error']:.1e}" if facts["verified"] else "not verified"
     left = "; ".join(facts["left_on_cpu"]) or "nothing"
+    int8 = f"{100 * facts['int8_share']:.1f} % of the weights"
+    if facts["int8_kl"] is not None:
+        int8 += f", KL {facts['int8_kl']:.2g} nats a token in NumPy"
     return [
         f"  NPU          {facts['target']} {facts['precision']}, {facts['fusion']} fusion, rows {rows}: "
         f"{facts['count']} artifacts by toolkit {', '.join(facts['toolkit'])}",
         f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
         f"    estimate   {_estimate(facts['estimated_ms_per_token'], facts['estimated_ms_per_prefill'])}",
+        f"    in int8    {int8}",
         f"    on its CPU {left}",
         f"    verified   {verified} ({facts['verified']} of {facts['count']} simulated)",
     ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from rwkv_npu import maths
 from rwkv_npu.errors import BackendError
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(M, V) fp32 -> (M, V) fp64. Raises BackendError for logits that are not finite."""
     _check_finite(logits)
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return maths.log_softmax(logits)
 
 
 def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -180,9 +180,9 @@ class Binder:
         entries = recording.entries
         sections = list(dict.fromkeys(entry.section for entry in entries))
         clocks = np.zeros(len(sections), np.int64)
-        recurrences = [number for number, entry in enumerate(entries) if entry.op == RECUR]
-        size = len(entries) * INSTRUCTION.itemsize // WORD
-        words = aligned_bytes((size + ARGUMENTS * len(recurrences)) * WORD).view(np.int64)
+        recurrences = sum(entry.op == RECUR for entry in entries)
+        size = end = len(entries) * INSTRUCTION.itemsize // WORD
+        words = aligned_bytes((size + ARGUMENTS * recurrences) * WORD).view(np.int64)
         moving: dict[str, list[tuple[int, int]]] = {}
         names = INSTRUCTION.names or ()
         lines, level = [], 0
@@ -191,12 +191,12 @@ class Binder:
             fields["wait"], level = entry.level != level, entry.level
             fields["clock"] = clocks.ctypes.data + sections.index(entry.section) * WORD
             if entry.op == RECUR:
-                begin = size + ARGUMENTS * recurrences.index(number)
-                words[begin : begin + ARGUMENTS] = self._arguments(entry)
-                fields["vector"] = words.ctypes.data + begin * WORD
                 assert self.code is not None
-                for i, name in enumerate(self.code.states):
-                    moving.setdefault(name, []).append((begin + A_STATES + i, entry.layer))
+                words[end : end + ARGUMENTS] = self._arguments(entry)
+                fields["vector"] = words.ctypes.data + end * WORD
+                for place, name in enumerate(self.code.states, end + A_STATES):
+                    moving.setdefault(name, []).append((place, entry.layer))
+                end += ARGUMENTS
             for name, value in (("out", entry.out), *zip("ab", entry.inputs, strict=False)):
                 if value.state:
                     place = number * len(names) + names.index(name)
@@ -209,7 +209,7 @@ class Binder:
 
     def _instruction(self, entry: Entry) -> dict[str, Any]:
         """Fields other than 0; those of the state are 0 too."""
-        op, layout = entry.op, self.layout
+        op = entry.op
         fields: dict[str, Any] = {"op": op, "rows": self.rows, "out": self._address(entry.out)}
         fields |= {"width": entry.out.width, "stride": self._stride(entry.out)}
         fields["number"] = float(self.batch if op in (SHIFT, KEEP) else entry.number)
@@ -223,7 +223,6 @@ class Binder:
         elif op in (KEEP, LINEAR):
             fields["other_stride"] = self._stride(entry.inputs[0])
         if op == QUANTISE:
-            fields["stride"] = layout.stride(entry.out.width)
             fields["k"] = padded(entry.out.width, 0)[0]
             fields["b"], fields["sums"] = self._parts(entry.out)
         if op == LINEAR:

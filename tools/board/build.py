@@ -3,6 +3,7 @@
     wheel-KEY     this project's wheel, from the working tree
     debian-KEY    Debian's arm64 packages, unpacked
     wheels-KEY    the wheels for aarch64 that the project's wheel asks for, and RKNNLite
+    lite-KEY      another version of RKNNLite
     standin-KEY   librknnrt.so, for this machine and for aarch64
     board-KEY     all of them together: root/, project/, bin/
 
@@ -36,7 +37,7 @@ QEMU = "qemu-aarch64-static"
 CPU = "cortex-a76"  # the RK3588's large core: a wheel that asks for more than it has fails here too
 PYTHON = "python3.11"
 DEBIAN = (PYTHON, "libstdc++6", "libgomp1")
-LITE = f"rknn-toolkit-lite2=={DEFAULT_VERSION}"
+LITE = "rknn-toolkit-lite2"
 PLATFORMS = (
     "manylinux2014",
     "manylinux_2_17",
@@ -87,6 +88,12 @@ def make_standin(say: Say) -> Path:
     with _alone(say):
         _install_programs(say)
         return _standin(say)
+
+
+def make_lite(version: str, say: Say) -> Path:
+    """Another version of RKNNLite, alone: a folder for the front of the board's `sys.path`. Raises BoardError."""
+    with _alone(say):
+        return _install("lite", [f"{LITE}=={version}"], say, "--no-deps")
 
 
 def _install_programs(say: Say) -> None:
@@ -163,16 +170,20 @@ def _download_debian(say: Say) -> list[Path]:
 
 def _wheels(wheel: Path, say: Say) -> Path:
     """Everything that the project's wheel asks for, and RKNNLite."""
-    wanted = [*_requirements(wheel), LITE]
+    return _install("wheels", [*_requirements(wheel), f"{LITE}=={DEFAULT_VERSION}"], say)
+
+
+def _install(kind: str, wanted: Sequence[str], say: Say, *options: str) -> Path:
+    """A layer of wheels for aarch64, unpacked."""
 
     def fill(place: Path) -> None:
         say(f"downloading aarch64 wheels: {', '.join(wanted)}")
         platforms = [f"--platform={name}_aarch64" for name in PLATFORMS]
         version = PYTHON.removeprefix("python")
         target = ["--python-version", version, "--implementation", "cp", "--only-binary=:all:"]
-        _pip("install", "--target", place, *target, *platforms, *wanted)
+        _pip("install", "--target", place, *target, *platforms, *options, *wanted)
 
-    return _layer("wheels", _digest(PYTHON, *wanted), fill)
+    return _layer(kind, _digest(PYTHON, *options, *wanted), fill)
 
 
 def _requirements(wheel: Path) -> list[str]:

@@ -1,0 +1,142 @@
+"""int8 in Rockchip's simulator beside int8 in NumPy: each projection alone, whole groups, and whole models.
+
+A group's inputs reach a product in fp16 there and in fp32 here, which now and then rounds to the next number: it is
+counted, and each such difference is of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_npu import toolkit
+from rwkv_npu.backends.base import relative_error
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.calibration import calibrate
+from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.graphs import compiler_model, compiler_weights
+from rwkv_npu.int8 import Int8Maths, Quantised
+from rwkv_npu.maths import log_softmax
+from rwkv_npu.model import demo_model, load
+from rwkv_npu.quantisation import sizes
+from rwkv_npu.ranges import quantise
+from rwkv_npu.recording import record
+from rwkv_npu.remedies import smoothings
+from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.toolkit import CompileOptions, compile_graph
+from tests.tiny import run_main
+
+pytestmark = pytest.mark.compiler
+
+
+@pytest.fixture(scope="module")
+def source() -> CheckpointSource:
+    return CheckpointSource(open_checkpoint(demo_model()))
+
+
+@pytest.fixture(scope="module")
+def quantised(source: CheckpointSource) -> dict[str, Quantised]:
+    """All that may be in int8, smoothed, on a few random tokens: the arithmetic is the same for any ranges."""
+    ids = np.random.default_rng(0).integers(1, source.spec.V, 256)
+    seen = calibrate(source, ids, rows=64).projections
+    found = {}
+    for name in sizes(source.spec):
+        weight = source.tensor(name)
+        found[name] = quantise(name, weight, seen[name], smoothings(weight, seen[name])[1:]).quantised
+        assert np.ptp(found[name].smoothing) > 0, name
+    return found
+
+
+def simulated(
+    source: CheckpointSource,
+    group: str,
+    rows: int,
+    chosen: Mapping[str, Quantised],
+    environment: toolkit.Environment,
+    folder: Path,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What simulator and NumPy make of a group, on rows of a pass of the model; nothing is left to the board's CPU."""
+    (found,) = [g for g in source.program.groups if g.name == group]
+    inputs = record(source, rows)[group].inputs
+    model = compiler_model(source.program, found, rows, source.tensor, chosen)
+    (folder / "g.onnx").write_bytes(model.SerializeToString())
+    weights = compiler_weights(source.program, found, rows)
+    int8 = {
+        name: (chosen[of].input.span, chosen[of].output.span) for name, of in weights.items() if of in chosen
+    }
+    result = compile_graph(
+        environment, folder / "g.onnx", folder / "g.rknn", CompileOptions(int8=int8), inputs
+    )
+    assert not result.cpu_fallback and result.verify_outputs is not None
+    assert sum(layer.dtype == "INT8" and layer.op.startswith("Conv") for layer in result.layers) == len(int8)
+    return result.verify_outputs, source.evaluate(found, Int8Maths(source.tensor, chosen.get), dict(inputs))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(
+    ("group", "name", "output"),
+    [
+        ("head", "head.weight", "logits"),
+        ("mid.1", "blocks.2.att.receptance.weight", "r"),
+        ("mid.1", "blocks.2.att.key.weight", "k"),
+        ("mid.1", "blocks.2.att.value.weight", "v"),
+        ("mid.1", "blocks.1.att.output.weight", "x_out"),
+        ("mid.1", "blocks.1.ffn.key.weight", "x_out"),
+        ("mid.1", "blocks.1.ffn.value.weight", "x_out"),
+    ],
+)
+def test_a_product_is_the_simulators(
+    group: str,
+    name: str,
+    output: str,
+    rows: int,
+    source: CheckpointSource,
+    quantised: dict[str, Quantised],
+    toolkit_environment: toolkit.Environment,
+    tmp_path: Path,
+) -> None:
+    rows = 1 if group == "head" else rows
+    chosen = {name: quantised[name]}
+    theirs, ours = simulated(source, group, rows, chosen, toolkit_environment, tmp_path)
+    if output != "x_out":  # the product itself
+        steps = np.abs(theirs[output] - ours[output]) / quantised[name].output.scale
+        assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.08
+    assert relative_error({output: theirs[output]}, {output: ours[output]}) < 0.01
+
+
+def test_a_model_in_the_simulator_predicts_as_it_does_in_numpy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All large matrices of the demo model in int8, and next to nothing of its predictions lost."""
+    out = tmp_path / "o"
+    options = ("--precision", "mixed", "--rows", "1,64", "--cpu", "fp16", "--verify")
+    status, _, err = run_main(capsys, "convert", demo_model(), "-o", out, *options)
+    assert status == 0 and "large projections in int8" in err
+    manifest = open_bundle(out).manifest
+    assert manifest.int8["mixed"].share >= 0.8 and manifest.int8["mixed"].kl < 0.005
+    assert not any(artifact.on_cpu for artifact in manifest.artifacts)
+    tokens = np.random.default_rng(0).integers(1, manifest.spec.V, 65)
+    found = {}
+    for backend in ("rknn-sim", "numpy"):
+        with load(out, backend=backend, precision="mixed") as model:
+            logits, state = model.forward(tokens[:64], all_logits=True)
+            last, _ = model.forward(tokens[64:], state)
+            found[backend] = np.concatenate([logits, last[None]])
+    with load(demo_model(), backend="numpy") as model:
+        exact = model.forward(tokens, all_logits=True)[0]
+    reference = log_softmax(exact)
+    for backend, logits in found.items():
+        kl = (np.exp(reference) * (reference - log_softmax(logits))).sum(-1).mean()
+        assert kl < 0.02, backend  # of random tokens: what is calibrated with is text
+    assert relative_error({"x": found["rknn-sim"]}, {"x": found["numpy"]}) < 0.1
+
+
+def test_bfloat16_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "o"
+    options = ("--precision", "bf16", "--rows", "1", "--cpu", "fp16", "--verify")
+    assert run_main(capsys, "convert", demo_model(), "-o", out, *options)[0] == 0
+    errors = [artifact.error for artifact in open_bundle(out).manifest.artifacts]
+    assert all(error is not None and error < 0.05 for error in errors)
