@@ -119,7 +119,8 @@ class Manifest:
     weights, quick to have of any checkpoint; weights_digest: of every value.
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
-    int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from.
+    int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from;
+    int8_inputs: by group and input, the largest magnitude that calibration saw.
     headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
     """
 
@@ -142,6 +143,7 @@ class Manifest:
     int8: dict[str, Int8Set] = field(default_factory=dict)
     sensitivity: list[Sensitivity] = field(default_factory=list)
     int8_key: str = ""
+    int8_inputs: dict[str, dict[str, float]] = field(default_factory=dict)
     headroom: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -32,12 +32,14 @@ SHORT, MEDIUM = (
     64,
     512,
 )  # tokens of a context; each has a quarter of all tokens, and one long context has half
+STRETCHES = 8  # in which rows are fitted and held out by turns
 SLICE = 512  # the chip adds up products over K in slices of so many, whose sums are probably fp16
 
 
 @dataclass
 class Samples:
-    """Inputs of a projection. rows: (n, K) fp32, a uniform sample. low, high: (K,), of all `seen` rows."""
+    """Inputs of a projection. rows: (n, K) fp32, a uniform sample in the order of the text. low, high: (K,), of all
+    `seen` rows."""
 
     rows: np.ndarray
     low: np.ndarray
@@ -50,8 +52,13 @@ class Samples:
         return np.maximum(-self.low, self.high)
 
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to fit with, and as many that are held out. There are at least two."""
-        return self.rows[::2], self.rows[1::2]
+        """Rows to fit with, and as many that are held out. There are at least two.
+
+        They take turns in long stretches, so that they are of different texts: what neighbours have in common would
+        hide a channel that one text uses and another does not.
+        """
+        stretches = np.array_split(self.rows, min(STRETCHES, len(self.rows)))
+        return np.concatenate(stretches[::2]), np.concatenate(stretches[1::2])
 
 
 @dataclass
@@ -78,6 +85,7 @@ class Reservoir:
 
     def __init__(self, keep: int, rng: np.random.Generator):
         self.keep, self._rng, self._seen = keep, rng, 0
+        self._numbers = np.zeros(keep, np.int64)
 
     def admit(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """For the next `count` items: which of them are kept, and in which of the places 0 .. keep - 1."""
@@ -86,7 +94,13 @@ class Reservoir:
         self._seen += count
         kept = np.flatnonzero(places < self.keep)[::-1]
         _, last = np.unique(places[kept], return_index=True)  # of several for one place the last one stays
-        return kept[last], places[kept[last]]
+        kept = kept[last]
+        self._numbers[places[kept]] = numbers[kept]
+        return kept, places[kept]
+
+    def order(self) -> np.ndarray:
+        """The places in the order in which what is kept there came, once all are taken."""
+        return np.argsort(self._numbers)
 
 
 @dataclass
@@ -204,12 +218,31 @@ def calibrate(
             network.logits(run, network.hidden(run, step[:, None], parts))
             if progress:
                 progress(len(step) - (number == 0))  # the end of text is none of the user's
+    for samples in seen.samples.values():
+        samples.rows = samples.rows[rows_kept.order()]
     if not np.isfinite(list(seen.peaks.values())).all():
         raise CheckpointError(
             "the model's values do not stay finite over the calibration text: are its weights whole?"
         )
     kept = {name: list(by_place.values()) for name, by_place in calls.items()}
     return Calibration(seen.samples, kept, dict(seen.peaks), len(tokens))
+
+
+def input_peaks(groups: Sequence[Group], seen: Calibration) -> dict[str, dict[str, float]]:
+    """By group and input, the largest magnitude of what the CPU hands over and int8 is made of.
+
+    `groups` are those of layer fusion, in which `seen` was. Of the other fusion there is what attention's output reads.
+    """
+    found = {
+        group.name: {
+            port.name: seen.peaks[f"{group.name}.{port.name}"]
+            for port in group.inputs
+            if port.name in ("y", "att_last", "ffn_last") or group.role == "head"
+        }
+        for group in groups
+    }
+    outputs = {f"att.out.{g.layer}": {"y": found[g.name]["y"]} for g in groups if "y" in found[g.name]}
+    return {**found, **outputs}
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> np.ndarray:

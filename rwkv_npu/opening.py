@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rwkv_npu import board
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
+from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
@@ -24,7 +25,8 @@ from rwkv_npu.sources import ModelSource
 # What steps in for an NPU, on the weights as they are stored, and the choice where there is none: the fastest that is
 # installed.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
-NPU_BACKEND = "rknn"
+NPU_BACKEND, SIMULATOR = "rknn", "rknn-sim"
+STATIC_RANGES = (NPU_BACKEND, SIMULATOR)  # the other backends that multiply in int8 look at each row
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
-                opened[name] = guard = Guard(npu, recorded, cpu, faults, bound=bound, advice=advice)
-                guards.append(guard)
+                guards.append(Guard(npu, recorded, cpu, faults, bound=bound, advice=advice))
+                opened[name] = _watched(guards[-1], source)
             else:
-                opened[name] = open_backend(name, source, threads=options.threads)
+                opened[name] = _watched(open_backend(name, source, threads=options.threads), source)
             on_failure.callback(opened[name].close)
         engine = Engine(
             source.program,
@@ -72,9 +74,18 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
     return engine
 
 
-def _in_int8(source: ModelSource) -> bool:
+def _watched(backend: Backend, source: ModelSource) -> Backend:
+    """With a word where inputs leave the ranges of int8, if these are fixed, as those of artifacts are."""
+    ranges = source.int8_inputs()
+    in_int8 = (
+        backend.name in STATIC_RANGES and ranges and _in_int8(source, any_target=backend.name == SIMULATOR)
+    )
+    return Watched(backend, ranges) if in_int8 else backend
+
+
+def _in_int8(source: ModelSource, *, any_target: bool = False) -> bool:
     """Whether an NPU's backend will multiply in int8: as it is told, or as the artifacts that it finds."""
-    found = next((a.precision for a in source.artifacts() if a.target == board.soc()), None)
+    found = next((a.precision for a in source.artifacts() if any_target or a.target == board.soc()), None)
     return (source.precision or found) in INT8_PRECISIONS
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
-from rwkv_npu.calibration import calibrate
+from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
 from rwkv_npu.ranges import Choice, quantise
 from rwkv_npu.remedies import smoothings
@@ -124,7 +124,10 @@ class Quantisation:
             return self._bundle.manifest.sensitivity
         try:
             notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
-            return [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
+            table = [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
+            if table:
+                self._bundle.manifest.int8_inputs = notes["inputs"]
+            return table
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -143,6 +146,7 @@ class Quantisation:
         path = self._bundle.path / INT8
         path.parent.mkdir(exist_ok=True)
         self._forget()
+        self._bundle.manifest.int8_inputs = input_peaks(self._source.program.groups, seen)
         aside = path.with_name(path.name + ".writing")
         write_tensors(aside, plans)
         os.replace(aside, path)
@@ -155,7 +159,7 @@ class Quantisation:
         manifest, folder = self._bundle.manifest, self._bundle.path
         (folder / NOTES).unlink(missing_ok=True)
         stale = [artifact.path for artifact in manifest.artifacts if artifact.int8]
-        manifest.int8, manifest.sensitivity, manifest.int8_key = {}, [], ""
+        manifest.int8, manifest.sensitivity, manifest.int8_key, manifest.int8_inputs = {}, [], "", {}
         manifest.artifacts = [artifact for artifact in manifest.artifacts if not artifact.int8]
         gone = {INT8, *stale}
         manifest.files = {name: record for name, record in manifest.files.items() if name not in gone}
@@ -165,7 +169,11 @@ class Quantisation:
             (folder / name).unlink(missing_ok=True)
 
     def _note(self, table: list[Sensitivity]) -> None:
-        notes = {"key": self._key, "table": [asdict(row) for row in table]}
+        notes = {
+            "key": self._key,
+            "table": [asdict(row) for row in table],
+            "inputs": self._bundle.manifest.int8_inputs,
+        }
         write_atomically(self._bundle.path / NOTES, json.dumps(notes).encode())
 
     # -- what it costs --

@@ -21,8 +21,13 @@ _SMALLEST = 1e-5  # of the largest channel or row: one that is silent is not blo
 
 
 def smoothings(weight: np.ndarray, samples: Samples) -> list[np.ndarray | None]:
-    """Candidates for a projection (K, N): none at all, and one (K,) for each of ALPHAS."""
-    return [None, *(smoothing(samples.absmax, weight, alpha) for alpha in ALPHAS)]
+    """Candidates for a projection (K, N): none at all, and one (K,) for each of ALPHAS.
+
+    By the fitted rows alone, so that those held out show what becomes of a channel that is silent in one text only.
+    """
+    fitted, _ = samples.halves()
+    absmax = np.abs(fitted).max(0)
+    return [None, *(smoothing(absmax, weight, alpha) for alpha in ALPHAS)]
 
 
 def smoothing(absmax: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:

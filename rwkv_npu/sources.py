@@ -85,6 +85,10 @@ class ModelSource:
         """The artifacts that there are for this fusion."""
         return []
 
+    def int8_inputs(self) -> dict[str, dict[str, float]]:
+        """By group and input, the largest magnitude that int8 was calibrated for."""
+        return {}
+
     def initial_states(self) -> dict[int, np.ndarray]:
         """The tuned `time_state` (H, N, N) of every layer that has one."""
         names = {layer: f"blocks.{layer}.att.time_state" for layer in range(self.spec.L)}
@@ -143,6 +147,9 @@ class BundleSource(ModelSource):
     def artifacts(self) -> list[Artifact]:
         all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
         return [a for a in all_ if self.precision in (None, a.precision)]
+
+    def int8_inputs(self) -> dict[str, dict[str, float]]:
+        return self.bundle.manifest.int8_inputs
 
     def artifact_path(self, artifact: Artifact) -> Path:
         return self.bundle.path / artifact.path

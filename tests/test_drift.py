@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rwkv_npu.backends.base import allocate_inputs
 from rwkv_npu.backends.drift import ENOUGH, EVERY, Watched
+from rwkv_npu.opening import _watched
 from rwkv_npu.spec import Group, Port
 
 MID = Group("mid", 0, (Port("y", 8), Port("x", 8)), (Port("x_out", 8),))
@@ -91,3 +93,30 @@ def test_it_stands_for_its_backend() -> None:
     assert (runner.run()["x_out"] == 3).all()
     watched.close()
     assert backend.closed
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "there", "watched"),
+    [
+        ("rknn-sim", None, "w8a8", True),
+        ("rknn-sim", "mixed", "mixed", True),
+        ("rknn", "w8a8", "w8a8", True),
+        ("rknn-sim", None, "fp16", False),  # calibrated, and not used
+        ("rknn-sim", "fp16", "fp16", False),
+        ("rknn-matmul", "w8a8", "w8a8", False),  # chooses its ranges by each row
+        ("numba", None, "w8a8", False),
+    ],
+)
+def test_only_fixed_ranges_are_watched(name: str, asked: str | None, there: str, watched: bool) -> None:
+    backend = Backend()
+    backend.name = name
+    artifacts = [SimpleNamespace(precision=there, target="rk3588")]
+    source = SimpleNamespace(precision=asked, artifacts=lambda: artifacts, int8_inputs=lambda: RANGES)
+    assert isinstance(_watched(backend, source), Watched) == watched  # type: ignore[arg-type]
+
+
+def test_a_model_without_ranges_is_not_watched() -> None:
+    backend = Backend()
+    backend.name = "rknn-sim"
+    source = SimpleNamespace(precision="w8a8", artifacts=lambda: [], int8_inputs=dict)
+    assert _watched(backend, source) is backend  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.headroom import LIMIT, choose_scaling, magnitudes, too_large
+from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, GENERATIONS, Scaling
@@ -47,12 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(source: CheckpointSource) -> np.ndarray:
-    network = Network(source.program, source.tensor)
+    network, maths = Network(source.program, source.tensor), NumpyMaths(source.tensor)
     state = new_state(source.spec, source.fingerprint, {})
     parts = {name: part[:, None] for name, part in state.parts.items()}
 
     def run(group, inputs):  # type: ignore[no-untyped-def]
-        return source.program.evaluate(group, network._maths, dict(inputs))
+        return source.program.evaluate(group, maths, dict(inputs))
 
     return network.logits(run, network.hidden(run, IDS[:, None], parts))
 
