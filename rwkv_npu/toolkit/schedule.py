@@ -140,9 +140,12 @@ def _next(waiting: list[Job], running: list[Job], parallel: int, limit: int) -> 
 
 
 def _refusal(job: Job, limit: int) -> str:
+    arithmetic = (
+        f"{RSS_BASE / 1e9} GB + {job.rss_per_byte:.0f} x {job.weight_bytes / 1e9:.2f} GB of weights as fp32"
+    )
     return (
-        f"building {job.out_path.name} needs about {job.estimated_rss / 1e9:.1f} GB of memory ({RSS_BASE / 1e9} GB +"
-        f" {job.rss_per_byte:.0f} x {job.weight_bytes / 1e9:.2f} GB of weights as fp32); {limit / 1e9:.1f} GB are available"
+        f"building {job.out_path.name} needs about {job.estimated_rss / 1e9:.1f} GB of memory ({arithmetic}); "
+        f"{limit / 1e9:.1f} GB are available"
     )
 
 
