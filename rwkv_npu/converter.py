@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rwkv_npu
-from rwkv_npu import quantisation
+from rwkv_npu import headroom, quantisation
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts, remove_notes
 from rwkv_npu.bundle import (
     FORMAT,
@@ -45,7 +45,6 @@ from rwkv_npu.calibration_ids import default_ids, read_ids
 from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
-from rwkv_npu.headroom import keep_in_range
 from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
@@ -206,8 +205,11 @@ def convert(
     _check_values(opened, manifest, request, place, say)
     if request.compiles or request.quantises:
         unscaled = CheckpointSource(opened)
-        ids = ids if ids is not None else default_ids(words, unscaled, say, at_least=rows)
-        keep_in_range(manifest, unscaled, ids, adding is not None, say)
+        seen = ids
+        if ids is None:
+            ids = default_ids(words, unscaled, say, at_least=rows)
+            seen = ids[: headroom.TOKENS]
+        headroom.keep_in_range(manifest, unscaled, seen, adding is not None, say)
     with _workspace(place, manifest, adding is not None) as folder:
         _drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)

@@ -22,6 +22,9 @@ from rwkv_npu.spec import Scaling, Spec
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not
 
+TOKENS = (
+    2048  # that suffice of our own text: extremes show early, and in fp16 there is nothing else to wait for
+)
 ROWS = 256  # of a step: any number finds the same, and weights are widened once a step
 
 _ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale
@@ -36,6 +39,7 @@ def keep_in_range(
 
     A bundle that is added to keeps those that its graphs have; `say` is told of what passes LIMIT under them.
     """
+    say(f"reading {len(ids)} tokens to keep fp16 in range")
     with tqdm(total=len(ids), desc="calibrate", unit="token", leave=False, disable=None) as bar:
         seen = calibrate(source, ids, rows=min(ROWS, len(ids)), keep=2, progress=bar.update)
     if not adding:
