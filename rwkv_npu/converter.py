@@ -205,11 +205,9 @@ def convert(
     _check_values(opened, manifest, request, place, say)
     if request.compiles or request.quantises:
         unscaled = CheckpointSource(opened)
-        seen = ids
-        if ids is None:
-            ids = default_ids(words, unscaled, say, at_least=rows)
-            seen = ids[: headroom.TOKENS]
-        headroom.keep_in_range(manifest, unscaled, seen, adding is not None, say)
+        enough = headroom.TOKENS if ids is None else len(ids)
+        ids = ids if ids is not None else default_ids(words, unscaled, say, at_least=rows)
+        headroom.keep_in_range(manifest, unscaled, ids[:enough], adding is not None, say)
     with _workspace(place, manifest, adding is not None) as folder:
         _drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
         write_weights(folder, CheckpointSource(opened), manifest.cpu, say)
