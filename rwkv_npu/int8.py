@@ -5,8 +5,8 @@
     Int8Maths   the reference, with some projections quantised
 
 Between the projections everything stays in floating point; the chip converts in both directions. Rounding is to the
-nearest, sums are exact (int32 there, and integers below 2^24, or as good as, in fp32 here): what this computes is what
-Rockchip's simulator computes, number for number.
+nearest, sums are exact (int32 there, and integers below 2^24, or as good as, in fp32 here): from the same inputs this
+computes what Rockchip's simulator does. In a graph they arrive in fp16, of which some round to the next step.
 
 Letters: M rows, K width of the input, N of the output.
 """

@@ -204,10 +204,9 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
         everything = len(sizes(manifest.spec))
         assert (len(manifest.int8["mixed"].projections) == everything) == (limit == "10")
     assert all(artifact.int8 for artifact in manifest.artifacts)
-    # Bytes of int8: of low-rank matrices twice as many.
-    low = sum(8 * (64 + 64) for _ in "wagv") * 2
+    # A byte a number, a little for each column, and the small low-rank matrices in fp16.
     weights = sum(sizes(manifest.spec).values())
-    assert weights < sum(a.weight_bytes for a in manifest.artifacts) <= weights + 2 * low
+    assert weights < sum(artifact.weight_bytes for artifact in manifest.artifacts) < 1.3 * weights
 
 
 def test_another_text_makes_all_of_int8_anew(

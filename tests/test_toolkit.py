@@ -211,11 +211,15 @@ def test_options_as_the_child_takes_them() -> None:
             "custom_string": "hash",
         },
         "input_shapes": {"x": [2, 3]},
+        "int8": {},
     }
     rows = [{"x": np.zeros(2)}, {"x": np.ones(2)}]
     quantized = toolkit.CompileOptions(precision="w8a8", calibration=rows)
     assert quantized.request()["config"]["quantized_dtype"] == "w8a8"
     assert list(quantized.arrays()) == ["0/x", "1/x"]
+    chosen = toolkit.CompileOptions(int8={"w": ((-1.0, 2.0), (0.0, 3.0))}).request()
+    assert chosen["config"]["quantized_dtype"] == "w8a8"
+    assert chosen["int8"] == {"w": {"input": (-1.0, 2.0), "output": (0.0, 3.0)}}
 
 
 # --- where the compiler lives
