@@ -192,7 +192,7 @@ def convert(
     _check_place(place, source)
     adding = _existing(place, opened, request)
     manifest = adding or _new_manifest(opened, request)
-    mapped = _mapped(precision_map, request, opened.spec)
+    mapped = mapped_projections(precision_map, request, opened.spec)
     compiler, planned = None, []
     chosen: Sequence[str] = ()
     if request.compiles:
@@ -246,7 +246,9 @@ def convert(
     return place
 
 
-def _mapped(precision_map: str | os.PathLike[str] | None, request: Request, spec: Spec) -> list[str] | None:
+def mapped_projections(
+    precision_map: str | os.PathLike[str] | None, request: Request, spec: Spec
+) -> list[str] | None:
     """What a map has in int8, None without one. Raises UsageError."""
     if precision_map is None:
         return None

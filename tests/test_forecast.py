@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu import toolkit
 from rwkv_npu.artifacts import plan_artifacts
-from rwkv_npu.bundle import HOST, WEIGHTS, open_bundle, packed_file
+from rwkv_npu.bundle import HOST, MANIFEST, WEIGHTS, Int8Set, open_bundle, packed_file, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.commands.dry_run import table
 from rwkv_npu.converter import Request
@@ -269,6 +269,30 @@ def test_the_command_compiles_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.pth")
+    (tmp_path / "map.json").write_text('{"*.ffn.*": "w8a8"}')
+    flags = (tmp_path / "model.pth", "-o", tmp_path / "out", "--dry-run", "--json")
+
+    def mixed(*more: object) -> dict[str, object]:
+        found: dict[str, object] = json.loads(run(*flags, *more)[1])["variants"][1]
+        return found
+
+    assumed = mixed()
+    assert assumed["assumed"] and assumed["int8"] == pytest.approx(0.8)
+    mapped = mixed("--precision", "mixed", "--precision-map", tmp_path / "map.json")
+    spec = open_checkpoint(tmp_path / "model.pth").spec
+    ffn = [name for name in sizes(spec) if ".ffn." in name]
+    share = sum(prod(t.shape) for t in tensors(spec) if t.name in ffn) / sum(weights(spec).values())
+    assert not mapped["assumed"] and mapped["int8"] == pytest.approx(share)
+    rwkv_npu.convert(tmp_path / "model.pth", tmp_path / "out", target="none")
+    manifest = read_manifest(tmp_path / "out")
+    manifest.int8["mixed"] = Int8Set(tuple(ffn), share, 0.001)
+    (tmp_path / "out" / MANIFEST).write_text(manifest.to_json())
+    assert mixed() == mapped
+    assert mixed("--force") == assumed  # the bundle would be replaced
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -276,6 +300,7 @@ def test_the_command_compiles_and_writes_nothing(
         ([demo_model(), "--dry-run", "--target", "rk9999"], "rk9999"),
         ([demo_model(), "--dry-run", "--rows", "0"], "rows"),
         ([demo_model(), "--dry-run", "--cpu", "int3"], "int3"),
+        ([demo_model(), "--dry-run", "--precision-map", "m.json"], "precision map is for --precision mixed"),
         ([demo_model(), "--json"], "--json is for --dry-run"),
     ],
 )
@@ -310,7 +335,7 @@ def test_cycles_are_those_of_the_compiler(
 
 @pytest.mark.compiler
 def test_artifacts_weigh_what_was_foretold(board_bundles: dict[str, Path]) -> None:
-    """The demo model's, each to 15 per cent though it is small, and all to 7."""
+    """The demo model's, each to 10 per cent though it is small, and all to 6."""
     manifest = open_bundle(board_bundles["7"]).manifest
     for fusion in FUSIONS:
         fp16 = by_precision(forecast(open_checkpoint(demo_model()), request(fusion=fusion, rows=(1, 16))))[
@@ -318,8 +343,8 @@ def test_artifacts_weigh_what_was_foretold(board_bundles: dict[str, Path]) -> No
         ]
         sizes = {path: manifest.files[path].size for path in fp16.files}
         for path, foretold in fp16.files.items():
-            assert foretold == pytest.approx(sizes[path], rel=0.15), path
-        assert sum(fp16.files.values()) == pytest.approx(sum(sizes.values()), rel=0.07)
+            assert foretold == pytest.approx(sizes[path], rel=0.1), path
+        assert sum(fp16.files.values()) == pytest.approx(sum(sizes.values()), rel=0.06)
 
 
 @pytest.mark.compiler
@@ -344,6 +369,6 @@ def test_int8_artifacts_are_as_foretold(
     (artifact,) = [a for a in w8a8.artifacts if (a.group, a.rows) == (name, rows)]
     assert made.cycles is not None
     assert artifact.cycles["npu"] == pytest.approx(made.cycles.npu, rel=0.001)
-    assert artifact.cycles["total"] == pytest.approx(made.cycles.total, rel=0.04)
+    assert artifact.cycles["total"] == pytest.approx(made.cycles.total, rel=0.02)
     assert artifact.weight_bytes == pytest.approx(made.npu_weight_bytes, rel=0.06)
-    assert w8a8.files[artifact.path] == pytest.approx(made.size, rel=0.15)
+    assert w8a8.files[artifact.path] == pytest.approx(made.size, rel=0.1)

@@ -45,7 +45,7 @@ from rwkv_npu.errors import BackendError
 # several times faster than its parts.
 BLOCK = np.dtype(np.complex128)
 # Bytes of weights below which a part of its own is not worth a thread. One core of the NPU was seen to read 10 GB/s, so
-# that it takes 0.1 ms over these, and handing them to a thread takes about as long (bench/results/board-dispatch-*).
+# that it takes 0.1 ms over these; handing them to a thread takes 0.04 to 0.2 ms (bench/results/board-dispatch-*).
 MIN_PART = 1 << 20
 _LARGEST_INT8 = 127
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.checkpoint import Checkpoint, open_checkpoint
 from rwkv_npu.commands.common import size
-from rwkv_npu.converter import Request, bundle_place, parse_rows
+from rwkv_npu.converter import Request, bundle_place, mapped_projections, parse_rows
 from rwkv_npu.estimate import CALL_OVERHEAD_US, Rate
 from rwkv_npu.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS
@@ -29,15 +29,21 @@ def run(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         verify=arguments.verify,
         force=arguments.force,
+        max_kl=arguments.max_kl,
     )
     checkpoint = open_checkpoint(arguments.checkpoint)
-    found = forecast(checkpoint, request, _chosen(arguments, checkpoint))
+    found = forecast(checkpoint, request, _chosen(arguments, request, checkpoint))
     print(json.dumps(found.to_json(), indent=1) if arguments.json else table(found))
     return 0
 
 
-def _chosen(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Collection[str] | None:
-    """What `mixed` has in int8, where the bundle that would be added to has it chosen."""
+def _chosen(
+    arguments: argparse.Namespace, request: Request, checkpoint: Checkpoint
+) -> Collection[str] | None:
+    """What `mixed` has in int8: what a map says, or the bundle that would be added to; None where neither is there."""
+    mapped = mapped_projections(arguments.precision_map, request, checkpoint.spec)
+    if mapped is not None:
+        return mapped
     place = bundle_place(Path(arguments.checkpoint), arguments.out)
     if arguments.force or not is_bundle(place):
         return None

@@ -22,6 +22,7 @@ from rwkv_npu.toolkit.worker import Worker
 
 # Measured with 2.5.0: 0.30 GB for 19 MB of weights as fp32, 1.36 for 206, 3.38 for 537.
 RSS_BASE, RSS_PER_BYTE = 250_000_000, 6.0
+INT8_RSS_PER_BYTE = 8.0  # products in int8 are built in two steps: 1.77 GB for 201
 HELD_PER_BYTE = 3.2  # what a simulator keeps once it is built: 0.73 GB for 206 MB
 SHARE = 0.8  # of the limit, for builds that run together: an estimate may be short
 
@@ -44,7 +45,11 @@ class Job:
     @property
     def estimated_rss(self) -> int:
         """Bytes of memory that building this is expected to take."""
-        return RSS_BASE + round(RSS_PER_BYTE * self.weight_bytes)
+        return RSS_BASE + round(self.rss_per_byte * self.weight_bytes)
+
+    @property
+    def rss_per_byte(self) -> float:
+        return INT8_RSS_PER_BYTE if self.options.int8 else RSS_PER_BYTE
 
     @property
     def simulator_rss(self) -> int:
@@ -135,9 +140,12 @@ def _next(waiting: list[Job], running: list[Job], parallel: int, limit: int) -> 
 
 
 def _refusal(job: Job, limit: int) -> str:
+    arithmetic = (
+        f"{RSS_BASE / 1e9} GB + {job.rss_per_byte:.0f} x {job.weight_bytes / 1e9:.2f} GB of weights as fp32"
+    )
     return (
-        f"building {job.out_path.name} needs about {job.estimated_rss / 1e9:.1f} GB of memory ({RSS_BASE / 1e9} GB +"
-        f" {RSS_PER_BYTE:.0f} x {job.weight_bytes / 1e9:.2f} GB of weights as fp32); {limit / 1e9:.1f} GB are available"
+        f"building {job.out_path.name} needs about {job.estimated_rss / 1e9:.1f} GB of memory ({arithmetic}); "
+        f"{limit / 1e9:.1f} GB are available"
     )
 
 
