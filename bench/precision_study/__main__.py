@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -71,6 +72,8 @@ class Study:
         share = len(self._ids) / len(read.ids)
         self._bytes = None if read.bytes is None else round(read.bytes * share)
         what = {"checkpoint": Path(self._checkpoint).name, "text": Path(text).name, "tokens": len(self._ids)}
+        what["command"] = "python -m bench.precision_study " + shlex.join(sys.argv[1:])
+        what["parameters"] = self._reference.spec.parameters
         self.result: dict[str, Any] = {**what, "context": CONTEXT, "rows": {}, "mixed": None}
         if self._json.is_file():
             found = json.loads(self._json.read_text(encoding="utf-8"))
@@ -154,7 +157,9 @@ def _quantised(
 
 def table(result: dict[str, Any]) -> Iterator[str]:
     """The study in Markdown."""
-    yield f"# Precision of {result['checkpoint']}"
+    yield f"# Precision of {result['checkpoint']}, {result['parameters'] / 1e6:.1f} M parameters"
+    yield ""
+    yield f"`{result['command']}`"
     yield ""
     yield (
         f"{result['tokens']} tokens of {result['text']} in contexts of {result['context']}, against fp32 in NumPy. KL "
