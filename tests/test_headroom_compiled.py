@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rwkv_npu
-from rwkv_npu import converter
+from rwkv_npu import headroom
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.errors import BackendError
 from rwkv_npu.evaluation import evaluate
@@ -48,7 +48,7 @@ def test_chosen_scales_hold_over_a_long_context(checkpoint: Path) -> None:
 
 
 def test_without_them_it_overflows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "keep_in_range", lambda *arguments: None)
+    monkeypatch.setattr(headroom, "keep_in_range", lambda *arguments: None)
     out = rwkv_npu.convert(checkpoint, checkpoint.with_suffix(".plain.rwkv"), rows=64, cpu="fp16")
     ids = np.random.default_rng(0).integers(1, 256, 64)
     with rwkv_npu.load(out, backend="rknn-sim") as model, pytest.raises(BackendError, match="not finite"):
