@@ -68,6 +68,13 @@ def calibration_text(encode: Encode) -> Tokens:
     return Tokens(np.concatenate([part.ids for part in known]), _bytes(known))
 
 
+def held_out_text(encode: Encode) -> Tokens:
+    """Prose that ships with the package and that the demo model was not trained on."""
+    held_out = importlib.resources.files("rwkv_npu") / "data" / "demo" / "heldout.txt"
+    with importlib.resources.as_file(held_out) as file:
+        return read_tokens(str(file), encode)
+
+
 def _bytes(parts: list[Tokens]) -> int:
     return sum(part.bytes or 0 for part in parts)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.peers import results, study
+from bench.peers import quality, results, study
 from bench.peers.children import Child
 from bench.peers.export_gguf import entries, export, gguf_name, metadata
 from bench.peers.systems import OURS, REFERENCE, SYSTEMS, Failed, chosen, fitting, size_on_disk
@@ -257,6 +257,31 @@ def test_report_names_everything() -> None:
     assert "| system | decode t/s | prefill of 8 t/s |" in text and "prompts of 8 and 16 tokens" in text
     assert "| rwkv fp32 | 2.00 (1.00-4.00) |" in text
     assert "- llama.cpp F16: no compiler" in text
+
+
+def test_what_a_format_costs_a_model() -> None:
+    """Logits that differ by a constant are the same predictions; two of four choices swapped are not."""
+    reference = np.log(np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]], np.float32))
+    same = quality.compared(reference + 3, reference, [0, 2], size=1)
+    assert same == pytest.approx(
+        {"bits_per_byte": 3.0, "kl_mean": 0.0, "kl_p99": 0.0, "same_best": 1.0}, abs=1e-6
+    )
+    other = reference.copy()
+    other[1] = np.log([0.5, 0.25, 0.25])
+    found = quality.compared(other, reference, [0, 2], size=2)
+    assert found["same_best"] == 0.5 and found["bits_per_byte"] == pytest.approx(1.5)
+    assert found["kl_mean"] == pytest.approx(0.25 * np.log(2) / 2, rel=1e-5)
+    text = quality.report(
+        {
+            "tokens": 2,
+            "bytes": 2,
+            "commit": "1",
+            "command": "c",
+            "systems": {"a": found},
+            "left_out": {"b": "no"},
+        }
+    )
+    assert "| a | 1.5000 |" in text and "left out: b: no" in text
 
 
 # -- systems -----------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from bench.peers.__main__ import commit, save, say
 from bench.peers.study import logits_of, open_child
 from bench.peers.systems import SYSTEMS, Failed, Workshop
 from rwkv_npu.bench.machine import describe
-from rwkv_npu.commands.evaluate import default_text
-from rwkv_npu.evaluation import log_softmax
+from rwkv_npu.evaluation.likelihood import compare
+from rwkv_npu.texts import held_out_text
 from rwkv_npu.tokenizer import END_OF_TEXT
 
 DEMO = Path(rwkv_npu.__file__).parent / "data" / "demo" / "model.pth"
@@ -36,9 +36,8 @@ def main() -> int:
     folder = Path(arguments.folder).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     workshop = Workshop(folder, arguments.torch, arguments.threads, say)
-    text = default_text()
     model = rwkv_npu.load(DEMO, backend="numpy")
-    ids = model.encode(text)[: arguments.max_tokens]
+    ids = held_out_text(model.encode).ids[: arguments.max_tokens].tolist()
     size = sum(len(model.tokenizer.token_bytes(token) or b"") for token in ids)
     reference, _ = model.forward([END_OF_TEXT, *ids[:-1]], all_logits=True)
     shutil.copy(DEMO, folder / "demo.pth")
@@ -72,14 +71,12 @@ def main() -> int:
 
 def compared(logits: np.ndarray, reference: np.ndarray, ids: Sequence[int], size: int) -> dict[str, float]:
     """KL(reference || logits) in nats per token, bits per byte of the text, and the share of the same first choice."""
-    log_p, log_q = log_softmax(logits), log_softmax(reference)
-    kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
-    likelihood = np.take_along_axis(log_p, np.asarray(ids)[:, None], 1).sum()
+    log_p, kl = compare(logits, np.asarray(ids), reference)
     return {
-        "bits_per_byte": float(-likelihood / np.log(2) / size),
+        "bits_per_byte": float(-log_p.sum() / np.log(2) / size),
         "kl_mean": float(kl.mean()),
         "kl_p99": float(np.quantile(kl, 0.99)),
-        "same_best": float((log_p.argmax(-1) == log_q.argmax(-1)).mean()),
+        "same_best": float((logits.argmax(-1) == reference.argmax(-1)).mean()),
     }
 
 

@@ -11,7 +11,6 @@ measured on a board.
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import shlex
 import sys
@@ -39,7 +38,7 @@ from rwkv_npu.quantisation import sizes
 from rwkv_npu.ranges import ALGORITHMS, quantise
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.texts import read_tokens
+from rwkv_npu.texts import held_out_text, read_tokens
 
 TOKENS, CONTEXT, ROWS = 8192, 4096, 64
 # How the ranges of a row are chosen: with smoothing, and by which algorithms.
@@ -66,12 +65,16 @@ class Study:
         self._checkpoint, self._out = arguments.checkpoint, Path(arguments.out)
         self._json = self._out.with_suffix(".json")
         self._reference = rwkv_npu.load(self._checkpoint, backend="numpy")
-        text = arguments.text or str(importlib.resources.files("rwkv_npu") / "data" / "demo" / "heldout.txt")
-        read = read_tokens(text, self._reference.encode)
+        encode, text = self._reference.encode, arguments.text
+        read = held_out_text(encode) if text is None else read_tokens(text, encode)
         self._ids = read.ids[: arguments.tokens]
         share = len(self._ids) / len(read.ids)
         self._bytes = None if read.bytes is None else round(read.bytes * share)
-        what = {"checkpoint": Path(self._checkpoint).name, "text": Path(text).name, "tokens": len(self._ids)}
+        what = {
+            "checkpoint": Path(self._checkpoint).name,
+            "text": Path(text or "heldout.txt").name,
+            "tokens": len(self._ids),
+        }
         what["command"] = "python -m bench.precision_study " + shlex.join(sys.argv[1:])
         what["parameters"] = self._reference.spec.parameters
         self.result: dict[str, Any] = {**what, "context": CONTEXT, "rows": {}, "mixed": None}

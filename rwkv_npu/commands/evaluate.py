@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.resources
 import json
 import sys
 from pathlib import Path
@@ -22,9 +21,7 @@ from rwkv_npu.evaluation import Evaluation, Lambada, evaluate, evaluate_lambada,
 from rwkv_npu.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
 from rwkv_npu.opening import CPU_BACKEND
-from rwkv_npu.texts import Encode, Tokens, read_tokens
-
-HELD_OUT = "data/demo/heldout.txt"
+from rwkv_npu.texts import held_out_text, read_tokens
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,9 +53,12 @@ def _measure_text(
     arguments: argparse.Namespace, opened: contextlib.ExitStack, resume: Path | None
 ) -> tuple[dict[str, Any], str]:
     models = functools.cache(lambda: _models(arguments, opened))
-    tokens = _tokens(
-        arguments.text, lambda text: models()[0].encode(text)
-    )  # what is wrong there is said at once
+
+    def encode(text: str) -> list[int]:
+        return models()[0].encode(text)
+
+    # What is wrong with a file is said before a model is loaded, if ids need none.
+    tokens = read_tokens(arguments.text, encode) if arguments.text is not None else held_out_text(encode)
     model, reference = models()
     ids = tokens.ids[: arguments.max_tokens]
     whole = tokens.bytes is not None and len(ids) == len(tokens.ids)
@@ -86,14 +86,6 @@ def _measure_lambada(
 
 def _bar(total: int, unit: str) -> tqdm[Any]:
     return tqdm(total=total, desc="eval", unit=unit, leave=False, disable=None)
-
-
-def _tokens(path: str | None, encode: Encode) -> Tokens:
-    """Those of a file; by default of prose that the demo model was not trained on."""
-    if path is not None:
-        return read_tokens(path, encode)
-    with importlib.resources.as_file(importlib.resources.files("rwkv_npu") / HELD_OUT) as file:
-        return read_tokens(str(file), encode)
 
 
 def _bytes(model: Model, ids: np.ndarray) -> int | None:
