@@ -5,7 +5,6 @@ Every file appears whole, by a rename, so that a conversion that was interrupted
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,7 @@ from rwkv_npu.models.network import Program
 from rwkv_npu.packing import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
-from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
+from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.tokenizer import Tokenizer
 
 STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
@@ -52,9 +51,7 @@ def write_weights(folder: Path, source: CheckpointSource, cpu: str, say: Callabl
         if not path.exists():
             say(f"writing {name}")
             plans = [_plan(source, tensor, dtype) for tensor in chosen]
-            aside = path.with_name(path.name + ".writing")
-            write_tensors(aside, plans)
-            os.replace(aside, path)
+            replace_tensors(path, plans)
 
 
 def _plan(source: CheckpointSource, tensor: Tensor, dtype: Any) -> TensorPlan:
@@ -84,9 +81,7 @@ def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None
             if tensor.kind.is_projection and source.has(tensor.name):
                 plans += _packed_plans(source, tensor, bits_of(precision, tensor), bar)
         bar.total = len(plans) // 2
-        aside = path.with_name(path.name + ".writing")
-        write_tensors(aside, plans)
-    os.replace(aside, path)
+        replace_tensors(path, plans)
 
 
 def _packed_plans(

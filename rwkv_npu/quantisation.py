@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +26,7 @@ from rwkv_npu.remedies import smoothings
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import Kind, Spec, tensors
-from rwkv_npu.tensorfile import TensorPlan, write_tensors
+from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
@@ -147,9 +146,7 @@ class Quantisation:
         path.parent.mkdir(exist_ok=True)
         self._forget()
         self._bundle.manifest.int8_inputs = input_peaks(self._source.program.groups, seen)
-        aside = path.with_name(path.name + ".writing")
-        write_tensors(aside, plans)
-        os.replace(aside, path)
+        replace_tensors(path, plans)
         self._bundle.forget_ranges()
         self._note(table)
         return table

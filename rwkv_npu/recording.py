@@ -7,7 +7,6 @@ kept in the bundle, since the reference takes seconds there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -22,7 +21,7 @@ from rwkv_npu.models.network import Network
 from rwkv_npu.sources import BundleSource, ModelSource
 from rwkv_npu.spec import FUSIONS, Group
 from rwkv_npu.state import new_state
-from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
+from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
 
 HISTORY = 16  # tokens read before, at least: the state must have a past
 SELF_TEST_ROWS = 2  # the second shows whether a row sees the one before it
@@ -58,9 +57,7 @@ def write_self_test(bundle: Bundle) -> None:
     path = bundle.path / SELF_TEST
     if not path.exists():
         plans = [plan for fusion in FUSIONS for plan in _plans(BundleSource(bundle, fusion))]
-        aside = path.with_name(path.name + ".writing")
-        write_tensors(aside, plans)
-        os.replace(aside, path)
+        replace_tensors(path, plans)
 
 
 def self_test(source: ModelSource) -> dict[str, Recorded]:

@@ -203,6 +203,15 @@ def _natural_numbers(values: Any) -> bool:
 # -- writing ---------------------------------------------------------------------------------------------
 
 
+def replace_tensors(
+    path: Path, tensors: Iterable[TensorPlan], metadata: dict[str, str] | None = None
+) -> None:
+    """As `write_tensors`, beside `path` and renamed: whoever reads it sees the old file or the new."""
+    aside = path.with_name(path.name + ".writing")
+    write_tensors(aside, tensors, metadata)
+    os.replace(aside, path)
+
+
 def write_tensors(
     path: Path | str,
     tensors: Iterable[TensorPlan | tuple[str, Any, tuple[int, ...], Callable[[], Any]]],

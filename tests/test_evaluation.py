@@ -277,7 +277,7 @@ def test_a_full_disk(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     evaluate(model, IDS[:64], resume=tmp_path / "file")
     kept = (tmp_path / "file").read_bytes()
-    monkeypatch.setattr(journal, "write_tensors", full)
+    monkeypatch.setattr(journal, "replace_tensors", full)
     with pytest.raises(UsageError, match="cannot write .*file2: No space left"):
         evaluate(model, IDS[:64], resume=tmp_path / "file2")
     assert (tmp_path / "file").read_bytes() == kept and len(list(tmp_path.iterdir())) == 1

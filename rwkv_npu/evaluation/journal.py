@@ -18,7 +18,7 @@ import numpy as np
 
 from rwkv_npu.errors import UsageError
 from rwkv_npu.state import State
-from rwkv_npu.tensorfile import TensorFile, TensorPlan, write_tensors
+from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
 
 FORMAT = "rwkv_npu evaluation 1"
 SAVE_S = 10.0  # seconds between two saves: what a kill can cost
@@ -77,10 +77,8 @@ class Journal:
         for number, state in enumerate(states):
             plans += [_plan(f"state.{number}.{name}", part) for name, part in state.parts.items()]
         metadata = {"format": FORMAT, "identity": json.dumps(self.identity), "done": str(done)}
-        aside = self.path.with_name(self.path.name + ".writing")
         try:
-            write_tensors(aside, plans, metadata)
-            os.replace(aside, self.path)
+            replace_tensors(self.path, plans, metadata)
         except OSError as error:
             raise UsageError(f"cannot write {self.path}: {error.strerror}") from error
         self._saved, self._saved_at = done, time.monotonic()
