@@ -6,7 +6,6 @@ Letters: M rows, K width of a projection's input, N of its output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
@@ -78,18 +77,6 @@ class Choice(NamedTuple):
     error: float
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a projection's input and the products to come of them; low and high of all that were seen, (K,)."""
-
-    fitted: np.ndarray
-    product: np.ndarray
-    held: np.ndarray
-    expected: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
 def quantise(
     label: str,
     weight: np.ndarray,
@@ -104,11 +91,19 @@ def quantise(
     product, expected = (matmul(rows, weight) for rows in (fitted, held))
     if label.endswith(RECTIFIED):  # the range then starts at 0, and clips what is negative
         product, expected = (np.maximum(p, np.float32(0)) for p in (product, expected))
-    seen = np.concatenate([product, *_partial(fitted, weight)])
-    rows = _Rows(fitted, seen, held, expected, samples.low, samples.high)
-    choices = [
-        _choose(weight, rows, smoothing, algorithm) for smoothing in smoothings for algorithm in algorithms
-    ]
+    products = np.concatenate([product, *_partial(fitted, weight)])
+    outputs = _spans(products, products.min(), products.max(), algorithms)
+    size = max(_rms(expected), 1e-12)
+    choices = []
+    for smoothing in smoothings:
+        factor = np.float32(1) if smoothing is None else reciprocal(smoothing)
+        low, high = (samples.low * factor).min(), (samples.high * factor).max()
+        inputs = _spans(fitted * factor, low, high, algorithms)
+        rounded = round_weight(weight, smoothing)
+        for algorithm in algorithms:
+            quantised = Quantised(inputs[algorithm], outputs[algorithm], *rounded, smoothing)
+            error = _rms(quantised.linear(held) - expected) / size
+            choices.append(Choice(quantised, algorithm, error))
     return min(
         choices, key=lambda choice: choice.error / (1 if choice.quantised.smoothing is None else WORTH)
     )
@@ -123,25 +118,12 @@ def _partial(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
     return [matmul(rows[:, part], weight[part]) for part in parts]
 
 
-def _choose(weight: np.ndarray, rows: _Rows, smoothing: np.ndarray | None, algorithm: str) -> Choice:
-    factor = np.float32(1) if smoothing is None else reciprocal(smoothing)
-    span = ALGORITHMS[algorithm]
-    quantised = Quantised(
-        span(
-            _sample(rows.fitted * factor), float((rows.low * factor).min()), float((rows.high * factor).max())
-        ),
-        span(_sample(rows.product), float(rows.product.min()), float(rows.product.max())),
-        *round_weight(weight, smoothing),
-        smoothing,
-    )
-    difference = quantised.linear(rows.held) - rows.expected
-    return Choice(quantised, algorithm, _rms(difference) / max(_rms(rows.expected), 1e-12))
+def _spans(x: np.ndarray, low: float, high: float, algorithms: Sequence[str]) -> dict[str, Affine]:
+    """What each algorithm makes of x, of which all that was seen is from `low` to `high`."""
+    flat = x.reshape(-1)
+    sample = flat[:: max(1, len(flat) // NUMBERS)]
+    return {name: ALGORITHMS[name](sample, float(low), float(high)) for name in algorithms}
 
 
 def _rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
-
-
-def _sample(x: np.ndarray) -> np.ndarray:
-    flat = x.reshape(-1)
-    return flat[:: max(1, len(flat) // NUMBERS)]
