@@ -40,11 +40,14 @@ def plan_artifacts(
     auto: decode and prefill have artifacts of their own where the NPU's memory holds the weights twice, else one
     artifact serves both. Raises UsageError, with the arithmetic, where not even that fits.
     """
-    chosen = {group.name: _int8_in(program, group, int8) for group in program.groups}
-    plans = candidates(
-        manifest, program, target, precision, rows, lambda group: _bytes(program, group, chosen[group.name])
-    )
-    for artifacts, memory in plans:
+    traces = {group.name: trace_group(program, group) for group in program.groups}
+    chosen = {name: [one for one in trace.projections if one in int8] for name, trace in traces.items()}
+
+    def weigh(group: Group) -> int:
+        found = matrices(traces[group.name], program.spec)
+        return sum(matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16) for one in found)
+
+    for artifacts, memory in candidates(manifest, program, target, precision, rows, weigh):
         if memory.fits:
             return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
@@ -110,17 +113,6 @@ def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
         Matrix(c.name, span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
         for c in trace.projections.values()
     ]
-
-
-def _int8_in(program: Program, group: Group, int8: Collection[str]) -> list[str]:
-    if not int8:
-        return []
-    return [label for label in trace_group(program, group).projections if label in int8]
-
-
-def _bytes(program: Program, group: Group, int8: Collection[str]) -> int:
-    found = matrices(trace_group(program, group), program.spec)
-    return sum(matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16) for one in found)
 
 
 def _identity(key: str, names: Sequence[str]) -> str:

@@ -33,9 +33,8 @@ from rwkv_npu.spec import Scaling, Spec
 from rwkv_npu.tensorfile import TensorFile
 
 FORMAT = (1, 1)  # another major is refused, a newer minor opens
-MATHS = (
-    2  # version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself
-)
+# Version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself.
+MATHS = 2
 _KNOWN_MATHS = {1, MATHS}
 MANIFEST = "manifest.json"
 MARK = "conversion"  # in OUT.partial: which conversion it belongs to
@@ -235,19 +234,20 @@ class Bundle:
 
     def quantised(self, name: str) -> Quantised:
         """A projection as artifacts may have it in int8. Raises BundleError for one that is not there."""
-        given, made = (
-            Affine(float(scale), int(zero)) for scale, zero in self._ranges.array(f"{name}.ranges")
-        )
+        given, made = self._affines(name)
         smoothed = f"{name}.smoothing" in self._ranges
         smoothing = np.array(self._ranges.array(f"{name}.smoothing")) if smoothed else None
         return Quantised(given, made, *round_weight(self.tensor(name), smoothing), smoothing)
 
     def spans(self, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
         """Of such a projection, lowest and highest number of its input and of its product."""
-        given, made = (
-            Affine(float(scale), int(zero)) for scale, zero in self._ranges.array(f"{name}.ranges")
-        )
+        given, made = self._affines(name)
         return given.span, made.span
+
+    def _affines(self, name: str) -> tuple[Affine, Affine]:
+        """The numbers of its input, and of its product."""
+        given, made = self._ranges.array(f"{name}.ranges")
+        return Affine(float(given[0]), int(given[1])), Affine(float(made[0]), int(made[1]))
 
     def forget_ranges(self) -> None:
         """Read the ranges of int8 anew: they were written."""

@@ -28,10 +28,7 @@ from rwkv_npu.tokenizer import END_OF_TEXT
 KEEP = 4096  # rows of every projection
 CALLS = 32  # steps of which the groups' inputs are kept whole
 MEMORY = 1 << 30  # bytes that those rows may take, and those steps again: of large models fewer are kept
-SHORT, MEDIUM = (
-    64,
-    512,
-)  # tokens of a context; each has a quarter of all tokens, and one long context has half
+SHORT, MEDIUM = 64, 512  # tokens of a context; each kind has a quarter of all tokens, one long context half
 STRETCHES = 8  # in which rows are fitted and held out by turns
 SLICE = 512  # the chip adds up products over K in slices of so many, whose sums are probably fp16
 

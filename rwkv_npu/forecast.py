@@ -26,7 +26,7 @@ from rwkv_npu.estimate import (
     on_npu,
     weights,
 )
-from rwkv_npu.graphs import NPU_WIDTH, Trace, trace_group
+from rwkv_npu.graphs import Trace, compiler_trace, trace_group
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS as PACKED
@@ -99,8 +99,8 @@ class Graphs:
     def _look(self, group: Group, rows: int | None) -> tuple[Trace, list[Matrix]]:
         key = group.layer if self._apart else None, group.role, group.inputs, group.outputs, rows
         if key not in self._found:
-            split = NPU_WIDTH if (rows or 1) > 1 else None
-            trace = trace_group(self.program, group, rows=rows, split=split)
+            program = self.program
+            trace = trace_group(program, group) if rows is None else compiler_trace(program, group, rows)
             self._found[key] = trace, matrices(trace, self.program.spec)
         return self._found[key]
 

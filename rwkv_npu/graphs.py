@@ -388,7 +388,7 @@ def compiler_model(
 
     The weights of projections that are `quantised`, by label, are what their int8 numbers stand for.
     """
-    trace = _compiler_trace(program, group, rows, quantised)
+    trace = compiler_trace(program, group, rows, quantised)
 
     def values(constant: Constant) -> np.ndarray:
         whole = quantised.get(constant.whole.label)
@@ -400,11 +400,14 @@ def compiler_model(
 
 def compiler_weights(program: Program, group: Group, rows: int) -> dict[str, str]:
     """The weights in the compiler's graph, each with the label of the projection that it is a part of, or all of."""
-    trace = _compiler_trace(program, group, rows, {})
+    trace = compiler_trace(program, group, rows)
     return {name: constant.whole.label for name, constant in trace.projections.items()}
 
 
-def _compiler_trace(program: Program, group: Group, rows: int, quantised: Mapping[str, Quantised]) -> Trace:
+def compiler_trace(
+    program: Program, group: Group, rows: int, quantised: Mapping[str, Quantised] = MappingProxyType({})
+) -> Trace:
+    """The graph as Rockchip's compiler reads it, without its numbers."""
     split = NPU_WIDTH if rows > 1 else None
     return trace_group(program, group, rows=rows, split=split, quantised=quantised)
 

@@ -19,9 +19,8 @@ from rwkv_npu.spec import Group
 # By group and input, the largest magnitude that calibration saw.
 Ranges = Mapping[str, Mapping[str, float]]
 
-EVERY = (
-    13  # calls for one that is looked at: no number of layers in use is a multiple, so that each has its turn
-)
+# Calls for one that is looked at: no number of layers in use is a multiple, so that each has its turn.
+EVERY = 13
 ENOUGH = 32  # calls that are looked at before anything is said
 COMMON = 1 / 16  # of them beyond the ranges: calibration's own text has one in thousands
 

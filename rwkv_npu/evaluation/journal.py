@@ -43,10 +43,8 @@ class Journal:
         self.path = None if path is None else Path(path)
         self.identity = dict(identity)
         self.scores = {name: np.empty(count) for name in columns}
-        self._at: tuple[int, tuple[State, ...]] = (
-            0,
-            tuple(states),
-        )  # one thing, so that no Ctrl-C can part it
+        # One thing, so that no Ctrl-C can part it.
+        self._at: tuple[int, tuple[State, ...]] = (0, tuple(states))
         if self.path and self.path.exists() and self.path.stat().st_size:
             self._at = self._load(self.path, states)
         self._saved, self._saved_at = self.done, time.monotonic()
