@@ -6,8 +6,6 @@ turns, so that what changes on the machine changes for all; medians of the round
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import rwkv_npu
-from rwkv_npu.bench.machine import describe
+from bench.saving import bundle_study
 from rwkv_npu.bundle import read_manifest
 
 SIZES = (1, 2, 4, 8)
@@ -76,20 +74,5 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu_batches", description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--save", metavar="STEM", help="write STEM.json and STEM.md")
-    arguments = parser.parse_args()
-    results = {"machine": describe(), "command": f"python -m bench.cpu_batches {arguments.bundle.name}"}
-    results |= study(arguments.bundle)
-    text = table(results)
-    if arguments.save:
-        Path(arguments.save + ".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        Path(arguments.save + ".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(bundle_study("bench.cpu_batches", __doc__, study, table))

@@ -11,7 +11,6 @@ Imports stand in the functions: a start is measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from bench.saving import bundle_study
 
 ROUNDS = 7
 PROMPT, TOKENS = 128, 32
@@ -191,20 +192,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(child(*sys.argv[2:])))
         return 0
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu_start", description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--save", metavar="STEM", help="write STEM.json and STEM.md")
-    arguments = parser.parse_args()
-    from rwkv_npu.bench.machine import describe
-
-    results = {"machine": describe(), "command": f"python -m bench.cpu_start {arguments.bundle.name}"}
-    results |= study(arguments.bundle)
-    text = table(results)
-    if arguments.save:
-        Path(arguments.save + ".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        Path(arguments.save + ".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return 0
+    return bundle_study("bench.cpu_start", __doc__, study, table)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.saving import save
 from rwkv_npu.backends.rknn_api import OVERRIDE
 from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.board import cpu_model
@@ -67,8 +68,7 @@ def main() -> int:
     text = report(results)
     print(text)
     if arguments.save:
-        Path(f"{arguments.save}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        Path(f"{arguments.save}.md").write_text(text + "\n", encoding="utf-8")
+        save(arguments.save, results, text)
     return 0
 
 

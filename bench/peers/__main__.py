@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import shlex
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from bench.peers.results import report
 from bench.peers.study import Task, study
 from bench.peers.systems import REPOSITORY, SYSTEMS, Failed, Workshop
+from bench.saving import save
 from rwkv_npu.bench.machine import describe
 from tools.make_checkpoint import SIZES
 
@@ -59,13 +59,6 @@ def commit() -> str:
     """What of this project was measured."""
     described = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
     return subprocess.run(described, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def save(stem: str, results: dict[str, Any], text: str) -> None:
-    """Write STEM.json and, for people, STEM.md."""
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    Path(stem + ".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    Path(stem + ".md").write_text(text + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

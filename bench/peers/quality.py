@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 import rwkv_npu
-from bench.peers.__main__ import commit, save, say
+from bench.peers.__main__ import commit, say
 from bench.peers.study import logits_of, open_child
 from bench.peers.systems import SYSTEMS, Failed, Workshop
+from bench.saving import save
 from rwkv_npu.bench.machine import describe
 from rwkv_npu.evaluation.likelihood import compare
 from rwkv_npu.texts import held_out_text

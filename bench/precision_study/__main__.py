@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import rwkv_npu
+from bench.saving import save
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.calibration import Calibration, calibrate
 from rwkv_npu.calibration_ids import default_ids
@@ -62,8 +63,8 @@ class Emulated(CheckpointSource):
 
 class Study:
     def __init__(self, arguments: argparse.Namespace):
-        self._checkpoint, self._out = arguments.checkpoint, Path(arguments.out)
-        self._json = self._out.with_suffix(".json")
+        self._checkpoint, self._out = arguments.checkpoint, arguments.out
+        self._json = Path(f"{self._out}.json")
         self._reference = rwkv_npu.load(self._checkpoint, backend="numpy")
         encode, text = self._reference.encode, arguments.text
         read = held_out_text(encode) if text is None else read_tokens(text, encode)
@@ -101,8 +102,7 @@ class Study:
         self.keep()
 
     def keep(self) -> None:
-        self._json.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        self._out.with_suffix(".md").write_text("\n".join(table(self.result)) + "\n", encoding="utf-8")
+        save(self._out, self.result, "\n".join(table(self.result)))
 
     def emulate(self) -> None:
         """Rows of `numpy`."""
