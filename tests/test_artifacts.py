@@ -44,16 +44,21 @@ class Compiler:
             )
 
 
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    stand_in = Compiler()
-    monkeypatch.setattr(artifacts, "compile_many", stand_in)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """A compiler for conversions, which looks installed in whatever version is asked for."""
+    compiler = Compiler()
+    monkeypatch.setattr(artifacts, "compile_many", compiler)
     monkeypatch.setattr(
         converter.environment,
         "require",
         lambda version: Environment(Path("python"), version or "2.5.0", False),
     )
-    return stand_in
+    return compiler
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture

@@ -9,25 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_npu import artifacts, converter, headroom
+from rwkv_npu import headroom
 from rwkv_npu.bundle import Manifest, open_bundle
 from rwkv_npu.calibration_ids import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import GENERATIONS, Scaling
 from rwkv_npu.tokenizer import find_tokenizer
-from rwkv_npu.toolkit import Environment
-from tests.test_artifacts import Compiler
+from tests.test_artifacts import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model, write_vocabulary
 
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    stand_in = Compiler()
-    monkeypatch.setattr(artifacts, "compile_many", stand_in)
-    environment = Environment(Path("python"), "2.5.0", False)
-    monkeypatch.setattr(converter.environment, "require", lambda version: environment)
-    return stand_in
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_npu import artifacts, board, converter, quantisation, sensitivity
+from rwkv_npu import board, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
@@ -23,18 +23,13 @@ from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import FUSIONS, GENERATIONS
-from rwkv_npu.toolkit import Environment
-from tests.test_artifacts import Compiler
+from tests.test_artifacts import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model
 
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    stand_in = Compiler()
-    monkeypatch.setattr(artifacts, "compile_many", stand_in)
-    environment = Environment(Path("python"), "2.5.0", False)
-    monkeypatch.setattr(converter.environment, "require", lambda version: environment)
-    return stand_in
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture(scope="module")
