@@ -85,9 +85,8 @@ class Lock:
         self._file = file
 
     def _open(self) -> int:
-        flags = (
-            os.O_CLOEXEC | os.O_NOFOLLOW
-        )  # everybody may write to the folder: no link of theirs is followed
+        # Everybody may write to the folder: no link of theirs is followed.
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(FileNotFoundError, PermissionError):
             return os.open(self.path, os.O_RDWR | flags)
         with contextlib.suppress(FileNotFoundError):

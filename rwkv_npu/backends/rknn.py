@@ -61,10 +61,8 @@ class _Sizes:
 
     def values(self, expected: list[int]) -> list[int]:
         """Numbers of fp32 values. What a library does not set is the number that RKNNLite expects, in values."""
-        given, self._given = (
-            self._given,
-            [],
-        )  # a call that is not seen has none, and not those of the one before
+        # A call that is not seen has none, and not those of the one before.
+        given, self._given = self._given, []
         return expected if given in ([], expected) else [size // 4 for size in given]
 
 
