@@ -66,8 +66,14 @@ class Quantised:
 
     def linear(self, x: np.ndarray) -> np.ndarray:
         """(M, K) -> (M, N) fp32."""
-        if self.smoothing is not None:
-            x = x * reciprocal(self.smoothing)
+        return self.product(self.smoothed(x))
+
+    def smoothed(self, x: np.ndarray) -> np.ndarray:
+        """The input as it is rounded, (M, K)."""
+        return x if self.smoothing is None else x * reciprocal(self.smoothing)
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """Of a smoothed input, (M, K) -> (M, N) fp32."""
         return self.output.round(matmul(self.input.round(x), self.weight) * self.steps)
 
     def values(self) -> np.ndarray:

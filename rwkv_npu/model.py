@@ -46,6 +46,11 @@ class Model:
     def fingerprint(self) -> str:
         return self.engine.fingerprint
 
+    @property
+    def precision(self) -> str:
+        """Of the weights: fp16, or fp16/int8 where the backends have others."""
+        return "/".join(dict.fromkeys(map(self.source.precision_on, self.engine.backends)))
+
     def new_state(self) -> State:
         """The state before the first token: zeros, or the state that the checkpoint was tuned with."""
         return self.engine.new_state()

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 
 from rwkv_npu import board
-from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
+from rwkv_npu.backends import BACKENDS, COMPILED, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
 from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
@@ -25,8 +25,7 @@ from rwkv_npu.sources import ModelSource
 # What steps in for an NPU, on the weights as they are stored, and the choice where there is none: the fastest that is
 # installed.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
-NPU_BACKEND, SIMULATOR = "rknn", "rknn-sim"
-STATIC_RANGES = (NPU_BACKEND, SIMULATOR)  # the other backends that multiply in int8 look at each row
+NPU_BACKEND = "rknn"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
-    bound, advice = INT8_BOUND if _in_int8(source) else FP16_BOUND, _advice(source)
+    advice = _advice(source)
 
     def cpu() -> Backend:
         """A backend of its own, even where the plan has one: that may multiply in fewer bits than the NPU did."""
@@ -53,6 +52,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
+                bound = INT8_BOUND if _in_int8(name, source) else FP16_BOUND
                 guards.append(Guard(npu, recorded, cpu, faults, bound=bound, advice=advice))
                 opened[name] = _watched(guards[-1], source)
             else:
@@ -75,18 +75,16 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
 
 
 def _watched(backend: Backend, source: ModelSource) -> Backend:
-    """With a word where inputs leave the ranges of int8, if these are fixed, as those of artifacts are."""
+    """With a word where inputs leave the ranges of int8, if these are fixed, as those of artifacts are: the other
+    backends that multiply in int8 look at each row."""
     ranges = source.int8_inputs()
-    in_int8 = (
-        backend.name in STATIC_RANGES and ranges and _in_int8(source, any_target=backend.name == SIMULATOR)
-    )
-    return Watched(backend, ranges) if in_int8 else backend
+    fixed = backend.name in COMPILED and _in_int8(backend.name, source)
+    return Watched(backend, ranges) if fixed and ranges else backend
 
 
-def _in_int8(source: ModelSource, *, any_target: bool = False) -> bool:
-    """Whether an NPU's backend will multiply in int8: as it is told, or as the artifacts that it finds."""
-    found = next((a.precision for a in source.artifacts() if any_target or a.target == board.soc()), None)
-    return (source.precision or found) in INT8_PRECISIONS
+def _in_int8(backend: str, source: ModelSource) -> bool:
+    """Whether a backend multiplies in int8: as it is told, or as the artifacts that it finds."""
+    return source.precision_on(backend) in INT8_PRECISIONS
 
 
 def _advice(source: ModelSource) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, REFERENCES
+from rwkv_npu import board
+from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, NPU_BACKENDS, REFERENCES
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
@@ -71,6 +72,10 @@ class ModelSource:
         """The model with the weights that it stores whole, for a CPU that takes over from an NPU."""
         return self
 
+    def quantised(self, name: str) -> Quantised | None:
+        """A projection that artifacts of the precision that was asked for have in int8, None where they do not."""
+        return None
+
     def maths(self) -> NumpyMaths:
         """What multiplies in NumPy, in the precision that was asked for: products in int8 as artifacts have them."""
         return NumpyMaths(self.weight)
@@ -113,8 +118,9 @@ class BundleSource(ModelSource):
         return self._cpu_precision
 
     def precision_on(self, backend: str) -> str:
-        if backend in COMPILED:
-            return next((artifact.precision for artifact in self.artifacts()), "no")
+        if backend in COMPILED:  # the first, on a board the first for its chip
+            chip = board.soc() if backend in NPU_BACKENDS else None
+            return next((a.precision for a in self.artifacts() if chip in (None, a.target)), "no")
         if backend in REFERENCES:
             return self.precision or self.bundle.manifest.cpu
         return super().precision_on(backend)
@@ -162,7 +168,8 @@ class BundleSource(ModelSource):
         from rwkv_npu.graphs import compiler_weights
         from rwkv_npu.toolkit import CompileOptions
 
-        identity = json.dumps({"fingerprint": self.fingerprint, "group": artifact.group})
+        said = {"fingerprint": self.fingerprint, "group": artifact.group, "int8": artifact.int8}
+        identity = json.dumps({name: value for name, value in said.items() if value})
         chosen = self.bundle.manifest.int8.get(artifact.precision)
         if chosen is None:
             return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
@@ -191,16 +198,14 @@ class BundleSource(ModelSource):
     def _group(self, artifact: Artifact) -> Group:
         return next(group for group in self.program.groups if group.name == artifact.group)
 
-    def maths(self) -> NumpyMaths:
+    def quantised(self, name: str) -> Quantised | None:
         chosen = self.bundle.manifest.int8.get(self.precision or "")
-        if chosen is None:
+        return self.bundle.quantised(name) if chosen and name in chosen.projections else None
+
+    def maths(self) -> NumpyMaths:
+        if self.precision not in self.bundle.manifest.int8:
             return super().maths()
-
-        @cache
-        def lookup(name: str) -> Quantised | None:
-            return self.bundle.quantised(name) if name in chosen.projections else None
-
-        return Int8Maths(self.tensor, lookup)
+        return Int8Maths(self.tensor, cache(self.quantised))
 
     def onnx(self, group: Group) -> str | bytes:
         if self._quantised:

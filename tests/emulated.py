@@ -6,17 +6,46 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import rwkv_npu
+from rwkv_npu.backends.numpy import NumpyBackend
+from rwkv_npu.bundle import open_bundle
 from rwkv_npu.model import demo_model
+from rwkv_npu.sources import BundleSource
+from rwkv_npu.spec import FUSIONS, Group
 from tools.make_checkpoint import make_checkpoint
 
 GENERATIONS = ("4", "5.2", "6", "7")
 ROWS = "1,16"
 SECONDS = 120  # that a command may take
 FORKS = Path(__file__).with_name("forks.py")
+
+
+# Opens every artifact with RKNNLite, runs it on the inputs beside it, and keeps the outputs.
+LITE = """
+import sys, numpy as np
+from pathlib import Path
+from rknnlite.api import RKNNLite
+for path in map(Path, sys.argv[1:]):
+    lite = RKNNLite()
+    assert lite.load_rknn(str(path)) == 0
+    code = lite.init_runtime(core_mask=RKNNLite.NPU_CORE_0)
+    if code:
+        raise SystemExit(f"init {code}")
+    inputs = np.load(path.with_suffix(".in.npz"))
+    runtime = lite.rknn_runtime
+    code = runtime.set_inputs([inputs[name] for name in inputs.files], None, None) or runtime.run(False)
+    if code:
+        raise SystemExit(f"run {code}")
+    np.savez(path.with_suffix(".out.npz"), *runtime.get_outputs(False))
+    lite.release()
+print(lite.__class__.__name__)
+"""
 
 
 class EmulatedBoard:
@@ -31,9 +60,11 @@ class EmulatedBoard:
         program, *arguments = map(str, words)
         return [str(self._folder / "bin" / program), *arguments]
 
-    def variables(self, *, faults: str = "", log: Path | None = None) -> dict[str, str]:
-        """Those of the environment that the stand-in looks at."""
-        stand_in = {"FAULTS": faults, "LOG": str(log or ""), "SOCKET": str(self._socket)}
+    def variables(
+        self, *, faults: str = "", log: Path | None = None, socket: Path | None = None
+    ) -> dict[str, str]:
+        """Those of the environment that the stand-in looks at. `socket`: where another process computes."""
+        stand_in = {"FAULTS": faults, "LOG": str(log or ""), "SOCKET": str(socket or self._socket)}
         return {f"RKNN_STANDIN_{name}": value for name, value in stand_in.items()}
 
     def run(
@@ -83,3 +114,37 @@ def convert_for_board(folder: Path, generation: str) -> Path:
     for fusion in ("layer", "projection"):
         rwkv_npu.convert(checkpoint, out, fusion=fusion, rows=ROWS)
     return out
+
+
+def run_artifacts(
+    board: EmulatedBoard,
+    folder: Path,
+    bundle: Path,
+    rows: int,
+    precision: str = "fp16",
+    fusions: Collection[str] = FUSIONS,
+    **options: Any,
+) -> Iterator[tuple[Group, list[np.ndarray], list[np.ndarray]]]:
+    """Outputs of every group that has artifacts of this kind, for random inputs: (group, found, NumPy's)."""
+    opened = open_bundle(bundle)
+    files, expected = [], {}
+    for artifact in opened.manifest.artifacts:
+        if (artifact.rows, artifact.precision) != (rows, precision) or artifact.fusion not in fusions:
+            continue
+        source = BundleSource(opened, artifact.fusion, precision)
+        group = next(group for group in source.program.groups if group.name == artifact.group)
+        runner = NumpyBackend(source).open(group, rows)
+        rng = np.random.default_rng(0)
+        for array in runner.inputs.values():
+            array[:] = rng.standard_normal(array.shape)
+        file = folder / Path(artifact.path).name
+        file.symlink_to(opened.path / artifact.path)
+        np.savez(file.with_suffix(".in.npz"), **runner.inputs)
+        outputs = runner.run()
+        expected[file] = group, [outputs[port.name].copy() for port in group.outputs]
+        files.append(file)
+    result = board.run("python", "-c", LITE, *files, **options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for file in files:
+        found = np.load(file.with_suffix(".out.npz"))
+        yield expected[file][0], [found[name] for name in found.files], expected[file][1]

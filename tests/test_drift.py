@@ -110,13 +110,12 @@ def test_it_stands_for_its_backend() -> None:
 def test_only_fixed_ranges_are_watched(name: str, asked: str | None, there: str, watched: bool) -> None:
     backend = Backend()
     backend.name = name
-    artifacts = [SimpleNamespace(precision=there, target="rk3588")]
-    source = SimpleNamespace(precision=asked, artifacts=lambda: artifacts, int8_inputs=lambda: RANGES)
+    source = SimpleNamespace(precision_on=lambda backend: asked or there, int8_inputs=lambda: RANGES)
     assert isinstance(_watched(backend, source), Watched) == watched  # type: ignore[arg-type]
 
 
 def test_a_model_without_ranges_is_not_watched() -> None:
     backend = Backend()
     backend.name = "rknn-sim"
-    source = SimpleNamespace(precision="w8a8", artifacts=lambda: [], int8_inputs=dict)
+    source = SimpleNamespace(precision_on=lambda backend: "w8a8", int8_inputs=dict)
     assert _watched(backend, source) is backend  # type: ignore[arg-type]

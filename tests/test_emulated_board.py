@@ -9,38 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.bundle import open_bundle
-from rwkv_npu.sources import BundleSource
-from tests.emulated import EmulatedBoard
+from tests.emulated import EmulatedBoard, run_artifacts
 from tools.board import build
 from tools.board.calls import bytes_moved, count, read_calls
 
 pytestmark = pytest.mark.board
 
 FP16_ERROR = 3e-3  # relative, rms: as for the simulator in test_rknn.py
-
-# Opens every artifact with RKNNLite, runs it on the inputs beside it, and keeps the outputs.
-LITE = """
-import sys, numpy as np
-from pathlib import Path
-from rknnlite.api import RKNNLite
-for path in map(Path, sys.argv[1:]):
-    lite = RKNNLite()
-    assert lite.load_rknn(str(path)) == 0
-    code = lite.init_runtime(core_mask=RKNNLite.NPU_CORE_0)
-    if code:
-        raise SystemExit(f"init {code}")
-    inputs = np.load(path.with_suffix(".in.npz"))
-    runtime = lite.rknn_runtime
-    code = runtime.set_inputs([inputs[name] for name in inputs.files], None, None) or runtime.run(False)
-    if code:
-        raise SystemExit(f"run {code}")
-    np.savez(path.with_suffix(".out.npz"), *runtime.get_outputs(False))
-    lite.release()
-print(lite.__class__.__name__)
-"""
-
 
 # The command line with another RKNNLite before the board's own.
 WITH_LITE = """
@@ -69,32 +44,6 @@ def test_the_oldest_rknnlite_that_may_be_installed(emulated_board: EmulatedBoard
         result = emulated_board.run("python", "-c", WITH_LITE, lite, *words, faults=faults)
         assert result.returncode == 0 and result.stdout == expected != "", result.stderr
         assert said in result.stderr
-
-
-def run_artifacts(board: EmulatedBoard, folder: Path, bundle: Path, rows: int, **options: str):
-    """Outputs of every group with that many rows: (group, found, expected by NumPy)."""
-    opened = open_bundle(bundle)
-    files, expected = [], {}
-    for artifact in opened.manifest.artifacts:
-        if artifact.rows != rows:
-            continue
-        source = BundleSource(opened, artifact.fusion)
-        group = next(group for group in source.program.groups if group.name == artifact.group)
-        runner = NumpyBackend(source).open(group, rows)
-        rng = np.random.default_rng(0)
-        for array in runner.inputs.values():
-            array[:] = rng.standard_normal(array.shape)
-        file = folder / Path(artifact.path).name
-        file.symlink_to(opened.path / artifact.path)
-        np.savez(file.with_suffix(".in.npz"), **runner.inputs)
-        outputs = runner.run()
-        expected[file] = group, [outputs[port.name].copy() for port in group.outputs]
-        files.append(file)
-    result = board.run("python", "-c", LITE, *files, **options)
-    assert result.returncode == 0, result.stderr[-2000:]
-    for file in files:
-        found = np.load(file.with_suffix(".out.npz"))
-        yield expected[file][0], [found[name] for name in found.files], expected[file][1]
 
 
 def test_rknnlite_computes_every_group(emulated_board: EmulatedBoard, board_bundles, tmp_path: Path) -> None:

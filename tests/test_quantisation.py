@@ -252,10 +252,22 @@ def test_the_self_test_of_a_board_allows_for_int8(
     monkeypatch.setattr(board, "soc", lambda: "rk3588")
     bundle = open_bundle(out)
     found = {
-        precision: _in_int8(BundleSource(bundle, precision=precision))
+        precision: _in_int8("rknn", BundleSource(bundle, precision=precision))
         for precision in (None, "fp16", "mixed")
     }
     assert found == {None: True, "fp16": False, "mixed": True}
+
+
+def test_a_board_runs_what_there_is_for_its_chip(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o"
+    for chip, precision in (("rk3588", "mixed"), ("rk3576", "fp16")):
+        assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--target", chip)[0] == 0
+    source = BundleSource(open_bundle(out))
+    for chip, precision in (("rk3588", "mixed"), ("rk3576", "fp16"), ("rk3562", "no")):
+        monkeypatch.setattr(board, "soc", lambda chip=chip: chip)
+        assert source.precision_on("rknn") == precision and source.precision_on("rknn-sim") == "mixed"
 
 
 def test_a_map_is_followed(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:

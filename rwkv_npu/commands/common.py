@@ -55,8 +55,8 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
     if verbose:
         spec, seconds = model.spec, time.perf_counter() - begin
         print(
-            f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters, {model.describe()}, "
-            f"opened in {seconds:.2f} s",
+            f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters, {model.precision} weights, "
+            f"{model.describe()}, opened in {seconds:.2f} s",
             file=sys.stderr,
         )
         print(f"backend: {model.reason}", file=sys.stderr)

@@ -127,8 +127,7 @@ def _named(model: Model, reference: Model | None) -> dict[str, Any]:
 
 
 def _name(model: Model) -> str:
-    precisions = dict.fromkeys(model.source.precision_on(backend) for backend in model.engine.backends)
-    return f"{'/'.join(precisions)} weights, {model.describe()}"
+    return f"{model.precision} weights, {model.describe()}"
 
 
 # -- tables ----------------------------------------------------------------------------------------------

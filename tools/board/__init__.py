@@ -3,7 +3,8 @@
     build     a root folder from Debian's arm64 packages and PyPI's aarch64 wheels, for qemu-user: no chroot, no binfmt
     chip      the files by which such a root looks like an RK3588
     standin/  librknnrt.so in C: it reads real .rknn files and hands the rows to a process on the host
-    compute   that process: NumPy with every operation rounded to fp16 (half), or any backend of this project
+    compute   that process: NumPy with every operation rounded to fp16, products to int8 where artifacts have them so
+              (half), or any backend of this project
     calls     the stand-in's log of calls, read
 
 `python -m tools.board build` makes it (in the user's cache folder), `python -m tools.board run -- CMD ...` runs a

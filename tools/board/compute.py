@@ -14,6 +14,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,23 @@ ACCEPTED, REFUSED = _ANSWER.pack(0), _ANSWER.pack(-1)
 
 
 class Bundles:
-    """The groups of several bundles, by fingerprint; `backend` makes what computes them."""
+    """The groups of several bundles, by fingerprint, name and what is in int8; `backend` makes what computes them."""
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], backend: MakeBackend = HalfBackend):
-        self._groups: dict[tuple[str, str], tuple[Backend, Group]] = {}
+        self._groups: dict[tuple[str, str, str], tuple[Backend, Group]] = {}
         for bundle in map(open_bundle, paths):
-            for fusion in FUSIONS:
-                source = BundleSource(bundle, fusion)
-                opened = backend(source)
-                for group in source.program.groups:
-                    self._groups[source.fingerprint, group.name] = opened, group
+            for fusion, precision in product(FUSIONS, (None, *bundle.manifest.int8)):
+                source = BundleSource(bundle, fusion, precision)
+                opened, groups = backend(source), {group.name: group for group in source.program.groups}
+                for name, int8 in _contents(source).items():
+                    self._groups[source.fingerprint, name, int8] = opened, groups[name]
 
     def function(self, identity: str, inputs: dict[str, int], outputs: dict[str, int]) -> Function:
         """What computes the group of `identity` for the numbers of elements of its ends. Raises KeyError."""
         said = json.loads(identity)
         if "product" in said:
             return _product(*map(int, said["product"].split("x")))
-        backend, group = self._groups[said["fingerprint"], said["group"]]
+        backend, group = self._groups[said["fingerprint"], said["group"], said.get("int8", "")]
         names = [port.name for port in group.inputs], [port.name for port in group.outputs]
         if names != (list(inputs), list(outputs)):
             raise KeyError(f"{group.name} has other inputs and outputs than its file")
@@ -67,6 +68,14 @@ class Bundles:
             return [found[name] for name in names[1]]
 
         return compute
+
+
+def _contents(source: BundleSource) -> dict[str, str]:
+    """The groups to be computed with a source, each with what its artifacts say of int8: of one without a precision all
+    of them, in fp16."""
+    if source.precision is None:
+        return {group.name: "" for group in source.program.groups}
+    return {artifact.group: artifact.int8 for artifact in source.artifacts() if artifact.int8}
 
 
 def _product(m: int, k: int, n: int) -> Function:

@@ -1,36 +1,46 @@
 """A backend in fp16 arithmetic: what the NPU computes, as far as that is known, without it.
 
-Every operation's result is rounded to fp16; the sums of a product and of a norm are fp32.
+Every operation's result is rounded to fp16; the sums of a product and of a norm are fp32. Products that artifacts of
+the source's precision have in int8 are computed in int8, and what comes of them is rounded like all else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from functools import cache
 
 import numpy as np
 
 from rwkv_npu import maths
-from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.backends.base import allocate_inputs
 from rwkv_npu.maths import LAYER_NORM_EPS
+from rwkv_npu.sources import ModelSource
 from rwkv_npu.spec import Group
 
 
 class HalfMaths:
     """`maths.Maths` over fp16 arrays. Weights are rounded to fp16 and kept in fp32, in which they are multiplied."""
 
-    def __init__(self, source: Source, prefix: str = "", weights: dict[str, np.ndarray] | None = None):
-        self._source, self._prefix = source, prefix
-        self._weights = {} if weights is None else weights
+    def __init__(self, source: ModelSource):
+        self._source, self._prefix = source, ""
+        self._weights: dict[str, np.ndarray] = {}
+        self._quantised = cache(source.quantised)
 
     def block(self, layer: int) -> HalfMaths:
-        return HalfMaths(self._source, f"blocks.{layer}.", self._weights)
+        within = copy(self)
+        within._prefix = f"blocks.{layer}."
+        return within
 
     def vector(self, name: str) -> np.ndarray:
         return self._weight(name).astype(np.float16)
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+        wide = x.astype(np.float32)
+        if index is None and (quantised := self._quantised(self._prefix + name)):
+            return _half(quantised.product(_half(quantised.smoothed(wide)).astype(np.float32)))
         weight = self._weight(name)
-        return _half(x.astype(np.float32) @ (weight if index is None else weight[index]))
+        return _half(wide @ (weight if index is None else weight[index]))
 
     def layer_norm(self, x: np.ndarray, name: str, eps: float = LAYER_NORM_EPS) -> np.ndarray:
         weight, bias = self._weight(name + ".weight"), self._weight(name + ".bias")
@@ -61,7 +71,7 @@ class HalfMaths:
 
 
 class HalfRunner:
-    def __init__(self, source: Source, maths: HalfMaths, group: Group, rows: int, batch: int):
+    def __init__(self, source: ModelSource, maths: HalfMaths, group: Group, rows: int, batch: int):
         self._source, self._maths, self._group = source, maths, group
         self.inputs = allocate_inputs(group, rows, batch)
 
@@ -74,7 +84,7 @@ class HalfRunner:
 class HalfBackend:
     name = "half"
 
-    def __init__(self, source: Source):
+    def __init__(self, source: ModelSource):
         self._source, self._maths = source, HalfMaths(source)
 
     def row_counts(self, group: Group) -> None:
