@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.precision_map import read_map
-from rwkv_npu.quantisation import MAX_KL, quantise_bundle, sizes
+from rwkv_npu.quantisation import MAX_KL, REMEDIES, quantise_bundle, sizes
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.sources import BundleSource, CheckpointSource
 from rwkv_npu.spec import Scaling, Spec, check_fusion
@@ -95,11 +95,16 @@ class Request:
     verify: bool
     force: bool
     max_kl: float = MAX_KL
+    remedies: str = "all"
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
-        known = {"CPU precision": (*STORAGE, *PRECISIONS), "target": (*TARGETS, NO_TARGET)}
-        for (what, values), value in zip(known.items(), (self.cpu, self.target), strict=True):
+        known: list[tuple[str, str, Collection[str]]] = [
+            ("CPU precision", self.cpu, (*STORAGE, *PRECISIONS)),
+            ("target", self.target, (*TARGETS, NO_TARGET)),
+            ("choice of remedies", self.remedies, REMEDIES),
+        ]
+        for what, value, values in known:
             if value not in values:
                 raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
         has = NPU_PRECISIONS.get(self.target, ARTIFACT_PRECISIONS)
@@ -162,6 +167,7 @@ def convert(
     calibrate: Sequence[str | os.PathLike[str]] = (),
     precision_map: str | os.PathLike[str] | None = None,
     max_kl: float = MAX_KL,
+    remedies: str = "all",
     say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
@@ -178,11 +184,13 @@ def convert(
     toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
     calibrate: texts, or ids as `.json` or `.npy`, that the model reads to find the ranges of its numbers; none is the
         text that ships with the package. What is meant for the CPU alone needs none.
+    remedies: against the error of int8: all, or for comparison none, ranges (chosen by error, not as wide as all that
+        was seen) or smoothing (of channels that stand out).
     say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
     anything is written where the input is at fault.
     """
-    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl)
+    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl, remedies)
     source = Path(checkpoint)
     opened = open_checkpoint(source)
     override = None if tokenizer is None else os.fspath(tokenizer)
@@ -226,7 +234,9 @@ def convert(
             verify_graphs(bundle)
         if request.quantises:
             assert ids is not None, "int8 is calibrated"
-            chosen = quantise_bundle(bundle, ids, request.precision, request.max_kl, mapped, say)
+            chosen = quantise_bundle(
+                bundle, ids, request.precision, request.max_kl, mapped, request.remedies, say
+            )
         if compiler:
             program = Program(manifest.spec, request.fusion, manifest.scaling)
             planned = plan_artifacts(
