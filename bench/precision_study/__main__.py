@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ class ByTheCompiler(BundleSource):
 
 
 class Study:
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, arguments: argparse.Namespace, command: str):
         self._checkpoint, self._out = arguments.checkpoint, arguments.out
         self._json = Path(f"{self._out}.json")
         self._reference = rwkv_npu.load(self._checkpoint, backend="numpy")
@@ -81,7 +81,7 @@ class Study:
             "text": Path(text or "heldout.txt").name,
             "tokens": len(self._ids),
         }
-        what["command"] = "python -m bench.precision_study " + shlex.join(sys.argv[1:])
+        what["command"] = command
         what["parameters"] = self._reference.spec.parameters
         self.result: dict[str, Any] = {**what, "context": CONTEXT, "rows": {}, "mixed": None}
         if self._json.is_file():
@@ -198,15 +198,16 @@ def _sensitivity(mixed: dict[str, Any]) -> Iterator[str]:
         yield f"| {row['name']} | {kl} | {100 * row['error']:.2f} % | {how} | {where} |"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("-o", "--out", required=True, help="OUT.json and OUT.md are written")
     parser.add_argument("--text", help="what is predicted (default: the demo model's held-out text)")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--simulate", action="store_true", help="Rockchip's simulator as well")
-    arguments = parser.parse_args()
-    study = Study(arguments)
+    arguments = parser.parse_args(argv)
+    study = Study(arguments, f"python -m bench.precision_study {shlex.join(argv)}")
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
         study.bundles(Path(folder), arguments.simulate)
         if arguments.simulate:
