@@ -15,7 +15,6 @@ from rwkv_npu.artifacts import Matrix, candidates, matrices, row_counts
 from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.checkpoint import Checkpoint
-from rwkv_npu.converter import Request, default_scaling
 from rwkv_npu.estimate import (
     BOARD_RATES,
     TABLE,
@@ -33,7 +32,8 @@ from rwkv_npu.packing import PRECISIONS as PACKED
 from rwkv_npu.packing import bits_of, packed_bytes
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.recording import SELF_TEST_ROWS
-from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, state_shapes, tensors
+from rwkv_npu.request import Request
+from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
 
 Share = Callable[[str], float]
 

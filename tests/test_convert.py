@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import converter
+from rwkv_npu import converter, workspace
 from rwkv_npu.bundle import MANIFEST, WEIGHTS, open_bundle
 from rwkv_npu.errors import BundleError, CheckpointError, RwkvNpuError, TokenizerError, UsageError
 from rwkv_npu.spec import FUSIONS, GENERATIONS
@@ -207,7 +207,7 @@ def test_what_another_conversion_left_is_not_used(
 ) -> None:
     for left in ({"checkpoint": other}, {"checkpoint": checkpoint, "cpu": "fp32"}):
         with monkeypatch.context() as patch:
-            patch.setattr(converter, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(workspace, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 convert(out=out, **left)  # type: ignore[arg-type]
         assert names(out.parent) == ["out.rwkv.partial"]

@@ -24,6 +24,8 @@ commands
 serve bench
 forecast
 converter evaluation
+workspace
+request
 artifacts quantisation precision_map bundle_writer model tuning diagnosis
 verify generation estimate opening headroom calibration_ids remedies
 ranges sensitivity
