@@ -110,11 +110,10 @@ def convert(
         if request.verify:
             say("verifying the graphs in ONNX Runtime")
             verify_graphs(bundle)
-        chosen: Sequence[str] = ()
         if request.quantises:
             assert ids is not None, "int8 is calibrated"
             chosen = quantise_bundle(bundle, ids, request.precision, request.max_kl, mapped, say)
-        planned = conversion.plan(chosen)
+            planned = conversion.plan(chosen)
         if compiler:
             conversion.compile(bundle, planned, compiler)
         if request.verify:
