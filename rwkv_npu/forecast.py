@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from rwkv_npu.artifacts import Matrix, candidates, matrices, row_counts
+from rwkv_npu.artifacts import candidates, row_counts
 from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from rwkv_npu.estimate import (
     on_npu,
     weights,
 )
-from rwkv_npu.graphs import Trace, compiler_trace, trace_group
+from rwkv_npu.graphs import Matrix, Trace, compiler_trace, matrices, trace_group
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS as PACKED

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import ceil
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from rwkv_npu.int8 import Quantised, reciprocal
 from rwkv_npu.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
-from rwkv_npu.spec import Group, Port, tensors
+from rwkv_npu.spec import Group, Port, Spec, tensors
 
 # At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
 NPU_WIDTH = 8192
@@ -307,3 +307,24 @@ def compiler_trace(
     """The graph as Rockchip's compiler reads it, without its numbers."""
     split = NPU_WIDTH if rows > 1 else None
     return trace_group(program, group, rows=rows, split=split, quantised=quantised)
+
+
+class Matrix(NamedTuple):
+    """What a graph multiplies with, (k, n): a projection or a part of one; `name` is that of its tensor."""
+
+    name: str
+    k: int
+    n: int
+
+
+def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
+    """The projections of a graph, from shapes alone."""
+    shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
+
+    def length(part: tuple[int, int] | None, whole: int) -> int:
+        return part[1] - part[0] if part else whole
+
+    return [
+        Matrix(c.name, length(c.rows, shapes[c.name][-2]), length(c.columns, shapes[c.name][-1]))
+        for c in trace.projections.values()
+    ]

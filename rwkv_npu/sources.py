@@ -184,10 +184,10 @@ class BundleSource(ModelSource):
 
     def compiler_bytes(self, artifact: Artifact) -> int:
         """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
-        from rwkv_npu.graphs import trace_group
+        from rwkv_npu.graphs import matrices, trace_group
 
-        constants = trace_group(self.program, self._group(artifact)).projections.values()
-        return sum(4 * constant.of(self.tensor(constant.name)).size for constant in constants)
+        trace = trace_group(self.program, self._group(artifact))
+        return sum(4 * one.k * one.n for one in matrices(trace, self.spec))
 
     def _group(self, artifact: Artifact) -> Group:
         return next(group for group in self.program.groups if group.name == artifact.group)
