@@ -78,6 +78,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def divergence(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(M, V) fp32 each -> (M,) fp64: KL(logits || others) of what they predict, in nats. Row by row: in fp64, many rows
+    of a large vocabulary leave every cache."""
+    kl = np.empty(len(logits))
+    for row, (line, other) in enumerate(zip(logits, others, strict=True)):
+        p, q = log_softmax(line), log_softmax(other)
+        kl[row] = (np.exp(p) * (p - q)).sum()
+    return kl
+
+
 class NumpyMaths:
     """The reference. `weight(name)` gives a tensor in the shape in which the maths uses it."""
 

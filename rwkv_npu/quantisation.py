@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
-MEASURED = 1024  # tokens on which int8 is measured, and no more than a quarter of the text
-ROWS = 64  # tokens of a step
-VERSION = 3  # of the way in which ranges are chosen, and graphs made
+MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
+VERSION = 4  # of the way in which ranges are chosen, and graphs made
 
 
 def sizes(spec: Spec) -> dict[str, int]:
@@ -78,7 +77,6 @@ class Quantisation:
         measured = max(1, min(MEASURED, len(ids) // 4))
         self._fitted, self._measured = ids[:-measured], ids[-measured:]
         self._source = BundleSource(bundle, "layer", bundle.manifest.cpu)
-        self._judge: Judge | None = None
         self._key = key_of(bundle, ids)
         self.table = self._known() or self._choose_ranges()
         bundle.manifest.int8_key = self._key
@@ -132,8 +130,7 @@ class Quantisation:
 
     def _choose_ranges(self) -> list[Sensitivity]:
         with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
-            rows = max(1, min(ROWS, len(self._fitted) // 2))
-            seen = calibrate(self._source, self._fitted, rows=rows, progress=bar.update)
+            seen = calibrate(self._source, self._fitted, progress=bar.update)
         bytes_of = sizes(self._bundle.spec)
         table, plans = [], []
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
@@ -179,14 +176,17 @@ class Quantisation:
         waiting = [number for number, row in enumerate(self.table) if row.kl is None]
         for number in tqdm(waiting, "measure int8", unit="matrix", leave=False, disable=None):
             row = self.table[number]
-            self.table[number] = replace(row, kl=self._together([row.name]))
+            kl = self._judge.alone(row.name, self._bundle.quantised(row.name))
+            self.table[number] = replace(row, kl=kl)
             self._note(self.table)
 
     def _together(self, names: Collection[str]) -> float:
         """KL of the logits with `names` in int8."""
-        if self._judge is None:
-            self._judge = Judge(self._source, self._measured)
-        return self._judge.divergence({name: self._bundle.quantised(name) for name in names})
+        return self._judge.together({name: self._bundle.quantised(name) for name in names})
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge(self._source, self._measured)
 
 
 def remove_notes(folder: Path) -> None:
