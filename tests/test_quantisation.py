@@ -24,7 +24,7 @@ from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import FUSIONS, GENERATIONS
-from tests.test_artifacts import Compiler, stand_in
+from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model
 
 
