@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,12 +15,12 @@ from rwkv_npu.backends.base import Recorded, relative_error
 from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
-from rwkv_npu.graphs import Trace, trace_group
+from rwkv_npu.graphs import matrices, trace_group
 from rwkv_npu.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import Group, Spec, tensors
+from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
 BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
@@ -52,8 +52,8 @@ def plan_artifacts(
             return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
-        f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; use "
-        "--target none for the CPU alone"
+        f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; "
+        f"{'' if int8 else 'try --precision w8a8 (--dry-run says what fits), or '}--target none for the CPU alone"
     )
 
 
@@ -92,27 +92,6 @@ def candidates(
 def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
     """Those of the groups that are built for several, the head's one apart."""
     return sorted({artifact.rows for artifact in artifacts if artifact.group != "head"})
-
-
-class Matrix(NamedTuple):
-    """A projection in a group's graph, (k, n), whole or a part; `name` is that of its tensor."""
-
-    name: str
-    k: int
-    n: int
-
-
-def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
-    """What a group multiplies with."""
-    shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
-
-    def span(part: tuple[int, int] | None, whole: int) -> int:
-        return part[1] - part[0] if part else whole
-
-    return [
-        Matrix(c.name, span(c.rows, shapes[c.name][-2]), span(c.columns, shapes[c.name][-1]))
-        for c in trace.projections.values()
-    ]
 
 
 def _identity(key: str, names: Sequence[str]) -> str:

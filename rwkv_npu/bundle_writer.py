@@ -27,12 +27,13 @@ from rwkv_npu.bundle import (
     record_file,
 )
 from rwkv_npu.files import write_atomically
-from rwkv_npu.graphs import Constant, external_model, trace_group
+from rwkv_npu.graphs import Constant, trace_group
 from rwkv_npu.models.network import Program
+from rwkv_npu.onnx_models import external_model
 from rwkv_npu.packing import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
-from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
+from rwkv_npu.tensorfile import Entry, TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.tokenizer import Tokenizer
 
 STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
@@ -119,13 +120,14 @@ def write_graphs(bundle: Bundle) -> None:
                     write_atomically(path, model.SerializeToString())
 
 
-def _places(weights: TensorFile) -> Callable[[Constant], tuple[np.dtype, tuple[int, ...], int, int]]:
-    def place(constant: Constant) -> tuple[np.dtype, tuple[int, ...], int, int]:
-        dtype, shape, offset, nbytes = weights.entry(constant.name)
+def _places(weights: TensorFile) -> Callable[[Constant], Entry]:
+    def place(constant: Constant) -> Entry:
+        entry = weights.entry(constant.name)
         if constant.index is None:
-            return dtype, shape, offset, nbytes
-        size = nbytes // shape[0]
-        return dtype, shape[1:], offset + constant.index * size, size
+            return entry
+        count, *shape = entry.shape
+        size = entry.nbytes // count
+        return Entry(entry.dtype, tuple(shape), entry.offset + constant.index * size, size)
 
     return place
 

@@ -17,17 +17,17 @@ import numpy as np
 
 from rwkv_npu.bundle import packed_label
 from rwkv_npu.errors import CheckpointError, UsageError
-from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, matmul
+from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.state import new_state
 from rwkv_npu.tokenizer import END_OF_TEXT
 
 KEEP = 4096  # rows of every projection
-CALLS = 32  # steps of which the groups' inputs are kept whole
-MEMORY = 1 << 30  # bytes that those rows may take, and those steps again: of large models fewer are kept
+MEMORY = 2 << 30  # bytes that those rows may take: of large models fewer are kept
+ROWS = 256  # tokens of a step: what is seen does not depend on it, and weights are widened once a step
 SHORT, MEDIUM = 64, 512  # tokens of a context; each kind has a quarter of all tokens, one long context half
 STRETCHES = 8  # in which rows are fitted and held out by turns
 SLICE = 512  # the chip adds up products over K in slices of so many, whose sums are probably fp16
@@ -63,8 +63,6 @@ class Calibration:
     """What was seen of `tokens` tokens, under the `Scaling` of the source.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
-    calls: by group, its inputs in some steps, as many consecutive tokens as a graph takes rows; those of the head are
-        all rows of a step. All groups have the same steps.
     peaks: the largest magnitude of every intermediate that is no projection's input: by the label of a projection that
         of its product and of the partial sums of it, by the name of a norm that of the residual which it reads;
         with `.out` what it makes; of a group's inputs as GROUP.INPUT; and of a layer's squares, and what goes into its
@@ -72,7 +70,6 @@ class Calibration:
     """
 
     projections: dict[str, Samples]
-    calls: dict[str, list[Arrays]]
     peaks: dict[str, float]
     tokens: int
 
@@ -122,7 +119,7 @@ class _Seen:
         samples.seen += len(x)
 
     def peak(self, name: str, x: np.ndarray) -> None:
-        self.peaks[name] = max(self.peaks[name], float(np.abs(x).max()))
+        self.peaks[name] = max(self.peaks[name], largest(x))
 
 
 class RecordingMaths(NumpyMaths):
@@ -140,8 +137,9 @@ class RecordingMaths(NumpyMaths):
         label, weight = packed_label(self._prefix + name, index), self._weight(self._prefix + name)
         weight = weight if index is None else weight[index]
         self._seen.rows(label, x)
-        product = np.zeros((len(x), weight.shape[1]), np.float32)
-        for start in range(0, len(weight), SLICE):
+        product = matmul(x[:, :SLICE], weight[:SLICE])
+        self._seen.peak(label, product)
+        for start in range(SLICE, len(weight), SLICE):
             part = matmul(x[:, start : start + SLICE], weight[start : start + SLICE])
             product += part
             self._seen.peak(label, part)
@@ -168,7 +166,7 @@ class RecordingMaths(NumpyMaths):
         return positive
 
     def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
-        self._seen.peak(f"{self._prefix}row_matmul", np.abs(x).max() * np.abs(s))
+        self._seen.peak(f"{self._prefix}row_matmul", largest(x) * s)
         return super().row_matmul(x, s)
 
 
@@ -176,53 +174,46 @@ def calibrate(
     source: ModelSource,
     ids: Sequence[int] | np.ndarray,
     *,
-    rows: int,
+    rows: int = ROWS,
     keep: int = KEEP,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
-    """Read `ids` in steps of `rows` tokens, as a graph of so many rows does, and record what the projections are given.
+    """Read `ids` in steps of `rows` tokens, and record what the projections are given.
 
-    `keep` rows of each are kept at most, and no more than MEMORY bytes of them all; of steps CALLS, and no more than as
-    many bytes. `progress` is called with the tokens of each step.
-    Raises UsageError for less than a step of ids or one outside the vocabulary, CheckpointError where the model's
-    values do not stay finite.
+    `keep` rows of each are kept at most, and no more than MEMORY bytes of them all. `progress` is called with the
+    tokens of each step.
+    Raises UsageError for less than two ids or one outside the vocabulary, CheckpointError where the model's values do
+    not stay finite.
     """
-    tokens, spec = check_ids(ids, source.spec, at_least=max(2, rows)), source.spec
-    rng = np.random.default_rng(seed)
+    tokens, spec = check_ids(ids, source.spec, at_least=2), source.spec
     pieces = list(contexts(tokens))
-    rows_kept = Reservoir(max(2, min(keep, sum(map(len, pieces)), MEMORY // (4 * _width(spec)))), rng)
-    steps_kept = Reservoir(max(1, min(CALLS, MEMORY // (4 * _call_width(source.program.groups, rows)))), rng)
-    seen = _Seen(rows_kept.keep)
-    maths = RecordingMaths(source.tensor, seen)
-    calls: dict[str, dict[int, Arrays]] = {group.name: {} for group in source.program.groups}
+    room = min(keep, sum(map(len, pieces)), MEMORY // (4 * _width(spec)))
+    sample = Reservoir(max(2, room), np.random.default_rng(seed))
+    seen = _Seen(sample.keep)
+    maths = RecordingMaths(widened(source), seen)
+
+    def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
+        for port in group.inputs:
+            seen.peak(f"{group.name}.{port.name}", inputs[port.name])
+        return source.evaluate(group, maths, dict(inputs))
+
     network = Network(source.program, source.tensor)
     for context in pieces:
         state = new_state(spec, source.fingerprint, source.initial_states())
         parts = {name: part[:, None] for name, part in state.parts.items()}
         for number, step in enumerate(np.split(context, range(rows, len(context), rows))):
-            seen.chosen, seen.places = rows_kept.admit(len(step))
-            # Of the steps only whole ones are kept.
-            places = steps_kept.admit(1)[1].tolist() if len(step) == rows else []
-
-            def run(group: Group, inputs: Arrays, places: list[int] = places) -> Mapping[str, np.ndarray]:
-                for port in group.inputs:
-                    seen.peak(f"{group.name}.{port.name}", inputs[port.name])
-                for place in places:
-                    calls[group.name][place] = {p.name: inputs[p.name].copy() for p in group.inputs}
-                return source.evaluate(group, maths, dict(inputs))
-
+            seen.chosen, seen.places = sample.admit(len(step))
             network.logits(run, network.hidden(run, step[:, None], parts))
             if progress:
                 progress(len(step) - (number == 0))  # the end of text is none of the user's
     for samples in seen.samples.values():
-        samples.rows = samples.rows[rows_kept.order()]
+        samples.rows = samples.rows[sample.order()]
     if not np.isfinite(list(seen.peaks.values())).all():
         raise CheckpointError(
             "the model's values do not stay finite over the calibration text: are its weights whole?"
         )
-    kept = {name: list(by_place.values()) for name, by_place in calls.items()}
-    return Calibration(seen.samples, kept, dict(seen.peaks), len(tokens))
+    return Calibration(seen.samples, dict(seen.peaks), len(tokens))
 
 
 def input_peaks(groups: Sequence[Group], seen: Calibration) -> dict[str, dict[str, float]]:
@@ -277,8 +268,3 @@ def _width(spec: Spec) -> int:
     """Numbers in a row of every projection."""
     shapes = [tensor.used_shape for tensor in tensors(spec) if tensor.kind.is_projection]
     return sum(shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in shapes)
-
-
-def _call_width(groups: Sequence[Group], rows: int) -> int:
-    """Numbers in the inputs of all groups in a step."""
-    return sum(port.width * (1 if port.per_sequence else rows) for group in groups for port in group.inputs)

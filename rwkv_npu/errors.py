@@ -35,3 +35,13 @@ class ToolkitError(RwkvNpuError):
 
 class UsageError(RwkvNpuError):
     """An argument that makes no sense, given through the Python API or the command line."""
+
+
+LONGEST = 200  # characters of somebody else's words in a line of ours
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not blank, LONGEST at most; the name of its type where there is
+    none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:LONGEST] if lines else type(error).__name__

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from rwkv_npu.artifacts import Matrix, candidates, matrices, row_counts
+from rwkv_npu.artifacts import candidates, row_counts
 from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.checkpoint import Checkpoint
-from rwkv_npu.converter import Request, default_scaling
 from rwkv_npu.estimate import (
     BOARD_RATES,
     TABLE,
@@ -26,14 +25,15 @@ from rwkv_npu.estimate import (
     on_npu,
     weights,
 )
-from rwkv_npu.graphs import Trace, compiler_trace, trace_group
+from rwkv_npu.graphs import Matrix, Trace, compiler_trace, matrices, trace_group
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS as PACKED
 from rwkv_npu.packing import bits_of, packed_bytes
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.recording import SELF_TEST_ROWS
-from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, state_shapes, tensors
+from rwkv_npu.request import Request
+from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
 
 Share = Callable[[str], float]
 

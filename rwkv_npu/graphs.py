@@ -1,4 +1,4 @@
-"""Records the maths of a group as an ONNX graph.
+"""Records the maths of a group as the nodes of an ONNX graph; onnx_models.py adds the numbers.
 
 The tracer implements `rwkv_npu.maths.Maths`: the formulas of `models/` run on it as they run on NumPy, and
 leave nodes behind instead of numbers. Names of nodes and initialisers are those of the checkpoint.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import ceil
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -24,14 +24,7 @@ from onnx import TensorProto, helper
 from rwkv_npu.int8 import Quantised, reciprocal
 from rwkv_npu.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
-from rwkv_npu.packing import BLOCK, Packed, numbers
-from rwkv_npu.spec import Group, Port, tensors
-
-OPSET = 17  # the first with LayerNormalization; Rockchip's compiler takes up to 19
-IR_VERSION = 8  # a newer onnx would write one that Rockchip's compiler cannot read
-
-MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operations
-INT8_ROWS = 4  # MatMulNBits' accuracy level at which it quantises rows too, block by block
+from rwkv_npu.spec import Group, Port, Spec, tensors
 
 # At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
 NPU_WIDTH = 8192
@@ -302,102 +295,6 @@ def _value_info(port: Port, rows: int | None) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(port.name, TensorProto.FLOAT, shape)
 
 
-def inline_model(
-    trace: Trace, name: str, tensor: Callable[[str], np.ndarray], dtype: type[np.floating] = np.float32
-) -> onnx.ModelProto:
-    """The graph with its numbers inside. `tensor(name)` is a tensor as the maths uses it."""
-    projections = [
-        _initialiser(label, constant.of(tensor(constant.name)), dtype)
-        for label, constant in trace.projections.items()
-    ]
-    return _model(trace, name, tensor, projections)
-
-
-def external_model(
-    trace: Trace,
-    name: str,
-    tensor: Callable[[str], np.ndarray],
-    location: str,
-    place: Callable[[Constant], tuple[np.dtype, tuple[int, ...], int, int]],
-) -> onnx.ModelProto:
-    """The graph with its projections in the file `location` beside it.
-
-    `place(constant)` gives their dtype, shape, offset in that file and size, both in bytes.
-    """
-    projections = []
-    for label, constant in trace.projections.items():
-        dtype, shape, offset, size = place(constant)
-        proto = TensorProto(name=label, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype))
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", offset), ("length", size)):
-            proto.external_data.add(key=key, value=str(value))
-        projections.append(proto)
-    return _model(trace, name, tensor, projections)
-
-
-def quantised_model(
-    trace: Trace,
-    name: str,
-    tensor: Callable[[str], np.ndarray],
-    packed: Callable[[Constant], Packed],
-) -> onnx.ModelProto:
-    """The graph with its projections quantised, as ONNX Runtime's MatMulNBits takes them; it quantises rows as well."""
-    model = _model(trace, name, tensor, [])
-    for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in trace.projections:
-            label = node.input[1]
-            weight = packed(trace.projections[label])
-            k, n = weight.padded_k, weight.shape[1]
-            attributes: dict[str, Any] = {
-                "K": weight.shape[0],
-                "N": n,
-                "bits": weight.bits,
-                "block_size": BLOCK,
-            }
-            data, scales = f"{label}.data", f"{label}.scales"
-            node.CopyFrom(
-                helper.make_node(
-                    "MatMulNBits",
-                    [node.input[0], data, scales],
-                    list(node.output),
-                    name=node.name,
-                    domain=MICROSOFT,
-                    accuracy_level=INT8_ROWS,
-                    **attributes,
-                )
-            )
-            q = numbers(weight).swapaxes(0, 1).reshape(k, -1)[:, :n].T.reshape(n, k // BLOCK, BLOCK)
-            if weight.bits == 4:
-                q = q[..., ::2] | q[..., 1::2] << 4
-            by_column = weight.scales.swapaxes(0, 1).reshape(k // BLOCK, -1)[:, :n].T
-            model.graph.initializer.extend(
-                [_initialiser(data, q, np.uint8), _initialiser(scales, by_column.reshape(-1), np.float32)]
-            )
-    model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-    return model
-
-
-def compiler_model(
-    program: Program,
-    group: Group,
-    rows: int,
-    tensor: Callable[[str], np.ndarray],
-    quantised: Mapping[str, Quantised] = MappingProxyType({}),
-) -> onnx.ModelProto:
-    """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32.
-
-    The weights of projections that are `quantised`, by label, are what their int8 numbers stand for.
-    """
-    trace = compiler_trace(program, group, rows, quantised)
-
-    def values(constant: Constant) -> np.ndarray:
-        whole = quantised.get(constant.whole.label)
-        return constant.of(tensor(constant.name)) if whole is None else constant.cut(whole.values())
-
-    projections = [_initialiser(name, values(c), np.float32) for name, c in trace.projections.items()]
-    return _model(trace, group.name, tensor, projections)
-
-
 def compiler_weights(program: Program, group: Group, rows: int) -> dict[str, str]:
     """The weights in the compiler's graph, each with the label of the projection that it is a part of, or all of."""
     trace = compiler_trace(program, group, rows)
@@ -412,27 +309,22 @@ def compiler_trace(
     return trace_group(program, group, rows=rows, split=split, quantised=quantised)
 
 
-def _model(
-    trace: Trace, name: str, tensor: Callable[[str], np.ndarray], projections: list[TensorProto]
-) -> onnx.ModelProto:
-    nodes, casts = [], {}
-    for proto in projections:
-        if proto.data_type != TensorProto.FLOAT:
-            casts[proto.name] = f"{proto.name}.fp32"
-            nodes.append(helper.make_node("Cast", [proto.name], [casts[proto.name]], to=TensorProto.FLOAT))
-    for node in trace.nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [casts.get(used, used) for used in node.input]
-        nodes.append(copy)
-    vectors = [_initialiser(label, c.of(tensor(c.name)), np.float32) for label, c in trace.vectors.items()]
-    literals = [_initialiser(label, array, array.dtype) for label, array in trace.literals.items()]
-    graph = helper.make_graph(nodes, name, trace.inputs, trace.outputs, [*projections, *vectors, *literals])
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rwkv_npu")
+class Matrix(NamedTuple):
+    """What a graph multiplies with, (k, n): a projection or a part of one; `name` is that of its tensor."""
+
+    name: str
+    k: int
+    n: int
 
 
-def _initialiser(label: str, array: np.ndarray, dtype: Any) -> TensorProto:
-    data = np.asarray(array, dtype, order="C")
-    kind = helper.np_dtype_to_tensor_dtype(data.dtype)
-    return helper.make_tensor(label, kind, data.shape, data.tobytes(), raw=True)
+def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
+    """The projections of a graph, from shapes alone."""
+    shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
+
+    def length(part: tuple[int, int] | None, whole: int) -> int:
+        return part[1] - part[0] if part else whole
+
+    return [
+        Matrix(c.name, length(c.rows, shapes[c.name][-2]), length(c.columns, shapes[c.name][-1]))
+        for c in trace.projections.values()
+    ]

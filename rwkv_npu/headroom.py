@@ -22,10 +22,8 @@ from rwkv_npu.spec import Scaling, Spec
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not
 
-TOKENS = (
-    2048  # that suffice of our own text: extremes show early, and in fp16 there is nothing else to wait for
-)
-ROWS = 256  # of a step: any number finds the same, and weights are widened once a step
+# Tokens that suffice of our own text: extremes show early, and in fp16 there is nothing else to wait for.
+TOKENS = 2048
 
 _ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale
 _TWICE = ("square", "ffn.value.weight", "ffn.value.weight.in")  # by its square
@@ -41,7 +39,7 @@ def keep_in_range(
     """
     say(f"reading {len(ids)} tokens to keep fp16 in range")
     with tqdm(total=len(ids), desc="calibrate", unit="token", leave=False, disable=None) as bar:
-        seen = calibrate(source, ids, rows=min(ROWS, len(ids)), keep=2, progress=bar.update)
+        seen = calibrate(source, ids, keep=2, progress=bar.update)
     if not adding:
         manifest.scaling = choose_scaling(source.spec, seen)
     found = magnitudes(source.spec, seen, manifest.scaling)

@@ -23,6 +23,7 @@ from rwkv_npu.maths import NumpyMaths, matmul
 PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
 
 LOWEST, HIGHEST = -128, 127
+SILENT = 1e-20  # a step below which fp16 has nothing, and division would leave fp32
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Affine:
     def covering(low: float, high: float) -> Affine:
         """The finest steps that reach from `low` to `high`, and to 0."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
-        scale = float(np.float32((high - low) / (HIGHEST - LOWEST))) or 1.0
+        scale = float(np.float32((high - low) / (HIGHEST - LOWEST)))
+        scale = scale if scale > SILENT else 1.0
         return Affine(scale, int(np.clip(np.rint(LOWEST - low / scale), LOWEST, HIGHEST)))
 
     @property

@@ -61,6 +61,11 @@ def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return result
 
 
+def largest(x: np.ndarray) -> float:
+    """The largest magnitude, without an array of magnitudes."""
+    return max(float(x.max()), -float(x.min()))
+
+
 def sigmoid(x: np.ndarray) -> np.ndarray:
     # Through tanh, which has no exp to overflow.
     return np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)
@@ -76,6 +81,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(M, V) fp32 -> (M, V) fp64: what two models differ by can be less than fp32 resolves."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def divergence(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(M, V) fp32 each -> (M,) fp64: KL(logits || others) of what they predict, in nats. Row by row: in fp64, many rows
+    of a large vocabulary leave every cache."""
+    kl = np.empty(len(logits))
+    for row, (line, other) in enumerate(zip(logits, others, strict=True)):
+        p, q = log_softmax(line), log_softmax(other)
+        kl[row] = (np.exp(p) * (p - q)).sum()
+    return kl
 
 
 class NumpyMaths:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rwkv_npu.errors import UsageError
+from rwkv_npu.errors import UsageError, first_line
 from rwkv_npu.graphs import trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.spec import FUSIONS, Spec
@@ -29,7 +29,7 @@ def read_map(path: str, spec: Spec, may_be_int8: Collection[str]) -> list[str]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
         raise UsageError(f'{path} is no precision map: it takes {{"PATTERN": "w8a8" or "fp16", ...}}')
     return resolve(given, spec, may_be_int8, path)

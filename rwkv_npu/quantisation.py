@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
-from rwkv_npu.ranges import Choice, quantise
+from rwkv_npu.ranges import ALGORITHMS, Choice, quantise
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
@@ -30,9 +30,16 @@ from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
-MEASURED = 1024  # tokens on which int8 is measured, and no more than a quarter of the text
-ROWS = 64  # tokens of a step
-VERSION = 3  # of the way in which ranges are chosen, and graphs made
+MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
+VERSION = 5  # of the way in which ranges are chosen, and graphs made
+
+# What may be done about the error of int8: which algorithms choose ranges, and whether channels may be smoothed.
+REMEDIES: dict[str, tuple[Sequence[str], bool]] = {
+    "all": (tuple(ALGORITHMS), True),
+    "ranges": (tuple(ALGORITHMS), False),
+    "smoothing": (("normal",), True),
+    "none": (("normal",), False),
+}
 
 
 def sizes(spec: Spec) -> dict[str, int]:
@@ -43,9 +50,9 @@ def sizes(spec: Spec) -> dict[str, int]:
     }
 
 
-def key_of(bundle: Bundle, ids: np.ndarray) -> str:
+def key_of(bundle: Bundle, ids: np.ndarray, remedies: str) -> str:
     """What the ranges follow from, apart from the weights."""
-    text = f"{VERSION} {bundle.manifest.scaling}".encode()
+    text = f"{VERSION} {remedies} {bundle.manifest.scaling}".encode()
     return hashlib.blake2b(text + ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
@@ -55,12 +62,13 @@ def quantise_bundle(
     precision: str,
     max_kl: float,
     mapped: Collection[str] | None,
+    remedies: str,
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Choose what artifacts of `precision` have in int8, for the manifest, and return the names: those of a map, all of
-    them for w8a8, else as many as `max_kl` allows."""
+    them for w8a8, else as many as `max_kl` allows. `remedies` is one of REMEDIES."""
     say("choosing the ranges of int8")
-    quantised = Quantisation(bundle, ids)
+    quantised = Quantisation(bundle, ids, remedies)
     if precision == "mixed" and mapped is None:
         say("measuring what int8 costs, projection by projection")
         chosen = quantised.take_most(precision, max_kl)
@@ -73,16 +81,21 @@ def quantise_bundle(
 class Quantisation:
     """Ranges and sensitivities of a bundle's projections, calibrated with `ids` (M,)."""
 
-    def __init__(self, bundle: Bundle, ids: np.ndarray):
+    def __init__(self, bundle: Bundle, ids: np.ndarray, remedies: str):
         self._bundle = bundle
+        self._algorithms, self._smooth = REMEDIES[remedies]
         measured = max(1, min(MEASURED, len(ids) // 4))
         self._fitted, self._measured = ids[:-measured], ids[-measured:]
         self._source = BundleSource(bundle, "layer", bundle.manifest.cpu)
-        self._judge: Judge | None = None
-        self._key = key_of(bundle, ids)
-        self.table = self._known() or self._choose_ranges()
-        bundle.manifest.int8_key = self._key
-        bundle.manifest.sensitivity = self.table
+        self._key = key_of(bundle, ids, remedies)
+        manifest, there = bundle.manifest, (bundle.path / INT8).is_file()
+        # Whether what the manifest says follows from these ranges.
+        self._unchanged = there and manifest.int8_key == self._key and bool(manifest.sensitivity)
+        if self._unchanged:
+            self.table = manifest.sensitivity
+        else:
+            self.table = (self._noted() if there else None) or self._choose_ranges()
+        manifest.int8_key, manifest.sensitivity = self._key, self.table
 
     def take(self, precision: str, names: Collection[str]) -> Int8Set:
         """Have exactly `names` in int8."""
@@ -113,32 +126,27 @@ class Quantisation:
 
     # -- ranges --
 
-    def _known(self) -> list[Sensitivity] | None:
-        """The table of an earlier conversion, or of one that was interrupted."""
-        self._unchanged = False
-        if not (self._bundle.path / INT8).is_file():
-            return None
-        if self._bundle.manifest.int8_key == self._key and self._bundle.manifest.sensitivity:
-            self._unchanged = True
-            return self._bundle.manifest.sensitivity
+    def _noted(self) -> list[Sensitivity] | None:
+        """The table of a conversion that was interrupted."""
         try:
             notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
-            table = [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
-            if table:
-                self._bundle.manifest.int8_inputs = notes["inputs"]
+            if notes["key"] != self._key:
+                return None
+            table = [Sensitivity(**row) for row in notes["table"]]
+            self._bundle.manifest.int8_inputs = notes["inputs"]
             return table
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _choose_ranges(self) -> list[Sensitivity]:
         with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
-            rows = max(1, min(ROWS, len(self._fitted) // 2))
-            seen = calibrate(self._source, self._fitted, rows=rows, progress=bar.update)
+            seen = calibrate(self._source, self._fitted, progress=bar.update)
         bytes_of = sizes(self._bundle.spec)
         table, plans = [], []
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
             weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
-            choice = quantise(name, weight, samples, smoothings(weight, samples))
+            candidates = smoothings(weight, samples) if self._smooth else [None]
+            choice = quantise(name, weight, samples, candidates, self._algorithms)
             smoothed = choice.quantised.smoothing is not None
             table.append(Sensitivity(name, bytes_of[name], choice.algorithm, smoothed, choice.error))
             plans += _plans(name, choice)
@@ -179,14 +187,17 @@ class Quantisation:
         waiting = [number for number, row in enumerate(self.table) if row.kl is None]
         for number in tqdm(waiting, "measure int8", unit="matrix", leave=False, disable=None):
             row = self.table[number]
-            self.table[number] = replace(row, kl=self._together([row.name]))
+            kl = self._judge.alone(row.name, self._bundle.quantised(row.name))
+            self.table[number] = replace(row, kl=kl)
             self._note(self.table)
 
     def _together(self, names: Collection[str]) -> float:
         """KL of the logits with `names` in int8."""
-        if self._judge is None:
-            self._judge = Judge(self._source, self._measured)
-        return self._judge.divergence({name: self._bundle.quantised(name) for name in names})
+        return self._judge.together({name: self._bundle.quantised(name) for name in names})
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge(self._source, self._measured)
 
 
 def remove_notes(folder: Path) -> None:

@@ -6,7 +6,7 @@ Letters: M rows, K width of a projection's input, N of its output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import ceil
+from math import ceil, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -14,34 +14,56 @@ import numpy as np
 from rwkv_npu.calibration import Samples
 from rwkv_npu.graphs import NPU_WIDTH
 from rwkv_npu.int8 import Affine, Quantised, reciprocal, round_weight
-from rwkv_npu.maths import matmul
+from rwkv_npu.maths import divergence, matmul
 
-BINS = 2048  # of the histograms that kl_divergence compares
-WORTH = 0.9  # what smoothing leaves of the error, at most
-NUMBERS = 1 << 20  # as many are looked at to choose a range, and four times as many to weigh it
+BINS = 1 << 14  # of a histogram: 64 for each step of int8 where nothing is clipped
+TOGETHER = 8  # of them are one to kl_divergence: finer ones are too empty to compare
+WORTH = 0.8  # what smoothing leaves of the squared error, at most
+NUMBERS = 1 << 22  # of rows and of products, that are looked at to choose ranges, and again to weigh them
 # Shares of the whole range that are tried: what lies outside is clipped, and the rest has finer steps.
 SHARES = np.linspace(1.0, 0.3, 29)
 # A matrix behind which only what is positive counts: the negative half of its range would be for nothing.
 RECTIFIED = "ffn.key.weight"
+HEAD = "head.weight"
 
 
-def normal(x: np.ndarray, low: float, high: float) -> Affine:
+class Histogram(NamedTuple):
+    """How many of some numbers lie about each of `centres` (BINS,), which reach from `low` to `high`, and to 0."""
+
+    low: float
+    high: float
+    centres: np.ndarray
+    counts: np.ndarray
+
+    @staticmethod
+    def of(x: np.ndarray, low: float, high: float) -> Histogram:
+        """Of all of x, and of a range that may be wider than x."""
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
+        counts, edges = np.histogram(x, BINS, (low, high))
+        return Histogram(low, high, ((edges[:-1] + edges[1:]) / 2).astype(np.float32), counts)
+
+    def candidates(self) -> Iterable[Affine]:
+        return (Affine.covering(share * self.low, share * self.high) for share in SHARES)
+
+
+def normal(seen: Histogram) -> Affine:
     """All that was seen."""
-    return Affine.covering(low, high)
+    return Affine.covering(seen.low, seen.high)
 
 
-def mmse(x: np.ndarray, low: float, high: float) -> Affine:
-    """The range whose rounding and clipping take the smallest squares from x."""
-    return min(_candidates(low, high), key=lambda a: float(np.square(a.round(x) - x).mean()))
+def mmse(seen: Histogram) -> Affine:
+    """The range whose rounding and clipping leave the smallest squares of errors."""
+    x, counts = seen.centres, seen.counts
+    return min(seen.candidates(), key=lambda affine: float(counts @ np.square(affine.round(x) - x)))
 
 
-def kl_divergence(x: np.ndarray, low: float, high: float) -> Affine:
-    """The range that keeps the distribution of x best, by KL of the histograms."""
-    if high <= low:
-        return Affine.covering(low, high)
-    counts, edges = np.histogram(x, BINS, (min(low, 0.0), max(high, 0.0)))
-    centres = ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
-    return min(_candidates(low, high), key=lambda a: _divergence(counts, centres, a))
+def kl_divergence(seen: Histogram) -> Affine:
+    """The range that keeps the distribution best, by KL of the histograms."""
+    if seen.high <= seen.low:
+        return normal(seen)
+    counts = seen.counts.reshape(-1, TOGETHER).sum(1)
+    centres = seen.centres.reshape(-1, TOGETHER).mean(1)
+    return min(seen.candidates(), key=lambda affine: _divergence(counts, centres, affine))
 
 
 def _divergence(counts: np.ndarray, centres: np.ndarray, affine: Affine) -> float:
@@ -62,10 +84,6 @@ def _divergence(counts: np.ndarray, centres: np.ndarray, affine: Affine) -> floa
     return float((p[there] * np.log(p[there] / q[there])).sum())
 
 
-def _candidates(low: float, high: float) -> Iterable[Affine]:
-    return (Affine.covering(share * low, share * high) for share in SHARES)
-
-
 ALGORITHMS = {"normal": normal, "mmse": mmse, "kl_divergence": kl_divergence}
 
 
@@ -84,17 +102,16 @@ def quantise(
     smoothings: Sequence[np.ndarray | None] = (None,),
     algorithms: Sequence[str] = tuple(ALGORITHMS),
 ) -> Choice:
-    """The best that can be made of a projection (K, N): of the algorithms and `smoothings` those that leave the
-    smallest error on held-out rows. Smoothing is two more operations for the NPU, and has to be WORTH them."""
-    most = max(2, 4 * NUMBERS // max(weight.shape))
-    fitted, held = (rows[:most] for rows in samples.halves())
+    """The best that can be made of a projection (K, N): of the algorithms and `smoothings` those that cost least on
+    held-out rows. Smoothing is two more operations for the NPU, and has to be WORTH them."""
+    fitted, held = (rows[: max(2, NUMBERS // max(weight.shape))] for rows in samples.halves())
     product, expected = (matmul(rows, weight) for rows in (fitted, held))
     if label.endswith(RECTIFIED):  # the range then starts at 0, and clips what is negative
         product, expected = (np.maximum(p, np.float32(0)) for p in (product, expected))
     products = np.concatenate([product, *_partial(fitted, weight)])
     outputs = _spans(products, products.min(), products.max(), algorithms)
-    size = max(_rms(expected), 1e-12)
-    choices = []
+    size = max(float(np.square(expected, dtype=np.float64).mean()), 1e-24)
+    found = []
     for smoothing in smoothings:
         factor = np.float32(1) if smoothing is None else reciprocal(smoothing)
         low, high = (samples.low * factor).min(), (samples.high * factor).max()
@@ -102,11 +119,13 @@ def quantise(
         rounded = round_weight(weight, smoothing)
         for algorithm in algorithms:
             quantised = Quantised(inputs[algorithm], outputs[algorithm], *rounded, smoothing)
-            error = _rms(quantised.linear(held) - expected) / size
-            choices.append(Choice(quantised, algorithm, error))
-    return min(
-        choices, key=lambda choice: choice.error / (1 if choice.quantised.smoothing is None else WORTH)
-    )
+            made = quantised.linear(held)
+            squares = float(np.square(made - expected).mean(dtype=np.float64))
+            # The head's products are the predictions: what counts there is not how far they are from the others.
+            cost = float(divergence(expected, made).mean()) if label == HEAD else squares
+            worth = WORTH if smoothing is not None else 1.0
+            found.append((cost / worth, Choice(quantised, algorithm, sqrt(squares / size))))
+    return min(found, key=lambda each: each[0])[1]
 
 
 def _partial(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
@@ -120,10 +139,5 @@ def _partial(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
 
 def _spans(x: np.ndarray, low: float, high: float, algorithms: Sequence[str]) -> dict[str, Affine]:
     """What each algorithm makes of x, of which all that was seen is from `low` to `high`."""
-    flat = x.reshape(-1)
-    sample = flat[:: max(1, len(flat) // NUMBERS)]
-    return {name: ALGORITHMS[name](sample, float(low), float(high)) for name in algorithms}
-
-
-def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
+    seen = Histogram.of(x, low, high)
+    return {name: ALGORITHMS[name](seen) for name in algorithms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from rwkv_npu.spec import Group, Spec
 
 if TYPE_CHECKING:
     from rwkv_npu.toolkit import CompileOptions
+
+WIDENED = 4 << 30  # bytes
 
 
 class ModelSource:
@@ -98,6 +101,14 @@ class ModelSource:
         """The tuned `time_state` (H, N, N) of every layer that has one."""
         names = {layer: f"blocks.{layer}.att.time_state" for layer in range(self.spec.L)}
         return {layer: self.tensor(name) for layer, name in names.items() if self.has(name)}
+
+
+def widened(source: ModelSource) -> Callable[[str], np.ndarray]:
+    """`source.tensor` for a reference that reads a model many times: in fp32, and kept once it was used, where all of
+    them take no more than WIDENED bytes."""
+    if 4 * source.spec.parameters > WIDENED:
+        return source.tensor
+    return cache(lambda name: np.asarray(source.tensor(name), np.float32))
 
 
 class BundleSource(ModelSource):
@@ -179,7 +190,8 @@ class BundleSource(ModelSource):
 
     def compiler_onnx(self, artifact: Artifact) -> bytes:
         """The graph of an artifact as Rockchip's compiler reads it."""
-        from rwkv_npu.graphs import compiler_model, compiler_weights
+        from rwkv_npu.graphs import compiler_weights
+        from rwkv_npu.onnx_models import compiler_model
 
         group, chosen = self._group(artifact), self.bundle.manifest.int8.get(artifact.precision)
         names = set(compiler_weights(self.program, group, artifact.rows).values())
@@ -190,10 +202,10 @@ class BundleSource(ModelSource):
 
     def compiler_bytes(self, artifact: Artifact) -> int:
         """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
-        from rwkv_npu.graphs import trace_group
+        from rwkv_npu.graphs import matrices, trace_group
 
-        constants = trace_group(self.program, self._group(artifact)).projections.values()
-        return sum(4 * constant.of(self.tensor(constant.name)).size for constant in constants)
+        trace = trace_group(self.program, self._group(artifact))
+        return sum(4 * one.k * one.n for one in matrices(trace, self.spec))
 
     def _group(self, artifact: Artifact) -> Group:
         return next(group for group in self.program.groups if group.name == artifact.group)
@@ -216,7 +228,8 @@ class BundleSource(ModelSource):
         return str(path)
 
     def _quantised_onnx(self, group: Group) -> bytes:
-        from rwkv_npu.graphs import Constant, quantised_model, trace_group
+        from rwkv_npu.graphs import Constant, trace_group
+        from rwkv_npu.onnx_models import quantised_model
 
         def packed(constant: Constant) -> Packed:
             return self.bundle.packed(self.cpu_precision, constant.name, constant.index)
@@ -245,7 +258,8 @@ class CheckpointSource(ModelSource):
         return name in self.checkpoint
 
     def onnx(self, group: Group) -> bytes:
-        from rwkv_npu.graphs import inline_model, trace_group
+        from rwkv_npu.graphs import trace_group
+        from rwkv_npu.onnx_models import inline_model
 
         model = inline_model(trace_group(self.program, group), group.name, self.tensor)
         return model.SerializeToString()

@@ -123,6 +123,11 @@ class Scaling:
         return Scaling(data["ffn"], data["residual_every"], layers)
 
 
+def default_scaling(spec: Spec) -> Scaling:
+    """What keeps fp16 graphs of a generation in range: v4 to v6 were trained with a residual that grows."""
+    return Scaling(ffn=4.0, residual_every=6 if spec.generation[0] in "456" else 0)
+
+
 # -- tensors ---------------------------------------------------------------------------------------------
 
 _V4 = """

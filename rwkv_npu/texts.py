@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_npu.errors import UsageError
+from rwkv_npu.errors import UsageError, first_line
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -100,7 +100,7 @@ def _read_ids(path: str) -> np.ndarray:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, RecursionError, OverflowError) as error:
-        raise UsageError(f"{path} holds no token ids: {_first_line(error)}") from error
+        raise UsageError(f"{path} holds no token ids: {first_line(error)}") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1:
         raise UsageError(f"{path} holds no token ids: it takes one list of whole numbers")
     if not ids.size:
@@ -119,7 +119,3 @@ def _read_bytes(path: str) -> bytes:
 
 def _name(path: str) -> str:
     return "stdin" if path == "-" else path
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

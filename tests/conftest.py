@@ -29,8 +29,15 @@ from rwkv_npu import toolkit  # noqa: E402
 from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402
 from rwkv_npu.toolkit.install import install  # noqa: E402
 from tests.emulated import GENERATIONS, EmulatedBoard, convert_for_board  # noqa: E402
+from tests.tiny import Run, run_main  # noqa: E402
 from tools.board import build  # noqa: E402
 from tools.board.compute import Bundles, Server  # noqa: E402
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; gives its exit status, stdout and stderr."""
+    return lambda *arguments: run_main(capsys, *arguments)
 
 
 @pytest.fixture(scope="session")

@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import rwkv_npu
-from rwkv_npu import artifacts, converter
+from rwkv_npu import converter
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.errors import ToolkitError, UsageError
 from rwkv_npu.spec import groups
-from rwkv_npu.toolkit import Cycles, Environment, Job, schedule
+from rwkv_npu.toolkit import Environment, Job, schedule
+from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import write_model
-
-
-class Compiler:
-    """Writes files instead of compiling; `fail_at` ends it at that build."""
-
-    def __init__(self) -> None:
-        self.built: list[str] = []
-        self.fail_at: int | None = None
-
-    def __call__(
-        self, environment: Environment, jobs: Sequence[Job], *, parallel: int | None
-    ) -> Iterator[Any]:
-        for job in jobs:
-            if len(self.built) == self.fail_at:
-                raise ToolkitError("the compiler gave up")
-            job.write_graph()
-            assert job.onnx_path.is_file()
-            job.onnx_path.unlink()
-            job.out_path.write_bytes(f"{environment.version} {job.out_path.name}".encode())
-            self.built.append(job.out_path.name)
-            yield (
-                job,
-                SimpleNamespace(
-                    cycles=Cycles(1, 2, 3), cpu_fallback=(), version=environment.version, verify_outputs=None
-                ),
-            )
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """A compiler for conversions, which looks installed in whatever version is asked for."""
-    compiler = Compiler()
-    monkeypatch.setattr(artifacts, "compile_many", compiler)
-    monkeypatch.setattr(
-        converter.environment,
-        "require",
-        lambda version: Environment(Path("python"), version or "2.5.0", False),
-    )
-    return compiler
 
 
 @pytest.fixture

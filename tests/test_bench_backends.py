@@ -460,10 +460,8 @@ def test_a_disturbed_timing_is_taken_anew(monkeypatch: pytest.MonkeyPatch) -> No
     flags: list[str] = []
     monkeypatch.setattr(server.watch, "flags", lambda: flags.pop(0))
     times[:], flags[:] = [3.0, 5.0, 1.0], ["busy", "throttled", ""]
-    assert (server.time((2, 2, 2))["time_s"], flags) == (
-        5.0,
-        [""],
-    )  # an undisturbed one counts, whatever it says
+    # An undisturbed one counts, whatever it says.
+    assert (server.time((2, 2, 2))["time_s"], flags) == (5.0, [""])
     times[:], flags[:] = [3.0, 2.0, 4.0, 1.0], ["busy", "busy throttled", "busy", ""]
     row = server.time((2, 2, 2))
     assert (row["time_s"], row["flags"], flags) == (2.0, "busy throttled", [""])

@@ -1,16 +1,9 @@
-"""Converting to a bundle for the CPU: what comes out, and what is left of one that did not come to its end."""
+"""Converting to a bundle for the CPU: what comes out, and what is refused before anything is written."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +11,20 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import converter
-from rwkv_npu.bundle import MANIFEST, WEIGHTS, open_bundle
-from rwkv_npu.errors import BundleError, CheckpointError, RwkvNpuError, TokenizerError, UsageError
+from rwkv_npu.bundle import open_bundle
+from rwkv_npu.errors import CheckpointError, RwkvNpuError, TokenizerError, UsageError
 from rwkv_npu.spec import FUSIONS, GENERATIONS
 from rwkv_npu.tensorfile import TensorFile
-from tests.tiny import one_line, run_main, write_model, write_vocabulary
-
-IDS = [5, 6, 7, 101, 102, 150, 260, 9]
+from tests.conversions import contents, convert, names, outputs
+from tests.tiny import run_main, write_model, write_vocabulary
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It holds a model's folder, and what an uninterrupted conversion makes of it. Not to be changed."""
     folder = tmp_path_factory.mktemp("convert")
     write_model(folder / "model" / "model.pth")
-    write_model(folder / "other" / "model.pth", seed=1)
+    convert(folder / "model" / "model.pth", folder / "whole.rwkv")
     return folder
 
 
@@ -42,15 +34,8 @@ def checkpoint(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def other(folder: Path) -> Path:
-    """Other weights of the same sizes."""
-    return folder / "other" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path, checkpoint: Path) -> Path:
-    """What an uninterrupted conversion makes. Not to be changed."""
-    return convert(checkpoint, folder / "whole.rwkv")
+def whole(folder: Path) -> Path:
+    return folder / "whole.rwkv"
 
 
 @pytest.fixture
@@ -58,30 +43,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out.rwkv"
 
 
-def convert(checkpoint: Path, out: Path, **options: Any) -> Path:
-    return rwkv_npu.convert(checkpoint, out, **{"target": "none", **options})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
-
-
-def outputs(path: Path, **options: Any) -> np.ndarray:
-    """Logits after a prompt, and after each of two tokens more."""
-    with rwkv_npu.load(path, **options) as model:
-        logits, state = model.forward(IDS[:6], all_logits=True)
-        steps = []
-        for token in IDS[6:]:
-            step, state = model.forward([token], state)
-            steps.append(step)
-    return np.concatenate([logits, np.stack(steps)])
-
-
-# What comes out
+# -- what comes out --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -114,7 +76,7 @@ def test_what_the_manifest_says(checkpoint: Path, whole: Path) -> None:
     assert (manifest.spec, manifest.fingerprint) == (model.spec, model.fingerprint)
     assert manifest.checkpoint == "model.pth" and manifest.artifacts == []
     assert rwkv_npu.__version__ in manifest.made_by
-    assert names(whole.parent) == ["model", "other", "whole.rwkv"]
+    assert names(whole.parent) == ["model", "whole.rwkv"]
 
 
 def test_converting_twice_gives_the_same_bytes(checkpoint: Path, whole: Path, out: Path) -> None:
@@ -141,277 +103,7 @@ def test_default_output_is_the_stem_in_the_current_folder(
         rwkv_npu.convert(".", "../hub-model-7b", target="none", force=True)
 
 
-# Interrupted conversions
-
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-import rwkv_npu
-from rwkv_npu import tensorfile
-
-checkpoint, out, where = sys.argv[1:]
-replace, write_tensor = os.replace, tensorfile._write_tensor
-
-def die_on_replace(source, target):
-    if str(target).endswith(where):
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-def die_on_tensor(file, plan):
-    if plan.name == where:
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_tensor(file, plan)
-
-os.replace, tensorfile._write_tensor = die_on_replace, die_on_tensor
-rwkv_npu.convert(checkpoint, out, target="none")
-"""
-
-
-def test_a_killed_conversion_goes_on(checkpoint: Path, whole: Path, out: Path) -> None:
-    """Killed again and again, later each time; what was done is kept, and the result is the same."""
-    partial = out.with_name("out.rwkv.partial")
-    kept: dict[str, int] = {}
-    for where in ("blocks.1.ffn.key.weight", "host.safetensors", "layer.mid.0.onnx", MANIFEST, "out.rwkv"):
-        arguments = [sys.executable, "-c", _KILLED, str(checkpoint), str(out), where]
-        assert subprocess.run(arguments, capture_output=True, timeout=60).returncode == -signal.SIGKILL
-        assert names(out.parent) == ["out.rwkv.partial"]
-        done = {str(p): p.stat().st_mtime_ns for p in partial.rglob("*.*") if p.suffix != ".writing"}
-        done = {name: stamp for name, stamp in done.items() if "graphs/" in name or "host" in name}
-        assert kept.items() <= done.items(), "a file that was there was written again"
-        kept = done
-    assert len(kept) == len(list(whole.glob("graphs/*"))) + 1
-    assert contents(convert(checkpoint, out)) == contents(whole)
-    assert names(out.parent) == ["out.rwkv"]
-
-
-def test_ctrl_c_leaves_what_is_done_and_no_output(
-    checkpoint: Path, whole: Path, out: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(converter, "write_graphs", interrupted)
-        status, printed, err = run_main(capsys, "convert", checkpoint, "--target", "none", "-o", out)
-    assert (status, printed) == (130, "") and "interrupted" in err.splitlines()[-1]
-    assert names(out.parent) == ["out.rwkv.partial"]
-    stamp = (out.parent / "out.rwkv.partial" / WEIGHTS).stat().st_mtime_ns
-    assert run_main(capsys, "convert", checkpoint, "--target", "none", "-o", out)[:2] == (0, f"{out}\n")
-    assert (out / WEIGHTS).stat().st_mtime_ns == stamp
-    assert contents(out) == contents(whole)
-
-
-def test_what_another_conversion_left_is_not_used(
-    checkpoint: Path, other: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for left in ({"checkpoint": other}, {"checkpoint": checkpoint, "cpu": "fp32"}):
-        with monkeypatch.context() as patch:
-            patch.setattr(converter, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                convert(out=out, **left)  # type: ignore[arg-type]
-        assert names(out.parent) == ["out.rwkv.partial"]
-        assert contents(convert(checkpoint, out)) == contents(whole)
-        shutil.rmtree(out)
-
-
-def test_a_folder_that_only_looks_like_a_leftover_is_not_touched(checkpoint: Path, out: Path) -> None:
-    mine = out.with_name("out.rwkv.partial")
-    mine.mkdir()
-    (mine / "notes.txt").write_text("mine")
-    with pytest.raises(BundleError, match="in the way"):
-        convert(checkpoint, out)
-    assert contents(mine) == {"notes.txt": b"mine"} and not out.exists()
-
-
-# Disks
-
-
-def failed(capsys: Any, *arguments: object) -> str:
-    """The last line of a conversion that failed."""
-    status, printed, err = run_main(capsys, "convert", "--target", "none", *arguments)
-    assert (status, printed) == (1, "")
-    line = err.splitlines(keepends=True)[-1]
-    assert one_line(line) and line.startswith("rwkv-npu: error: ") and "Traceback" not in err
-    return line
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 40 kB: the kernel refuses the rest of a write, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("small_files")
-def test_a_write_that_the_kernel_refuses(checkpoint: Path, out: Path, capsys: Any) -> None:
-    line = failed(capsys, checkpoint, "-o", out)
-    assert "File too large" in line and "goes on" in line
-    assert names(out.parent) == ["out.rwkv.partial"]
-    assert not list(out.parent.rglob("*.safetensors*"))
-
-
-def test_full_disk(
-    checkpoint: Path, whole: Path, out: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At one file after the other: at each attempt there is room for one more."""
-    synced = os.fsync
-    room = 0
-
-    def fsync(descriptor: int) -> None:
-        nonlocal room
-        room -= 1
-        if room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        synced(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    for attempt in range(len(contents(whole)) + 1):  # the first only marks what the folder is for
-        room = 1 if attempt else 0
-        line = failed(capsys, checkpoint, "-o", out)
-        assert "No space left on device" in line and str(out) in line
-        assert ("goes on" in line) == (attempt > 0)
-        assert not out.exists() and not list(out.parent.rglob("*.writing"))
-    room = 100
-    assert contents(convert(checkpoint, out)) == contents(whole)
-
-
-def test_places_that_cannot_be_written_to(
-    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file" / "out", Path("/proc/out.rwkv"), Path("/dev/null/out")):
-        line = failed(capsys, checkpoint, "-o", place)
-        assert str(place) in line and "goes on" not in line
-
-    def refuse(path: Path, *_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)  # root, who may run the tests, may write everywhere
-    assert "Permission denied" in failed(capsys, checkpoint, "-o", tmp_path / "out")
-    assert names(tmp_path) == ["file"]
-
-
-# What is there already
-
-
-def test_same_weights_again_changes_nothing(checkpoint: Path, whole: Path, out: Path) -> None:
-    shutil.copytree(whole, out)
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != MANIFEST}
-    assert convert(checkpoint, out) == out
-    assert contents(out) == contents(whole)
-    assert {path: path.stat().st_mtime_ns for path in stamps if path.is_file()} == {
-        path: stamp for path, stamp in stamps.items() if path.is_file()
-    }
-    assert names(out.parent) == ["out.rwkv"]
-
-
-def test_other_weights_need_force(checkpoint: Path, other: Path, whole: Path, out: Path, capsys: Any) -> None:
-    shutil.copytree(whole, out)
-    assert "other weights" in failed(capsys, other, "-o", out)
-    assert "--cpu fp16" in failed(capsys, checkpoint, "-o", out, "--cpu", "fp32")
-    assert contents(out) == contents(whole)
-    convert(other, out, force=True)
-    assert open_bundle(out).manifest.fingerprint == rwkv_npu.load(other, backend="numpy").fingerprint
-    convert(checkpoint, out, force=True, cpu="fp32")
-    assert open_bundle(out).manifest.cpu == "fp32"
-    assert names(out.parent) == ["out.rwkv"]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "link", "dangling link"])
-def test_what_is_no_bundle_needs_force(checkpoint: Path, whole: Path, tmp_path: Path, kind: str) -> None:
-    out, real = tmp_path / "out", tmp_path / "real"
-    real.mkdir()
-    (real / "notes.txt").write_text("mine")
-    if kind == "file":
-        out.write_text("mine")
-    elif kind == "folder":
-        shutil.copytree(real, out)
-    elif kind == "empty folder":
-        out.mkdir()
-    else:
-        out.symlink_to(real if kind == "link" else tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="no bundle.*--force"):
-        convert(checkpoint, out)
-    assert out.is_symlink() == ("link" in kind) and names(tmp_path) == ["out", "real"]
-    convert(checkpoint, out, force=True)
-    assert contents(out) == contents(whole) and not out.is_symlink()
-    assert contents(real) == {"notes.txt": b"mine"} and names(tmp_path) == ["out", "real"]
-
-
-def test_what_is_replaced_is_there_until_the_new_one_is(
-    checkpoint: Path, other: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever a conversion with --force fails of, the last rename included."""
-    shutil.copytree(whole, out)
-
-    def fails(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(converter, "write_graphs", fails)
-        with pytest.raises(BundleError, match="Input/output"):
-            convert(other, out, force=True)
-    assert contents(out) == contents(whole)
-    replace = os.replace
-
-    def last_fails(source: Any, target: Any) -> None:
-        if str(source).endswith(".partial") and Path(target) == out:
-            fails()
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", last_fails)
-        with pytest.raises(BundleError, match="Input/output"):
-            convert(other, out, force=True)
-    assert contents(out) == contents(whole)
-    assert names(out.parent) == ["out.rwkv", "out.rwkv.partial"]
-    convert(other, out, force=True)
-    assert names(out.parent) == ["out.rwkv"] and contents(out) != contents(whole)
-
-
-def test_the_checkpoint_is_never_replaced(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    shutil.copytree(folder / "model", tmp_path / "model")
-    before = contents(tmp_path / "model")
-    monkeypatch.chdir(tmp_path / "model")
-    for place in (".", "..", "/", "", "model.pth", "../model", "../model/../model", str(tmp_path)):
-        with pytest.raises(UsageError, match="output"):
-            convert(Path("model.pth"), place, force=True)  # type: ignore[arg-type]
-    assert contents(tmp_path / "model") == before and names(tmp_path) == ["model"]
-
-
-def test_converting_again_repairs_a_bundle(checkpoint: Path, whole: Path, out: Path) -> None:
-    """As the message says that opening a damaged one gives."""
-    damages: dict[str, Callable[[bytes], bytes | None]] = {
-        WEIGHTS: lambda data: data[:-1],
-        "host.safetensors": lambda data: None,
-        "graphs/layer.first.onnx": lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:],
-        "vocab.txt": lambda data: data + b"\n",
-    }
-    for name, damage in damages.items():
-        shutil.copytree(whole, out)
-        data = damage((out / name).read_bytes())
-        (out / name).unlink()
-        if data is not None:
-            (out / name).write_bytes(data)
-        with pytest.raises(BundleError, match="convert again|missing"):
-            open_bundle(out)
-        convert(checkpoint, out)
-        assert contents(open_bundle(out).path) == contents(whole), name
-        shutil.rmtree(out)
-
-
-def test_a_damaged_manifest_needs_force(checkpoint: Path, whole: Path, out: Path) -> None:
-    shutil.copytree(whole, out)
-    (out / MANIFEST).write_text("{}")
-    with pytest.raises(BundleError, match="--force"):
-        convert(checkpoint, out)
-    assert contents(convert(checkpoint, out, force=True)) == contents(whole)
-
-
-# What is refused before anything is written
+# -- what is refused -------------------------------------------------------------------------------------
 
 
 def with_value(path: Path, name: str, value: float) -> Path:
@@ -467,7 +159,7 @@ def test_values_that_do_not_exist(checkpoint: Path, out: Path, options: dict[str
     assert names(out.parent) == []
 
 
-# Vocabularies
+# -- vocabularies ----------------------------------------------------------------------------------------
 
 
 def text_of(path: Path, **options: Any) -> str:

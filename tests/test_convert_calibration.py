@@ -16,7 +16,7 @@ from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import GENERATIONS, Scaling
 from rwkv_npu.tokenizer import find_tokenizer
-from tests.test_artifacts import Compiler, stand_in
+from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model, write_vocabulary
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,11 @@ from hypothesis import strategies as st
 
 import rwkv_npu
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.evaluation import evaluate, evaluate_lambada, journal, log_softmax, read_lambada, text
-from rwkv_npu.evaluation.lambada import _score, split
+from rwkv_npu.evaluation import evaluate, journal, log_softmax, text
 from rwkv_npu.evaluation.likelihood import compare, log_likelihood
 from rwkv_npu.model import Model
-from tests.tiny import one_line, run_main, write_model
-
-IDS = np.random.default_rng(5).integers(1, 264, 700)
-Run = Callable[..., tuple[int, str, str]]
+from tests.evaluations import IDS, stopping
+from tests.tiny import write_model
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +41,6 @@ def model(folder: Path) -> Iterator[Model]:
 def other(folder: Path) -> Iterator[Model]:
     with rwkv_npu.load(folder / "b" / "model.pth", backend="numpy") as model:
         yield model
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return lambda *arguments: run_main(capsys, *arguments)
-
-
-def stopping(after: int) -> Callable[[int], None]:
-    """A progress that is interrupted at its call number `after`."""
-    calls = iter(range(after))
-
-    def progress(_: int) -> None:
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 # -- figures ---------------------------------------------------------------------------------------------
@@ -292,242 +272,3 @@ def test_what_makes_no_sense(model: Model) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             evaluate(model, ids, **options)
-
-
-# -- LAMBADA ---------------------------------------------------------------------------------------------
-
-TEXTS = [
-    "the turning and the turn",
-    "re and the über",
-    "a b  c",
-    "turning the and\nre turn",
-    "and and and and",
-]
-
-
-def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
-    path.write_text("\n".join(json.dumps({"text": one, "more": 1}) for one in texts) + "\n", encoding="utf-8")
-    return path
-
-
-@given(st.text(alphabet=st.sampled_from("ab \n\t\u2028.")).map(str.strip).filter(lambda one: " " in one))
-def test_passages_are_those_of_the_harness(content: str) -> None:
-    """Its templates `text.split(' ')[:-1]|join(' ')` and `' ' + text.split(' ')[-1]`, and the spaces that it moves."""
-    *words, last = content.split(" ")
-    context, target = " ".join(words), " " + last
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, target = context[:-spaces], context[-spaces:] + target
-    assert split(content) == (context, target)
-
-
-def test_lambada_is_scored_as_by_hand(model: Model, tmp_path: Path) -> None:
-    """Greedily and token by token, on a model that reads one at a time."""
-    assert model.tokenizer
-    right, nats = [], []
-    for content in TEXTS:
-        context, target = split(content)
-        alone, ids = model.encode(context), model.encode(context + target)
-        if ids[: len(alone)] != alone:  # "the " is one token, which no boundary parts
-            ids = alone + model.encode(target)
-        start = len(alone)
-        logits, state = model.forward([0])
-        total, foretold = 0.0, True
-        for position, token in enumerate(ids):
-            if position >= start:
-                values = logits.astype(np.float64)
-                total -= values[token] - np.log(np.exp(values).sum())
-                foretold &= int(values.argmax()) == token
-            logits, state = model.forward([token], state)
-        right.append(foretold)
-        nats.append(total)
-    found = evaluate_lambada(model, read_lambada(str(write_jsonl(tmp_path / "l.jsonl"))))
-    assert found.texts == len(TEXTS) and found.accuracy == np.mean(right)
-    assert found.perplexity == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
-    p = np.mean(right)
-    assert found.accuracy_error == pytest.approx(np.sqrt(p * (1 - p) / (len(TEXTS) - 1)))
-
-
-class Parrot:
-    """A model over bytes that foretells one text: the next byte's logit is 9, all others are 0."""
-
-    def __init__(self, text: str):
-        self.text = text.encode()
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def forward(
-        self, ids: list[int], state: int | None = None, all_logits: bool = False, inplace: bool = False
-    ) -> tuple[np.ndarray, int]:
-        start = -1 if state is None else state  # the end-of-text token comes before the text
-        logits = np.zeros((len(ids), 256), np.float32)
-        for row in range(len(ids)):
-            logits[row, self.text[start + row + 1]] = 9
-        return (logits if all_logits else logits[-1]), start + len(ids)
-
-
-@pytest.mark.parametrize(
-    ("content", "right"), [("so it goes", 1), ("so it does", 0), ("so it goep", 0), ("so iX goes", 1)]
-)
-def test_every_token_of_the_word_has_to_be_foretold(content: str, right: int) -> None:
-    passage = split(content)
-    log_p, foretold = _score(Parrot("so it goes."), passage)  # type: ignore[arg-type]
-    assert foretold == right
-    hits = sum(a == b for a, b in zip(" goes", passage.target, strict=True))
-    assert log_p == pytest.approx(9 * hits - 5 * np.log(255 + np.exp(9)))
-
-
-def test_lambada_goes_on(model: Model, other: Model, tmp_path: Path) -> None:
-    passages = read_lambada(str(write_jsonl(tmp_path / "l.jsonl")))
-    whole = evaluate_lambada(model, passages, reference=other)
-    alone = evaluate_lambada(other, passages)
-    assert whole.reference == alone
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_lambada(model, passages, reference=other, resume=tmp_path / "file", progress=stopping(2))
-    told: list[int] = []
-    again = evaluate_lambada(model, passages, reference=other, resume=tmp_path / "file", progress=told.append)
-    assert again == whole and told == [3, 1, 1]
-    with pytest.raises(UsageError, match="another set of texts"):
-        evaluate_lambada(model, passages[1:], reference=other, resume=tmp_path / "file")
-    with pytest.raises(UsageError, match="name another file"):
-        evaluate(model, IDS, resume=tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "holds no texts"),
-        ("\n \n", "holds no texts"),
-        ('{"text": "two words"}\n{"text": "one"}', "line 2: a text of two words"),
-        ('{"text": 7}', "line 1"),
-        ('{"words": "two words"}', "line 1"),
-        ('["two words"]', "line 1"),
-        ("two words", "line 1"),
-        ("[" * 100_000, "line 1"),
-    ],
-)
-def test_files_that_are_no_lambada(content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "l.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=message) as error:
-        read_lambada(str(tmp_path / "l.jsonl"))
-    assert "\n" not in str(error.value)
-
-
-def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
-    (tmp_path / "l.jsonl").write_text('{"text": "a\u2028b c"}\r\n\r\n{"text": "d e"}', encoding="utf-8")
-    assert read_lambada(str(tmp_path / "l.jsonl")) == [("a\u2028b", " c"), ("d", " e")]
-
-
-# -- the command -----------------------------------------------------------------------------------------
-
-
-def test_the_command_measures_lambada(run: Run, folder: Path, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "l.jsonl")
-    flags = ("eval", "-m", folder / "a" / "model.pth", "--backend", "numpy", "--lambada", file)
-    figures = json.loads(run(*flags, "--json")[1])
-    assert figures["texts"] == 5 and 0 <= figures["accuracy"] <= 1 and figures["reference"] is None
-    status, table, err = run(*flags, "--against", folder / "b" / "model.pth", "--against-backend", "numpy")
-    assert (status, err) == (0, "") and f"{figures['perplexity']:.3f} per last word" in table
-    assert table.count("accuracy") == 2 and "compared with  fp32 weights" in table
-
-
-def test_the_command_reads_ids(run: Run, folder: Path, tmp_path: Path, model: Model) -> None:
-    flags = ("eval", "-m", folder / "a" / "model.pth", "--backend", "numpy", "--json", "--text")
-    (tmp_path / "text").write_text("the turning and über", encoding="utf-8")
-    from_text = json.loads(run(*flags, tmp_path / "text")[1])
-    np.save(tmp_path / "ids.npy", np.array(model.encode("the turning and über"), np.int32))
-    assert json.loads(run(*flags, tmp_path / "ids.npy")[1]) == from_text
-    (tmp_path / "ids.json").write_text("[5, 6000]")
-    status, out, err = run(*flags, tmp_path / "ids.json")
-    assert (status, out) == (1, "") and one_line(err) and "token id 6000 is outside" in err
-
-
-def test_the_command_goes_on_after_ctrl_c(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.save(tmp_path / "ids.npy", IDS)
-    flags = ("eval", "-m", folder / "a" / "model.pth", "--backend", "numpy", "--text", tmp_path / "ids.npy")
-    whole = run(*flags)[1]
-    forward, calls = Model.forward, iter(range(100))
-
-    def interrupted(*arguments: object, **options: object) -> object:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(*arguments, **options)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Model, "forward", interrupted)
-        status, out, err = run(*flags, "--resume", tmp_path / "file")
-    assert (status, out) == (130, "") and f"the same command goes on from {tmp_path / 'file'}" in err
-    assert run(*flags, "--resume", tmp_path / "file") == (0, whole, "")
-
-
-def test_a_bundle_is_compared_with_its_own_unquantised_weights(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
-    """The reference of a bundle is what it stores whole, though it runs in int8 unless told otherwise."""
-    np.save(tmp_path / "ids.npy", IDS[:100])
-    rwkv_npu.convert(folder / "a" / "model.pth", tmp_path / "a.rwkv", target="none", cpu="int8")
-    flags = ("eval", "-m", tmp_path / "a.rwkv", "--text", tmp_path / "ids.npy", "--json")
-    found = json.loads(run(*flags, "--against-backend", "numpy")[1])
-    assert found["model"].startswith("int8 weights") and found["compared_with"].startswith(
-        "fp16 weights, numpy"
-    )
-    assert 1e-7 < found["kl_mean"] < 0.1
-    same = json.loads(run(*flags, "--precision", "fp16", "--against", tmp_path / "a.rwkv")[1])
-    assert same["kl_mean"] < 1e-9 and "fp16 weights" in same["compared_with"]
-    int8 = json.loads(run(*flags, "--against-precision", "int8")[1])
-    assert int8["kl_mean"] < 1e-9 and "int8 weights" in int8["compared_with"]
-    exact = json.loads(run(*flags, "--precision", "fp16", "--against", folder / "a" / "model.pth")[1])
-    assert "fp32 weights" in exact["compared_with"] and 0 < exact["kl_mean"] < 1e-3
-    stored = json.loads(run(*flags, "--backend", "numpy", "--against-backend", "ort")[1])
-    assert stored["model"].startswith("fp16 weights") and stored["kl_mean"] < 1e-9
-    status, _, err = run(*flags, "--against-precision", "int3")
-    assert status == 1 and one_line(err) and "no int3 weights" in err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--text", "t", "--lambada", "l"], "--text or --lambada, not both"),
-        (["--lambada", "l", "--context", "5"], "--context is for --text"),
-        (["--lambada", "l", "-n", "5"], "--max-tokens is for --text"),
-        (["--context", "0"], "--context is 0"),
-        (["--resume", "/no/such/folder/file"], "cannot write there"),
-        (["--lambada", "/none/l.jsonl"], "cannot read /none/l.jsonl"),
-        (["--text", "/none/ids.npy"], "cannot read /none/ids.npy"),
-    ],
-)
-def test_the_command_refuses(flags: list[str], message: str, run: Run) -> None:
-    status, out, err = run("eval", "-m", "/no/such/model", *flags)
-    assert (status, out) == (1, "") and one_line(err) and message in err
-
-
-@pytest.mark.compiler
-def test_the_simulator_goes_on_too(
-    run: Run, board_bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted after each chunk, Rockchip's simulator ends with the figures of one go."""
-    np.save(tmp_path / "ids.npy", IDS[:40] % 256)
-    monkeypatch.setattr(text, "CHUNK", 16)
-    flags = ("eval", "-m", board_bundles["6"], "--backend", "rknn-sim", "--against-backend", "numpy")
-    flags = (*flags, "--text", tmp_path / "ids.npy", "--json")
-    forward, calls = Model.forward, iter(range(1000))
-
-    def interrupted(model: Model, *arguments: object, **options: object) -> object:
-        if "rknn-sim" in model.describe() and next(calls) in (1, 3):
-            raise KeyboardInterrupt
-        return forward(model, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Model, "forward", interrupted)
-    resumed = (*flags, "--resume", tmp_path / "file")
-    assert [run(*resumed)[0] for _ in range(2)] == [130, 130]
-    status, out, _ = run(*resumed)
-    figures = json.loads(out)
-    assert status == 0 and figures["tokens"] == 40 and 0 < figures["kl_mean"] < 1e-3
-    assert figures["model"].startswith("fp16 weights, rknn-sim") and figures["compared_with"].startswith(
-        "fp16 weights, numpy"
-    )
-    monkeypatch.setattr(Model, "forward", forward)
-    assert json.loads(run(*flags)[1]) == figures

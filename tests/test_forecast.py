@@ -19,14 +19,15 @@ from rwkv_npu.artifacts import plan_artifacts
 from rwkv_npu.bundle import HOST, MANIFEST, WEIGHTS, Int8Set, open_bundle, packed_file, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.commands.dry_run import table
-from rwkv_npu.converter import Request
 from rwkv_npu.errors import UsageError
 from rwkv_npu.estimate import formula_cycles, weights
 from rwkv_npu.forecast import Forecast, Variant, forecast
-from rwkv_npu.graphs import compiler_model, compiler_weights
+from rwkv_npu.graphs import compiler_weights
 from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model
+from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.quantisation import sizes
+from rwkv_npu.request import Request
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, GENERATIONS, Spec, tensors
 from tests.emulated import GENERATIONS as ON_BOARD

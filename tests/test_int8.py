@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rwkv_npu.calibration import Samples
-from rwkv_npu.int8 import HIGHEST, LOWEST, Affine, Int8Maths, Quantised, round_weight
-from rwkv_npu.ranges import ALGORITHMS, quantise
+from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Int8Maths, Quantised, round_weight
+from rwkv_npu.maths import divergence
+from rwkv_npu.ranges import ALGORITHMS, Histogram, quantise
 from rwkv_npu.remedies import smoothings
 
 RNG = np.random.default_rng(0)
@@ -37,9 +38,8 @@ def test_rounding_is_to_the_nearest_of_256_values_and_0_is_one(a: float, b: floa
     assert numbers.min() > LOWEST - 0.5 and numbers.max() < HIGHEST + 0.5
     lowest, highest = affine.span
     # The ends move by half a step at most, so that 0 has a number.
-    assert (
-        abs(lowest - low) <= 0.51 * affine.scale and abs(highest - high) <= 0.51 * affine.scale or low == high
-    )
+    if high - low > 255 * SILENT:
+        assert abs(lowest - low) <= 0.51 * affine.scale and abs(highest - high) <= 0.51 * affine.scale
     inside = (x >= lowest) & (x <= highest)
     assert np.all(np.abs(rounded - x)[inside] <= 0.501 * affine.scale)
     assert np.all(rounded[x < lowest] == np.float32(lowest)) or np.allclose(rounded[x < lowest], lowest)
@@ -75,18 +75,19 @@ def test_products_are_those_of_integers() -> None:
 @given(arrays(np.float32, 400, elements=st.floats(-50, 50, width=32)))
 def test_every_range_lies_in_what_was_seen(algorithm: str, x: np.ndarray) -> None:
     low, high = float(x.min()), float(x.max())
-    whole, found = Affine.covering(low, high), ALGORITHMS[algorithm](x, low, high)
+    whole, found = Affine.covering(low, high), ALGORITHMS[algorithm](Histogram.of(x, low, high))
     assert found.scale <= whole.scale * 1.0001
     error = [float(np.square(affine.round(x) - x).mean()) for affine in (whole, found)]
-    if algorithm == "mmse":
-        assert error[1] <= error[0]
+    if algorithm == "mmse":  # as closely as a histogram knows
+        assert error[1] <= error[0] + (whole.scale / 32) ** 2
 
 
 def test_what_is_rare_is_clipped_where_that_helps() -> None:
     x = np.concatenate([normal(100_000), np.float32([-40.0, 40.0])])
-    whole = ALGORITHMS["normal"](x, -40.0, 40.0)
+    seen = Histogram.of(x, -40.0, 40.0)
+    whole = ALGORITHMS["normal"](seen)
     for algorithm, share in (("mmse", 0.9), ("kl_divergence", 0.6)):
-        assert ALGORITHMS[algorithm](x, -40.0, 40.0).scale < share * whole.scale
+        assert ALGORITHMS[algorithm](seen).scale < share * whole.scale
 
 
 def test_the_smallest_held_out_error_is_taken() -> None:
@@ -103,6 +104,18 @@ def test_the_smallest_held_out_error_is_taken() -> None:
     assert best.error == min(choice.error for choice in each)
     plain = quantise("w", weight, samples)
     assert best.quantised.smoothing is not None and best.error < 0.7 * plain.error
+
+
+def test_the_head_is_judged_by_what_it_predicts() -> None:
+    """A token that is certain now and then has a logit far from all others: to clip it costs little in squares, and
+    much of what is predicted."""
+    rows, weight = normal(600, 64), normal(64, 400)
+    rows[::7], weight[:, 0] = np.sign(weight[:, 0]), 8 * np.sign(weight[:, 0])  # then its logit is 512
+    samples = samples_of(rows)
+    head, other = (quantise(name, weight, samples).quantised for name in ("head.weight", "w"))
+    held = samples.halves()[1]
+    exact = held @ weight
+    assert divergence(exact, head.linear(held)).mean() < divergence(exact, other.linear(held)).mean()
 
 
 def test_behind_a_relu_only_what_is_positive_has_numbers() -> None:

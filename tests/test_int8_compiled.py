@@ -17,10 +17,11 @@ from rwkv_npu.backends.base import relative_error
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
-from rwkv_npu.graphs import compiler_model, compiler_weights
+from rwkv_npu.graphs import compiler_weights
 from rwkv_npu.int8 import Int8Maths, Quantised
 from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import demo_model, load
+from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.ranges import quantise
 from rwkv_npu.recording import record

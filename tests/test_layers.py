@@ -24,11 +24,14 @@ commands
 serve bench
 forecast
 converter evaluation
+workspace
+request
 artifacts quantisation precision_map bundle_writer model tuning diagnosis
 verify generation estimate opening headroom calibration_ids remedies
 ranges sensitivity
 recording calibration
 engine sources
+onnx_models
 graphs sampling state tokenizer plan
 backends
 kernels
@@ -45,7 +48,7 @@ ROW = {unit: number for number, row in enumerate(ROWS) for unit in row}
 
 # What may import these; everything else is the standard library's, or a matter of taste.
 HOMES = {
-    "onnx": {"graphs", "bundle_writer", "toolkit", "bench"},
+    "onnx": {"graphs", "onnx_models", "toolkit", "bench"},
     "onnxruntime": {"backends", "bench"},
     "torch": {"backends", "bench"},
     "rknn": {"toolkit"},

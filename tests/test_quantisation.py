@@ -15,6 +15,7 @@ from rwkv_npu import board, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
+from rwkv_npu.int8 import Quantised
 from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import load
 from rwkv_npu.opening import _in_int8
@@ -23,7 +24,7 @@ from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import FUSIONS, GENERATIONS
-from tests.test_artifacts import Compiler, stand_in
+from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model
 
 
@@ -98,11 +99,11 @@ def test_what_comes_before_a_projection_is_not_computed_again(
     quick = Judge(source, tokens)
     monkeypatch.setattr(sensitivity, "KEPT", 0)
     whole = Judge(source, tokens)
-    assert quick.divergence({}) == 0
+    assert quick.together({}) == 0
     for name in sizes(bundle.spec):
         chosen = {name: bundle.quantised(name)}
-        found = quick.divergence(chosen)
-        assert found == pytest.approx(whole.divergence(chosen), rel=1e-9) and found > 0, name
+        found = quick.alone(*next(iter(chosen.items())))
+        assert found == pytest.approx(whole.together(chosen), rel=1e-9) and found > 0, name
 
 
 # -- maps ------------------------------------------------------------------------------------------------
@@ -226,21 +227,21 @@ def test_another_text_makes_all_of_int8_anew(
 def test_an_interrupted_measurement_goes_on(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, measured = tmp_path / "o", Judge.divergence
-    calls: list[int] = []
+    out, measured = tmp_path / "o", Judge.alone
+    labels: list[str] = []
 
-    def interrupted(self: Judge, chosen: Any) -> float:
-        calls.append(len(chosen))
-        if len(calls) == 3:
+    def interrupted(self: Judge, label: str, quantised: Quantised) -> float:
+        labels.append(label)
+        if len(labels) == 3:
             raise KeyboardInterrupt
-        return measured(self, chosen)
+        return measured(self, label, quantised)
 
-    monkeypatch.setattr(Judge, "divergence", interrupted)
+    monkeypatch.setattr(Judge, "alone", interrupted)
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 130
     assert not out.exists()
     monkeypatch.setattr(quantisation, "calibrate", None)  # not again
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
-    assert calls.count(1) == len(sizes(manifest_of(out).spec)) + 1
+    assert len(labels) == len(sizes(manifest_of(out).spec)) + 1
 
 
 def test_the_self_test_of_a_board_allows_for_int8(
@@ -290,7 +291,7 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
     bundle = open_bundle(out)
     source = BundleSource(bundle, precision="fp16")
     judged = Judge(source, tokens)
-    expected = judged.divergence({name: bundle.quantised(name) for name in sizes(bundle.spec)})
+    expected = judged.together({name: bundle.quantised(name) for name in sizes(bundle.spec)})
     p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
 

@@ -9,15 +9,20 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rwkv_npu.cli import main
+from rwkv_npu.model import Model
 from rwkv_npu.spec import Spec
 from tools.make_checkpoint import make_checkpoint
 
+Run = Callable[..., tuple[int, str, str]]  # (exit status, stdout, stderr) of a command
+
+PROMPT = "the turning über"
 WORDS = ["the ", "and", "ing ", "re", "turn", "über", "  ", "€uro"]
 VOCABULARY = [bytes([byte]) for byte in range(256)] + [word.encode() for word in WORDS]
 WITHOUT_TEXT = 8
@@ -40,6 +45,12 @@ def write_model(path: Path, generation: str = "7", *, vocabulary: bool = True, *
         write_vocabulary(path.parent / "vocab.txt")
     sizes = {"D": 64, "L": 2, "V": V, "N": HEAD_SIZE, "dtype": "fp32", "ranks": RANKS[generation], **options}
     return make_checkpoint(path, generation=generation, **sizes)
+
+
+def continuation(model: Model, prompt: str = PROMPT, **options: Any) -> str:
+    """What the model writes after a prompt: greedily, 12 tokens, unless told otherwise."""
+    options = {"temperature": 0, "max_tokens": 12} | options
+    return "".join(step.text for step in model.generate(prompt, **options))
 
 
 def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -88,3 +99,12 @@ def peak_memory(*arguments: object, **environment: str) -> tuple[int, int]:
 
 def one_line(text: str) -> bool:
     return text.endswith("\n") and text.count("\n") == 1 and "Traceback" not in text and len(text) < 400
+
+
+def error_line(result: tuple[int, str, str], status: int = 1) -> str:
+    """The one line of a command that failed, and printed nothing else."""
+    assert result[0] == status, result
+    assert result[1] == ""
+    assert one_line(result[2]), result[2]
+    assert result[2].startswith("rwkv-npu")
+    return result[2]

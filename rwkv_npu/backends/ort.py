@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
-from rwkv_npu.errors import BackendError
+from rwkv_npu.errors import BackendError, first_line
 from rwkv_npu.spec import Group
 
 # Prepacked weights multiply one row twice as fast; without, a model opens faster and holds its weights once.
@@ -60,7 +60,7 @@ class OrtRunner:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
         return self._outputs
 
 
@@ -87,13 +87,9 @@ class OrtBackend:
                     self._source.onnx(group), self._options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # as above
-                raise BackendError(f"ONNX Runtime cannot open {group.name}: {_first_line(error)}") from error
+                raise BackendError(f"ONNX Runtime cannot open {group.name}: {first_line(error)}") from error
             self._sessions[group.name] = session
         return OrtRunner(self._sessions[group.name], group, rows, batch)
 
     def close(self) -> None:
         self._sessions.clear()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

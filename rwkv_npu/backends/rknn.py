@@ -22,7 +22,7 @@ from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.backends.rknn_api import check
 from rwkv_npu.board import numbers
 from rwkv_npu.bundle import Artifact
-from rwkv_npu.errors import BackendError
+from rwkv_npu.errors import LONGEST, BackendError, first_line
 from rwkv_npu.memory import MemoryPlan, check_room
 from rwkv_npu.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.spec import Group
@@ -93,7 +93,7 @@ class RknnRunner:
         except BackendError:
             raise
         except Exception as error:  # RKNNLite raises Exception itself
-            raise BackendError(f"RKNNLite: {_first_line(str(error))}") from error
+            raise BackendError(f"RKNNLite: {_bare(first_line(error))}") from error
         return self._named(arrays)
 
     def _named(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -257,11 +257,11 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
     }
     for pattern, remedy in remedies.items():
         if match := re.search(pattern, text):
-            return f"{_first_line(match[0])}: {remedy}"
+            return f"{_bare(match[0])}: {remedy}"
     lines = text.splitlines()
     native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]  # librknnrt knows more than RKNNLite
     said = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
-    return _first_line(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
+    return _bare(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
 
 
 def _older_file(artifact: Artifact, runtime: str | None) -> str:
@@ -278,6 +278,6 @@ def _older_file(artifact: Artifact, runtime: str | None) -> str:
     return f"{what}: on a PC, rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"
 
 
-def _first_line(text: str) -> str:
-    lines = [re.sub(r"^(E |Exception: )+", "", line.strip()) for line in text.strip().splitlines()]
-    return lines[0][:200] if lines else ""
+def _bare(line: str) -> str:
+    """A line without what RKNNLite puts before what librknnrt says."""
+    return re.sub(r"^(E |Exception: )+", "", line.strip())[:LONGEST]

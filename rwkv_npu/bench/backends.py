@@ -19,7 +19,7 @@ import numpy as np
 from rwkv_npu.bench.problem import Problem
 from rwkv_npu.bench.timing import Stage
 from rwkv_npu.board import cpu_model
-from rwkv_npu.errors import BackendError
+from rwkv_npu.errors import BackendError, first_line
 
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 
@@ -223,7 +223,7 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
     import onnx
     from onnx import TensorProto, helper
 
-    from rwkv_npu.graphs import IR_VERSION, OPSET
+    from rwkv_npu.onnx_models import IR_VERSION, OPSET
 
     if sum(array.nbytes for array in constants.values()) > 2**31 - 4096:
         raise BackendError("B does not fit into an ONNX graph, which holds 2 GiB")
@@ -237,9 +237,3 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rwkv_npu")
     return bytes(model.SerializeToString())
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

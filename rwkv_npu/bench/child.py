@@ -29,13 +29,13 @@ from rwkv_npu.bench.backends import (
     OrtBackend,
     TinygradBackend,
     TorchBackend,
-    first_line,
 )
 from rwkv_npu.bench.machine import Watch
 from rwkv_npu.bench.problem import make_problem, memory_needed
 from rwkv_npu.bench.record import with_rates
 from rwkv_npu.bench.rknn import RknnBackend, RknnMatmulBackend
 from rwkv_npu.bench.timing import Effort, Timing, time_calls
+from rwkv_npu.errors import first_line
 from rwkv_npu.toolkit import available_memory
 
 BACKENDS: dict[str, type] = {

@@ -29,9 +29,8 @@ def crossovers(rows: Iterable[Row]) -> list[Crossover]:
     for winner, loser in permutations(lines, 2):
         fast, slow = ({row.n: row for row in lines[name]} for name in (winner, loser))
         sizes = sorted(fast.keys() & slow.keys())
-        leads = [
-            log(_time(slow[size]) / _time(fast[size])) for size in sizes
-        ]  # positive: the winner is ahead
+        # Positive: the winner is ahead.
+        leads = [log(_time(slow[size]) / _time(fast[size])) for size in sizes]
         before = max((i for i, lead in enumerate(leads) if lead <= 0), default=-1)
         if not 0 <= before < len(sizes) - 1:
             continue

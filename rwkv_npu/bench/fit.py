@@ -213,7 +213,6 @@ def cubic_twin(n: Sequence[float] | np.ndarray) -> CubicTwin:
     a, t0 = np.linalg.solve(matrix, [np.sum(e * e), np.sum(n * e * e)])
     chi2 = float(np.sum((a * n**3 + t0 - e) ** 2))
     jacobian = np.stack([e, n * e])
-    errors = np.sqrt(
-        np.diag(np.linalg.inv(jacobian @ jacobian.T)) * chi2 / (len(n) - 2)
-    )  # ROOT's, scaled by chi2/NDf
+    # ROOT's, scaled by chi2/NDf.
+    errors = np.sqrt(np.diag(np.linalg.inv(jacobian @ jacobian.T)) * chi2 / (len(n) - 2))
     return CubicTwin(float(a), float(t0), chi2, float(errors[0]), float(errors[1]))

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rwkv_npu.bench.backends import first_line, moved
+from rwkv_npu.bench.backends import moved
 from rwkv_npu.bench.problem import make_problem
 from rwkv_npu.bench.record import Row, series_name, with_rates
 from rwkv_npu.bench.rknn import BYTES, Estimate
 from rwkv_npu.bench.shapes import Shape
 from rwkv_npu.bench.timing import Effort
-from rwkv_npu.errors import BackendError, RwkvNpuError
+from rwkv_npu.errors import BackendError, RwkvNpuError, first_line
 from rwkv_npu.toolkit import require
 
 ROW_LIMIT_S = 600.0  # a child that is silent for so long is ended

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_npu.errors import CheckpointError
+from rwkv_npu.errors import CheckpointError, first_line
 from rwkv_npu.tensorfile import BFLOAT16, map_file
 
 _MAX_PICKLE = 8 << 20  # bytes; a 7B model has 0.3 MB
@@ -91,8 +91,9 @@ def _records(data: mmap.mmap) -> dict[str, tuple[int, int]]:
         with zipfile.ZipFile(_Reader(data)) as archive:
             infos = archive.infolist()
     except Exception as e:  # zipfile raises a dozen types for damaged files, and imports nothing from them
-        reason = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
-        raise _Invalid(f"it is not a complete zip file ({reason}); was the download interrupted?") from None
+        raise _Invalid(
+            f"it is not a complete zip file ({first_line(e)}); was the download interrupted?"
+        ) from None
     if len(infos) > _MAX_ENTRIES:
         raise _Invalid("it has more entries than any model")
     records: dict[str, tuple[int, int]] = {}

@@ -11,10 +11,11 @@ from pathlib import Path
 from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.checkpoint import Checkpoint, open_checkpoint
 from rwkv_npu.commands.common import size
-from rwkv_npu.converter import Request, bundle_place, mapped_projections, parse_rows
 from rwkv_npu.estimate import CALL_OVERHEAD_US, Rate
 from rwkv_npu.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS
+from rwkv_npu.request import Request, mapped_projections, parse_rows
+from rwkv_npu.workspace import bundle_place
 
 WIDTH, COLUMN = 80, 12  # characters of a line, and of a figure in it
 

@@ -1,0 +1,143 @@
+"""ONNX models of recorded groups, one kind for each reader: numbers inside, in a file beside, or quantised.
+
+A model comes from a `Trace` (graphs.py) and `tensor(name)`, which gives a tensor as the maths uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from rwkv_npu.graphs import Constant, Trace, compiler_trace
+from rwkv_npu.int8 import Quantised
+from rwkv_npu.models.network import Program
+from rwkv_npu.packing import BLOCK, Packed, numbers
+from rwkv_npu.spec import Group
+from rwkv_npu.tensorfile import Entry
+
+Tensors = Callable[[str], np.ndarray]
+
+OPSET = 17  # the first with LayerNormalization; Rockchip's compiler takes up to 19
+IR_VERSION = 8  # a newer onnx would write one that Rockchip's compiler cannot read
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operations
+INT8_ROWS = 4  # MatMulNBits' accuracy level at which it quantises rows too, block by block
+
+
+def inline_model(
+    trace: Trace, name: str, tensor: Tensors, dtype: type[np.floating] = np.float32
+) -> onnx.ModelProto:
+    """The graph with its numbers inside."""
+    projections = [
+        _initialiser(label, constant.of(tensor(constant.name)), dtype)
+        for label, constant in trace.projections.items()
+    ]
+    return _model(trace, name, tensor, projections)
+
+
+def external_model(
+    trace: Trace, name: str, tensor: Tensors, location: str, place: Callable[[Constant], Entry]
+) -> onnx.ModelProto:
+    """The graph with its projections in the file `location` beside it, at their `place` in that file."""
+    projections = []
+    for label, constant in trace.projections.items():
+        dtype, shape, offset, nbytes = place(constant)
+        proto = TensorProto(name=label, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype))
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", nbytes)):
+            proto.external_data.add(key=key, value=str(value))
+        projections.append(proto)
+    return _model(trace, name, tensor, projections)
+
+
+def quantised_model(
+    trace: Trace, name: str, tensor: Tensors, packed: Callable[[Constant], Packed]
+) -> onnx.ModelProto:
+    """The graph with its projections quantised, as ONNX Runtime's MatMulNBits takes them; it quantises rows as well."""
+    model = _model(trace, name, tensor, [])
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in trace.projections:
+            label = node.input[1]
+            weight = packed(trace.projections[label])
+            data, scales = _in_blocks(label, weight)
+            model.graph.initializer.extend([data, scales])
+            node.CopyFrom(_quantised_product(node, weight, data.name, scales.name))
+    model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return model
+
+
+def _in_blocks(label: str, weight: Packed) -> tuple[TensorProto, TensorProto]:
+    """data (N, blocks, bytes of a block) and scales (N x blocks): column after column."""
+    n, blocks = weight.shape[1], weight.padded_k // BLOCK
+    q = numbers(weight).swapaxes(0, 1).reshape(weight.padded_k, -1)[:, :n].T.reshape(n, blocks, BLOCK)
+    if weight.bits == 4:
+        q = q[..., ::2] | q[..., 1::2] << 4
+    scales = weight.scales.swapaxes(0, 1).reshape(blocks, -1)[:, :n].T.reshape(-1)
+    return _initialiser(f"{label}.data", q, np.uint8), _initialiser(f"{label}.scales", scales, np.float32)
+
+
+def _quantised_product(product: onnx.NodeProto, weight: Packed, data: str, scales: str) -> onnx.NodeProto:
+    """What takes the place of a MatMul."""
+    k, n = weight.shape
+    return helper.make_node(
+        "MatMulNBits",
+        [product.input[0], data, scales],
+        list(product.output),
+        name=product.name,
+        domain=MICROSOFT,
+        accuracy_level=INT8_ROWS,
+        K=k,
+        N=n,
+        bits=weight.bits,
+        block_size=BLOCK,
+    )
+
+
+def compiler_model(
+    program: Program,
+    group: Group,
+    rows: int,
+    tensor: Tensors,
+    quantised: Mapping[str, Quantised] = MappingProxyType({}),
+) -> onnx.ModelProto:
+    """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32.
+
+    The weights of projections that are `quantised`, by label, are what their int8 numbers stand for.
+    """
+    trace = compiler_trace(program, group, rows, quantised)
+
+    def values(constant: Constant) -> np.ndarray:
+        whole = quantised.get(constant.whole.label)
+        return constant.of(tensor(constant.name)) if whole is None else constant.cut(whole.values())
+
+    projections = [_initialiser(name, values(c), np.float32) for name, c in trace.projections.items()]
+    return _model(trace, group.name, tensor, projections)
+
+
+def _model(trace: Trace, name: str, tensor: Tensors, projections: list[TensorProto]) -> onnx.ModelProto:
+    nodes, casts = [], {}
+    for proto in projections:
+        if proto.data_type != TensorProto.FLOAT:
+            casts[proto.name] = f"{proto.name}.fp32"
+            nodes.append(helper.make_node("Cast", [proto.name], [casts[proto.name]], to=TensorProto.FLOAT))
+    for node in trace.nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [casts.get(used, used) for used in node.input]
+        nodes.append(copy)
+    vectors = [_initialiser(label, c.of(tensor(c.name)), np.float32) for label, c in trace.vectors.items()]
+    literals = [_initialiser(label, array, array.dtype) for label, array in trace.literals.items()]
+    graph = helper.make_graph(nodes, name, trace.inputs, trace.outputs, [*projections, *vectors, *literals])
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rwkv_npu")
+
+
+def _initialiser(label: str, array: np.ndarray, dtype: Any) -> TensorProto:
+    data = np.asarray(array, dtype, order="C")
+    kind = helper.np_dtype_to_tensor_dtype(data.dtype)
+    return helper.make_tensor(label, kind, data.shape, data.tobytes(), raw=True)

@@ -1,0 +1,154 @@
+"""Where a conversion writes: a bundle that is added to, or a folder beside it that becomes one by a rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv_npu.bundle import FORMAT, MANIFEST, MARK, MATHS, Manifest, damaged_files, is_bundle, read_manifest
+from rwkv_npu.checkpoint import Checkpoint
+from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.files import locked, write_atomically
+from rwkv_npu.packing import PRECISIONS
+from rwkv_npu.request import Request, Say
+
+# What the disk, or its permissions, can do to us; any other OSError is a bug of ours.
+_DISK = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None) -> Path:
+    """Where the bundle of a checkpoint goes: `out`, or the current folder."""
+    return Path(out) if out is not None else Path(f"{_stem(checkpoint)}.rwkv")
+
+
+def _stem(checkpoint: Path) -> str:
+    resolved = checkpoint.resolve()
+    if resolved.name.endswith(".index.json"):  # of a sharded model: its folder has the better name
+        resolved = resolved.parent
+    return resolved.name if resolved.is_dir() else resolved.stem
+
+
+def check_place(place: Path, checkpoint: Path) -> None:
+    """Raises UsageError for an output that cannot be made, or whose replacement would remove what is needed."""
+    if place.name in ("", ".."):
+        raise UsageError(f"the output cannot be {place}: name a folder to make")
+    holds = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd(), "your home": Path.home()}
+    for what, path in holds.items():
+        inside = path.resolve()
+        if place.resolve() in (inside, *inside.parents):
+            raise UsageError(f"the output {place} holds {what}: name another")
+
+
+def existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest | None:
+    """The manifest of the bundle to add to, or None where one has to be made. Raises BundleError."""
+    if request.force or not (place.exists() or place.is_symlink()):
+        return None
+    if not is_bundle(place):
+        raise BundleError(
+            f"{place} exists and is no bundle: name another output, or give --force to replace it"
+        )
+    manifest = read_manifest(place)
+    if manifest.fingerprint != checkpoint.fingerprint:
+        raise other_weights(place)
+    if request.cpu not in PRECISIONS and manifest.cpu != request.cpu:
+        raise BundleError(
+            f"{place} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
+            "name another output, or give --force"
+        )
+    return manifest
+
+
+def other_weights(place: Path) -> BundleError:
+    return BundleError(f"{place} was made from other weights: name another output, or give --force")
+
+
+@contextlib.contextmanager
+def workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
+    """The folder to write to: OUT itself when it is added to, else OUT.partial, which becomes OUT at the end."""
+    folder = place if adding else place.with_name(place.name + ".partial")
+    try:
+        with contextlib.ExitStack() as held:
+            if adding:
+                held.enter_context(locked(folder / MANIFEST))
+            else:
+                _prepare_partial(folder, manifest, held)
+            yield folder
+            if not adding:
+                _replace(folder, place)
+    except BlockingIOError:
+        raise BundleError(
+            f"another conversion is writing to {place}: wait for it, or name another output"
+        ) from None
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        line = f"cannot write the bundle: {error.strerror or error} ({folder})"
+        if not adding and (folder / MARK).is_file():
+            line += "; what is done is kept there, and the same command goes on from it"
+        raise BundleError(line) from error
+
+
+def _prepare_partial(folder: Path, manifest: Manifest, held: contextlib.ExitStack) -> None:
+    """Keep what an interrupted conversion of the same weights left, remove what another left; lock the folder."""
+    mark = folder / MARK
+    key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
+    if mark.is_file():
+        held.enter_context(locked(mark))
+        if mark.read_text(encoding="utf-8") == key:
+            return
+        shutil.rmtree(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise BundleError(f"{folder} is in the way, and not from an interrupted conversion: move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # where folders cannot be made, such as /proc
+        raise BundleError(f"cannot make {folder}: {error.strerror}") from error
+    write_atomically(mark, key.encode())
+    held.enter_context(locked(mark))
+
+
+def _replace(folder: Path, place: Path) -> None:
+    """Put the finished folder in the place of whatever is there, which is removed only after that."""
+    if place.exists() or place.is_symlink():
+        with tempfile.TemporaryDirectory(prefix=f"{place.name}.old-", dir=place.parent) as aside:
+            old = Path(aside) / "old"
+            os.replace(place, old)
+            try:
+                os.replace(folder, place)
+            except BaseException:
+                os.replace(old, place)
+                raise
+    else:
+        os.replace(folder, place)
+    (place / MARK).unlink()  # with the manifest there it means nothing, should we be killed before this
+
+
+def drop_damaged(folder: Path, manifest: Manifest, planned: set[str], say: Say) -> None:
+    """Forget what a bundle has lost, so that it can be made again."""
+    others = {a.path: a for a in manifest.artifacts if a.path not in planned}
+    for name in list(damaged_files(folder, manifest)):
+        again = "it is made again"
+        if name in others:
+            again = (
+                f"convert with --target {others[name].target} --fusion {others[name].fusion} to have it again"
+            )
+        say(f"{name} is missing or damaged: {again}")
+        (folder / name).unlink(missing_ok=True)
+        del manifest.files[name]
+    manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]
