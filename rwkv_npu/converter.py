@@ -95,6 +95,8 @@ def convert(
     conversion = _Conversion(request, opened, manifest, there is not None, say)
     mapped = mapped_projections(precision_map, request, opened.spec)
     compiler = environment.require(toolkit) if request.compiles else None
+    if compiler:
+        request.check_compiler(compiler)
     # What will be in int8 is not known yet: whether as much as can be would fit is.
     planned = conversion.plan(sizes(opened.spec) if request.quantises else ())
     longest = max((artifact.rows for artifact in planned), default=1)

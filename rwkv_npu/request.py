@@ -13,7 +13,7 @@ from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.precision_map import read_map
 from rwkv_npu.quantisation import MAX_KL, REMEDIES, sizes
 from rwkv_npu.spec import Spec, check_fusion
-from rwkv_npu.toolkit import TARGETS
+from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, Environment
 
 Say = Callable[[str], None]  # gets a line for each stage
 
@@ -50,15 +50,27 @@ class Request:
         for what, value, values in known:
             if value not in values:
                 raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
-        has = NPU_PRECISIONS.get(self.target, ARTIFACT_PRECISIONS)
-        if self.precision not in has:
+        if self.precision not in self._npu_has:
             raise UsageError(
-                f"{self.target} has no precision {self.precision!r}: use one of {', '.join(has)}"
+                f"{self.target} has no precision {self.precision!r}: use one of {', '.join(self._npu_has)}"
             )
         if not 0 < self.max_kl < float("inf"):
             raise UsageError(f"max_kl is {self.max_kl}: it must be more than 0")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
+
+    def check_compiler(self, compiler: Environment) -> None:
+        """Raises UsageError for one that cannot build what is asked for."""
+        if self.quantises and not compiler.mixes_int8:
+            floats = [name for name in self._npu_has if name not in INT8_PRECISIONS]
+            raise UsageError(
+                f"rknn-toolkit2 {compiler.version} has no precision {self.precision!r} for {self.target}: use one of "
+                f"{', '.join(floats)}, or --toolkit {OLDEST_INT8} or later"
+            )
+
+    @property
+    def _npu_has(self) -> tuple[str, ...]:
+        return NPU_PRECISIONS.get(self.target, ARTIFACT_PRECISIONS)
 
     @property
     def storage(self) -> str:

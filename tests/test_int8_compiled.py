@@ -27,7 +27,8 @@ from rwkv_npu.ranges import quantise
 from rwkv_npu.recording import record
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.toolkit import CompileOptions, compile_graph
+from rwkv_npu.spec import Group
+from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph
 from tests.tiny import run_main
 
 pytestmark = pytest.mark.compiler
@@ -51,6 +52,11 @@ def quantised(source: CheckpointSource) -> dict[str, Quantised]:
     return found
 
 
+def group_of(source: CheckpointSource, name: str) -> Group:
+    (found,) = [group for group in source.program.groups if group.name == name]
+    return found
+
+
 def simulated(
     source: CheckpointSource,
     group: str,
@@ -58,9 +64,10 @@ def simulated(
     chosen: Mapping[str, Quantised],
     environment: toolkit.Environment,
     folder: Path,
+    target: str = "rk3588",
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What simulator and NumPy make of a group, on rows of a pass of the model; nothing is left to the board's CPU."""
-    (found,) = [g for g in source.program.groups if g.name == group]
+    found = group_of(source, group)
     inputs = record(source, rows)[group].inputs
     model = compiler_model(source.program, found, rows, source.tensor, chosen)
     (folder / "g.onnx").write_bytes(model.SerializeToString())
@@ -68,9 +75,8 @@ def simulated(
     int8 = {
         name: (chosen[of].input.span, chosen[of].output.span) for name, of in weights.items() if of in chosen
     }
-    result = compile_graph(
-        environment, folder / "g.onnx", folder / "g.rknn", CompileOptions(int8=int8), inputs
-    )
+    options = CompileOptions(target, int8=int8)
+    result = compile_graph(environment, folder / "g.onnx", folder / "g.rknn", options, inputs)
     assert not result.cpu_fallback and result.verify_outputs is not None
     assert sum(layer.dtype == "INT8" and layer.op.startswith("Conv") for layer in result.layers) == len(int8)
     return result.verify_outputs, source.evaluate(found, Int8Maths(source.tensor, chosen.get), dict(inputs))
@@ -107,6 +113,28 @@ def test_a_product_is_the_simulators(
     else:  # the product itself: a step off here and there, where an input in fp16 rounds to the other side
         steps = np.abs(theirs[output] - ours[output]) / quantised[name].output.scale
         assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.08
+
+
+@pytest.mark.parametrize(
+    ("target", "version"),
+    [*((target, toolkit.DEFAULT_VERSION) for target in TARGETS[1:]), *((t, OLDEST_INT8) for t in TARGETS)],
+)
+def test_other_chips_and_compilers(
+    target: str,
+    version: str,
+    source: CheckpointSource,
+    quantised: dict[str, Quantised],
+    toolkit_environment: toolkit.Environment,
+    tmp_path: Path,
+) -> None:
+    """All products of a layer, at one row: of more the RK3566 and RK3568 leave transposes to the CPU, in fp16 too."""
+    environment = toolkit_environment if version == toolkit.DEFAULT_VERSION else toolkit.find(version)
+    if environment is None:
+        pytest.skip(f"rwkv-npu toolkit install --version {version} installs it")
+    members = compiler_weights(source.program, group_of(source, "mid.1"), 1).values()
+    chosen = {name: quantised[name] for name in members if name in quantised}
+    theirs, ours = simulated(source, "mid.1", 1, chosen, environment, tmp_path, target)
+    assert len(chosen) == 6 and relative_error(theirs, ours) < 0.02
 
 
 def test_a_model_in_the_simulator_predicts_as_it_does_in_numpy(

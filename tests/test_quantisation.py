@@ -150,6 +150,14 @@ def test_a_wrong_map_is_refused(
     [
         (("--precision", "w4a16"), "rk3588 has no precision 'w4a16': use one of fp16, bf16, w8a8, mixed"),
         (("--precision", "bf16", "--target", "rk3566"), "use one of fp16, w8a8, mixed"),
+        (
+            ("--precision", "mixed", "--toolkit", "2.3.0"),
+            "use one of fp16, bf16, or --toolkit 2.3.2 or later",
+        ),
+        (
+            ("--precision", "w8a8", "--toolkit", "2.2.0", "--target", "rk3562"),
+            "rknn-toolkit2 2.2.0 has no precision 'w8a8' for rk3562: use one of fp16, or --toolkit 2.3.2",
+        ),
         (("--precision", "mixed", "--max-kl", "-1"), "it must be more than 0"),
         (("--precision", "mixed", "--max-kl", "nan"), "it must be more than 0"),
         (("--precision", "w8a8", "--precision-map", "m.json"), "is for --precision mixed"),

@@ -71,6 +71,15 @@ def test_layer_table() -> None:
     assert log.memory(LOG) == (16896, 2 * 1024**2)
 
 
+def test_the_layer_table_of_the_rk3576_has_a_column_more() -> None:
+    row = (
+        "D RKNN: [15:27:31.899] 8    Conv               INT8     NPU    (1,192,1,1),(192,192,1,1),(192)          "
+        "(1,192,1,1)            5196/576/5196            0%           37           Conv:blocks.1.att.output#2"
+    )
+    (found,) = log.layers(f"Network Layer Information Table\n{row}\n")
+    assert (found.total_cycles, found.kilobytes, found.name) == (5196, 37, "Conv:blocks.1.att.output#2")
+
+
 def test_no_layer_table() -> None:
     assert log.layers("nothing") == () and log.memory("nothing") == (0, 0)
 

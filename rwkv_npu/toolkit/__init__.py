@@ -11,6 +11,7 @@ It knows graphs as ONNX files with named inputs; what RWKV is, it does not know.
 from rwkv_npu.toolkit.compiler import TARGETS, CompileOptions, CompileResult, Simulator, compile_graph
 from rwkv_npu.toolkit.environment import (
     DEFAULT_VERSION,
+    OLDEST_INT8,
     VERSIONS,
     Environment,
     Status,
@@ -25,6 +26,7 @@ from rwkv_npu.toolkit.schedule import Job, available_memory, compile_many
 
 __all__ = [
     "DEFAULT_VERSION",
+    "OLDEST_INT8",
     "TARGETS",
     "VERSIONS",
     "CompileOptions",

@@ -95,7 +95,7 @@ class CompileOptions:
 class CompileResult:
     """An artifact and what the compiler said of it.
 
-    `cycles` is its estimate for one core, None where it prints none (rk3576). `cpu_fallback` names the layers
+    `cycles` is its estimate for one core, None where it prints none. `cpu_fallback` names the layers
     that the board's CPU would run; the two `npu_` sizes are what the artifact takes of the NPU's memory.
     """
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_npu.board import numbers
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.files import cache_dir
 
@@ -23,6 +24,9 @@ DEFAULT_VERSION = "2.5.0"
 # Newest first. A board's runtime (librknnrt.so) may refuse files of a newer compiler, hence the old ones.
 VERSIONS = ("2.5.0", "2.3.2", "2.3.0", "2.2.0")
 PYTHONS = ((3, 12), (3, 11), (3, 10))  # there is no wheel for 3.13
+# The oldest that builds products in int8 into a graph in fp16: 2.3.0 finds no such product where a sum follows it, and
+# 2.2.0 loses track of its own tensors.
+OLDEST_INT8 = "2.3.2"
 # Machines that Rockchip publishes wheels for, by version.
 MACHINES = {version: ("x86_64", "aarch64") for version in VERSIONS} | {"2.2.0": ("x86_64",)}
 # A caller's own interpreter works only below these versions, whatever rknn-toolkit2's metadata says.
@@ -42,6 +46,11 @@ class Environment:
     python: Path
     version: str
     private: bool
+
+    @property
+    def mixes_int8(self) -> bool:
+        """Whether it builds products in int8 into a graph in fp16."""
+        return numbers(self.version) >= numbers(OLDEST_INT8)
 
     def command(self, script: Path, *arguments: str) -> list[str]:
         """The command line that runs `script` in this environment."""

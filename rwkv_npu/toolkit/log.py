@@ -13,7 +13,7 @@ _STAMP = r"^D RKNN: \[[\d:.]+\] "
 _ROW = re.compile(
     _STAMP + r"(?P<id>\d+)\s+(?P<op>\S+)\s+(?P<dtype>\S+)\s+(?P<target>CPU|NPU|GPU)"
     r"\s+(?P<inputs>\S+)\s+(?P<outputs>\S+)"
-    r"\s+(?P<ddr>\d+)/(?P<npu>\d+)/(?P<total>\d+)\s+(?P<kilobytes>\d+)\s+(?P<name>.*\S)\s*$"
+    r"\s+(?P<ddr>\d+)/(?P<npu>\d+)/(?P<total>\d+)\s+([\d.]+%\s+)?(?P<kilobytes>\d+)\s+(?P<name>.*\S)\s*$"
 )
 _MEMORY = re.compile(_STAMP + r"Total (Internal|Weight) Memory Size: ([\d.]+)(B|KB|MB|GB)?\s*$")
 _UNITS = {None: 1, "B": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3}
