@@ -1,8 +1,8 @@
 """Scales that keep an fp16 graph in range, chosen by what the model makes of a text.
 
 Of what a graph computes, two things grow without a norm to hold them: the residual, which v4 to v6 let grow with depth,
-and the square in the channel mix. Both can be scaled by powers of two, which changes no bit of the result. The chip
-overflows silently, so that nothing seen may come near: no intermediate passes LIMIT.
+and the square in the channel mix. Both can be scaled by powers of two, which changes no bit but of numbers near fp16's
+smallest. The chip overflows silently, so that nothing seen may come near: no intermediate passes LIMIT.
 """
 
 from __future__ import annotations

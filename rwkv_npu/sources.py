@@ -176,29 +176,33 @@ class BundleSource(ModelSource):
 
     def compile_options(self, artifact: Artifact) -> CompileOptions:
         """How an artifact is compiled; the simulator has to be given the same."""
-        from rwkv_npu.graphs import compiler_weights
+        from rwkv_npu.graphs import compiler_trace
         from rwkv_npu.toolkit import CompileOptions
 
         said = {"fingerprint": self.fingerprint, "group": artifact.group, "int8": artifact.int8}
         identity = json.dumps({name: value for name, value in said.items() if value})
-        chosen = self.bundle.manifest.int8.get(artifact.precision)
-        if chosen is None:
+        if artifact.precision not in self.bundle.manifest.int8:
             return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
-        weights = compiler_weights(self.program, self._group(artifact), artifact.rows)
-        int8 = {name: self.bundle.spans(of) for name, of in weights.items() if of in chosen.projections}
+        ranges = {name: self.bundle.ranges(name) for name in self._int8_of(artifact)}
+        trace = compiler_trace(self.program, self._group(artifact), artifact.rows, ranges)
+        int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
         return CompileOptions(artifact.target, "fp16", custom_string=identity, int8=int8)
 
     def compiler_onnx(self, artifact: Artifact) -> bytes:
         """The graph of an artifact as Rockchip's compiler reads it."""
-        from rwkv_npu.graphs import compiler_weights
         from rwkv_npu.onnx_models import compiler_model
 
-        group, chosen = self._group(artifact), self.bundle.manifest.int8.get(artifact.precision)
-        names = set(compiler_weights(self.program, group, artifact.rows).values())
-        names &= set(chosen.projections if chosen else ())
-        quantised = {name: self.bundle.quantised(name) for name in names}
-        model = compiler_model(self.program, group, artifact.rows, self.tensor, quantised)
-        return model.SerializeToString()
+        quantised = {name: self.bundle.quantised(name) for name in self._int8_of(artifact)}
+        group = self._group(artifact)
+        return compiler_model(self.program, group, artifact.rows, self.tensor, quantised).SerializeToString()
+
+    def _int8_of(self, artifact: Artifact) -> set[str]:
+        """The projections that an artifact has in int8."""
+        from rwkv_npu.graphs import trace_group
+
+        chosen = self.bundle.manifest.int8.get(artifact.precision)
+        members = trace_group(self.program, self._group(artifact)).projections
+        return set(members) & set(chosen.projections if chosen else ())
 
     def compiler_bytes(self, artifact: Artifact) -> int:
         """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""

@@ -64,6 +64,13 @@ class Evaluation(Figures):
         return asdict(self)
 
 
+def count_bytes(model: Model, ids: np.ndarray) -> int | None:
+    """Of the text of `ids`; None where the vocabulary is not known."""
+    if model.tokenizer is None:
+        return None
+    return sum(len(model.tokenizer.token_bytes(int(token)) or b"") for token in ids)
+
+
 def evaluate(
     model: Model,
     ids: Sequence[int] | np.ndarray,
