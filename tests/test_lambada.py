@@ -116,8 +116,17 @@ def test_lambada_goes_on(model: Model, other: Model, tmp_path: Path) -> None:
     assert again == whole and told == [3, 1, 1]
     with pytest.raises(UsageError, match="another set of texts"):
         evaluate_lambada(model, passages[1:], reference=other, resume=tmp_path / "file")
-    with pytest.raises(UsageError, match="name another file"):
-        evaluate(model, IDS, resume=tmp_path / "file")
+
+
+def test_texts_and_passages_are_not_mixed_up(model: Model, tmp_path: Path) -> None:
+    """A file of either is no damaged one of the other."""
+    passages = read_lambada(str(write_jsonl(tmp_path / "l.jsonl")))
+    evaluate_lambada(model, passages, resume=tmp_path / "passages")
+    evaluate(model, IDS, resume=tmp_path / "text")
+    with pytest.raises(UsageError, match="passages is of another kind of evaluation: name another file"):
+        evaluate(model, IDS, resume=tmp_path / "passages")
+    with pytest.raises(UsageError, match="text is of another kind of evaluation: name another file"):
+        evaluate_lambada(model, passages, resume=tmp_path / "text")
 
 
 @pytest.mark.parametrize(
