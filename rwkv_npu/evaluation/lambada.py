@@ -94,6 +94,7 @@ def evaluate_lambada(
         "model": model_identity(model),
         "reference": model_identity(reference) if reference else "",
         "set of texts": digest(json.dumps(passages).encode()),
+        "tokenizer": " ".join(one.tokenizer.digest for one in models.values() if one.tokenizer),
     }
     with Journal(resume, identity, columns, len(passages)) as journal:
         if progress and journal.done:
