@@ -185,8 +185,8 @@ def table(results: dict[str, Any]) -> str:
         "Host's share: all that the CPU does for a call of the engine, the recurrence compiled, one thread; what the "
         "NPU, RKNNLite and the guard before it take comes on top, and makes the part that watching has smaller. "
         "Watching is timed by itself, where its code and data are at hand; in turns, what an engine with it takes "
-        "longer than one without, which is the safer figure, but for what machine and chance add: as much as the last column, "
-        "where both are without.",
+        "longer than one without, which is the safer figure, but for what machine and chance add: as much as the last "
+        "column, where both are without.",
     ]
     return "\n".join(lines)
 
