@@ -81,7 +81,7 @@ def test_a_peak_now_and_then_is_not_either() -> None:
 
 def test_groups_without_ranges_are_not_looked_at() -> None:
     watched = Watched(Backend(), RANGES)
-    assert run(watched, HEAD, x=1e9) == [] and watched.drift.calls == 0
+    assert run(watched, HEAD, x=1e9) == [] and watched.drift.looked == 0
 
 
 def test_it_stands_for_its_backend() -> None:
