@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rwkv_npu.backends.base import allocate_inputs
-from rwkv_npu.backends.drift import ENOUGH, EVERY, Watched
+from rwkv_npu.backends.drift import ENOUGH, EVERY, Drift, Watched
 from rwkv_npu.opening import _watched
 from rwkv_npu.spec import Group, Port
 
@@ -73,10 +74,33 @@ def test_a_peak_now_and_then_is_not_either() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for call in range(EVERY * ENOUGH * 4):
-            runner.inputs["y"][:] = 9 if call % (EVERY * 40) == EVERY - 1 else 1
+            runner.inputs["y"][:] = 9 if call % (EVERY * 40) == 0 else 1
             runner.run()
     assert watched.drift.beyond == pytest.approx(ENOUGH * 4 / 40, abs=1)
     assert watched.drift.looked == ENOUGH * 4
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 4)])
+@pytest.mark.parametrize("layers", [6, 11, 12, 24, 25, 29, 32, 37, 40, 61])
+def test_every_group_has_its_turn(
+    layers: int, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While tokens are decoded, in layer and in projection fusion: one call in EVERY is looked at, of each group as
+    often, and hardly more of one token than of another: what is odd about one should not count many times."""
+    looked: list[str] = []
+    monkeypatch.setattr(Drift, "note", lambda self, group, ranges, inputs: looked.append(group))
+    for number in (layers + 2, layers + 1):
+        groups = [replace(MID, layer=layer) for layer in range(number)]
+        watched = Watched(Backend(), {group.name: RANGES["mid.0"] for group in groups})
+        runners = [{count: watched.open(group, count) for count in rows} for group in groups]
+        each = []
+        for _ in range(EVERY):
+            looked.clear()
+            for by_rows in runners:
+                by_rows[1].run()
+            each.append(list(looked))
+        assert sorted(sum(each, [])) == sorted(group.name for group in groups)
+        assert max(map(len, each)) - min(map(len, each)) <= 1
 
 
 def test_groups_without_ranges_are_not_looked_at() -> None:
