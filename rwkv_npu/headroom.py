@@ -46,9 +46,10 @@ def keep_in_range(
     name, largest = max(found.items(), key=lambda item: item[1])
     manifest.headroom = {"tokens": seen.tokens, "largest": largest, "at": name}
     if loud := too_large(found):
-        advice = "--force scales it anew" if adding else "--fusion projection has less of it on the NPU"
+        less = ": --fusion projection has less of it on the NPU" if manifest.fusion == "layer" else ""
+        advice = ": --force scales it anew" if adding else less
         say(
-            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}): {advice}"
+            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
         )
 
 

@@ -93,8 +93,9 @@ class ModelSource:
         """The artifacts that there are for this fusion."""
         return []
 
-    def int8_inputs(self) -> dict[str, dict[str, float]]:
-        """By group and input, the largest magnitude that int8 was calibrated for."""
+    def int8_inputs(self, backend: str) -> dict[str, dict[str, float]]:
+        """By group and input, the largest magnitude that calibration saw, of the groups in which a backend of this
+        name runs artifacts with int8: with ranges that are fixed."""
         return {}
 
     def initial_states(self) -> dict[int, np.ndarray]:
@@ -129,9 +130,8 @@ class BundleSource(ModelSource):
         return self._cpu_precision
 
     def precision_on(self, backend: str) -> str:
-        if backend in COMPILED:  # the first, on a board the first for its chip
-            chip = board.soc() if backend in NPU_BACKENDS else None
-            return next((a.precision for a in self.artifacts() if chip in (None, a.target)), "no")
+        if backend in COMPILED:
+            return next((artifact.precision for artifact in self._run_by(backend)), "no")
         if backend in REFERENCES:
             return self.precision or self.bundle.manifest.cpu
         return super().precision_on(backend)
@@ -165,8 +165,18 @@ class BundleSource(ModelSource):
         all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
         return [a for a in all_ if self.precision in (None, a.precision)]
 
-    def int8_inputs(self) -> dict[str, dict[str, float]]:
-        return self.bundle.manifest.int8_inputs
+    def _run_by(self, backend: str) -> list[Artifact]:
+        """The artifacts that a backend runs: those like the first, on a board like the first for its chip."""
+        if backend not in COMPILED:
+            return []
+        chip = board.soc() if backend in NPU_BACKENDS else None
+        fitting = [a for a in self.artifacts() if chip in (None, a.target)]
+        return [a for a in fitting if (a.target, a.precision) == (fitting[0].target, fitting[0].precision)]
+
+    def int8_inputs(self, backend: str) -> dict[str, dict[str, float]]:
+        in_int8 = {artifact.group for artifact in self._run_by(backend) if artifact.int8}
+        seen = self.bundle.manifest.int8_inputs
+        return {group: inputs for group, inputs in seen.items() if group in in_int8}
 
     def artifact_path(self, artifact: Artifact) -> Path:
         return self.bundle.path / artifact.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,47 +10,78 @@ import pytest
 import torch
 
 import rwkv_npu
-from rwkv_npu import headroom
+from rwkv_npu.backends.base import relative_error
 from rwkv_npu.bundle import open_bundle
-from rwkv_npu.errors import BackendError
+from rwkv_npu.calibration import calibrate
+from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.evaluation import evaluate
-from rwkv_npu.toolkit import Environment
+from rwkv_npu.headroom import LARGEST, LIMIT, choose_scaling
+from rwkv_npu.onnx_models import compiler_model
+from rwkv_npu.recording import record
+from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.spec import Scaling
+from rwkv_npu.toolkit import Environment, Simulator
+from tests.fake_compiler import stand_in
 from tools.make_checkpoint import make_checkpoint
 
 pytestmark = pytest.mark.compiler
 
-LOUD = {"ffn.key.weight": 1000.0, "ffn.value.weight": 1e-3}
-TOKENS = 1024
+GROWTH = (300.0, 1e4, 2e5)  # of what each layer adds to the residual
+KEY = 1e3  # and of the channel mix's pre-activation, whose square is the second thing that leaves fp16
+ROWS = 64
+IDS = np.random.default_rng(0).integers(1, 256, 1024)
 
 
-@pytest.fixture(scope="module", params=["4", "7"])
+@pytest.fixture(scope="module", params=["4", "5.2", "6", "7"])
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toolkit_environment: Environment
 ) -> Path:
     path = tmp_path_factory.mktemp("loud") / f"{request.param}.pth"
-    make_checkpoint(path, generation=request.param, D=128, L=2, N=64, V=256, seed=1, dtype="fp32")
+    sizes = {"D": 128, "L": len(GROWTH), "N": 64, "V": 256}
+    make_checkpoint(path, generation=request.param, seed=1, dtype="fp32", **sizes)
     weights = torch.load(path, weights_only=True)
-    factors = {k: next((f for end, f in LOUD.items() if k.endswith(end)), 1.0) for k in weights}
-    torch.save({k: v * factors[k] for k, v in weights.items()}, path)
+    for layer, growth in enumerate(GROWTH):
+        weights[f"blocks.{layer}.att.output.weight"] *= growth
+        weights[f"blocks.{layer}.ffn.key.weight"] *= KEY
+        weights[f"blocks.{layer}.ffn.value.weight"] *= growth / KEY**2
+    torch.save(weights, path)
     return path
 
 
-def test_chosen_scales_hold_over_a_long_context(checkpoint: Path) -> None:
-    out = rwkv_npu.convert(checkpoint, checkpoint.with_suffix(".rwkv"), rows=64, cpu="fp16")
-    assert open_bundle(out).manifest.headroom["largest"] <= 8188
-    ids = np.random.default_rng(0).integers(1, 256, TOKENS)
+def test_chosen_scales_hold_over_a_long_context(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which text the scales were chosen by does not matter: this one is another."""
+    stand_in(monkeypatch)  # the simulator compiles by itself
+    out = rwkv_npu.convert(checkpoint, checkpoint.with_suffix(".rwkv"), rows=ROWS, cpu="fp16")
+    manifest = open_bundle(out).manifest
+    assert manifest.headroom["largest"] <= LIMIT
+    squared, residual = zip(*manifest.scaling.layers, strict=True)
+    assert min(squared) > 1 and residual[0] == 1 > residual[1] > residual[2]
     with (
         rwkv_npu.load(out, backend="rknn-sim") as model,
         rwkv_npu.load(checkpoint, backend="numpy") as reference,
     ):
-        found = evaluate(model, ids, reference=reference)
-    assert found.kl_mean is not None and found.kl_mean < 1e-3
-    assert found.positions[-1].begin == 512
+        found = evaluate(model, IDS, reference=reference)
+    assert [position.begin for position in found.positions] == [0, 64, 512]
+    costs = [position.kl_mean or np.inf for position in found.positions]
+    assert max(costs) < 1e-3 and costs[-1] < 2 * costs[0]  # and none of it adds up
 
 
-def test_without_them_it_overflows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headroom, "keep_in_range", lambda *arguments: None)
-    out = rwkv_npu.convert(checkpoint, checkpoint.with_suffix(".plain.rwkv"), rows=64, cpu="fp16")
-    ids = np.random.default_rng(0).integers(1, 256, 64)
-    with rwkv_npu.load(out, backend="rknn-sim") as model, pytest.raises(BackendError, match="not finite"):
-        evaluate(model, ids)
+@pytest.mark.parametrize("missing", ["squares", "residual", ""])
+def test_each_of_the_scales_is_needed(
+    checkpoint: Path, missing: str, toolkit_environment: Environment, tmp_path: Path
+) -> None:
+    """The end of the model with all of them is what NumPy has, and without those of one kind it is not."""
+    source = CheckpointSource(open_checkpoint(checkpoint))
+    scaling = choose_scaling(source.spec, calibrate(source, IDS, rows=ROWS, keep=2))
+    pairs = [
+        (1.0 if missing == "squares" else f, 1.0 if missing == "residual" else r) for f, r in scaling.layers
+    ]
+    source.program = replace(source.program, scaling=Scaling(layers=tuple(pairs)))
+    last = source.program.group("last", source.spec.L - 1)
+    recorded = record(source, ROWS)[last.name]
+    assert max(np.abs(array).max() for array in recorded.inputs.values()) < LARGEST  # it can be told
+    file = tmp_path / "g.onnx"
+    file.write_bytes(compiler_model(source.program, last, ROWS, source.tensor).SerializeToString())
+    with Simulator(toolkit_environment, file) as simulator:
+        error = relative_error(simulator.run(recorded.inputs), recorded.outputs)
+    assert error > 0.5 if missing else error < 0.005

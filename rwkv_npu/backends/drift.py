@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, cycle
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from rwkv_npu.spec import Group
 # By group and input, the largest magnitude that calibration saw.
 Ranges = Mapping[str, Mapping[str, float]]
 
-# Calls for one that is looked at: no number of layers in use is a multiple, so that each has its turn.
-EVERY = 13
+EVERY = 13  # calls of a runner for one that is looked at
 ENOUGH = 32  # calls that are looked at before anything is said
 COMMON = 1 / 16  # of them beyond the ranges: calibration's own text has one in thousands
 
@@ -30,7 +30,6 @@ COMMON = 1 / 16  # of them beyond the ranges: calibration's own text has one in 
 class Drift:
     """What was seen since the model was loaded."""
 
-    calls: int = 0
     looked: int = 0
     beyond: int = 0
     said: bool = False
@@ -53,16 +52,19 @@ class Drift:
 
 
 class WatchedRunner:
-    def __init__(self, runner: Runner, group: Group, ranges: Mapping[str, float], drift: Drift):
+    """A runner that looks at its own calls: of a count that all shared, some would have no turn where the number of
+    groups is a multiple. Its first turn comes `place` calls late, so that a token's are spread over the groups."""
+
+    def __init__(self, runner: Runner, group: Group, ranges: Mapping[str, float], drift: Drift, place: int):
         self._runner, self._group, self._ranges, self._drift = runner, group.name, ranges, drift
+        self._turns = cycle([turn == place % EVERY for turn in range(EVERY)])
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         return self._runner.inputs
 
     def run(self) -> Mapping[str, np.ndarray]:
-        self._drift.calls += 1
-        if self._drift.calls % EVERY == 0:
+        if next(self._turns):
             self._drift.note(self._group, self._ranges, self._runner.inputs)
         return self._runner.run()
 
@@ -72,13 +74,14 @@ class Watched:
 
     def __init__(self, backend: Backend, ranges: Ranges):
         self.name, self._backend, self._ranges, self.drift = backend.name, backend, ranges, Drift()
+        self._places = count()
 
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
         return self._backend.row_counts(group)
 
     def open(self, group: Group, rows: int, batch: int = 1) -> Runner:
         runner, ranges = self._backend.open(group, rows, batch), self._ranges.get(group.name)
-        return WatchedRunner(runner, group, ranges, self.drift) if ranges else runner
+        return WatchedRunner(runner, group, ranges, self.drift, next(self._places)) if ranges else runner
 
     def close(self) -> None:
         self._backend.close()
