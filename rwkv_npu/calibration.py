@@ -17,10 +17,10 @@ import numpy as np
 
 from rwkv_npu.bundle import packed_label
 from rwkv_npu.errors import CheckpointError, UsageError
-from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, matmul
+from rwkv_npu.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.state import new_state
 from rwkv_npu.tokenizer import END_OF_TEXT
@@ -119,7 +119,7 @@ class _Seen:
         samples.seen += len(x)
 
     def peak(self, name: str, x: np.ndarray) -> None:
-        self.peaks[name] = max(self.peaks[name], float(np.abs(x).max()))
+        self.peaks[name] = max(self.peaks[name], largest(x))
 
 
 class RecordingMaths(NumpyMaths):
@@ -137,8 +137,9 @@ class RecordingMaths(NumpyMaths):
         label, weight = packed_label(self._prefix + name, index), self._weight(self._prefix + name)
         weight = weight if index is None else weight[index]
         self._seen.rows(label, x)
-        product = np.zeros((len(x), weight.shape[1]), np.float32)
-        for start in range(0, len(weight), SLICE):
+        product = matmul(x[:, :SLICE], weight[:SLICE])
+        self._seen.peak(label, product)
+        for start in range(SLICE, len(weight), SLICE):
             part = matmul(x[:, start : start + SLICE], weight[start : start + SLICE])
             product += part
             self._seen.peak(label, part)
@@ -165,7 +166,7 @@ class RecordingMaths(NumpyMaths):
         return positive
 
     def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
-        self._seen.peak(f"{self._prefix}row_matmul", np.abs(x).max() * np.abs(s))
+        self._seen.peak(f"{self._prefix}row_matmul", largest(x) * s)
         return super().row_matmul(x, s)
 
 
@@ -190,7 +191,7 @@ def calibrate(
     room = min(keep, sum(map(len, pieces)), MEMORY // (4 * _width(spec)))
     sample = Reservoir(max(2, room), np.random.default_rng(seed))
     seen = _Seen(sample.keep)
-    maths = RecordingMaths(source.tensor, seen)
+    maths = RecordingMaths(widened(source), seen)
 
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
         for port in group.inputs:

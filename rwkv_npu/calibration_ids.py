@@ -15,7 +15,7 @@ from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
 from rwkv_npu.sampling import Sampler, SamplingOptions
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.spec import Group, Spec
 from rwkv_npu.state import new_state
 from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
@@ -92,7 +92,7 @@ def sample_ids(
     The same every time. `progress` is called with the tokens of each step.
     """
     spec = source.spec
-    network, maths = Network(source.program, source.tensor), NumpyMaths(source.tensor)
+    network, maths = Network(source.program, source.tensor), NumpyMaths(widened(source))
 
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
         return source.evaluate(group, maths, dict(inputs))

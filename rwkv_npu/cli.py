@@ -66,6 +66,11 @@ def _add_convert(commands: Any) -> None:
     p.add_argument(
         "--max-kl", type=float, default=0.005, metavar="X", help="for mixed, nats a token (default: 0.005)"
     )
+    p.add_argument(
+        "--remedies",
+        default="all",
+        help="against the error of int8: all (default), ranges, smoothing or none",
+    )
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
     p.add_argument("--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32")

@@ -60,6 +60,7 @@ def convert(
     calibrate: Sequence[str | os.PathLike[str]] = (),
     precision_map: str | os.PathLike[str] | None = None,
     max_kl: float = MAX_KL,
+    remedies: str = "all",
     say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
@@ -76,11 +77,13 @@ def convert(
     toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
     calibrate: texts, or ids as `.json` or `.npy`, that the model reads to find the ranges of its numbers; none is the
         text that ships with the package. What is meant for the CPU alone needs none.
+    remedies: against the error of int8: all, or for comparison none, ranges (chosen by error, not as wide as all that
+        was seen) or smoothing (of channels that stand out).
     say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
     anything is written where the input is at fault.
     """
-    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl)
+    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl, remedies)
     source = Path(checkpoint)
     opened = open_checkpoint(source)
     override = None if tokenizer is None else os.fspath(tokenizer)
@@ -112,7 +115,9 @@ def convert(
             verify_graphs(bundle)
         if request.quantises:
             assert ids is not None, "int8 is calibrated"
-            chosen = quantise_bundle(bundle, ids, request.precision, request.max_kl, mapped, say)
+            chosen = quantise_bundle(
+                bundle, ids, request.precision, request.max_kl, mapped, request.remedies, say
+            )
             planned = conversion.plan(chosen)
         if compiler:
             conversion.compile(bundle, planned, compiler)

@@ -61,6 +61,11 @@ def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return result
 
 
+def largest(x: np.ndarray) -> float:
+    """The largest magnitude, without an array of magnitudes."""
+    return max(float(x.max()), -float(x.min()))
+
+
 def sigmoid(x: np.ndarray) -> np.ndarray:
     # Through tanh, which has no exp to overflow.
     return np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)

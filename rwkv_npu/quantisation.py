@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
-from rwkv_npu.ranges import Choice, quantise
+from rwkv_npu.ranges import ALGORITHMS, Choice, quantise
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
@@ -31,7 +31,15 @@ from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
-VERSION = 4  # of the way in which ranges are chosen, and graphs made
+VERSION = 5  # of the way in which ranges are chosen, and graphs made
+
+# What may be done about the error of int8: which algorithms choose ranges, and whether channels may be smoothed.
+REMEDIES: dict[str, tuple[Sequence[str], bool]] = {
+    "all": (tuple(ALGORITHMS), True),
+    "ranges": (tuple(ALGORITHMS), False),
+    "smoothing": (("normal",), True),
+    "none": (("normal",), False),
+}
 
 
 def sizes(spec: Spec) -> dict[str, int]:
@@ -42,9 +50,9 @@ def sizes(spec: Spec) -> dict[str, int]:
     }
 
 
-def key_of(bundle: Bundle, ids: np.ndarray) -> str:
+def key_of(bundle: Bundle, ids: np.ndarray, remedies: str) -> str:
     """What the ranges follow from, apart from the weights."""
-    text = f"{VERSION} {bundle.manifest.scaling}".encode()
+    text = f"{VERSION} {remedies} {bundle.manifest.scaling}".encode()
     return hashlib.blake2b(text + ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
@@ -54,12 +62,13 @@ def quantise_bundle(
     precision: str,
     max_kl: float,
     mapped: Collection[str] | None,
+    remedies: str,
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Choose what artifacts of `precision` have in int8, for the manifest, and return the names: those of a map, all of
-    them for w8a8, else as many as `max_kl` allows."""
+    them for w8a8, else as many as `max_kl` allows. `remedies` is one of REMEDIES."""
     say("choosing the ranges of int8")
-    quantised = Quantisation(bundle, ids)
+    quantised = Quantisation(bundle, ids, remedies)
     if precision == "mixed" and mapped is None:
         say("measuring what int8 costs, projection by projection")
         chosen = quantised.take_most(precision, max_kl)
@@ -72,12 +81,13 @@ def quantise_bundle(
 class Quantisation:
     """Ranges and sensitivities of a bundle's projections, calibrated with `ids` (M,)."""
 
-    def __init__(self, bundle: Bundle, ids: np.ndarray):
+    def __init__(self, bundle: Bundle, ids: np.ndarray, remedies: str):
         self._bundle = bundle
+        self._algorithms, self._smooth = REMEDIES[remedies]
         measured = max(1, min(MEASURED, len(ids) // 4))
         self._fitted, self._measured = ids[:-measured], ids[-measured:]
         self._source = BundleSource(bundle, "layer", bundle.manifest.cpu)
-        self._key = key_of(bundle, ids)
+        self._key = key_of(bundle, ids, remedies)
         self.table = self._known() or self._choose_ranges()
         bundle.manifest.int8_key = self._key
         bundle.manifest.sensitivity = self.table
@@ -135,7 +145,8 @@ class Quantisation:
         table, plans = [], []
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
             weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
-            choice = quantise(name, weight, samples, smoothings(weight, samples))
+            candidates = smoothings(weight, samples) if self._smooth else [None]
+            choice = quantise(name, weight, samples, candidates, self._algorithms)
             smoothed = choice.quantised.smoothing is not None
             table.append(Sensitivity(name, bytes_of[name], choice.algorithm, smoothed, choice.error))
             plans += _plans(name, choice)

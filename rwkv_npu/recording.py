@@ -7,7 +7,7 @@ kept in the bundle, since the reference takes seconds there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -30,9 +30,16 @@ SELF_TEST_ROWS = 2  # the second shows whether a row sees the one before it
 def record(source: ModelSource, rows: int, seed: int = 0) -> dict[str, Recorded]:
     """By group, inputs and outputs of a pass over `rows` tokens, after as many that were read before.
 
-    The tokens are random: what matters is a state with a history and a residual as large as the model makes it. The
-    head gets one row.
+    The tokens are random: what matters is a state with a history and a residual as large as the model makes it.
     """
+    rng = np.random.default_rng(seed)
+    _, recorded = passes(source, [rng.integers(1, source.spec.V, n) for n in (max(rows, HISTORY), rows)])
+    return recorded
+
+
+def passes(source: ModelSource, chunks: Iterable[np.ndarray]) -> Iterator[dict[str, Recorded]]:
+    """By group, inputs and outputs of a pass over each of `chunks`, ids (M,), one after the other. The head gets the
+    last row."""
     recorded: dict[str, Recorded] = {}
     f = NumpyMaths(source.tensor)
 
@@ -45,11 +52,9 @@ def record(source: ModelSource, rows: int, seed: int = 0) -> dict[str, Recorded]
     network = Network(source.program, source.tensor)
     state = new_state(source.spec, source.fingerprint, source.initial_states())
     parts = {name: part[:, None] for name, part in state.parts.items()}
-    rng = np.random.default_rng(seed)
-    for count in (max(rows, HISTORY), rows):
-        x = network.hidden(run, rng.integers(1, source.spec.V, (count, 1)), parts)
-    network.logits(run, x[-1:])
-    return recorded
+    for chunk in chunks:
+        network.logits(run, network.hidden(run, chunk[:, None], parts)[-1:])
+        yield dict(recorded)
 
 
 def write_self_test(bundle: Bundle) -> None:

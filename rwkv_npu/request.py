@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from rwkv_npu.bundle_writer import STORAGE
@@ -11,7 +11,7 @@ from rwkv_npu.errors import UsageError
 from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.precision_map import read_map
-from rwkv_npu.quantisation import MAX_KL, sizes
+from rwkv_npu.quantisation import MAX_KL, REMEDIES, sizes
 from rwkv_npu.spec import Spec, check_fusion
 from rwkv_npu.toolkit import TARGETS
 
@@ -38,11 +38,16 @@ class Request:
     verify: bool
     force: bool
     max_kl: float = MAX_KL
+    remedies: str = "all"
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
-        known = {"CPU precision": (*STORAGE, *PRECISIONS), "target": (*TARGETS, NO_TARGET)}
-        for (what, values), value in zip(known.items(), (self.cpu, self.target), strict=True):
+        known: list[tuple[str, str, Collection[str]]] = [
+            ("CPU precision", self.cpu, (*STORAGE, *PRECISIONS)),
+            ("target", self.target, (*TARGETS, NO_TARGET)),
+            ("choice of remedies", self.remedies, REMEDIES),
+        ]
+        for what, value, values in known:
             if value not in values:
                 raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
         has = NPU_PRECISIONS.get(self.target, ARTIFACT_PRECISIONS)

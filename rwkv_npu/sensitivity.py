@@ -15,13 +15,12 @@ from rwkv_npu.int8 import Int8Maths, Quantised
 from rwkv_npu.maths import NumpyMaths, divergence
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.spec import Group
 from rwkv_npu.state import new_state
 
 CHUNK = 256  # tokens of a step; on those of the first one each projection is measured alone
 KEPT = 1 << 30  # bytes of the reference's outputs that may be kept, to begin where a projection is
-WIDENED = 4 << 30  # bytes of weights that may be kept in fp32
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -32,8 +31,7 @@ class Judge:
     def __init__(self, source: ModelSource, ids: np.ndarray):
         self._source = source
         self._chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
-        self._weights: dict[str, np.ndarray] = {}
-        self._widen = 4 * source.spec.parameters <= WIDENED
+        self._weight = widened(source)
         self._network = Network(source.program, source.tensor)
         self._order = {group.name: place for place, group in enumerate(source.program.groups)}
         # Of the head nothing is kept: it is the last, and what it makes is large.
@@ -85,13 +83,6 @@ class Judge:
 
         for chunk in chunks:
             yield self._network.logits(run, self._network.hidden(run, chunk[:, None], parts))
-
-    def _weight(self, name: str) -> np.ndarray:
-        if not self._widen:
-            return self._source.tensor(name)
-        if name not in self._weights:
-            self._weights[name] = np.asarray(self._source.tensor(name), np.float32)
-        return self._weights[name]
 
 
 def select(

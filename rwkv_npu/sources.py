@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from rwkv_npu.spec import Group, Spec
 
 if TYPE_CHECKING:
     from rwkv_npu.toolkit import CompileOptions
+
+WIDENED = 4 << 30  # bytes
 
 
 class ModelSource:
@@ -93,6 +96,14 @@ class ModelSource:
         """The tuned `time_state` (H, N, N) of every layer that has one."""
         names = {layer: f"blocks.{layer}.att.time_state" for layer in range(self.spec.L)}
         return {layer: self.tensor(name) for layer, name in names.items() if self.has(name)}
+
+
+def widened(source: ModelSource) -> Callable[[str], np.ndarray]:
+    """`source.tensor` for a reference that reads a model many times: in fp32, and kept once it was used, where all of
+    them take no more than WIDENED bytes."""
+    if 4 * source.spec.parameters > WIDENED:
+        return source.tensor
+    return cache(lambda name: np.asarray(source.tensor(name), np.float32))
 
 
 class BundleSource(ModelSource):

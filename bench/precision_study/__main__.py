@@ -2,10 +2,11 @@
 
     python -m bench.precision_study CHECKPOINT -o bench/results/precision-NAME [--text FILE] [--simulate]
 
-Rows of `numpy` are int8 as the package emulates it, for every large projection, without and with each remedy. Rows of
-`rknn-sim` (with --simulate) are bundles in Rockchip's simulator: fp16, w8a8, and mixed with its table. What is measured
-is kept in OUT.json after each row, and the same command goes on from there; OUT.md is made of it. Nothing here was
-measured on a board.
+Rows of `numpy` are bundles in int8 as the package computes it, every large projection, without and with each remedy.
+Rows of `rknn-sim` (with --simulate) are the same in Rockchip's simulator, beside fp16, mixed with its table, and what
+the compiler makes of int8 when it is left to itself: all of a graph, residual and norms too. What is measured is kept
+in OUT.json after each row, and the same command goes on from there; OUT.md is made of it. Nothing here was measured on
+a board.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +27,47 @@ from tqdm import tqdm
 
 import rwkv_npu
 from bench.saving import save
-from rwkv_npu.bundle import open_bundle
-from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.calibration_ids import default_ids
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.evaluation import evaluate
-from rwkv_npu.int8 import Int8Maths, Quantised
-from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.model import Model
 from rwkv_npu.opening import Options, open_engine
 from rwkv_npu.plan import Plan
-from rwkv_npu.quantisation import sizes
-from rwkv_npu.ranges import ALGORITHMS, quantise
-from rwkv_npu.remedies import smoothings
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.quantisation import MAX_KL
+from rwkv_npu.recording import passes
+from rwkv_npu.sources import BundleSource
 from rwkv_npu.texts import held_out_text, read_tokens
+from rwkv_npu.toolkit import CompileOptions
 
 TOKENS, CONTEXT, ROWS = 8192, 4096, 64
-# How the ranges of a row are chosen: with smoothing, and by which algorithms.
-REMEDIES: dict[str, tuple[bool, tuple[str, ...]]] = {
-    "w8a8, no remedy": (False, ("normal",)),
-    "w8a8, ranges by held-out error": (False, tuple(ALGORITHMS)),
-    "w8a8, smoothing": (True, ("normal",)),
-    "w8a8, both": (True, tuple(ALGORITHMS)),
-}
-SIMULATED = ("fp16", "w8a8", "mixed")
+STEPS = 32  # of ROWS tokens, that the compiler is given where it chooses ranges
+# Rows of the study, their precision, remedies and --max-kl.
+BUNDLES = [
+    ("fp16", "fp16", "all", MAX_KL),
+    ("w8a8, no remedy", "w8a8", "none", MAX_KL),
+    ("w8a8, ranges by held-out error", "w8a8", "ranges", MAX_KL),
+    ("w8a8, smoothing", "w8a8", "smoothing", MAX_KL),
+    ("w8a8, both", "w8a8", "all", MAX_KL),
+    ("mixed", "mixed", "all", MAX_KL),
+    (f"mixed, --max-kl {MAX_KL / 10:g}", "mixed", "all", MAX_KL / 10),
+]
 
 
-class Emulated(CheckpointSource):
-    """A checkpoint with projections in int8."""
+class ByTheCompiler(BundleSource):
+    """A bundle's fp16 graphs, quantised by the compiler alone: every tensor in them has one range of int8."""
 
-    int8: dict[str, Quantised] = {}
+    def __init__(self, bundle: Bundle, ids: np.ndarray):
+        super().__init__(bundle, precision="fp16")
+        chunks = np.split(ids[: STEPS * ROWS], range(ROWS, STEPS * ROWS, ROWS))
+        self._steps = list(passes(BundleSource(bundle), chunks))
 
-    def maths(self) -> NumpyMaths:
-        return Int8Maths(self.tensor, self.int8.get)
+    def compile_options(self, artifact: Artifact) -> CompileOptions:
+        rows = [step[artifact.group].inputs for step in self._steps]
+        return CompileOptions(artifact.target, "w8a8", calibration=rows)
 
 
 class Study:
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, arguments: argparse.Namespace, command: str):
         self._checkpoint, self._out = arguments.checkpoint, arguments.out
         self._json = Path(f"{self._out}.json")
         self._reference = rwkv_npu.load(self._checkpoint, backend="numpy")
@@ -76,7 +81,7 @@ class Study:
             "text": Path(text or "heldout.txt").name,
             "tokens": len(self._ids),
         }
-        what["command"] = "python -m bench.precision_study " + shlex.join(sys.argv[1:])
+        what["command"] = command
         what["parameters"] = self._reference.spec.parameters
         self.result: dict[str, Any] = {**what, "context": CONTEXT, "rows": {}, "mixed": None}
         if self._json.is_file():
@@ -85,8 +90,8 @@ class Study:
                 raise SystemExit(f"{self._json} is of another study: remove it, or name another output")
             self.result = found
 
-    def measure(self, name: str, opened: Callable[[], Model]) -> None:
-        """Add a row, unless it is there."""
+    def measure(self, name: str, opened: Callable[[], Model], share: float) -> None:
+        """Add a row, unless it is there; `share` of the weights are in int8."""
         if name in self.result["rows"]:
             return
         with opened() as model, tqdm(total=len(self._ids), desc=name, unit="token", disable=None) as bar:
@@ -98,64 +103,61 @@ class Study:
                 context=CONTEXT,
                 progress=bar.update,
             )
-        self.result["rows"][name] = found.to_json()
+        self.result["rows"][name] = {**found.to_json(), "int8": share}
         self.keep()
 
     def keep(self) -> None:
         save(self._out, self.result, "\n".join(table(self.result)))
 
-    def emulate(self) -> None:
-        """Rows of `numpy`."""
-        if {f"numpy: {name}" for name in REMEDIES} <= self.result["rows"].keys():
-            return
-        plain = CheckpointSource(open_checkpoint(Path(self._checkpoint)))
-        ids = default_ids(self._reference.tokenizer, plain, say, at_least=ROWS)
-        with tqdm(total=len(ids), desc="calibrate", unit="token", disable=None) as bar:
-            seen = calibrate(plain, ids, rows=ROWS, progress=bar.update)
-        for name, (smooth, algorithms) in REMEDIES.items():
-            source = Emulated(open_checkpoint(Path(self._checkpoint)))
-            source.int8 = _quantised(source, seen, smooth, algorithms)
-            self.measure(
-                f"numpy: {name}",
-                lambda source=source: Model(open_engine(source, Plan("numpy"), Options()), None, source),
-            )
-
-    def simulate(self, folder: Path) -> None:
-        """Rows of `rknn-sim`, and the table by which mixed was chosen."""
-        for precision in SIMULATED:
-            name = f"rknn-sim: {precision}"
-            if name in self.result["rows"]:
+    def bundles(self, folder: Path, simulate: bool) -> None:
+        """A bundle for each precision and remedy, and a row for each way to compute it."""
+        for name, precision, remedies, max_kl in BUNDLES:
+            # NumPy multiplies in fp32 what is not in int8.
+            backends = ["numpy"] * (precision != "fp16") + ["rknn-sim"] * simulate
+            if all(f"{backend}: {name}" in self.result["rows"] for backend in backends):
                 continue
-            bundle = rwkv_npu.convert(
-                self._checkpoint, folder / "bundle", precision=precision, rows=ROWS, say=say
-            )
-            self.measure(
-                name,
-                lambda bundle=bundle, precision=precision: rwkv_npu.load(
-                    bundle, backend="rknn-sim", precision=precision
-                ),
-            )
-            if precision == "mixed":
-                manifest = open_bundle(bundle).manifest
-                sensitivity = [asdict(row) for row in manifest.sensitivity]
-                self.result["mixed"] = {**asdict(manifest.int8["mixed"]), "sensitivity": sensitivity}
+            bundle = self._convert(folder, precision, simulate, remedies, max_kl)
+            chosen = open_bundle(bundle).manifest.int8.get(precision)
+            for backend in backends:
+                opened = partial(rwkv_npu.load, bundle, backend=backend, precision=precision)
+                self.measure(f"{backend}: {name}", opened, chosen.share if chosen else 0.0)
+            if name == "mixed":
+                self.result["mixed"] = _table_of(bundle)
                 self.keep()
+
+    def by_the_compiler(self, folder: Path) -> None:
+        name = "rknn-sim: w8a8 of all the graph, by the compiler"
+        if name in self.result["rows"]:
+            return
+        bundle = open_bundle(self._convert(folder, "fp16", True))
+        ids = default_ids(self._reference.tokenizer, BundleSource(bundle), say, at_least=ROWS)
+        source = ByTheCompiler(bundle, ids)
+        self.measure(name, lambda: Model(open_engine(source, Plan("rknn-sim"), Options()), None, source), 1.0)
+
+    def _convert(
+        self, folder: Path, precision: str, simulate: bool, remedies: str = "all", max_kl: float = MAX_KL
+    ) -> Path:
+        return rwkv_npu.convert(
+            self._checkpoint,
+            folder / f"{remedies}.rwkv",
+            target="rk3588" if simulate else "none",
+            precision=precision,
+            remedies=remedies,
+            max_kl=max_kl,
+            rows=ROWS,
+            cpu="fp16",
+            say=say,
+        )
+
+
+def _table_of(bundle: Path) -> dict[str, Any]:
+    manifest = open_bundle(bundle).manifest
+    sensitivity = [asdict(row) for row in manifest.sensitivity]
+    return {**asdict(manifest.int8["mixed"]), "sensitivity": sensitivity}
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _quantised(
-    source: CheckpointSource, seen: Calibration, smooth: bool, algorithms: tuple[str, ...]
-) -> dict[str, Quantised]:
-    """Every large projection, as the package would have it with these remedies."""
-    found = {}
-    for name in sizes(source.spec):
-        weight, samples = np.asarray(source.tensor(name), np.float32), seen.projections[name]
-        candidates = smoothings(weight, samples) if smooth else (None,)
-        found[name] = quantise(name, weight, samples, candidates, algorithms).quantised
-    return found
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
@@ -166,18 +168,19 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"{result['tokens']} tokens of {result['text']} in contexts of {result['context']}, against fp32 in NumPy. KL "
-        "in nats a token, by position in the context. `numpy` is this package's emulation of int8, `rknn-sim` "
+        "in nats a token, by position in the context. `numpy` is int8 as this package computes it, `rknn-sim` "
         "Rockchip's simulator; nothing was measured on a board."
     )
     yield ""
-    yield "| | KL | 99th percentile | 0-64 | 64-512 | 512-4096 | same first choice | bits per byte |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
+    yield "| | in int8 | KL | 99th percentile | 0-64 | 64-512 | 512-4096 | same first choice | bits per byte |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for name, row in result["rows"].items():
         by_position = {stretch["begin"]: stretch["kl_mean"] for stretch in row["positions"]}
         kls = [row["kl_mean"], row["kl_p99"], *(by_position.get(begin) for begin in (0, 64, 512))]
         cells = ["" if kl is None else f"{kl:.2g}" for kl in kls]
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-        yield f"| {name} | {' | '.join(cells)} | {100 * row['top1']:.1f} % | {bits} |"
+        share = f"{100 * row['int8']:.1f} %"
+        yield f"| {name} | {share} | {' | '.join(cells)} | {100 * row['top1']:.1f} % | {bits} |"
     if result["mixed"]:
         yield from _sensitivity(result["mixed"])
 
@@ -195,19 +198,20 @@ def _sensitivity(mixed: dict[str, Any]) -> Iterator[str]:
         yield f"| {row['name']} | {kl} | {100 * row['error']:.2f} % | {how} | {where} |"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("-o", "--out", required=True, help="OUT.json and OUT.md are written")
     parser.add_argument("--text", help="what is predicted (default: the demo model's held-out text)")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--simulate", action="store_true", help="Rockchip's simulator as well")
-    arguments = parser.parse_args()
-    study = Study(arguments)
-    study.emulate()
-    if arguments.simulate:
-        with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
-            study.simulate(Path(folder))
+    arguments = parser.parse_args(argv)
+    study = Study(arguments, f"python -m bench.precision_study {shlex.join(argv)}")
+    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+        study.bundles(Path(folder), arguments.simulate)
+        if arguments.simulate:
+            study.by_the_compiler(Path(folder))
     study.keep()
     return 0
 

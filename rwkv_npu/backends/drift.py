@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rwkv_npu.backends.base import Backend, Runner
+from rwkv_npu.maths import largest
 from rwkv_npu.spec import Group
 
 # By group and input, the largest magnitude that calibration saw.
@@ -37,15 +38,15 @@ class Drift:
     def note(self, group: str, ranges: Mapping[str, float], inputs: Mapping[str, np.ndarray]) -> None:
         """Look at the inputs of a call. Warns once."""
         self.looked += 1
-        found = {name: _largest(inputs[name]) for name, largest in ranges.items()}
+        found = {name: largest(inputs[name]) for name in ranges}
         over = {name: x for name, x in found.items() if x > ranges[name]}
         self.beyond += bool(over)
         if over and not self.said and self.looked >= ENOUGH and self.beyond > COMMON * self.looked:
             self.said = True
-            name, largest = next(iter(over.items()))
+            name, magnitude = next(iter(over.items()))
             warnings.warn(
                 f"inputs leave the ranges of int8 in {self.beyond} of {self.looked} calls looked at ({name} of {group} "
-                f"reaches {largest:.3g}, calibrated to {ranges[name]:.3g}), which costs quality: convert with "
+                f"reaches {magnitude:.3g}, calibrated to {ranges[name]:.3g}), which costs quality: convert with "
                 "--calibrate and a text of this kind, or use --precision fp16",
                 stacklevel=4,
             )
@@ -81,7 +82,3 @@ class Watched:
 
     def close(self) -> None:
         self._backend.close()
-
-
-def _largest(x: np.ndarray) -> float:
-    return max(float(x.max()), -float(x.min()))

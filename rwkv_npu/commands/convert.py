@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
             calibrate=arguments.calibrate,
             precision_map=arguments.precision_map,
             max_kl=arguments.max_kl,
+            remedies=arguments.remedies,
             say=lambda line: print(line, file=sys.stderr),
         )
     except KeyboardInterrupt:
