@@ -22,7 +22,7 @@ from rwkv_npu.bench.inference_record import PARTS, Document, Row, load
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.spec import groups
 from tests.bench_inference import QUICK, L, run_json
-from tests.tiny import command, one_line, run_main, write_model
+from tests.tiny import command, one_line, run_main
 
 PRECISE = 1e-9
 
@@ -31,13 +31,6 @@ PRECISE = 1e-9
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's tests measure it; a second each time is too much here."""
     monkeypatch.setattr(inference_study, "roofline", lambda threads: {"bandwidth_gb_per_s": 10.0 * threads})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny.pth"
-    write_model(path, L=L)
-    return path
 
 
 # -- the engine's own counters ---------------------------------------------------------------------------

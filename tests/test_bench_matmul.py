@@ -17,13 +17,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_npu.bench import (
-    machine,
-    matmul,
-    record,
-    shapes,
-    timing,
-)
+from rwkv_npu.bench import machine, matmul, record, shapes, timing
 from rwkv_npu.bench.record import Row
 from rwkv_npu.bench.series import Failed, Series
 from rwkv_npu.commands import bench as command_module
