@@ -14,7 +14,7 @@ from rwkv_npu import estimate
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.bench import inference_plot, inference_study
 from rwkv_npu.bench.inference_estimate import estimates
-from rwkv_npu.bench.inference_record import PARTS, Document, Row, load
+from rwkv_npu.bench.inference_record import PARTS, Document, Row
 from rwkv_npu.bench.inference_study import open_subject
 from rwkv_npu.bundle import MANIFEST, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
@@ -134,7 +134,7 @@ def test_estimates_stand_beside_what_was_measured(
     status, out, err = run_main(
         capsys, "bench", "inference", *flags, "--host-factor", "20", "--plot", picture
     )
-    assert status == 0 and "reading" not in err and load(file).results[0] == Row(**measured)
+    assert status == 0 and "reading" not in err and Document.load(file).results[0] == Row(**measured)
     told = 0
     for line in out.splitlines():
         if line.startswith(("| rknn", "| cpu")):

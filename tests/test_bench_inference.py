@@ -18,7 +18,7 @@ import pytest
 import rwkv_npu
 from rwkv_npu.bench import inference_report, inference_study
 from rwkv_npu.bench.inference_child import Case, Meter
-from rwkv_npu.bench.inference_record import PARTS, Document, Row, load
+from rwkv_npu.bench.inference_record import PARTS, Document, Row
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.spec import groups
 from tests.bench_inference import QUICK, L, run_json
@@ -186,7 +186,7 @@ def test_interrupted_and_gone_on_with(checkpoint: Path, tmp_path: Path) -> None:
     for one in (kept, rows[0]):  # over the best read, which the second run measured again
         del one["bandwidth_share"]
     assert kept == rows[0] and added["backend"] == "numpy" and added["decode_tps"]
-    assert [row.backend for row in load(file).results] == ["ort", "numpy"]
+    assert [row.backend for row in Document.load(file).results] == ["ort", "numpy"]
 
 
 def processes() -> list[str]:
@@ -216,7 +216,7 @@ def test_an_interrupted_row_is_kept_and_says_so(
     assert [(row["load_s"], row["flags"]) for row in json.loads(out)["results"]] == [
         (3.0, "busy interrupted")
     ]
-    assert load(file).results[0].load_s == 3.0
+    assert Document.load(file).results[0].load_s == 3.0
 
 
 def test_rows_that_others_disturbed_are_measured_again(
@@ -248,7 +248,7 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
     )
     document = Document({"cpu": "x"}, "command", [row], ["a note"])
     document.save(tmp_path / "x.json")
-    assert load(tmp_path / "x.json") == document
+    assert Document.load(tmp_path / "x.json") == document
     assert "a note" in inference_report.table(document)
     with pytest.raises(KeyError):
         row.update({"speed": 1})
