@@ -52,8 +52,8 @@ def plan_artifacts(
             return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
-        f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; use "
-        "--target none for the CPU alone"
+        f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; "
+        f"{'' if int8 else 'try --precision w8a8 (--dry-run says what fits), or '}--target none for the CPU alone"
     )
 
 

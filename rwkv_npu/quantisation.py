@@ -88,9 +88,14 @@ class Quantisation:
         self._fitted, self._measured = ids[:-measured], ids[-measured:]
         self._source = BundleSource(bundle, "layer", bundle.manifest.cpu)
         self._key = key_of(bundle, ids, remedies)
-        self.table = self._known() or self._choose_ranges()
-        bundle.manifest.int8_key = self._key
-        bundle.manifest.sensitivity = self.table
+        manifest, there = bundle.manifest, (bundle.path / INT8).is_file()
+        # Whether what the manifest says follows from these ranges.
+        self._unchanged = there and manifest.int8_key == self._key and bool(manifest.sensitivity)
+        if self._unchanged:
+            self.table = manifest.sensitivity
+        else:
+            self.table = (self._noted() if there else None) or self._choose_ranges()
+        manifest.int8_key, manifest.sensitivity = self._key, self.table
 
     def take(self, precision: str, names: Collection[str]) -> Int8Set:
         """Have exactly `names` in int8."""
@@ -121,19 +126,14 @@ class Quantisation:
 
     # -- ranges --
 
-    def _known(self) -> list[Sensitivity] | None:
-        """The table of an earlier conversion, or of one that was interrupted."""
-        self._unchanged = False
-        if not (self._bundle.path / INT8).is_file():
-            return None
-        if self._bundle.manifest.int8_key == self._key and self._bundle.manifest.sensitivity:
-            self._unchanged = True
-            return self._bundle.manifest.sensitivity
+    def _noted(self) -> list[Sensitivity] | None:
+        """The table of a conversion that was interrupted."""
         try:
             notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
-            table = [Sensitivity(**row) for row in notes["table"]] if notes["key"] == self._key else None
-            if table:
-                self._bundle.manifest.int8_inputs = notes["inputs"]
+            if notes["key"] != self._key:
+                return None
+            table = [Sensitivity(**row) for row in notes["table"]]
+            self._bundle.manifest.int8_inputs = notes["inputs"]
             return table
         except (OSError, ValueError, KeyError, TypeError):
             return None
