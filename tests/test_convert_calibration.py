@@ -25,20 +25,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return stand_in(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    write_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("wordless") / "model.pth"
-    write_model(path, vocabulary=False)
-    return path
-
-
 def convert(capsys: Any, checkpoint: Path, out: Path, *options: object) -> tuple[int, str, str]:
     return run_main(capsys, "convert", checkpoint, "-o", out, "--rows", "16", "--cpu", "fp16", *options)
 
