@@ -19,7 +19,7 @@ from rwkv_npu.maths import largest
 from rwkv_npu.spec import Group
 
 # By group and input, the largest magnitude that calibration saw.
-Ranges = Mapping[str, Mapping[str, float]]
+Peaks = Mapping[str, Mapping[str, float]]
 
 EVERY = 13  # calls of a runner for one that is looked at
 ENOUGH = 32  # calls that are looked at before anything is said
@@ -72,7 +72,7 @@ class WatchedRunner:
 class Watched:
     """A backend with artifacts in int8, and their ranges. Groups without any are not looked at."""
 
-    def __init__(self, backend: Backend, ranges: Ranges):
+    def __init__(self, backend: Backend, ranges: Peaks):
         self.name, self._backend, self._ranges, self.drift = backend.name, backend, ranges, Drift()
         self._places = count()
 
