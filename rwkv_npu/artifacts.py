@@ -103,7 +103,8 @@ def _identity(key: str, names: Sequence[str]) -> str:
 class Build:
     """An artifact on its way: how to make its graph, and where what is known of it afterwards is kept.
 
-    The `.rknn` and a `.json` beside it survive an interruption; both together are a finished build.
+    The `.rknn` and a `.json` beside it survive an interruption; both together are a finished build. So notes go before
+    the compiler starts: it may replace the `.rknn`, and be killed before there are notes of the new one.
     """
 
     source: BundleSource
@@ -134,7 +135,8 @@ class Build:
         return self.out.with_suffix(".onnx")
 
     def write_graph(self) -> None:
-        """Write the graph that the compiler reads."""
+        """Write the graph that the compiler reads, which makes what was noted of an earlier build untrue."""
+        self.notes.unlink(missing_ok=True)
         self.graph.parent.mkdir(parents=True, exist_ok=True)
         self.graph.write_bytes(self.source.compiler_onnx(self.artifact))
 

@@ -265,8 +265,7 @@ def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> 
     tokens = np.asarray(ids)
     if len(tokens) < at_least:
         raise UsageError(
-            f"the calibration text has {len(tokens)} tokens: it takes at least {at_least}, one step of the graphs, "
-            "and serves with thousands"
+            f"the calibration text has {len(tokens)} tokens: it takes at least {at_least}, and serves with thousands"
         )
     if tokens.min() < 0 or tokens.max() >= spec.V:
         wrong = tokens[(tokens < 0) | (tokens >= spec.V)][0]

@@ -32,7 +32,7 @@ from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.files import write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
-from rwkv_npu.quantisation import MAX_KL, quantise_bundle, sizes
+from rwkv_npu.quantisation import LEAST, MAX_KL, quantise_bundle, sizes
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.request import Request, Say, mapped_projections, parse_rows
 from rwkv_npu.sources import BundleSource, CheckpointSource
@@ -99,13 +99,13 @@ def convert(
         request.check_compiler(compiler)
     # What will be in int8 is not known yet: whether as much as can be would fit is.
     planned = conversion.plan(sizes(opened.spec) if request.quantises else ())
-    longest = max((artifact.rows for artifact in planned), default=1)
-    ids = read_ids([os.fspath(file) for file in calibrate], words, opened.spec, say, at_least=longest)
+    least = max([LEAST if request.quantises else 1, *(artifact.rows for artifact in planned)])
+    ids = read_ids([os.fspath(file) for file in calibrate], words, opened.spec, say, at_least=least)
     for note in opened.notes:
         warnings.warn(note, stacklevel=2)
     conversion.check_values(place)
     if request.calibrates:
-        ids = conversion.keep_in_range(ids, words, longest)
+        ids = conversion.keep_in_range(ids, words, least)
     with workspace(place, manifest, conversion.adding) as folder:
         drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
         bundle = conversion.write_for_cpu(folder)
@@ -157,11 +157,11 @@ class _Conversion:
             raise other_weights(place)
         self.manifest.weights_digest = digest
 
-    def keep_in_range(self, ids: np.ndarray | None, words: Tokenizer | None, rows: int) -> np.ndarray:
+    def keep_in_range(self, ids: np.ndarray | None, words: Tokenizer | None, least: int) -> np.ndarray:
         """Choose the scales of fp16 by what the model makes of `ids`, or of our own text, whose ids are returned."""
         unscaled = CheckpointSource(self.checkpoint)
         enough = headroom.TOKENS if ids is None else len(ids)
-        ids = ids if ids is not None else default_ids(words, unscaled, self.say, at_least=rows)
+        ids = ids if ids is not None else default_ids(words, unscaled, self.say, at_least=least)
         headroom.keep_in_range(self.manifest, unscaled, ids[:enough], self.adding, self.say)
         return ids
 

@@ -31,7 +31,8 @@ from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
-VERSION = 6  # of the way in which ranges are chosen, and graphs made
+LEAST = 8  # tokens of a text that can be parted so
+VERSION = 7  # of the way in which ranges are chosen, and graphs made
 
 # What may be done about the error of int8: which algorithms choose ranges, and whether channels may be smoothed.
 REMEDIES: dict[str, tuple[Sequence[str], bool]] = {

@@ -9,6 +9,7 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu import converter
+from rwkv_npu.artifacts import Build
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.errors import ToolkitError, UsageError
 from rwkv_npu.spec import groups
@@ -55,6 +56,25 @@ def test_an_interruption_after_the_last_build_loses_none(
     built = len(compiler.built)
     convert(checkpoint)
     assert len(compiler.built) == built
+
+
+def test_notes_vouch_for_no_file_of_another_conversion(
+    checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the compiler's file and our notes of it, as while the simulator runs."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for where, version in (((converter, "record_files"), "2.5.0"), ((Build, "complete"), "2.3.2")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*where, interrupted)
+            convert(checkpoint, toolkit=version)
+    replaced = compiler.built[-1]
+    bundle = open_bundle(convert(checkpoint, toolkit="2.5.0"))
+    assert compiler.built[-1] == replaced
+    for artifact in bundle.manifest.artifacts:
+        assert (bundle.path / artifact.path).read_text().startswith("2.5.0 "), artifact.path
 
 
 def test_another_version_of_the_compiler_builds_again(checkpoint: Path, compiler: Compiler) -> None:

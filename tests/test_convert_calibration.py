@@ -196,6 +196,20 @@ def test_files_that_do_not_serve(
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("options", [("--rows", "1"), ("--target", "none")])
+def test_too_little_for_int8_is_said_before_anything_is_written(
+    options: tuple[str, ...], checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Where the graphs themselves would do with less."""
+    np.save(tmp_path / "c.npy", np.arange(1, 8))
+    asked = ("--precision", "w8a8", "--calibrate", tmp_path / "c.npy", *options)
+    status, _, err = convert(capsys, checkpoint, tmp_path / "o", *asked)
+    assert status == 1 and one_line(err) and "has 7 tokens: it takes at least 8" in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.npy"]
+    np.save(tmp_path / "c.npy", np.arange(1, 9))
+    assert convert(capsys, checkpoint, tmp_path / "o", *asked)[0] == 0
+
+
 def test_text_without_a_vocabulary(wordless: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "c.txt").write_text("words, many words, more words than that")
     status, _, err = convert(capsys, wordless, tmp_path / "o", "--calibrate", tmp_path / "c.txt")
