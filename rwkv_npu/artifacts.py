@@ -53,8 +53,17 @@ def plan_artifacts(
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
         f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; "
-        f"{'' if int8 else 'try --precision w8a8 (--dry-run says what fits), or '}--target none for the CPU alone"
+        f"try {_ways_out(precision, rows)}"
     )
+
+
+def _ways_out(precision: str, rows: Sequence[int] | None) -> str:
+    ways = {"w8a8": [], "mixed": ["--precision w8a8", "a larger --max-kl"]}.get(
+        precision, ["--precision w8a8"]
+    )
+    if rows and len(rows) > 1:
+        ways.append("fewer --rows")
+    return ", ".join([*ways, "or --target none for the CPU alone"]) + " (--dry-run says what fits)"
 
 
 def candidates(

@@ -150,6 +150,13 @@ class Manifest:
         """Those in which the CPU can run, its default first."""
         return tuple(dict.fromkeys([self.cpu_default or self.cpu, self.cpu, *self.packed]))
 
+    def forget_int8(self) -> list[str]:
+        """Ranges of int8 are gone, or are others: what follows from them is forgotten. Returns the artifacts' paths."""
+        stale = [artifact.path for artifact in self.artifacts if artifact.int8]
+        self.artifacts = [artifact for artifact in self.artifacts if not artifact.int8]
+        self.int8, self.sensitivity, self.int8_key, self.int8_inputs = {}, [], "", {}
+        return stale
+
     def to_json(self) -> str:
         data = asdict(self)
         data["checksum"] = _checksum(data)

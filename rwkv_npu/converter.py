@@ -40,7 +40,15 @@ from rwkv_npu.spec import default_scaling
 from rwkv_npu.tokenizer import Tokenizer, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 from rwkv_npu.verify import verify_graphs
-from rwkv_npu.workspace import bundle_place, check_place, drop_damaged, existing, other_weights, workspace
+from rwkv_npu.workspace import (
+    bundle_place,
+    check_place,
+    drop_damaged,
+    existing,
+    other_weights,
+    stamp,
+    workspace,
+)
 
 
 def convert(
@@ -90,6 +98,7 @@ def convert(
     words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
     place = bundle_place(source, out)
     check_place(place, source)
+    before = stamp(place)
     there = existing(place, opened, request)
     manifest = there or _new_manifest(opened, request)
     conversion = _Conversion(request, opened, manifest, there is not None, say)
@@ -97,8 +106,9 @@ def convert(
     compiler = environment.require(toolkit) if request.compiles else None
     if compiler:
         request.check_compiler(compiler)
-    # What will be in int8 is not known yet: whether as much as can be would fit is.
-    planned = conversion.plan(sizes(opened.spec) if request.quantises else ())
+    # What will be in int8 is not known yet, but by a map: whether as much as can be would fit is.
+    most = sizes(opened.spec) if request.quantises else ()
+    planned = conversion.plan(most if mapped is None else mapped)
     least = max([LEAST if request.quantises else 1, *(artifact.rows for artifact in planned)])
     ids = read_ids([os.fspath(file) for file in calibrate], words, opened.spec, say, at_least=least)
     for note in opened.notes:
@@ -106,8 +116,8 @@ def convert(
     conversion.check_values(place)
     if request.calibrates:
         ids = conversion.keep_in_range(ids, words, least)
-    with workspace(place, manifest, conversion.adding) as folder:
-        drop_damaged(folder, manifest, {artifact.path for artifact in planned}, say)
+    with workspace(place, manifest, conversion.adding, before) as folder:
+        drop_damaged(folder, manifest, request, {artifact.path for artifact in planned}, say)
         bundle = conversion.write_for_cpu(folder)
         if tokenizer is not None or not _has_tokenizer(manifest):
             manifest.tokenizer = write_tokenizer(folder, words)
@@ -186,11 +196,16 @@ class _Conversion:
 
 
 def _finish(bundle: Bundle) -> None:
-    """The manifest last: with it, what was noted on the way is no longer needed."""
+    """The manifest last: with it, what was noted on the way is no longer needed, nor what another conversion left that
+    was interrupted."""
     record_files(bundle.path, bundle.manifest)
     write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
     remove_notes(bundle.path)
     quantisation.remove_notes(bundle.path)
+    for folder in ("rknn", "cpu", "calib"):
+        for path in sorted((bundle.path / folder).rglob("*")):
+            if path.is_file() and path.relative_to(bundle.path).as_posix() not in bundle.manifest.files:
+                path.unlink()
 
 
 def _errors(manifest: Manifest, planned: list[Artifact]) -> str:

@@ -43,13 +43,17 @@ def resume_file(path: str | None) -> Path | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the existing file `path` against other processes that do the same. Raises BlockingIOError if one does.
+    """Hold the existing folder or file `path` against other processes that do the same. Raises BlockingIOError if one
+    does.
 
-    The lock goes with the process that holds it, however that ends.
+    The lock goes with the process that holds it, however that ends; and with `path`, should that be replaced.
     """
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -113,10 +113,16 @@ class Graphs:
         return self._look(group, rows)[1]
 
 
-def forecast(checkpoint: Checkpoint, request: Request, chosen: Collection[str] | None = None) -> Forecast:
+def forecast(
+    checkpoint: Checkpoint,
+    request: Request,
+    chosen: Collection[str] | None = None,
+    there: Sequence[Artifact] = (),
+) -> Forecast:
     """What `request` would make of a checkpoint, in each of PRECISIONS; its own does not count.
 
-    chosen: names of the projections that `mixed` has in int8; None where they are not known yet.
+    chosen: names of the projections that `mixed` has in int8; None where they are not known yet. there: artifacts of
+    the bundle that would be added to, whose memory counts where they are of the same kind.
     """
     spec = checkpoint.spec
     programs = {fusion: Program(spec, fusion, default_scaling(spec)) for fusion in FUSIONS}
@@ -127,7 +133,9 @@ def forecast(checkpoint: Checkpoint, request: Request, chosen: Collection[str] |
     ours, variants = graphs[request.fusion], []
     for precision in PRECISIONS if request.compiles else ():
         assumed = precision == "mixed" and chosen is None
-        variants.append(_variant(ours, request, precision, _share(spec, precision, chosen), held, assumed))
+        variants.append(
+            _variant(ours, request, precision, _share(spec, precision, chosen), held, assumed, there)
+        )
     return Forecast(spec, request.target, request.fusion, len(ours.program.groups), parts, variants)
 
 
@@ -144,11 +152,18 @@ def _share(spec: Spec, precision: str, chosen: Collection[str] | None) -> Share:
 
 
 def _variant(
-    graphs: Graphs, request: Request, precision: str, share: Share, held: int, assumed: bool
+    graphs: Graphs,
+    request: Request,
+    precision: str,
+    share: Share,
+    held: int,
+    assumed: bool,
+    there: Sequence[Artifact],
 ) -> Variant:
     program = graphs.program
     spec, groups = program.spec, {group.name: group for group in program.groups}
     manifest = Manifest(spec, "", "", program.fusion, "", program.scaling, None, groups=describe_groups(spec))
+    manifest.artifacts = list(there)
 
     def weigh(group: Group) -> int:
         return _weight_bytes(graphs.matrices(group), share)

@@ -162,9 +162,7 @@ class Quantisation:
         """What follows from other ranges goes: first from the manifest, in case of a kill."""
         manifest, folder = self._bundle.manifest, self._bundle.path
         (folder / NOTES).unlink(missing_ok=True)
-        stale = [artifact.path for artifact in manifest.artifacts if artifact.int8]
-        manifest.int8, manifest.sensitivity, manifest.int8_key, manifest.int8_inputs = {}, [], "", {}
-        manifest.artifacts = [artifact for artifact in manifest.artifacts if not artifact.int8]
+        stale = manifest.forget_int8()
         gone = {INT8, *stale}
         manifest.files = {name: record for name, record in manifest.files.items() if name not in gone}
         if (folder / MANIFEST).exists():

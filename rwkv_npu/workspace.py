@@ -10,7 +10,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv_npu.bundle import FORMAT, MANIFEST, MARK, MATHS, Manifest, damaged_files, is_bundle, read_manifest
+from rwkv_npu.bundle import (
+    FORMAT,
+    INT8,
+    MANIFEST,
+    MARK,
+    MATHS,
+    Manifest,
+    damaged_files,
+    is_bundle,
+    packed_file,
+    read_manifest,
+)
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
@@ -78,18 +89,32 @@ def other_weights(place: Path) -> BundleError:
     return BundleError(f"{place} was made from other weights: name another output, or give --force")
 
 
+def stamp(place: Path) -> bytes | None:
+    """What tells whether somebody else has written to `place` meanwhile: its manifest, None where nothing is there."""
+    try:
+        return (place / MANIFEST).read_bytes()
+    except OSError:
+        return b"" if place.exists() or place.is_symlink() else None
+
+
 @contextlib.contextmanager
-def workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
-    """The folder to write to: OUT itself when it is added to, else OUT.partial, which becomes OUT at the end."""
+def workspace(place: Path, manifest: Manifest, adding: bool, before: bytes | None) -> Iterator[Path]:
+    """The folder to write to: OUT itself when it is added to, else OUT.partial, which becomes OUT at the end.
+
+    before: OUT's `stamp` when it was looked at. Raises BundleError where it has another by now.
+    """
     folder = place if adding else place.with_name(place.name + ".partial")
     try:
         with contextlib.ExitStack() as held:
+            # The folder, which stays when its files are replaced.
             if adding:
-                held.enter_context(locked(folder / MANIFEST))
+                held.enter_context(locked(folder))
             else:
                 _prepare_partial(folder, manifest, held)
+            _check_unchanged(place, before)
             yield folder
             if not adding:
+                _check_unchanged(place, before)
                 _replace(folder, place)
     except BlockingIOError:
         raise BundleError(
@@ -104,12 +129,17 @@ def workspace(place: Path, manifest: Manifest, adding: bool) -> Iterator[Path]:
         raise BundleError(line) from error
 
 
+def _check_unchanged(place: Path, before: bytes | None) -> None:
+    if stamp(place) != before:
+        raise BundleError(f"another conversion has written to {place} meanwhile: run the command again")
+
+
 def _prepare_partial(folder: Path, manifest: Manifest, held: contextlib.ExitStack) -> None:
     """Keep what an interrupted conversion of the same weights left, remove what another left; lock the folder."""
     mark = folder / MARK
-    key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu} {manifest.scaling}"
+    key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.weights_digest} {manifest.cpu} {manifest.scaling}"
     if mark.is_file():
-        held.enter_context(locked(mark))
+        held.enter_context(locked(folder))
         if mark.read_text(encoding="utf-8") == key:
             return
         shutil.rmtree(folder)
@@ -119,8 +149,8 @@ def _prepare_partial(folder: Path, manifest: Manifest, held: contextlib.ExitStac
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # where folders cannot be made, such as /proc
         raise BundleError(f"cannot make {folder}: {error.strerror}") from error
+    held.enter_context(locked(folder))
     write_atomically(mark, key.encode())
-    held.enter_context(locked(mark))
 
 
 def _replace(folder: Path, place: Path) -> None:
@@ -139,16 +169,22 @@ def _replace(folder: Path, place: Path) -> None:
     (place / MARK).unlink()  # with the manifest there it means nothing, should we be killed before this
 
 
-def drop_damaged(folder: Path, manifest: Manifest, planned: set[str], say: Say) -> None:
+def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str], say: Say) -> None:
     """Forget what a bundle has lost, so that it can be made again."""
-    others = {a.path: a for a in manifest.artifacts if a.path not in planned}
+    options = {
+        a.path: f"--target {a.target} --fusion {a.fusion}"
+        for a in manifest.artifacts
+        if a.path not in planned
+    }
+    options |= {packed_file(cpu): f"--cpu {cpu}" for cpu in manifest.packed if cpu != request.cpu}
+    if manifest.int8 and not request.quantises:
+        options[INT8] = f"--precision {' or '.join(manifest.int8)}"
     for name in list(damaged_files(folder, manifest)):
-        again = "it is made again"
-        if name in others:
-            again = (
-                f"convert with --target {others[name].target} --fusion {others[name].fusion} to have it again"
-            )
+        again = f"convert with {options[name]} to have it again" if name in options else "it is made again"
         say(f"{name} is missing or damaged: {again}")
         (folder / name).unlink(missing_ok=True)
         del manifest.files[name]
+        if name == INT8:
+            manifest.forget_int8()
+    manifest.packed = [cpu for cpu in manifest.packed if packed_file(cpu) in manifest.files]
     manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
-from rwkv_npu.bundle import is_bundle, read_manifest
+from rwkv_npu.bundle import Manifest, is_bundle, read_manifest
 from rwkv_npu.checkpoint import Checkpoint, open_checkpoint
 from rwkv_npu.commands.common import size
 from rwkv_npu.estimate import CALL_OVERHEAD_US, Rate
@@ -31,26 +31,26 @@ def run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         force=arguments.force,
         max_kl=arguments.max_kl,
+        remedies=arguments.remedies,
     )
     checkpoint = open_checkpoint(arguments.checkpoint)
-    found = forecast(checkpoint, request, _chosen(arguments, request, checkpoint))
+    there = _bundle_there(arguments, checkpoint)
+    # What `mixed` has in int8: what a map says, or the bundle; None where neither is there.
+    chosen: Collection[str] | None = mapped_projections(arguments.precision_map, request, checkpoint.spec)
+    if chosen is None and there and "mixed" in there.int8:
+        chosen = there.int8["mixed"].projections
+    found = forecast(checkpoint, request, chosen, there.artifacts if there else ())
     print(json.dumps(found.to_json(), indent=1) if arguments.json else table(found))
     return 0
 
 
-def _chosen(
-    arguments: argparse.Namespace, request: Request, checkpoint: Checkpoint
-) -> Collection[str] | None:
-    """What `mixed` has in int8: what a map says, or the bundle that would be added to; None where neither is there."""
-    mapped = mapped_projections(arguments.precision_map, request, checkpoint.spec)
-    if mapped is not None:
-        return mapped
+def _bundle_there(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Manifest | None:
+    """Of the bundle that would be added to, None where there is none."""
     place = bundle_place(Path(arguments.checkpoint), arguments.out)
     if arguments.force or not is_bundle(place):
         return None
     manifest = read_manifest(place)
-    known = manifest.int8.get("mixed") if manifest.fingerprint == checkpoint.fingerprint else None
-    return known.projections if known else None
+    return manifest if manifest.fingerprint == checkpoint.fingerprint else None
 
 
 def table(found: Forecast) -> str:
