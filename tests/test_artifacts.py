@@ -10,7 +10,7 @@ import pytest
 import rwkv_npu
 from rwkv_npu import converter
 from rwkv_npu.artifacts import Build
-from rwkv_npu.bundle import open_bundle
+from rwkv_npu.bundle import MANIFEST, open_bundle
 from rwkv_npu.errors import ToolkitError, UsageError
 from rwkv_npu.spec import groups
 from rwkv_npu.toolkit import Environment, Job, schedule
@@ -119,3 +119,14 @@ def test_what_ends_together_with_a_failure_is_kept(monkeypatch: pytest.MonkeyPat
         ):
             kept.append(result)
     assert sorted(kept) == ["1.rknn", "3.rknn"]
+
+
+def test_what_an_interrupted_conversion_left_does_not_stay(checkpoint: Path, compiler: Compiler) -> None:
+    """An artifact of another precision, whose conversion was not finished."""
+    compiler.fail_at = 3
+    with pytest.raises(ToolkitError):
+        convert(checkpoint, rows="1")
+    compiler.fail_at = None
+    out = convert(checkpoint, rows="16")
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert there == {MANIFEST, *open_bundle(out).manifest.files}

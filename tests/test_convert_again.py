@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import rwkv_npu
 from rwkv_npu import converter, workspace
-from rwkv_npu.bundle import MANIFEST, WEIGHTS, open_bundle
+from rwkv_npu.bundle import INT8, MANIFEST, WEIGHTS, open_bundle
+from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.files import write_atomically
 from tests.conversions import contents, convert, names
 from tests.tiny import one_line, run_main
 
@@ -295,6 +298,85 @@ def test_converting_again_repairs_a_bundle(checkpoint: Path, whole: Path, out: P
         convert(checkpoint, out)
         assert contents(open_bundle(out).path) == contents(whole), name
         shutil.rmtree(out)
+
+
+def test_what_is_damaged_and_not_made_again_is_forgotten(
+    checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    ids, out = tmp_path / "ids.npy", tmp_path / "out"
+    np.save(ids, np.arange(1, 200))
+    int8 = ("--precision", "w8a8", "--calibrate", ids)
+    for options in (("--cpu", "int8", *int8), ("--cpu", "int4")):
+        assert run_main(capsys, "convert", checkpoint, "-o", out, "--target", "none", *options)[0] == 0
+    for name, again in (("cpu/int4.safetensors", ("--cpu", "int4")), (INT8, int8)):
+        (out / name).write_bytes(b"damaged")
+        status, _, err = run_main(capsys, "convert", checkpoint, "-o", out, "--target", "none")
+        assert (
+            status == 0
+            and f"{name} is missing or damaged: convert with {again[0]} {again[1]} to have it" in err
+        )
+        assert not (out / name).exists() and run_main(capsys, "info", out, "--check")[0] == 0
+        assert run_main(capsys, "convert", checkpoint, "-o", out, "--target", "none", *again)[0] == 0
+        assert (out / name).is_file() and run_main(capsys, "info", out, "--check")[0] == 0
+    manifest = open_bundle(out).manifest
+    assert set(manifest.packed) == {"int8", "int4"} and list(manifest.int8) == ["w8a8"]
+
+
+# -- others at the same time -----------------------------------------------------------------------------
+
+
+def test_a_bundle_is_held_also_when_its_manifest_was_replaced(whole: Path, out: Path) -> None:
+    shutil.copytree(whole, out)
+    manifest = open_bundle(out).manifest
+    with workspace.workspace(out, manifest, True, workspace.stamp(out)):
+        write_atomically(out / MANIFEST, manifest.to_json().encode())
+        with pytest.raises(BundleError, match="another conversion is writing"):
+            with workspace.workspace(out, manifest, True, workspace.stamp(out)):
+                pass
+
+
+@pytest.mark.parametrize("adding", [True, False])
+def test_what_another_conversion_made_meanwhile_is_not_lost(
+    adding: bool, checkpoint: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between the moment in which this one looks at the output and the one in which it takes it."""
+    if adding:
+        shutil.copytree(whole, out)
+    checked = converter.check_finite
+
+    def meanwhile(*arguments: Any, **options: Any) -> str:
+        monkeypatch.setattr(converter, "check_finite", checked)
+        convert(checkpoint, out, cpu="int4")
+        return checked(*arguments, **options)
+
+    monkeypatch.setattr(converter, "check_finite", meanwhile)
+    with pytest.raises(BundleError, match="meanwhile: run the command again"):
+        convert(checkpoint, out, cpu="int8")
+    assert "int4" in open_bundle(out).manifest.packed
+    convert(checkpoint, out, cpu="int8")
+    assert {"int4", "int8"} <= set(open_bundle(out).manifest.packed)
+
+
+def test_a_leftover_of_weights_that_differ_in_one_value_is_not_used(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the sample does not tell them apart, of which the fingerprint is made."""
+    import torch
+
+    shutil.copytree(checkpoint.parent, tmp_path / "m")
+    edited, out = tmp_path / "m" / checkpoint.name, tmp_path / "out"
+    weights = torch.load(edited, weights_only=True)
+    monkeypatch.setattr("rwkv_npu.checkpoint._SAMPLE_RUN", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(edited, out)
+    weights["blocks.0.ffn.key.weight"][3, 5] += 1
+    torch.save(weights, edited)
+    assert open_checkpoint(edited).fingerprint == open_checkpoint(checkpoint).fingerprint
+    convert(edited, out)
+    stored = open_bundle(out).tensor("blocks.0.ffn.key.weight")[5, 3]
+    assert stored == np.float16(weights["blocks.0.ffn.key.weight"][3, 5].item())
 
 
 def test_a_damaged_manifest_needs_force(checkpoint: Path, whole: Path, out: Path) -> None:

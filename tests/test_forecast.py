@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu import toolkit
 from rwkv_npu.artifacts import plan_artifacts
-from rwkv_npu.bundle import HOST, MANIFEST, WEIGHTS, Int8Set, open_bundle, packed_file, read_manifest
+from rwkv_npu.bundle import (
+    HOST,
+    MANIFEST,
+    WEIGHTS,
+    Artifact,
+    Int8Set,
+    open_bundle,
+    packed_file,
+    read_manifest,
+)
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.commands.dry_run import table
 from rwkv_npu.errors import UsageError
@@ -292,6 +301,14 @@ def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> Non
     (tmp_path / "out" / MANIFEST).write_text(manifest.to_json())
     assert mixed() == mapped
     assert mixed("--force") == assumed  # the bundle would be replaced
+    # What the bundle has already takes of the NPU's memory too.
+    before = run(*flags)[1]
+    kind = ("head", "rk3588", "fp16", "layer", 1)
+    manifest.artifacts = [Artifact("rknn/rk3588/other.rknn", *kind, weight_bytes=10**9)]
+    manifest.files["rknn/rk3588/other.rknn"] = manifest.files[WEIGHTS]
+    (tmp_path / "out" / MANIFEST).write_text(manifest.to_json())
+    fp16, more = (json.loads(text)["variants"][0]["memory"] for text in (before, run(*flags)[1]))
+    assert more["weights"] == fp16["weights"] + 10**9
 
 
 @pytest.mark.parametrize(
