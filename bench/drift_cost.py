@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.saving import save
 from rwkv_npu.backends.base import Backend, Runner, allocate_inputs
-from rwkv_npu.backends.drift import EVERY, Ranges, Watched
+from rwkv_npu.backends.drift import EVERY, Peaks, Watched
 from rwkv_npu.bench.machine import describe
 from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.engine import Engine
@@ -67,7 +67,7 @@ class IdleRunner:
         return self._outputs
 
 
-def ranges_of(groups: list[Group]) -> Ranges:
+def ranges_of(groups: list[Group]) -> Peaks:
     """Never left: what follows from that happens once."""
     found = {g.name: {p.name: 1e9 for p in g.inputs if p.name in WATCHED or g.role == "head"} for g in groups}
     return {name: inputs for name, inputs in found.items() if inputs}

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import BundleError
-from rwkv_npu.int8 import Affine, Quantised, round_weight
+from rwkv_npu.int8 import Affine, Quantised, Ranges
 from rwkv_npu.packing import Packed
 from rwkv_npu.spec import Scaling, Spec
 from rwkv_npu.tensorfile import TensorFile
@@ -234,20 +234,14 @@ class Bundle:
 
     def quantised(self, name: str) -> Quantised:
         """A projection as artifacts may have it in int8. Raises BundleError for one that is not there."""
-        given, made = self._affines(name)
+        return Quantised.of(self.ranges(name), self.tensor(name))
+
+    def ranges(self, name: str) -> Ranges:
+        """What the numbers of such a projection stand for. Raises BundleError."""
+        given, *made = (Affine(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
         smoothed = f"{name}.smoothing" in self._ranges
         smoothing = np.array(self._ranges.array(f"{name}.smoothing")) if smoothed else None
-        return Quantised(given, made, *round_weight(self.tensor(name), smoothing), smoothing)
-
-    def spans(self, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Of such a projection, lowest and highest number of its input and of its product."""
-        given, made = self._affines(name)
-        return given.span, made.span
-
-    def _affines(self, name: str) -> tuple[Affine, Affine]:
-        """The numbers of its input, and of its product."""
-        given, made = self._ranges.array(f"{name}.ranges")
-        return Affine(float(given[0]), int(given[1])), Affine(float(made[0]), int(made[1]))
+        return Ranges(given, tuple(made), smoothing)
 
     def forget_ranges(self) -> None:
         """Read the ranges of int8 anew: they were written."""

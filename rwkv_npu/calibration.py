@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.spec import Group, Spec, tensors
 from rwkv_npu.state import new_state
 from rwkv_npu.tokenizer import END_OF_TEXT
+from rwkv_npu.widths import int8_parts, spans
 
 KEEP = 4096  # rows of every projection
 MEMORY = 2 << 30  # bytes that those rows may take: of large models fewer are kept
@@ -36,11 +38,12 @@ SLICE = 512  # the chip adds up products over K in slices of so many, whose sums
 @dataclass
 class Samples:
     """Inputs of a projection. rows: (n, K) fp32, a uniform sample in the order of the text. low, high: (K,), of all
-    `seen` rows."""
+    `seen` rows; made: (P, 2), lowest and highest of what each part of K (widths.int8_parts) made of them."""
 
     rows: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    made: np.ndarray
     seen: int = 0
 
     @property
@@ -110,13 +113,17 @@ class _Seen:
     def rows(self, label: str, x: np.ndarray) -> None:
         K = x.shape[1]
         if label not in self.samples:
-            bounds = np.full(K, np.inf, np.float32), np.full(K, -np.inf, np.float32)
-            self.samples[label] = Samples(np.empty((self.keep, K), np.float32), *bounds)
+            low, made = np.full(K, np.inf, np.float32), np.array([[np.inf, -np.inf]] * len(int8_parts(K)))
+            self.samples[label] = Samples(np.empty((self.keep, K), np.float32), low, -low, made)
         samples = self.samples[label]
         samples.rows[self.places] = x[self.chosen]
         samples.low = np.minimum(samples.low, x.min(0))
         samples.high = np.maximum(samples.high, x.max(0))
         samples.seen += len(x)
+
+    def product(self, label: str, part: int, x: np.ndarray) -> None:
+        made = self.samples[label].made[part]
+        made[:] = min(made[0], x.min()), max(made[1], x.max())
 
     def peak(self, name: str, x: np.ndarray) -> None:
         self.peaks[name] = max(self.peaks[name], largest(x))
@@ -133,10 +140,20 @@ class RecordingMaths(NumpyMaths):
         return RecordingMaths(self._weight, self._seen, f"blocks.{layer}.")
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-        """In slices of K, as the chip multiplies: a partial sum can be larger than the whole."""
+        """In parts of K, as in int8, and those in slices, as the chip multiplies: a partial sum can be larger than the
+        whole."""
         label, weight = packed_label(self._prefix + name, index), self._weight(self._prefix + name)
         weight = weight if index is None else weight[index]
         self._seen.rows(label, x)
+        parts = []
+        for part, (k0, k1) in enumerate(spans(int8_parts(len(weight)))):
+            parts.append(self._sliced(label, x[:, k0:k1], weight[k0:k1]))
+            self._seen.product(label, part, parts[-1])
+        product = reduce(np.add, parts)
+        self._seen.peak(label, product)
+        return product
+
+    def _sliced(self, label: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         product = matmul(x[:, :SLICE], weight[:SLICE])
         self._seen.peak(label, product)
         for start in range(SLICE, len(weight), SLICE):

@@ -76,12 +76,17 @@ def _no_words(text: str) -> list[int]:
 
 
 def _shared(pieces: list[np.ndarray]) -> np.ndarray:
-    """The beginnings of all pieces, equally long as far as they go, TOKENS together."""
+    """The beginnings of all pieces, equally long as far as they go, TOKENS together. The end of each comes at the end,
+    where int8 is measured (quantisation.MEASURED)."""
     share, left = [], TOKENS
     for number, piece in enumerate(sorted(pieces, key=len)):
         share.append(piece[: left // (len(pieces) - number)])
         left -= len(share[-1])
-    return np.concatenate(share)
+    ends = [len(piece) - len(piece) // 8 for piece in share]
+    return np.concatenate(
+        [piece[:end] for piece, end in zip(share, ends, strict=True)]
+        + [piece[end:] for piece, end in zip(share, ends, strict=True)]
+    )
 
 
 def sample_ids(

@@ -238,15 +238,7 @@ def _add_bench_matmul(actions: Any) -> None:
         help="runs at least (default: 7, and until the spread is known)",
     )
     p.add_argument("-t", "--threads", type=int, metavar="N", help="(default: one a core)")
-    p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
-    p.add_argument(
-        "--resume",
-        metavar="FILE",
-        help="keep every row in this JSON file, and measure only what it does not hold",
-    )
-    p.add_argument(
-        "--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again"
-    )
+    _add_rows(p)
     p.add_argument("--fit", action="store_true", help="fit time against N with Minuit, and print the log")
     p.add_argument(
         "--plot", metavar="FILE", help="draw FILE-time, -roofline, -bars and -fit; FILE ends in .png or .svg"
@@ -284,6 +276,12 @@ def _add_bench_inference(actions: Any) -> None:
         help="estimates: how much slower the board's CPU is (default: 4)",
     )
     p.add_argument("--profile", action="store_true", help="where a token goes, by group and by function")
+    _add_rows(p)
+    p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
+
+
+def _add_rows(p: argparse.ArgumentParser) -> None:
+    """What becomes of the rows of a benchmark."""
     p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     p.add_argument(
         "--resume",
@@ -293,7 +291,6 @@ def _add_bench_inference(actions: Any) -> None:
     p.add_argument(
         "--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again"
     )
-    p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

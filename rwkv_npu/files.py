@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rwkv_npu.errors import UsageError
@@ -49,6 +49,18 @@ def locked(path: Path) -> Iterator[None]:
     """
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def waited_for(path: Path, say: Callable[[str], object], other: str) -> Iterator[None]:
+    """Hold the file `path`, made where it is missing, once nobody else does; `say` is told what is waited for."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for {other}")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

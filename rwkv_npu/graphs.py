@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from math import ceil
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,13 +20,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from rwkv_npu.int8 import Quantised, reciprocal
+from rwkv_npu.int8 import Affine, Ranges, reciprocal
 from rwkv_npu.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
 from rwkv_npu.spec import Group, Port, Spec, tensors
-
-# At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
-NPU_WIDTH = 8192
+from rwkv_npu.widths import NPU_WIDTH, cut, int8_parts, spans
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,12 @@ class Value:
 
 @dataclass
 class Trace:
-    """What was recorded: everything of the graph but the numbers in its constants."""
+    """What was recorded: everything of the graph but the numbers in its constants. int8: of weights whose products are,
+    by label, the numbers of the input and of the product."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     projections: dict[str, Constant] = field(default_factory=dict)
+    int8: dict[str, tuple[Affine, Affine]] = field(default_factory=dict)
     vectors: dict[str, Constant] = field(default_factory=dict)
     literals: dict[str, np.ndarray] = field(default_factory=dict)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -100,12 +99,12 @@ class Tracer:
         *,
         rows: int | None,
         split: int | None = None,
-        quantised: Mapping[str, Quantised] = MappingProxyType({}),
+        int8: Mapping[str, Ranges] = MappingProxyType({}),
         trace: Trace | None = None,
         prefix: str = "",
     ):
         self._shape_of, self._rows, self._split, self._prefix = shape_of, rows, split, prefix
-        self._quantised = quantised
+        self._int8 = int8
         self.trace = trace if trace is not None else Trace()
 
     def block(self, layer: int) -> Tracer:
@@ -113,7 +112,7 @@ class Tracer:
             self._shape_of,
             rows=self._rows,
             split=self._split,
-            quantised=self._quantised,
+            int8=self._int8,
             trace=self.trace,
             prefix=f"blocks.{layer}.",
         )
@@ -123,17 +122,19 @@ class Tracer:
 
     def linear(self, x: Value, name: str, index: int | None = None) -> Value:
         full = self._prefix + name
-        widths = self._part_widths(self._shape_of(full)[-1])
-        inputs = self._cut(x, self._part_widths(sum(x.widths)))
-        quantised = self._quantised.get(Constant(full, index).label)
-        if quantised and quantised.smoothing is not None:
-            inputs = self._smoothed(inputs, quantised)
+        K, N = self._shape_of(full)[-2:]
+        widths, ranges = self._part_widths(N), self._int8.get(Constant(full, index).label)
+        inputs = self._cut(x, int8_parts(K) if ranges else self._part_widths(K))
+        if ranges and ranges.smoothing is not None:
+            inputs = self._smoothed(inputs, ranges)
         outputs = []
         for columns in _spans(widths):
-            products = [
-                self._product(part, Constant(full, index, rows, columns))
-                for part, rows in zip(inputs.names, _spans(inputs.widths), strict=True)
-            ]
+            products = []
+            for part, (x_k, rows) in enumerate(zip(inputs.names, _spans(inputs.widths), strict=True)):
+                constant = Constant(full, index, rows, columns)
+                products.append(self._product(x_k, constant))
+                if ranges:
+                    self.trace.int8[constant.label] = ranges.input, ranges.outputs[part]
             outputs.append(reduce(lambda total, product: self.node("Add", [total, product]), products))
         return Value(self, outputs, widths)
 
@@ -198,17 +199,17 @@ class Tracer:
         """x as one tensor."""
         return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
 
-    def _smoothed(self, x: Value, quantised: Quantised) -> Value:
+    def _smoothed(self, x: Value, ranges: Ranges) -> Value:
         """x by what smooths its channels, and within the range of int8.
 
         The compiler would take the factors into the weights, and leave the range to what they were to smooth; it does
         not reach across a Clip, which is what rounding does anyway.
         """
-        assert quantised.smoothing is not None
-        factors = reciprocal(quantised.smoothing)
+        assert ranges.smoothing is not None
+        factors = reciprocal(ranges.smoothing)
         literals = [self._literal(factors[slice(*span)] if span else factors) for span in _spans(x.widths)]
         smoothed = [self.node("Mul", list(pair)) for pair in zip(x.names, literals, strict=True)]
-        bounds = [self._literal(np.array(bound, np.float32)) for bound in quantised.input.span]
+        bounds = [self._literal(np.array(bound, np.float32)) for bound in ranges.input.span]
         return Value(self, [self.node("Clip", [name, *bounds]) for name in smoothed], x.widths)
 
     def _like(self, x: Value, name: str) -> Value:
@@ -237,28 +238,29 @@ class Tracer:
 
     def _part_widths(self, width: int) -> list[int]:
         """How a tensor of `width` columns lies in the graph: as one, or as parts that the NPU takes."""
-        if not self._split or width <= self._split:
-            return [width]
-        step = ceil(width / ceil(width / self._split) / 32) * 32
-        return [min(step, width - start) for start in range(0, width, step)]
+        return cut(width, self._split or width)
 
     def _cut(self, x: Value, widths: Sequence[int]) -> Value:
-        if x.widths == tuple(widths):
-            return x
-        assert len(x.names) == 1, "parts are never cut again"
-        return Value(self, [self._columns(x, *span) for span in _spans(widths) if span], widths)
+        """x in parts of `widths`, each of which lies in one of those that it has."""
+        names = []
+        for begin, end in spans(widths):
+            ((name, start, stop),) = [
+                (name, start, stop)
+                for name, (start, stop) in zip(x.names, spans(x.widths), strict=True)
+                if start <= begin and end <= stop
+            ]
+            whole = (begin, end) == (start, stop)
+            names.append(name if whole else self._columns(name, begin - start, end - start))
+        return Value(self, names, widths)
 
-    def _columns(self, x: Value, start: int, stop: int) -> str:
+    def _columns(self, x: str, start: int, stop: int) -> str:
         bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
-        return self.node("Slice", [self.whole(x), *bounds])
+        return self.node("Slice", [x, *bounds])
 
 
 def _spans(widths: Sequence[int]) -> Sequence[tuple[int, int] | None]:
     """Where the parts begin and end; None for one that is all there is."""
-    ends = [int(end) for end in np.cumsum(widths)]
-    return (
-        [(end - width, end) for end, width in zip(ends, widths, strict=True)] if len(widths) > 1 else [None]
-    )
+    return spans(widths) if len(widths) > 1 else [None]
 
 
 def trace_group(
@@ -267,12 +269,12 @@ def trace_group(
     *,
     rows: int | None = None,
     split: int | None = None,
-    quantised: Mapping[str, Quantised] = MappingProxyType({}),
+    int8: Mapping[str, Ranges] = MappingProxyType({}),
 ) -> Trace:
-    """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece. What
-    projections that are `quantised`, by label, do before and after their product is recorded too."""
+    """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece. Projections in
+    `int8`, by label, are cut as that wants it, and their inputs smoothed."""
     shapes = {tensor.name: tensor.used_shape for tensor in tensors(program.spec)}
-    tracer = Tracer(shapes.__getitem__, rows=rows, split=split, quantised=quantised)
+    tracer = Tracer(shapes.__getitem__, rows=rows, split=split, int8=int8)
     inputs = {port.name: Value(tracer, [port.name], [port.width]) for port in group.inputs}
     values = program.evaluate(group, tracer, inputs)
     results = {port.name: tracer.whole(values[port.name]) for port in group.outputs}
@@ -295,18 +297,12 @@ def _value_info(port: Port, rows: int | None) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(port.name, TensorProto.FLOAT, shape)
 
 
-def compiler_weights(program: Program, group: Group, rows: int) -> dict[str, str]:
-    """The weights in the compiler's graph, each with the label of the projection that it is a part of, or all of."""
-    trace = compiler_trace(program, group, rows)
-    return {name: constant.whole.label for name, constant in trace.projections.items()}
-
-
 def compiler_trace(
-    program: Program, group: Group, rows: int, quantised: Mapping[str, Quantised] = MappingProxyType({})
+    program: Program, group: Group, rows: int, int8: Mapping[str, Ranges] = MappingProxyType({})
 ) -> Trace:
     """The graph as Rockchip's compiler reads it, without its numbers."""
     split = NPU_WIDTH if rows > 1 else None
-    return trace_group(program, group, rows=rows, split=split, quantised=quantised)
+    return trace_group(program, group, rows=rows, split=split, int8=int8)
 
 
 class Matrix(NamedTuple):

@@ -1,8 +1,8 @@
 """Scales that keep an fp16 graph in range, chosen by what the model makes of a text.
 
 Of what a graph computes, two things grow without a norm to hold them: the residual, which v4 to v6 let grow with depth,
-and the square in the channel mix. Both can be scaled by powers of two, which changes no bit of the result. The chip
-overflows silently, so that nothing seen may come near: no intermediate passes LIMIT.
+and the square in the channel mix. Both can be scaled by powers of two, which changes no bit but of numbers near fp16's
+smallest. The chip overflows silently, so that nothing seen may come near: no intermediate passes LIMIT.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def keep_in_range(
     name, largest = max(found.items(), key=lambda item: item[1])
     manifest.headroom = {"tokens": seen.tokens, "largest": largest, "at": name}
     if loud := too_large(found):
-        advice = "--force scales it anew" if adding else "--fusion projection has less of it on the NPU"
+        less = ": --fusion projection has less of it on the NPU" if manifest.fusion == "layer" else ""
+        advice = ": --force scales it anew" if adding else less
         say(
-            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}): {advice}"
+            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
         )
 
 

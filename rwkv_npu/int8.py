@@ -1,12 +1,14 @@
 """Products in int8 as the NPU computes them: inputs, weights and results all of 8 bits.
 
     Affine      int8 numbers q that stand for scale * (q - zero), fixed before anything is run
-    Quantised   one projection: the ranges of what goes in and comes out, and its weights in steps of their column
+    Ranges      what the numbers of one projection stand for that go in and come out
+    Quantised   the same with its weights, in steps of their column
     Int8Maths   the reference, with some projections quantised
 
 Between the projections everything stays in floating point; the chip converts in both directions. Rounding is to the
 nearest, sums are exact (int32 there, and integers below 2^24, or as good as, in fp32 here): from the same inputs this
-computes what Rockchip's simulator does. In a graph they arrive in fp16, of which some round to the next step.
+computes what Rockchip's simulator does. In a graph they arrive in fp16, of which some round to the next step, and the
+parts of a wide product are added up in fp16.
 
 Letters: M rows, K width of the input, N of the output.
 """
@@ -15,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from rwkv_npu.maths import NumpyMaths, matmul
+from rwkv_npu.widths import int8_parts, spans
 
 PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
 
@@ -53,34 +57,52 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A projection (K, N). weight: in steps from 0, of which those of column n are steps[n]; int8 numbers less the one
-    that stands for 0.
+class Ranges:
+    """What the numbers of a projection (K, N) stand for: of its input, and of what each part of K makes
+    (widths.int8_parts), whose sum is its product.
 
     smoothing: (K,), what the channels of the input are divided by before they are rounded, or None.
     """
 
     input: Affine
-    output: Affine
-    weight: np.ndarray
-    steps: np.ndarray
+    outputs: tuple[Affine, ...]
     smoothing: np.ndarray | None = None
-
-    def linear(self, x: np.ndarray) -> np.ndarray:
-        """(M, K) -> (M, N) fp32."""
-        return self.product(self.smoothed(x))
 
     def smoothed(self, x: np.ndarray) -> np.ndarray:
         """The input as it is rounded, (M, K)."""
         return x if self.smoothing is None else x * reciprocal(self.smoothing)
 
+
+@dataclass(frozen=True)
+class Quantised:
+    """A projection (K, N). weight: in steps from 0, of which those of column n in part p are steps[p, n]; int8 numbers
+    less the one that stands for 0."""
+
+    ranges: Ranges
+    weight: np.ndarray
+    steps: np.ndarray
+
+    @staticmethod
+    def of(ranges: Ranges, weight: np.ndarray) -> Quantised:
+        """`weight` (K, N) rounded, smoothing included."""
+        return Quantised(ranges, *round_weight(weight, ranges.smoothing))
+
+    def linear(self, x: np.ndarray) -> np.ndarray:
+        """(M, K) -> (M, N) fp32."""
+        return self.product(self.ranges.smoothed(x))
+
     def product(self, x: np.ndarray) -> np.ndarray:
         """Of a smoothed input, (M, K) -> (M, N) fp32."""
-        return self.output.round(matmul(self.input.round(x), self.weight) * self.steps)
+        x = self.ranges.input.round(x)
+        parts = zip(spans(int8_parts(len(self.weight))), self.ranges.outputs, self.steps, strict=True)
+        return reduce(
+            np.add,
+            (out.round(matmul(x[:, k0:k1], self.weight[k0:k1]) * steps) for (k0, k1), out, steps in parts),
+        )
 
     def values(self) -> np.ndarray:
         """What the weights stand for, (K, N) fp32, smoothing included."""
-        return self.weight * self.steps
+        return self.weight * np.repeat(self.steps, int8_parts(len(self.weight)), axis=0)
 
 
 def reciprocal(smoothing: np.ndarray) -> np.ndarray:
@@ -88,20 +110,25 @@ def reciprocal(smoothing: np.ndarray) -> np.ndarray:
 
 
 def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) -> how many steps each weight is from 0, (K, N), and the step of each column (N,), fp32.
+    """(K, N) -> how many steps each weight is from 0, (K, N), and the steps of each part of K and column (P, N), fp32.
 
-    A column's 256 numbers reach from its lowest weight to its highest. Rounded again they are the same, which is what
-    the compiler does with the weights that it is given.
+    The 256 numbers of a column in a part reach from its lowest weight to its highest. Rounded again they are the same,
+    which is what the compiler does with the weights that it is given.
     """
-    values = weight.astype(np.float32)
-    if smoothing is not None:
-        values = values * smoothing[:, None]
-    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
-    steps = (high - low) / np.float32(HIGHEST - LOWEST)
-    steps = np.where(steps > 0, steps, np.float32(1))
-    zeros = np.rint(LOWEST - low / steps)
-    numbers = np.clip(np.rint(values / steps) + zeros, LOWEST, HIGHEST)
-    return (numbers - zeros).astype(np.int16), steps
+    numbers, steps = np.empty(weight.shape, np.int16), []
+    for k0, k1 in spans(int8_parts(len(weight))):
+        values = weight[k0:k1].astype(np.float32)
+        if smoothing is not None:
+            values *= smoothing[k0:k1, None]
+        low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
+        step = (high - low) / np.float32(HIGHEST - LOWEST)
+        step = np.where(step > 0, step, np.float32(1))
+        zeros = np.rint(LOWEST - low / step)
+        np.rint(np.divide(values, step, out=values), out=values)
+        np.clip(np.add(values, zeros, out=values), LOWEST, HIGHEST, out=values)
+        numbers[k0:k1] = np.subtract(values, zeros, out=values)
+        steps.append(step)
+    return numbers, np.stack(steps)
 
 
 class Int8Maths(NumpyMaths):

@@ -109,7 +109,7 @@ def compiler_model(
 
     The weights of projections that are `quantised`, by label, are what their int8 numbers stand for.
     """
-    trace = compiler_trace(program, group, rows, quantised)
+    trace = compiler_trace(program, group, rows, {label: q.ranges for label, q in quantised.items()})
 
     def values(constant: Constant) -> np.ndarray:
         whole = quantised.get(constant.whole.label)

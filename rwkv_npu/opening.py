@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 
 from rwkv_npu import board
-from rwkv_npu.backends import BACKENDS, COMPILED, NPU_BACKENDS, open_backend
+from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
 from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
@@ -77,9 +77,8 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
 def _watched(backend: Backend, source: ModelSource) -> Backend:
     """With a word where inputs leave the ranges of int8, if these are fixed, as those of artifacts are: the other
     backends that multiply in int8 look at each row."""
-    ranges = source.int8_inputs()
-    fixed = backend.name in COMPILED and _in_int8(backend.name, source)
-    return Watched(backend, ranges) if fixed and ranges else backend
+    ranges = source.int8_inputs(backend.name)
+    return Watched(backend, ranges) if ranges else backend
 
 
 def _in_int8(backend: str, source: ModelSource) -> bool:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
-from rwkv_npu.ranges import ALGORITHMS, Choice, quantise
+from rwkv_npu.ranges import ALGORITHMS, Choice, choose
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource
@@ -31,7 +31,7 @@ from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
-VERSION = 5  # of the way in which ranges are chosen, and graphs made
+VERSION = 6  # of the way in which ranges are chosen, and graphs made
 
 # What may be done about the error of int8: which algorithms choose ranges, and whether channels may be smoothed.
 REMEDIES: dict[str, tuple[Sequence[str], bool]] = {
@@ -91,10 +91,8 @@ class Quantisation:
         manifest, there = bundle.manifest, (bundle.path / INT8).is_file()
         # Whether what the manifest says follows from these ranges.
         self._unchanged = there and manifest.int8_key == self._key and bool(manifest.sensitivity)
-        if self._unchanged:
-            self.table = manifest.sensitivity
-        else:
-            self.table = (self._noted() if there else None) or self._choose_ranges()
+        known = self._noted() or (manifest.sensitivity if self._unchanged else None) if there else None
+        self.table = known or self._choose_ranges()
         manifest.int8_key, manifest.sensitivity = self._key, self.table
 
     def take(self, precision: str, names: Collection[str]) -> Int8Set:
@@ -146,8 +144,8 @@ class Quantisation:
         for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
             weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
             candidates = smoothings(weight, samples) if self._smooth else [None]
-            choice = quantise(name, weight, samples, candidates, self._algorithms)
-            smoothed = choice.quantised.smoothing is not None
+            choice = choose(name, weight, samples, candidates, self._algorithms)
+            smoothed = choice.ranges.smoothing is not None
             table.append(Sensitivity(name, bytes_of[name], choice.algorithm, smoothed, choice.error))
             plans += _plans(name, choice)
         path = self._bundle.path / INT8
@@ -222,9 +220,9 @@ def describe(precision: str, chosen: Int8Set, table: list[Sensitivity]) -> Itera
 
 
 def _plans(name: str, choice: Choice) -> list[TensorPlan]:
-    quantised = choice.quantised
-    ranges = np.array([[a.scale, a.zero] for a in (quantised.input, quantised.output)], np.float32)
-    arrays: Mapping[str, Any] = {"ranges": ranges, "smoothing": quantised.smoothing}
+    ranges = choice.ranges
+    affines = np.array([[a.scale, a.zero] for a in (ranges.input, *ranges.outputs)], np.float32)
+    arrays: Mapping[str, Any] = {"ranges": affines, "smoothing": ranges.smoothing}
     return [
         TensorPlan(f"{name}.{kind}", np.float32, array.shape, partial(np.asarray, array))
         for kind, array in arrays.items()

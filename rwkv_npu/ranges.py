@@ -6,20 +6,21 @@ Letters: M rows, K width of a projection's input, N of its output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import ceil, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from rwkv_npu.calibration import Samples
-from rwkv_npu.graphs import NPU_WIDTH
-from rwkv_npu.int8 import Affine, Quantised, reciprocal, round_weight
+from rwkv_npu.int8 import Affine, Quantised, Ranges, reciprocal, round_weight
 from rwkv_npu.maths import divergence, matmul
+from rwkv_npu.widths import int8_parts, spans
 
 BINS = 1 << 14  # of a histogram: 64 for each step of int8 where nothing is clipped
 TOGETHER = 8  # of them are one to kl_divergence: finer ones are too empty to compare
 WORTH = 0.8  # what smoothing leaves of the squared error, at most
-NUMBERS = 1 << 22  # of rows and of products, that are looked at to choose ranges, and again to weigh them
+# Numbers of rows and of products that are looked at to choose ranges, and again to weigh them, but of FEWEST rows.
+NUMBERS, FEWEST = 1 << 22, 128
 # Shares of the whole range that are tried: what lies outside is clipped, and the rest has finer steps.
 SHARES = np.linspace(1.0, 0.3, 29)
 # A matrix behind which only what is positive counts: the negative half of its range would be for nothing.
@@ -88,56 +89,76 @@ ALGORITHMS = {"normal": normal, "mmse": mmse, "kl_divergence": kl_divergence}
 
 
 class Choice(NamedTuple):
-    """A projection quantised, how its ranges were found, and the error (relative, rms) on rows that were held out."""
+    """The ranges of a projection, how they were found, and the error (relative, rms) on rows that were held out."""
 
-    quantised: Quantised
+    ranges: Ranges
     algorithm: str
     error: float
 
 
-def quantise(
+def choose(
     label: str,
     weight: np.ndarray,
     samples: Samples,
     smoothings: Sequence[np.ndarray | None] = (None,),
     algorithms: Sequence[str] = tuple(ALGORITHMS),
 ) -> Choice:
-    """The best that can be made of a projection (K, N): of the algorithms and `smoothings` those that cost least on
-    held-out rows. Smoothing is two more operations for the NPU, and has to be WORTH them."""
-    fitted, held = (rows[: max(2, NUMBERS // max(weight.shape))] for rows in samples.halves())
-    product, expected = (matmul(rows, weight) for rows in (fitted, held))
-    if label.endswith(RECTIFIED):  # the range then starts at 0, and clips what is negative
-        product, expected = (np.maximum(p, np.float32(0)) for p in (product, expected))
-    products = np.concatenate([product, *_partial(fitted, weight)])
-    outputs = _spans(products, products.min(), products.max(), algorithms)
-    size = max(float(np.square(expected, dtype=np.float64).mean()), 1e-24)
-    found = []
+    """The best ranges for a projection (K, N): of the algorithms and `smoothings` those that cost least on held-out
+    rows. Smoothing is two more operations for the NPU, and has to be WORTH them."""
+    fitted, held = (_some(rows, weight) for rows in samples.halves())
+    expected = _behind(label, matmul(held, weight))
+    size = max(_squares(expected), 1e-24)
+    outputs = _outputs(label, weight, fitted, samples.made, algorithms)
+    best, least = None, np.inf
     for smoothing in smoothings:
         factor = np.float32(1) if smoothing is None else reciprocal(smoothing)
         low, high = (samples.low * factor).min(), (samples.high * factor).max()
-        inputs = _spans(fitted * factor, low, high, algorithms)
+        inputs = _affines(fitted * factor, low, high, algorithms)
         rounded = round_weight(weight, smoothing)
         for algorithm in algorithms:
-            quantised = Quantised(inputs[algorithm], outputs[algorithm], *rounded, smoothing)
-            made = quantised.linear(held)
-            squares = float(np.square(made - expected).mean(dtype=np.float64))
+            ranges = Ranges(inputs[algorithm], outputs[algorithm], smoothing)
+            made = _behind(label, Quantised(ranges, *rounded).linear(held))
+            squares = _squares(made - expected)
             # The head's products are the predictions: what counts there is not how far they are from the others.
             cost = float(divergence(expected, made).mean()) if label == HEAD else squares
-            worth = WORTH if smoothing is not None else 1.0
-            found.append((cost / worth, Choice(quantised, algorithm, sqrt(squares / size))))
-    return min(found, key=lambda each: each[0])[1]
+            cost /= 1.0 if smoothing is None else WORTH
+            if best is None or cost < least:
+                best, least = Choice(ranges, algorithm, sqrt(squares / size)), cost
+    assert best is not None, "there is always a candidate"
+    return best
 
 
-def _partial(rows: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
-    """The products that a wide projection is added up from where it has several rows: they have the range of their sum,
-    and may be larger than it."""
-    if len(weight) <= NPU_WIDTH:
-        return []
-    parts = np.array_split(np.arange(len(weight)), ceil(len(weight) / NPU_WIDTH))
-    return [matmul(rows[:, part], weight[part]) for part in parts]
+def _some(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """As many of `rows` as NUMBERS allows, from everywhere."""
+    count = min(len(rows), max(FEWEST, NUMBERS // max(weight.shape)))
+    return rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
 
 
-def _spans(x: np.ndarray, low: float, high: float, algorithms: Sequence[str]) -> dict[str, Affine]:
+def _behind(label: str, product: np.ndarray) -> np.ndarray:
+    """A product as what follows sees it."""
+    return np.maximum(product, np.float32(0)) if label.endswith(RECTIFIED) else product
+
+
+def _outputs(
+    label: str, weight: np.ndarray, rows: np.ndarray, made: np.ndarray, algorithms: Sequence[str]
+) -> dict[str, tuple[Affine, ...]]:
+    """By algorithm, the numbers of what each part of K makes of `rows`. `made` (P, 2) is its lowest and highest for all
+    that was seen."""
+    found = []
+    for (k0, k1), (low, high) in zip(spans(int8_parts(len(weight))), made, strict=True):
+        product = matmul(rows[:, k0:k1], weight[k0:k1])
+        if len(made) == 1:  # else the Relu comes behind the sum of several
+            product, low = _behind(label, product), _behind(label, low)
+        found.append(_affines(product, low, high, algorithms))
+    return {name: tuple(part[name] for part in found) for name in algorithms}
+
+
+def _affines(x: np.ndarray, low: float, high: float, algorithms: Sequence[str]) -> dict[str, Affine]:
     """What each algorithm makes of x, of which all that was seen is from `low` to `high`."""
     seen = Histogram.of(x, low, high)
     return {name: ALGORITHMS[name](seen) for name in algorithms}
+
+
+def _squares(x: np.ndarray) -> float:
+    """Their mean."""
+    return float(np.square(x).mean(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""What is done about channels that stand out: candidates, of which `int8.quantise` takes what held-out rows favour.
+"""What is done about channels that stand out: candidates, of which `ranges.choose` takes what held-out rows favour.
 
 One range serves all channels of an input, so that a channel fifty times as large as the others leaves them a fiftieth
 of the steps. Smoothing (SmoothQuant, arXiv 2211.10438) divides each channel by a number of its own and multiplies that

@@ -93,8 +93,9 @@ class ModelSource:
         """The artifacts that there are for this fusion."""
         return []
 
-    def int8_inputs(self) -> dict[str, dict[str, float]]:
-        """By group and input, the largest magnitude that int8 was calibrated for."""
+    def int8_inputs(self, backend: str) -> dict[str, dict[str, float]]:
+        """By group and input, the largest magnitude that calibration saw, of the groups in which a backend of this
+        name runs artifacts with int8: with ranges that are fixed."""
         return {}
 
     def initial_states(self) -> dict[int, np.ndarray]:
@@ -129,9 +130,8 @@ class BundleSource(ModelSource):
         return self._cpu_precision
 
     def precision_on(self, backend: str) -> str:
-        if backend in COMPILED:  # the first, on a board the first for its chip
-            chip = board.soc() if backend in NPU_BACKENDS else None
-            return next((a.precision for a in self.artifacts() if chip in (None, a.target)), "no")
+        if backend in COMPILED:
+            return next((artifact.precision for artifact in self._run_by(backend)), "no")
         if backend in REFERENCES:
             return self.precision or self.bundle.manifest.cpu
         return super().precision_on(backend)
@@ -165,8 +165,18 @@ class BundleSource(ModelSource):
         all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
         return [a for a in all_ if self.precision in (None, a.precision)]
 
-    def int8_inputs(self) -> dict[str, dict[str, float]]:
-        return self.bundle.manifest.int8_inputs
+    def _run_by(self, backend: str) -> list[Artifact]:
+        """The artifacts that a backend runs: those like the first, on a board like the first for its chip."""
+        if backend not in COMPILED:
+            return []
+        chip = board.soc() if backend in NPU_BACKENDS else None
+        fitting = [a for a in self.artifacts() if chip in (None, a.target)]
+        return [a for a in fitting if (a.target, a.precision) == (fitting[0].target, fitting[0].precision)]
+
+    def int8_inputs(self, backend: str) -> dict[str, dict[str, float]]:
+        in_int8 = {artifact.group for artifact in self._run_by(backend) if artifact.int8}
+        seen = self.bundle.manifest.int8_inputs
+        return {group: inputs for group, inputs in seen.items() if group in in_int8}
 
     def artifact_path(self, artifact: Artifact) -> Path:
         return self.bundle.path / artifact.path
@@ -176,29 +186,33 @@ class BundleSource(ModelSource):
 
     def compile_options(self, artifact: Artifact) -> CompileOptions:
         """How an artifact is compiled; the simulator has to be given the same."""
-        from rwkv_npu.graphs import compiler_weights
+        from rwkv_npu.graphs import compiler_trace
         from rwkv_npu.toolkit import CompileOptions
 
         said = {"fingerprint": self.fingerprint, "group": artifact.group, "int8": artifact.int8}
         identity = json.dumps({name: value for name, value in said.items() if value})
-        chosen = self.bundle.manifest.int8.get(artifact.precision)
-        if chosen is None:
+        if artifact.precision not in self.bundle.manifest.int8:
             return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
-        weights = compiler_weights(self.program, self._group(artifact), artifact.rows)
-        int8 = {name: self.bundle.spans(of) for name, of in weights.items() if of in chosen.projections}
+        ranges = {name: self.bundle.ranges(name) for name in self._int8_of(artifact)}
+        trace = compiler_trace(self.program, self._group(artifact), artifact.rows, ranges)
+        int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
         return CompileOptions(artifact.target, "fp16", custom_string=identity, int8=int8)
 
     def compiler_onnx(self, artifact: Artifact) -> bytes:
         """The graph of an artifact as Rockchip's compiler reads it."""
-        from rwkv_npu.graphs import compiler_weights
         from rwkv_npu.onnx_models import compiler_model
 
-        group, chosen = self._group(artifact), self.bundle.manifest.int8.get(artifact.precision)
-        names = set(compiler_weights(self.program, group, artifact.rows).values())
-        names &= set(chosen.projections if chosen else ())
-        quantised = {name: self.bundle.quantised(name) for name in names}
-        model = compiler_model(self.program, group, artifact.rows, self.tensor, quantised)
-        return model.SerializeToString()
+        quantised = {name: self.bundle.quantised(name) for name in self._int8_of(artifact)}
+        group = self._group(artifact)
+        return compiler_model(self.program, group, artifact.rows, self.tensor, quantised).SerializeToString()
+
+    def _int8_of(self, artifact: Artifact) -> set[str]:
+        """The projections that an artifact has in int8."""
+        from rwkv_npu.graphs import trace_group
+
+        chosen = self.bundle.manifest.int8.get(artifact.precision)
+        members = trace_group(self.program, self._group(artifact)).projections
+        return set(members) & set(chosen.projections if chosen else ())
 
     def compiler_bytes(self, artifact: Artifact) -> int:
         """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""

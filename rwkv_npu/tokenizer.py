@@ -10,6 +10,7 @@ import ast
 import codecs
 import functools
 import gzip
+import hashlib
 import importlib.resources
 import re
 import warnings
@@ -99,6 +100,11 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; [] for "". TokenizerError where the vocabulary cannot write it."""
 
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Tokenizers of which this is the same give the same ids."""
+
     @abstractmethod
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes of one id, b"" for end-of-text; None when the vocabulary has no such id."""
@@ -169,6 +175,10 @@ class WorldTokenizer(Tokenizer):
             start = end
         return tokens
 
+    @property
+    def digest(self) -> str:
+        return _digest(repr(sorted(self._tokens.items())))
+
     def token_bytes(self, token: int) -> bytes | None:
         return self._tokens.get(token)
 
@@ -194,6 +204,10 @@ class PileTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         _utf8(text)
         return list(self._hf.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def digest(self) -> str:
+        return _digest(self._hf.to_str())
 
     def token_bytes(self, token: int) -> bytes | None:
         piece = self._hf.id_to_token(token) if 0 <= token < self.vocab_size else None
@@ -390,6 +404,10 @@ def _read_text(path: Path) -> str:
         raise TokenizerError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise TokenizerError(f"{path}: not a vocabulary: it is not UTF-8 text") from None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _utf8(text: str) -> bytes:

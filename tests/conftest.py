@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from rwkv_npu import toolkit  # noqa: E402
 from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402
+from rwkv_npu.model import Model, load  # noqa: E402
 from rwkv_npu.toolkit.install import install  # noqa: E402
 from tests.emulated import GENERATIONS, EmulatedBoard, convert_for_board  # noqa: E402
-from tests.tiny import Run, run_main  # noqa: E402
+from tests.tiny import Run, run_main, write_model  # noqa: E402
 from tools.board import build  # noqa: E402
 from tools.board.compute import Bundles, Server  # noqa: E402
 
@@ -38,6 +40,37 @@ from tools.board.compute import Bundles, Server  # noqa: E402
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process; gives its exit status, stdout and stderr."""
     return lambda *arguments: run_main(capsys, *arguments)
+
+
+def tiny(tmp_path_factory: pytest.TempPathFactory, name: str, **options: Any) -> Path:
+    """A tiny checkpoint in a folder of its own."""
+    path = tmp_path_factory.mktemp(name) / "model.pth"
+    write_model(path, **options)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny RWKV-7 with its vocabulary beside it. Not to be changed, nor are the next two."""
+    return tiny(tmp_path_factory, "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same sizes."""
+    return tiny(tmp_path_factory, "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights without a vocabulary."""
+    return tiny(tmp_path_factory, "wordless", vocabulary=False)
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> Model:
+    """`checkpoint`, opened by NumPy."""
+    return load(checkpoint, backend="numpy")
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_npu.bench import (
-    backends,
-    child,
-    machine,
-    problem,
-    rknn,
-    roofline,
-    timing,
-)
+from rwkv_npu.bench import backends, child, machine, problem, rknn, roofline, timing
 from rwkv_npu.bench.record import Row
 from rwkv_npu.bench.series import Failed, Measured, Series
 from rwkv_npu.errors import BackendError

@@ -14,24 +14,17 @@ from rwkv_npu import estimate
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.bench import inference_plot, inference_study
 from rwkv_npu.bench.inference_estimate import estimates
-from rwkv_npu.bench.inference_record import PARTS, Document, Row, load
+from rwkv_npu.bench.inference_record import PARTS, Document, Row
 from rwkv_npu.bench.inference_study import open_subject
 from rwkv_npu.bundle import MANIFEST, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
-from rwkv_npu.engine import Engine
 from rwkv_npu.estimate import Assumptions, Rate
 from rwkv_npu.packing import PRECISIONS, bits_of, pack
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import Group, tensors
 from tests.bench_inference import QUICK, L, artifacts, run_json
+from tests.faulty import plain_engine
 from tests.tiny import run_main, write_model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny.pth"
-    write_model(path, L=L)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +47,7 @@ class FixedRows(NumpyBackend):
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 18, 32, 40])
 def test_an_estimate_counts_the_calls_that_the_engine_makes(checkpoint: Path, tokens: int) -> None:
     source = CheckpointSource(open_checkpoint(checkpoint))
-    backend = FixedRows(source)
-    engine = Engine(
-        source.program, source.tensor, serve=lambda group, decode: backend, fingerprint="", initial={}
-    )
+    engine = plain_engine(source, FixedRows(source))
     engine.forward([1] * tokens)
     found = estimate.on_npu(source.spec, artifacts(rows=(1, 16)), tokens, estimate.TABLE, Assumptions(), {})
     assert found.npu_calls == engine.counters.calls
@@ -144,7 +134,7 @@ def test_estimates_stand_beside_what_was_measured(
     status, out, err = run_main(
         capsys, "bench", "inference", *flags, "--host-factor", "20", "--plot", picture
     )
-    assert status == 0 and "reading" not in err and load(file).results[0] == Row(**measured)
+    assert status == 0 and "reading" not in err and Document.load(file).results[0] == Row(**measured)
     told = 0
     for line in out.splitlines():
         if line.startswith(("| rknn", "| cpu")):

@@ -18,11 +18,11 @@ import pytest
 import rwkv_npu
 from rwkv_npu.bench import inference_report, inference_study
 from rwkv_npu.bench.inference_child import Case, Meter
-from rwkv_npu.bench.inference_record import PARTS, Document, Row, load
+from rwkv_npu.bench.inference_record import PARTS, Document, Row
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.spec import groups
 from tests.bench_inference import QUICK, L, run_json
-from tests.tiny import command, one_line, run_main, write_model
+from tests.tiny import command, one_line, run_main
 
 PRECISE = 1e-9
 
@@ -31,13 +31,6 @@ PRECISE = 1e-9
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's tests measure it; a second each time is too much here."""
     monkeypatch.setattr(inference_study, "roofline", lambda threads: {"bandwidth_gb_per_s": 10.0 * threads})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny.pth"
-    write_model(path, L=L)
-    return path
 
 
 # -- the engine's own counters ---------------------------------------------------------------------------
@@ -193,7 +186,7 @@ def test_interrupted_and_gone_on_with(checkpoint: Path, tmp_path: Path) -> None:
     for one in (kept, rows[0]):  # over the best read, which the second run measured again
         del one["bandwidth_share"]
     assert kept == rows[0] and added["backend"] == "numpy" and added["decode_tps"]
-    assert [row.backend for row in load(file).results] == ["ort", "numpy"]
+    assert [row.backend for row in Document.load(file).results] == ["ort", "numpy"]
 
 
 def processes() -> list[str]:
@@ -223,7 +216,7 @@ def test_an_interrupted_row_is_kept_and_says_so(
     assert [(row["load_s"], row["flags"]) for row in json.loads(out)["results"]] == [
         (3.0, "busy interrupted")
     ]
-    assert load(file).results[0].load_s == 3.0
+    assert Document.load(file).results[0].load_s == 3.0
 
 
 def test_rows_that_others_disturbed_are_measured_again(
@@ -255,7 +248,7 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
     )
     document = Document({"cpu": "x"}, "command", [row], ["a note"])
     document.save(tmp_path / "x.json")
-    assert load(tmp_path / "x.json") == document
+    assert Document.load(tmp_path / "x.json") == document
     assert "a note" in inference_report.table(document)
     with pytest.raises(KeyError):
         row.update({"speed": 1})

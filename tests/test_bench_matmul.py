@@ -17,13 +17,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_npu.bench import (
-    machine,
-    matmul,
-    record,
-    shapes,
-    timing,
-)
+from rwkv_npu.bench import machine, matmul, record, shapes, timing
 from rwkv_npu.bench.record import Row
 from rwkv_npu.bench.series import Failed, Series
 from rwkv_npu.commands import bench as command_module
@@ -199,7 +193,7 @@ def test_resuming(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert first.log[-1] == "numpy fp32 closed"
-    kept = record.load(file)
+    kept = record.Document.load(file)
     assert [row.n for row in kept.results] == [8, 16] and kept.machine["bandwidth_gb_per_s"] == 20.0
     second = Stage({"numpy": {}, "ort": {}}, file)
     rows = second.run()
@@ -214,7 +208,7 @@ def test_resuming(tmp_path: Path) -> None:
     assert sum(count for _, count, _ in second.steps) == second.sweep.total
     third = Stage({"numpy": {}}, file, redo=True)
     assert len(third.run()) == 6 and third.log == ["numpy fp32 8", "numpy fp32 closed"]
-    assert record.load(file).results == third.sweep.document.results
+    assert record.Document.load(file).results == third.sweep.document.results
     assert all(not row.flags for row in third.sweep.document.results)
 
 

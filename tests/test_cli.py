@@ -15,25 +15,7 @@ from rwkv_npu import board
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.cli import main, parser
 from rwkv_npu.model import Model
-from tests.tiny import PROMPT, Run, continuation, error_line, run_main, write_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    write_model(folder / "with" / "model.pth")
-    write_model(folder / "bare" / "model.pth", vocabulary=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def path(folder: Path) -> Path:
-    return folder / "with" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Model:
-    return rwkv_npu.load(path, backend="numpy")
+from tests.tiny import PROMPT, Run, continuation, error_line, run_main
 
 
 def test_version_and_help(run: Run) -> None:
@@ -78,28 +60,27 @@ def test_wrong_command_lines_are_one_line_and_status_2(run: Run, arguments: list
     assert "usage" not in line and "--help" in line
 
 
-def test_info_of_a_checkpoint(run: Run, path: Path, folder: Path) -> None:
-    status, out, err = run("info", path)
+def test_info_of_a_checkpoint(run: Run, checkpoint: Path, wordless: Path, tmp_path: Path) -> None:
+    status, out, err = run("info", checkpoint)
     assert (status, err) == (0, "")
     assert "RWKV-7" in out and "D 64" in out and "vocab.txt" in out
-    facts = json.loads(run("info", path, "--json")[1])
+    facts = json.loads(run("info", checkpoint, "--json")[1])
     assert facts["kind"] == "checkpoint" and facts["spec"]["D"] == 64
     assert facts["calls_per_token"] == {"layer": 4, "projection": 7}
-    assert "--tokenizer" in run("info", folder / "bare" / "model.pth")[1]
-    status, _, err = run("info", path, "--check")
+    assert "--tokenizer" in run("info", wordless)[1]
+    status, _, err = run("info", checkpoint, "--check")
     assert status == 0 and "finite" in err
-    write_model(folder / "damaged" / "model.pth")
-    data = bytearray((folder / "damaged" / "model.pth").read_bytes())
+    data = bytearray(checkpoint.read_bytes())
     data[len(data) // 2 - 4096 : len(data) // 2] = b"\xff" * 4096
-    (folder / "damaged" / "model.pth").write_bytes(data)
-    assert "NaN" in error_line(run("info", folder / "damaged" / "model.pth", "--check"))
+    (tmp_path / "damaged.pth").write_bytes(data)
+    assert "NaN" in error_line(run("info", tmp_path / "damaged.pth", "--check"))
 
 
 def test_convert_and_info_of_the_bundle(
-    run: Run, path: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, err = run("convert", path, "--target", "none")
+    status, out, err = run("convert", checkpoint, "--target", "none")
     assert (status, out) == (0, "model.rwkv\n")
     assert "Traceback" not in err and [entry.name for entry in tmp_path.iterdir()] == ["model.rwkv"]
     status, out, err = run("info", "model.rwkv", "--check")
@@ -129,8 +110,8 @@ def test_convert_and_info_of_the_bundle(
         (["--tokenizer", "world"], "273 rows"),
     ],
 )
-def test_convert_refuses(run: Run, path: Path, tmp_path: Path, flags: list[str], names: str) -> None:
-    assert names in error_line(run("convert", path, "--target", "none", "-o", tmp_path / "out", *flags))
+def test_convert_refuses(run: Run, checkpoint: Path, tmp_path: Path, flags: list[str], names: str) -> None:
+    assert names in error_line(run("convert", checkpoint, "--target", "none", "-o", tmp_path / "out", *flags))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,29 +15,10 @@ from tests.evaluations import IDS, write_jsonl
 from tests.tiny import Run, V, error_line, one_line, write_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eval")
-    write_model(folder / "with" / "model.pth", D=32)
-    write_model(folder / "other" / "model.pth", D=32, seed=1)
-    write_model(folder / "bare" / "model.pth", D=32, vocabulary=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def path(folder: Path) -> Path:
-    return folder / "with" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Model:
-    return rwkv_npu.load(path, backend="numpy")
-
-
-def test_eval(run: Run, path: Path, model: Model, tmp_path: Path) -> None:
+def test_eval(run: Run, checkpoint: Path, model: Model, tmp_path: Path) -> None:
     text = "the turning and über the turning"
     (tmp_path / "text").write_text(text, encoding="utf-8")
-    flags = ("eval", "-m", path, "--backend", "numpy", "--text", tmp_path / "text")
+    flags = ("eval", "-m", checkpoint, "--backend", "numpy", "--text", tmp_path / "text")
     status, out, err = run(*flags, "--json")
     figures = json.loads(out)
     assert (status, err) == (0, "")
@@ -60,23 +41,25 @@ def test_eval_has_a_model_and_a_text_of_its_own(run: Run) -> None:
     assert one_line(err) and "demo model" in err
 
 
-def test_eval_against_another_model_and_backend(run: Run, path: Path, folder: Path, tmp_path: Path) -> None:
+def test_eval_against_another_model_and_backend(
+    run: Run, checkpoint: Path, other: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text").write_text("the turning and the " * 5)
-    flags = ("eval", "-m", path, "--text", tmp_path / "text", "--json")
+    flags = ("eval", "-m", checkpoint, "--text", tmp_path / "text", "--json")
     same = json.loads(run(*flags, "--backend", "ort", "--against-backend", "numpy")[1])
     assert abs(same["kl_mean"]) < 1e-6 and abs(same["kl_p99"]) < 1e-5 and same["top1"] == 1
-    other = json.loads(run(*flags, "--backend", "numpy", "--against", folder / "other" / "model.pth")[1])
-    assert other["kl_mean"] > 0.1 and other["kl_p99"] >= other["kl_mean"] and other["top1"] < 1
+    apart = json.loads(run(*flags, "--backend", "numpy", "--against", other)[1])
+    assert apart["kl_mean"] > 0.1 and apart["kl_p99"] >= apart["kl_mean"] and apart["top1"] < 1
     table = run(*flags[:-1], "--backend", "numpy", "--against-backend", "numpy")[1]
     assert "KL" in table and "top-1 agrees   100.00 %" in table
 
 
-def test_eval_refuses(run: Run, path: Path, folder: Path, tmp_path: Path) -> None:
+def test_eval_refuses(run: Run, checkpoint: Path, wordless: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the turning")
     (tmp_path / "empty").write_text("")
     (tmp_path / "latin").write_bytes(b"\xfc")
     write_model(tmp_path / "wide" / "model.pth", V=V + 8)
-    flags = ("eval", "-m", path, "--backend", "numpy")
+    flags = ("eval", "-m", checkpoint, "--backend", "numpy")
     text = ("--text", tmp_path / "text")
     assert "max-tokens" in error_line(run(*flags, *text, "-n", "0"))
     assert "empty" in error_line(run(*flags, "--text", tmp_path / "empty"))
@@ -84,24 +67,21 @@ def test_eval_refuses(run: Run, path: Path, folder: Path, tmp_path: Path) -> Non
     assert "missing" in error_line(run(*flags, "--text", tmp_path / "missing"))
     assert "missing" in error_line(run(*flags, *text, "--against", tmp_path / "missing"))
     assert "vocabular" in error_line(run(*flags, *text, "--against", tmp_path / "wide" / "model.pth"))
-    bare = folder / "bare" / "model.pth"
-    assert "--tokenizer" in error_line(run("eval", "-m", bare, "--backend", "numpy", *text))
+    assert "--tokenizer" in error_line(run("eval", "-m", wordless, "--backend", "numpy", *text))
 
 
-def test_the_command_measures_lambada(run: Run, path: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_command_measures_lambada(run: Run, checkpoint: Path, other: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "l.jsonl")
-    flags = ("eval", "-m", path, "--backend", "numpy", "--lambada", file)
+    flags = ("eval", "-m", checkpoint, "--backend", "numpy", "--lambada", file)
     figures = json.loads(run(*flags, "--json")[1])
     assert figures["texts"] == 5 and 0 <= figures["accuracy"] <= 1 and figures["reference"] is None
-    status, table, err = run(
-        *flags, "--against", folder / "other" / "model.pth", "--against-backend", "numpy"
-    )
+    status, table, err = run(*flags, "--against", other, "--against-backend", "numpy")
     assert (status, err) == (0, "") and f"{figures['perplexity']:.3f} per last word" in table
     assert table.count("accuracy") == 2 and "compared with  fp32 weights" in table
 
 
-def test_the_command_reads_ids(run: Run, path: Path, tmp_path: Path, model: Model) -> None:
-    flags = ("eval", "-m", path, "--backend", "numpy", "--json", "--text")
+def test_the_command_reads_ids(run: Run, checkpoint: Path, tmp_path: Path, model: Model) -> None:
+    flags = ("eval", "-m", checkpoint, "--backend", "numpy", "--json", "--text")
     (tmp_path / "text").write_text("the turning and über", encoding="utf-8")
     from_text = json.loads(run(*flags, tmp_path / "text")[1])
     np.save(tmp_path / "ids.npy", np.array(model.encode("the turning and über"), np.int32))
@@ -112,10 +92,10 @@ def test_the_command_reads_ids(run: Run, path: Path, tmp_path: Path, model: Mode
 
 
 def test_the_command_goes_on_after_ctrl_c(
-    run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "ids.npy", IDS)
-    flags = ("eval", "-m", path, "--backend", "numpy", "--text", tmp_path / "ids.npy")
+    flags = ("eval", "-m", checkpoint, "--backend", "numpy", "--text", tmp_path / "ids.npy")
     whole = run(*flags)[1]
     forward, calls = Model.forward, iter(range(100))
 
@@ -131,10 +111,12 @@ def test_the_command_goes_on_after_ctrl_c(
     assert run(*flags, "--resume", tmp_path / "file") == (0, whole, "")
 
 
-def test_a_bundle_is_compared_with_its_own_unquantised_weights(run: Run, path: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_compared_with_its_own_unquantised_weights(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
     """The reference of a bundle is what it stores whole, though it runs in int8 unless told otherwise."""
     np.save(tmp_path / "ids.npy", IDS[:100])
-    rwkv_npu.convert(path, tmp_path / "a.rwkv", target="none", cpu="int8")
+    rwkv_npu.convert(checkpoint, tmp_path / "a.rwkv", target="none", cpu="int8")
     flags = ("eval", "-m", tmp_path / "a.rwkv", "--text", tmp_path / "ids.npy", "--json")
     found = json.loads(run(*flags, "--against-backend", "numpy")[1])
     assert found["model"].startswith("int8 weights") and found["compared_with"].startswith(
@@ -145,7 +127,7 @@ def test_a_bundle_is_compared_with_its_own_unquantised_weights(run: Run, path: P
     assert same["kl_mean"] < 1e-9 and "fp16 weights" in same["compared_with"]
     int8 = json.loads(run(*flags, "--against-precision", "int8")[1])
     assert int8["kl_mean"] < 1e-9 and "int8 weights" in int8["compared_with"]
-    exact = json.loads(run(*flags, "--precision", "fp16", "--against", path)[1])
+    exact = json.loads(run(*flags, "--precision", "fp16", "--against", checkpoint)[1])
     assert "fp32 weights" in exact["compared_with"] and 0 < exact["kl_mean"] < 1e-3
     stored = json.loads(run(*flags, "--backend", "numpy", "--against-backend", "ort")[1])
     assert stored["model"].startswith("fp16 weights") and stored["kl_mean"] < 1e-9

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import rwkv_npu
 from rwkv_npu.model import Model
 from tests.tiny import PROMPT, Run, Stdin, V, continuation, error_line, one_line, write_model
 
@@ -19,30 +18,17 @@ from tests.tiny import PROMPT, Run, Stdin, V, continuation, error_line, one_line
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
-    write_model(folder / "with" / "model.pth")
-    write_model(folder / "other" / "model.pth", seed=1)
     write_model(folder / "large" / "model.pth", D=96)
     write_model(folder / "fast" / "model.pth", "6", D=32, L=1)
-    write_model(folder / "bare" / "model.pth", vocabulary=False)
     return folder
 
 
-@pytest.fixture(scope="module")
-def path(folder: Path) -> Path:
-    return folder / "with" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Model:
-    return rwkv_npu.load(path, backend="numpy")
-
-
 @pytest.fixture
-def generate(run: Run, path: Path) -> Run:
+def generate(run: Run, checkpoint: Path) -> Run:
     """`generate` with the tiny model; greedy, 12 tokens, unless told otherwise."""
 
     def run_generate(*arguments: object) -> tuple[int, str, str]:
-        return run("generate", "-m", path, "--backend", "numpy", "--temp", "0", "-n", "12", *arguments)
+        return run("generate", "-m", checkpoint, "--backend", "numpy", "--temp", "0", "-n", "12", *arguments)
 
     return run_generate
 
@@ -179,7 +165,7 @@ def test_reading_a_prompt_into_a_state_and_going_on_to_the_end(generate: Run, tm
     assert whole and whole == rest
 
 
-def test_state_of_another_model(generate: Run, run: Run, folder: Path, tmp_path: Path) -> None:
+def test_state_of_another_model(generate: Run, run: Run, other: Path, folder: Path, tmp_path: Path) -> None:
     generate("-p", PROMPT, "--state", tmp_path / "s", "-n", "2")
     before = (tmp_path / "s").read_bytes()
     common = ("--backend", "numpy", "-p", "x", "-n", "1", "--state", tmp_path / "s")
@@ -188,7 +174,7 @@ def test_state_of_another_model(generate: Run, run: Run, folder: Path, tmp_path:
     assert (tmp_path / "s").read_bytes() == before
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        status, _, err = run("generate", "-m", folder / "other" / "model.pth", *common)
+        status, _, err = run("generate", "-m", other, *common)
     assert status == 0
     assert err.splitlines()[0].startswith("rwkv-npu: warning: state ") and "other weights" in err
 
@@ -271,11 +257,11 @@ def test_ids_that_are_none(generate: Run, ids: str) -> None:
     error_line(generate("--ids", "-p", ids))
 
 
-def test_model_without_a_vocabulary(run: Run, folder: Path, tmp_path: Path) -> None:
-    bare = ("generate", "-m", folder / "bare" / "model.pth", "--backend", "numpy", "-n", "3")
+def test_model_without_a_vocabulary(run: Run, wordless: Path, checkpoint: Path, tmp_path: Path) -> None:
+    bare = ("generate", "-m", wordless, "--backend", "numpy", "-n", "3")
     assert run(*bare, "--ids", "-p", "5 6", "--state", tmp_path / "s")[0] == 0
     assert "--tokenizer" in error_line(run(*bare, "-p", "x"))
     assert "--tokenizer" in error_line(run(*bare, "-p", "", "--state", tmp_path / "s"))
     assert "--tokenizer" in error_line(run(*bare, "--ids", "-p", "5", "--stop", "x"))
-    status, _, _ = run(*bare, "-p", "x", "--tokenizer", folder / "with" / "vocab.txt")
+    status, _, _ = run(*bare, "-p", "x", "--tokenizer", checkpoint.with_name("vocab.txt"))
     assert status == 0

@@ -27,19 +27,8 @@ from tests.tiny import PROMPT, V, command, one_line, peak_memory, run_process, w
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    write_model(folder / "with" / "model.pth")
     write_model(folder / "fast" / "model.pth", "6", D=32, L=1)
     return folder
-
-
-@pytest.fixture(scope="module")
-def path(folder: Path) -> Path:
-    return folder / "with" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Model:
-    return rwkv_npu.load(path, backend="numpy")
 
 
 @pytest.fixture(autouse=True)
@@ -98,24 +87,24 @@ def test_output_that_nobody_reads(flags: list[str]) -> None:
     process.stderr.close()
 
 
-def test_full_disk_at_stdout_is_one_line(endless: tuple[object, ...], path: Path) -> None:
+def test_full_disk_at_stdout_is_one_line(endless: tuple[object, ...], checkpoint: Path) -> None:
     with open("/dev/full", "wb") as full:
-        for arguments in ((*endless, "-p", PROMPT), ("info", path)):
+        for arguments in ((*endless, "-p", PROMPT), ("info", checkpoint)):
             result = run_process(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
             assert result.returncode == 1
             assert one_line(result.stderr.decode()) and b"No space left" in result.stderr
 
 
-def test_closed_streams_and_an_odd_encoding(path: Path, model: Model, tmp_path: Path) -> None:
+def test_closed_streams_and_an_odd_encoding(checkpoint: Path, model: Model, tmp_path: Path) -> None:
     """`<&-`, `>&-` and a terminal that cannot show every letter."""
-    shell = f"{' '.join(command('generate', '-m', path, '--backend', 'numpy', '--temp', '0', '-n', '3'))}"
+    shell = " ".join(command("generate", "-m", checkpoint, "--backend", "numpy", "--temp", "0", "-n", "3"))
     state = f"--state {tmp_path / 's'}"
     for redirected in (f"{shell} -p x >&-", f"{shell} -p x {state} <&-", f"{shell} {state} <&-"):
         result = subprocess.run(redirected, shell=True, capture_output=True, timeout=60)
         assert result.returncode == 0
         assert one_line(result.stderr.decode()), result.stderr
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = run_process("generate", "-m", path, "-p", "€", "--echo", "-n", "1", env=environment)
+    result = run_process("generate", "-m", checkpoint, "-p", "€", "--echo", "-n", "1", env=environment)
     assert result.returncode == 0 and result.stdout.startswith(b"?")
 
 
@@ -150,12 +139,12 @@ def test_ctrl_c_while_generating(endless: tuple[object, ...], tmp_path: Path) ->
     assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
 
 
-def test_ctrl_c_while_reading_the_prompt(path: Path, model: Model, tmp_path: Path) -> None:
+def test_ctrl_c_while_reading_the_prompt(checkpoint: Path, model: Model, tmp_path: Path) -> None:
     (tmp_path / "long").write_text("the turning and " * 100_000)
     _, old = model.forward(model.encode(PROMPT))
     old.save(tmp_path / "state")
     before = (tmp_path / "state").read_bytes()
-    common = ("generate", "-m", path, "--backend", "numpy", "-f", tmp_path / "long", "-v")
+    common = ("generate", "-m", checkpoint, "--backend", "numpy", "-f", tmp_path / "long", "-v")
     for state in ("state", "new"):
         process = start(*common, "--state", tmp_path / state)
         wait_for(process.stderr, b"opened in")

@@ -20,22 +20,9 @@ from tests.tiny import run_main, write_model, write_vocabulary
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It holds a model's folder, and what an uninterrupted conversion makes of it. Not to be changed."""
-    folder = tmp_path_factory.mktemp("convert")
-    write_model(folder / "model" / "model.pth")
-    convert(folder / "model" / "model.pth", folder / "whole.rwkv")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Path:
-    return folder / "model" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    return folder / "whole.rwkv"
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted conversion makes. Not to be changed."""
+    return convert(checkpoint, tmp_path_factory.mktemp("whole") / "whole.rwkv")
 
 
 @pytest.fixture
@@ -76,7 +63,7 @@ def test_what_the_manifest_says(checkpoint: Path, whole: Path) -> None:
     assert (manifest.spec, manifest.fingerprint) == (model.spec, model.fingerprint)
     assert manifest.checkpoint == "model.pth" and manifest.artifacts == []
     assert rwkv_npu.__version__ in manifest.made_by
-    assert names(whole.parent) == ["model", "whole.rwkv"]
+    assert names(whole.parent) == ["whole.rwkv"]
 
 
 def test_converting_twice_gives_the_same_bytes(checkpoint: Path, whole: Path, out: Path) -> None:

@@ -20,32 +20,13 @@ from rwkv_npu import converter, workspace
 from rwkv_npu.bundle import MANIFEST, WEIGHTS, open_bundle
 from rwkv_npu.errors import BundleError, UsageError
 from tests.conversions import contents, convert, names
-from tests.tiny import one_line, run_main, write_model
+from tests.tiny import one_line, run_main
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("convert")
-    write_model(folder / "model" / "model.pth")
-    write_model(folder / "other" / "model.pth", seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Path:
-    return folder / "model" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def other(folder: Path) -> Path:
-    """Other weights of the same sizes."""
-    return folder / "other" / "model.pth"
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path, checkpoint: Path) -> Path:
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted conversion makes. Not to be changed."""
-    return convert(checkpoint, folder / "whole.rwkv")
+    return convert(checkpoint, tmp_path_factory.mktemp("whole") / "whole.rwkv")
 
 
 @pytest.fixture
@@ -285,8 +266,8 @@ def test_what_is_replaced_is_there_until_the_new_one_is(
     assert names(out.parent) == ["out.rwkv"] and contents(out) != contents(whole)
 
 
-def test_the_checkpoint_is_never_replaced(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    shutil.copytree(folder / "model", tmp_path / "model")
+def test_the_checkpoint_is_never_replaced(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    shutil.copytree(checkpoint.parent, tmp_path / "model")
     before = contents(tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
     for place in (".", "..", "/", "", "model.pth", "../model", "../model/../model", str(tmp_path)):

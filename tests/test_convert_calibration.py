@@ -25,20 +25,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return stand_in(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    write_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("wordless") / "model.pth"
-    write_model(path, vocabulary=False)
-    return path
-
-
 def convert(capsys: Any, checkpoint: Path, out: Path, *options: object) -> tuple[int, str, str]:
     return run_main(capsys, "convert", checkpoint, "-o", out, "--rows", "16", "--cpu", "fp16", *options)
 
@@ -137,14 +123,16 @@ def test_for_the_cpu_alone_nothing_is_read(checkpoint: Path, tmp_path: Path, cap
 # -- what is chosen --------------------------------------------------------------------------------------
 
 
-def _louder(folder: Path) -> Path:
-    """A model whose squares leave fp16."""
+def _louder(folder: Path, **factors: float) -> Path:
+    """A model some of whose matrices are larger, by the last parts of their names: its squares leave fp16, unless told
+    otherwise."""
     import torch
 
+    factors = factors or {"ffn.key": 300, "ffn.value": 1 / 3000}
     write_model(folder / "loud" / "model.pth")
     weights = torch.load(folder / "loud" / "model.pth", weights_only=True)
-    weights = {k: v * 300 if k.endswith("ffn.key.weight") else v for k, v in weights.items()}
-    weights = {k: v / 3000 if k.endswith("ffn.value.weight") else v for k, v in weights.items()}
+    for end, factor in factors.items():
+        weights = {k: v * factor if k.endswith(f"{end}.weight") else v for k, v in weights.items()}
     torch.save(weights, folder / "loud" / "model.pth")
     return folder / "loud" / "model.pth"
 
@@ -170,6 +158,17 @@ def test_a_bundle_that_was_never_calibrated_is_warned_of(tmp_path: Path, capsys:
     assert manifest_of(out).scaling == Scaling(ffn=4.0)
     assert convert(capsys, loud, out, "--force")[0] == 0
     assert manifest_of(out).headroom["largest"] <= 8188
+
+
+@pytest.mark.parametrize(("fusion", "advised"), [("layer", True), ("projection", False)])
+def test_the_other_fusion_is_advised_to_who_does_not_use_it(
+    fusion: str, advised: bool, tmp_path: Path, capsys: Any
+) -> None:
+    """Of what no scale can change."""
+    loud = _louder(tmp_path, **{"att.key": 1e5})
+    status, _, err = convert(capsys, loud, tmp_path / "o", "--fusion", fusion)
+    assert status == 0 and "intermediates pass 8188" in err
+    assert ("--fusion projection" in err) == advised
 
 
 # -- what is refused -------------------------------------------------------------------------------------

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import rwkv_npu
+from rwkv_npu import board
 from rwkv_npu.backends.base import allocate_inputs
-from rwkv_npu.backends.drift import ENOUGH, EVERY, Watched
+from rwkv_npu.backends.drift import ENOUGH, EVERY, Drift, Watched, WatchedRunner
+from rwkv_npu.bundle import Bundle, open_bundle
 from rwkv_npu.opening import _watched
+from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import Group, Port
+from tests.fake_compiler import stand_in
+from tests.tiny import V, write_model
 
 MID = Group("mid", 0, (Port("y", 8), Port("x", 8)), (Port("x_out", 8),))
 HEAD = Group("head", -1, (Port("x", 8),), (Port("logits", 8),))
@@ -73,10 +79,33 @@ def test_a_peak_now_and_then_is_not_either() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for call in range(EVERY * ENOUGH * 4):
-            runner.inputs["y"][:] = 9 if call % (EVERY * 40) == EVERY - 1 else 1
+            runner.inputs["y"][:] = 9 if call % (EVERY * 40) == 0 else 1
             runner.run()
     assert watched.drift.beyond == pytest.approx(ENOUGH * 4 / 40, abs=1)
     assert watched.drift.looked == ENOUGH * 4
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 4)])
+@pytest.mark.parametrize("layers", [6, 11, 12, 24, 25, 29, 32, 37, 40, 61])
+def test_every_group_has_its_turn(
+    layers: int, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While tokens are decoded, in layer and in projection fusion: one call in EVERY is looked at, of each group as
+    often, and hardly more of one token than of another: what is odd about one should not count many times."""
+    looked: list[str] = []
+    monkeypatch.setattr(Drift, "note", lambda self, group, ranges, inputs: looked.append(group))
+    for number in (layers + 2, layers + 1):
+        groups = [replace(MID, layer=layer) for layer in range(number)]
+        watched = Watched(Backend(), {group.name: RANGES["mid.0"] for group in groups})
+        runners = [{count: watched.open(group, count) for count in rows} for group in groups]
+        each = []
+        for _ in range(EVERY):
+            looked.clear()
+            for by_rows in runners:
+                by_rows[1].run()
+            each.append(list(looked))
+        assert sorted(sum(each, [])) == sorted(group.name for group in groups)
+        assert max(map(len, each)) - min(map(len, each)) <= 1
 
 
 def test_groups_without_ranges_are_not_looked_at() -> None:
@@ -101,27 +130,56 @@ def test_it_stands_for_its_backend() -> None:
     assert backend.closed
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The head and one more projection in int8 for the RK3588, which has fp16 as well; fp16 for the RK3576."""
+    folder = tmp_path_factory.mktemp("drift")
+    write_model(folder / "model.pth", vocabulary=False)
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(1, V, 200))
+    (folder / "map.json").write_text('{"head": "w8a8", "blocks.0.att.output.weight": "w8a8"}')
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        for target, precision in (("rk3588", "mixed"), ("rk3588", "fp16"), ("rk3576", "fp16")):
+            rwkv_npu.convert(
+                folder / "model.pth",
+                folder / "o",
+                target=target,
+                precision=precision,
+                precision_map=folder / "map.json" if precision == "mixed" else None,
+                rows=16,
+                calibrate=[folder / "ids.npy"],
+            )
+    return open_bundle(folder / "o")
+
+
 @pytest.mark.parametrize(
-    ("name", "asked", "there", "watched"),
+    ("name", "precision", "chip", "watched"),
     [
-        ("rknn-sim", None, "w8a8", True),
-        ("rknn-sim", "mixed", "mixed", True),
-        ("rknn", "w8a8", "w8a8", True),
-        ("rknn-sim", None, "fp16", False),  # calibrated, and not used
-        ("rknn-sim", "fp16", "fp16", False),
-        ("rknn-matmul", "w8a8", "w8a8", False),  # chooses its ranges by each row
-        ("numba", None, "w8a8", False),
+        ("rknn-sim", None, None, {"mid.0", "head"}),
+        ("rknn-sim", "mixed", None, {"mid.0", "head"}),
+        ("rknn-sim", "fp16", None, set()),  # calibrated, and not used
+        ("rknn", None, "rk3588", {"mid.0", "head"}),
+        ("rknn", None, "rk3576", set()),
+        ("rknn-matmul", "w8a8", "rk3588", set()),  # chooses its ranges by each row
+        ("numba", None, None, set()),
+        ("numpy", "mixed", None, set()),
     ],
 )
-def test_only_fixed_ranges_are_watched(name: str, asked: str | None, there: str, watched: bool) -> None:
-    backend = Backend()
-    backend.name = name
-    source = SimpleNamespace(precision_on=lambda backend: asked or there, int8_inputs=lambda: RANGES)
-    assert isinstance(_watched(backend, source), Watched) == watched  # type: ignore[arg-type]
-
-
-def test_a_model_without_ranges_is_not_watched() -> None:
-    backend = Backend()
-    backend.name = "rknn-sim"
-    source = SimpleNamespace(precision_on=lambda backend: "w8a8", int8_inputs=dict)
-    assert _watched(backend, source) is backend  # type: ignore[arg-type]
+def test_only_groups_with_int8_are_watched(
+    name: str,
+    precision: str | None,
+    chip: str | None,
+    watched: set[str],
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calibration knows ranges of all groups, of those in fp16 as well."""
+    assert bundle.manifest.int8_inputs.keys() > watched
+    monkeypatch.setattr(board, "soc", lambda: chip)
+    plain = Backend()
+    plain.name = name
+    source = BundleSource(bundle, precision=precision)
+    backend = _watched(plain, source)
+    opened = {group.name: backend.open(group, 1) for group in source.program.groups}
+    assert {group for group, runner in opened.items() if isinstance(runner, WatchedRunner)} == watched
+    assert watched or backend is plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import rwkv_npu
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.evaluation import evaluate, journal, log_softmax, text
+from rwkv_npu.evaluation import Evaluation, evaluate, journal, log_softmax, text
 from rwkv_npu.evaluation.likelihood import compare, log_likelihood
 from rwkv_npu.model import Model
 from tests.evaluations import IDS, stopping
@@ -178,7 +179,7 @@ def test_what_was_saved_outlives_a_kill(folder: Path, model: Model, tmp_path: Pa
     path, file = folder / "a" / "model.pth", tmp_path / "file"
     code = f"""
 import os, rwkv_npu
-from rwkv_npu.evaluation import evaluate, journal
+from rwkv_npu.evaluation import Evaluation, evaluate, journal
 journal.SAVE_S, done = 0, []
 def progress(count):
     done.append(count)
@@ -215,6 +216,56 @@ def test_another_evaluation_is_refused(model: Model, other: Model, tmp_path: Pat
     refused("text", model, IDS[:-1])
     refused("context", model, IDS, context=50)
     refused("reference", model, IDS, reference=other)
+
+
+def test_the_same_weights_in_another_precision_are_another_model(folder: Path, tmp_path: Path) -> None:
+    """Where the bundle's files are the same: what it was told last about its precision is in its manifest alone."""
+    checkpoint, bundle, file = folder / "a" / "model.pth", tmp_path / "a.rwkv", tmp_path / "file"
+    for cpu in ("int4", "int8"):  # both files are there from here on
+        rwkv_npu.convert(checkpoint, bundle, target="none", cpu=cpu)
+
+    def read() -> Evaluation:
+        with rwkv_npu.load(bundle, backend="ort") as model:
+            return evaluate(model, IDS[:64], resume=file)
+
+    found = read()
+    rwkv_npu.convert(checkpoint, bundle, target="none", cpu="int4")
+    with pytest.raises(UsageError, match="belongs to an evaluation with another model"):
+        read()
+    rwkv_npu.convert(checkpoint, bundle, target="none", cpu="int8")
+    assert read() == found
+
+
+def test_other_projections_in_int8_are_another_model(folder: Path, model: Model, tmp_path: Path) -> None:
+    """As a model that is measured, and as the one that it is compared with."""
+    np.save(tmp_path / "ids.npy", IDS)
+    bundle = tmp_path / "a.rwkv"
+
+    def convert(pattern: str) -> None:
+        (tmp_path / "map.json").write_text(json.dumps({pattern: "w8a8"}))
+        given = {"precision_map": tmp_path / "map.json", "calibrate": [tmp_path / "ids.npy"]}
+        rwkv_npu.convert(folder / "a" / "model.pth", bundle, target="none", precision="mixed", **given)
+
+    def read() -> list[Evaluation]:
+        with rwkv_npu.load(bundle, backend="numpy", precision="mixed") as mixed:
+            return [
+                evaluate(mixed, IDS[:64], resume=tmp_path / "measured"),
+                evaluate(model, IDS[:64], reference=mixed, resume=tmp_path / "compared"),
+            ]
+
+    convert("head")
+    found = read()
+    convert("*.att.output.weight")
+    for what, file in (("model", "measured"), ("reference", "compared")):
+        with pytest.raises(UsageError, match=f"{file} belongs to an evaluation with another {what}"):
+            read()
+        (tmp_path / file).rename(tmp_path / f"{file} of before")
+    other = read()
+    assert other != found
+    convert("head")
+    for file in ("measured", "compared"):
+        (tmp_path / f"{file} of before").rename(tmp_path / file)
+    assert read() == found
 
 
 @settings(max_examples=40, deadline=None)

@@ -22,7 +22,7 @@ from rwkv_npu.commands.dry_run import table
 from rwkv_npu.errors import UsageError
 from rwkv_npu.estimate import formula_cycles, weights
 from rwkv_npu.forecast import Forecast, Variant, forecast
-from rwkv_npu.graphs import compiler_weights
+from rwkv_npu.graphs import compiler_trace
 from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model
 from rwkv_npu.onnx_models import compiler_model
@@ -361,9 +361,9 @@ def test_int8_artifacts_are_as_foretold(
     (group,) = [group for group in source.program.groups if group.name == name]
     model = compiler_model(source.program, group, rows, source.tensor)
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
-    parts = compiler_weights(source.program, group, rows).items()
+    parts = compiler_trace(source.program, group, rows).projections.items()
     able = sizes(checkpoint.spec)
-    int8 = {part: ((-4.0, 4.0), (-8.0, 8.0)) for part, whole in parts if whole in able}
+    int8 = {part: ((-4.0, 4.0), (-8.0, 8.0)) for part, constant in parts if constant.name in able}
     options = toolkit.CompileOptions(int8=int8)
     made = toolkit.compile_graph(toolkit_environment, tmp_path / "g.onnx", tmp_path / "g.rknn", options)
     w8a8 = by_precision(forecast(checkpoint, request(fusion=fusion, rows=(1, 64))))["w8a8"]

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rwkv_npu.calibration import Samples
-from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Int8Maths, Quantised, round_weight
+from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Int8Maths, Quantised, Ranges, round_weight
 from rwkv_npu.maths import divergence
-from rwkv_npu.ranges import ALGORITHMS, Histogram, quantise
+from rwkv_npu.ranges import ALGORITHMS, Histogram, choose
 from rwkv_npu.remedies import smoothings
+from rwkv_npu.widths import INT8_WIDTH, int8_parts, spans
 
 RNG = np.random.default_rng(0)
 NUMBERS = st.floats(-1e4, 1e4, width=32)
@@ -22,8 +23,10 @@ def normal(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def samples_of(rows: np.ndarray) -> Samples:
-    return Samples(rows, rows.min(0), rows.max(0), len(rows))
+def samples_of(rows: np.ndarray, weight: np.ndarray) -> Samples:
+    products = [rows[:, k0:k1] @ weight[k0:k1] for k0, k1 in spans(int8_parts(len(weight)))]
+    made = np.array([[product.min(), product.max()] for product in products])
+    return Samples(rows, rows.min(0), rows.max(0), made, len(rows))
 
 
 @given(NUMBERS, NUMBERS, arrays(np.float32, 20, elements=NUMBERS))
@@ -60,9 +63,9 @@ def test_a_column_of_weights_uses_all_its_numbers(weight: np.ndarray) -> None:
 
 def test_products_are_those_of_integers() -> None:
     weight, x = normal(96, 40), normal(7, 96)
-    numbers, steps = round_weight(weight)
+    numbers, (steps,) = round_weight(weight)
     given_, made = Affine.covering(-2.5, 3.0), Affine.covering(-20.0, 25.0)
-    found = Quantised(given_, made, numbers, steps).linear(x)
+    found = Quantised.of(Ranges(given_, (made,)), weight).linear(x)
     q = np.clip(np.rint(x / np.float32(given_.scale)) + given_.zero, LOWEST, HIGHEST).astype(np.int64)
     sums = (q - given_.zero) @ numbers.astype(np.int64)
     real = sums * (given_.scale * steps.astype(np.float64) / made.scale)
@@ -93,17 +96,17 @@ def test_what_is_rare_is_clipped_where_that_helps() -> None:
 def test_the_smallest_held_out_error_is_taken() -> None:
     rows, weight = normal(400, 48), normal(48, 32)
     rows[:, 5] *= 60
-    samples = samples_of(rows)
+    samples = samples_of(rows, weight)
     candidates = smoothings(weight, samples)
     each = [
-        quantise("w", weight, samples, [smoothing], [algorithm])
+        choose("w", weight, samples, [smoothing], [algorithm])
         for smoothing in candidates
         for algorithm in ALGORITHMS
     ]
-    best = quantise("w", weight, samples, candidates)
+    best = choose("w", weight, samples, candidates)
     assert best.error == min(choice.error for choice in each)
-    plain = quantise("w", weight, samples)
-    assert best.quantised.smoothing is not None and best.error < 0.7 * plain.error
+    plain = choose("w", weight, samples)
+    assert best.ranges.smoothing is not None and best.error < 0.7 * plain.error
 
 
 def test_the_head_is_judged_by_what_it_predicts() -> None:
@@ -111,34 +114,60 @@ def test_the_head_is_judged_by_what_it_predicts() -> None:
     much of what is predicted."""
     rows, weight = normal(600, 64), normal(64, 400)
     rows[::7], weight[:, 0] = np.sign(weight[:, 0]), 8 * np.sign(weight[:, 0])  # then its logit is 512
-    samples = samples_of(rows)
-    head, other = (quantise(name, weight, samples).quantised for name in ("head.weight", "w"))
+    samples = samples_of(rows, weight)
+    head, other = (
+        Quantised.of(choose(name, weight, samples).ranges, weight) for name in ("head.weight", "w")
+    )
     held = samples.halves()[1]
     exact = held @ weight
     assert divergence(exact, head.linear(held)).mean() < divergence(exact, other.linear(held)).mean()
 
 
 def test_behind_a_relu_only_what_is_positive_has_numbers() -> None:
-    weight, samples = normal(64, 32), samples_of(normal(400, 64))
-    key = quantise("blocks.0.ffn.key.weight", weight, samples).quantised
-    assert key.output.zero == LOWEST and key.linear(samples.rows).min() == 0
-    both = quantise("blocks.0.att.key.weight", weight, samples).quantised
-    assert key.output.scale < 0.6 * both.output.scale
+    weight, rows = normal(64, 32), normal(400, 64)
+    samples = samples_of(rows, weight)
+    key, both = (choose(f"blocks.0.{name}.weight", weight, samples).ranges for name in ("ffn.key", "att.key"))
+    assert key.outputs[0].zero == LOWEST and Quantised.of(key, weight).linear(rows).min() == 0
+    assert key.outputs[0].scale < 0.6 * both.outputs[0].scale
+
+
+def test_wide_products_are_sums_of_parts() -> None:
+    """Each with ranges of its own; behind a Relu too what is negative counts, since it is added."""
+    K = INT8_WIDTH + 64
+    weight, rows = normal(K, 8), normal(300, K)
+    samples = samples_of(rows, weight)
+    ranges = choose("blocks.0.ffn.key.weight", weight, samples, algorithms=["normal"]).ranges
+    quantised = Quantised.of(ranges, weight)
+    assert len(ranges.outputs) == len(quantised.steps) == 2
+    x, parts = ranges.input.round(rows), []
+    for (k0, k1), output in zip(spans(int8_parts(K)), ranges.outputs, strict=True):
+        product = rows[:, k0:k1] @ weight[k0:k1]
+        np.testing.assert_allclose(output.span, [product.min(), product.max()], atol=output.scale)
+        parts.append(output.round(x[:, k0:k1] @ quantised.values()[k0:k1]))
+    np.testing.assert_allclose(
+        quantised.linear(rows), parts[0] + parts[1], atol=1.1 * ranges.outputs[0].scale
+    )
+    error = np.square(quantised.linear(rows) - rows @ weight).mean() / np.square(rows @ weight).mean()
+    assert error < 0.02**2
 
 
 def test_channels_and_columns_that_are_silent_do_no_harm() -> None:
     rows, weight = normal(64, 16), normal(16, 8)
     rows[:, 3], weight[:, 2] = 0, 0
-    for smoothing in smoothings(weight, samples_of(rows)):
-        found = quantise("w", weight, samples_of(rows), [smoothing])
-        assert np.isfinite(found.error) and np.isfinite(found.quantised.linear(rows)).all()
-    nothing = quantise("w", np.zeros((16, 8), np.float32), samples_of(np.zeros((4, 16), np.float32)))
-    assert not nothing.quantised.linear(rows).any()
+    samples = samples_of(rows, weight)
+    for smoothing in smoothings(weight, samples):
+        found = choose("w", weight, samples, [smoothing])
+        made = Quantised.of(found.ranges, weight).linear(rows)
+        assert np.isfinite(found.error) and np.isfinite(made).all()
+    silent = np.zeros((16, 8), np.float32)
+    nothing = choose("w", silent, samples_of(np.zeros((4, 16), np.float32), silent)).ranges
+    assert not Quantised.of(nothing, silent).linear(rows).any()
 
 
 def test_only_what_is_chosen_is_rounded() -> None:
     weights = {"blocks.0.a": normal(8, 8), "blocks.0.b": normal(8, 8), "blocks.0.s": normal(2, 8, 8)}
-    quantised = quantise("a", weights["blocks.0.a"], samples_of(normal(64, 8))).quantised
+    weight = weights["blocks.0.a"]
+    quantised = Quantised.of(choose("a", weight, samples_of(normal(64, 8), weight)).ranges, weight)
     f = Int8Maths(weights.__getitem__, {"blocks.0.a": quantised, "blocks.0.s": quantised}.get).block(0)
     x = normal(3, 8)
     np.testing.assert_array_equal(f.linear(x, "a"), quantised.linear(x))
@@ -147,5 +176,6 @@ def test_only_what_is_chosen_is_rounded() -> None:
 
 
 def test_smoothing_has_to_be_worth_its_operations() -> None:
-    weight, samples = normal(48, 32), samples_of(normal(400, 48))
-    assert quantise("w", weight, samples, smoothings(weight, samples)).quantised.smoothing is None
+    weight = normal(48, 32)
+    samples = samples_of(normal(400, 48), weight)
+    assert choose("w", weight, samples, smoothings(weight, samples)).ranges.smoothing is None

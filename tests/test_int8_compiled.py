@@ -17,19 +17,20 @@ from rwkv_npu.backends.base import relative_error
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
-from rwkv_npu.graphs import compiler_weights
+from rwkv_npu.graphs import compiler_trace
 from rwkv_npu.int8 import Int8Maths, Quantised
 from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import demo_model, load
 from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.quantisation import sizes
-from rwkv_npu.ranges import quantise
+from rwkv_npu.ranges import choose
 from rwkv_npu.recording import record
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph
-from tests.tiny import run_main
+from rwkv_npu.widths import NPU_WIDTH
+from tests.tiny import run_main, write_model
 
 pytestmark = pytest.mark.compiler
 
@@ -47,8 +48,10 @@ def quantised(source: CheckpointSource) -> dict[str, Quantised]:
     found = {}
     for name in sizes(source.spec):
         weight = source.tensor(name)
-        found[name] = quantise(name, weight, seen[name], smoothings(weight, seen[name])[1:]).quantised
-    assert sum(np.ptp(q.smoothing) > 0 for q in found.values() if q.smoothing is not None) > len(found) / 2
+        ranges = choose(name, weight, seen[name], smoothings(weight, seen[name])[1:]).ranges
+        assert ranges.smoothing is not None
+        found[name] = Quantised.of(ranges, weight)
+    assert sum(np.ptp(q.ranges.smoothing) > 0 for q in found.values()) > len(found) / 2
     return found
 
 
@@ -71,10 +74,8 @@ def simulated(
     inputs = record(source, rows)[group].inputs
     model = compiler_model(source.program, found, rows, source.tensor, chosen)
     (folder / "g.onnx").write_bytes(model.SerializeToString())
-    weights = compiler_weights(source.program, found, rows)
-    int8 = {
-        name: (chosen[of].input.span, chosen[of].output.span) for name, of in weights.items() if of in chosen
-    }
+    trace = compiler_trace(source.program, found, rows, {name: q.ranges for name, q in chosen.items()})
+    int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
     options = CompileOptions(target, int8=int8)
     result = compile_graph(environment, folder / "g.onnx", folder / "g.rknn", options, inputs)
     assert not result.cpu_fallback and result.verify_outputs is not None
@@ -111,7 +112,7 @@ def test_a_product_is_the_simulators(
     if output == "x_out":
         assert relative_error({output: theirs[output]}, {output: ours[output]}) < 0.01
     else:  # the product itself: a step off here and there, where an input in fp16 rounds to the other side
-        steps = np.abs(theirs[output] - ours[output]) / quantised[name].output.scale
+        steps = np.abs(theirs[output] - ours[output]) / quantised[name].ranges.outputs[0].scale
         assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.08
 
 
@@ -131,10 +132,26 @@ def test_other_chips_and_compilers(
     environment = toolkit_environment if version == toolkit.DEFAULT_VERSION else toolkit.find(version)
     if environment is None:
         pytest.skip(f"rwkv-npu toolkit install --version {version} installs it")
-    members = compiler_weights(source.program, group_of(source, "mid.1"), 1).values()
+    members = compiler_trace(source.program, group_of(source, "mid.1"), 1).projections
     chosen = {name: quantised[name] for name in members if name in quantised}
     theirs, ours = simulated(source, "mid.1", 1, chosen, environment, tmp_path, target)
     assert len(chosen) == 6 and relative_error(theirs, ours) < 0.02
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_wide_products_are_sums_of_parts(
+    rows: int, toolkit_environment: toolkit.Environment, tmp_path: Path
+) -> None:
+    """Wider than the compiler takes in int8, and at several rows than the NPU takes at all."""
+    write_model(tmp_path / "m" / "model.pth", F=NPU_WIDTH + 256)
+    source = CheckpointSource(open_checkpoint(tmp_path / "m" / "model.pth"))
+    name = "blocks.0.ffn.value.weight"
+    seen = calibrate(source, np.random.default_rng(0).integers(1, source.spec.V, 300)).projections[name]
+    weight = np.asarray(source.tensor(name), np.float32)
+    chosen = {name: Quantised.of(choose(name, weight, seen).ranges, weight)}
+    assert len(chosen[name].ranges.outputs) == 4
+    theirs, ours = simulated(source, "mid.0", rows, chosen, toolkit_environment, tmp_path)
+    assert relative_error({"x_out": theirs["x_out"]}, {"x_out": ours["x_out"]}) < 0.005
 
 
 def test_a_model_in_the_simulator_predicts_as_it_does_in_numpy(

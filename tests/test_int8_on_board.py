@@ -83,8 +83,8 @@ from rwkv_npu.sources import BundleSource
 drift.EVERY, drift.ENOUGH = 1, 16
 calibrated = BundleSource.int8_inputs
 for factor in map(float, sys.argv[2:]):
-    BundleSource.int8_inputs = lambda source: {
-        group: {name: factor * x for name, x in inputs.items()} for group, inputs in calibrated(source).items()
+    BundleSource.int8_inputs = lambda source, backend: {
+        group: {name: factor * x for name, x in inputs.items()} for group, inputs in calibrated(source, backend).items()
     }
     assert main(json.loads(sys.argv[1])) == 0
     print("\\f", file=sys.stderr, flush=True)
@@ -180,7 +180,7 @@ def test_products_are_in_steps_of_int8(
                 if port.name not in PRODUCTS or group.role not in ("first", "mid"):
                     continue
                 layer = 0 if group.role == "first" else group.layer + 1
-                scale = opened.quantised(f"blocks.{layer}.{PRODUCTS[port.name]}").output.scale
+                scale = opened.quantised(f"blocks.{layer}.{PRODUCTS[port.name]}").ranges.outputs[0].scale
                 steps = found / scale
                 off_grid[precision].append(np.abs(steps - np.rint(steps)).mean())
                 if precision == "mixed" and group.role == "first":  # no product in int8 lies before

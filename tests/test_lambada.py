@@ -15,6 +15,7 @@ from rwkv_npu.errors import UsageError
 from rwkv_npu.evaluation import evaluate, evaluate_lambada, read_lambada
 from rwkv_npu.evaluation.lambada import _score, split
 from rwkv_npu.model import Model
+from rwkv_npu.tokenizer import WorldTokenizer
 from tests.evaluations import IDS, TEXTS, stopping, write_jsonl
 from tests.tiny import write_model
 
@@ -116,8 +117,31 @@ def test_lambada_goes_on(model: Model, other: Model, tmp_path: Path) -> None:
     assert again == whole and told == [3, 1, 1]
     with pytest.raises(UsageError, match="another set of texts"):
         evaluate_lambada(model, passages[1:], reference=other, resume=tmp_path / "file")
-    with pytest.raises(UsageError, match="name another file"):
-        evaluate(model, IDS, resume=tmp_path / "file")
+
+
+def test_with_another_tokenizer_it_is_another_evaluation(model: Model, other: Model, tmp_path: Path) -> None:
+    """Of either model: the same weights score other tokens."""
+    passages = read_lambada(str(write_jsonl(tmp_path / "l.jsonl")))
+    letters = {1 + byte: bytes([byte]) for byte in range(256)}
+    spelling = Model(other.engine, WorldTokenizer(letters, name="x", source="x"), other.source)
+    evaluate_lambada(other, passages, resume=tmp_path / "file")
+    evaluate_lambada(model, passages, reference=other, resume=tmp_path / "compared")
+    assert evaluate_lambada(spelling, passages) != evaluate_lambada(other, passages)
+    with pytest.raises(UsageError, match="belongs to an evaluation with another tokenizer: name another"):
+        evaluate_lambada(spelling, passages, resume=tmp_path / "file")
+    with pytest.raises(UsageError, match="belongs to an evaluation with another tokenizer: name another"):
+        evaluate_lambada(model, passages, reference=spelling, resume=tmp_path / "compared")
+
+
+def test_texts_and_passages_are_not_mixed_up(model: Model, tmp_path: Path) -> None:
+    """A file of either is no damaged one of the other."""
+    passages = read_lambada(str(write_jsonl(tmp_path / "l.jsonl")))
+    evaluate_lambada(model, passages, resume=tmp_path / "passages")
+    evaluate(model, IDS, resume=tmp_path / "text")
+    with pytest.raises(UsageError, match="passages is of another kind of evaluation: name another file"):
+        evaluate(model, IDS, resume=tmp_path / "passages")
+    with pytest.raises(UsageError, match="text is of another kind of evaluation: name another file"):
+        evaluate_lambada(model, passages, resume=tmp_path / "text")
 
 
 @pytest.mark.parametrize(

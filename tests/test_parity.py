@@ -22,6 +22,7 @@ from rwkv_npu.model import Model
 from rwkv_npu.models.network import Program
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Scaling, default_scaling, groups
+from tests.faulty import plain_engine
 from tests.references import CASES, DEEP_CASES, TOKENS, TRANSFORMERS, Case, Reference, References, V
 from tools.make_checkpoint import make_checkpoint
 
@@ -106,14 +107,7 @@ def test_the_package_agrees_with_itself(case: Case, references: References) -> N
 def scaled_engine(path: Path, backend: str, fusion: str, scaling: Scaling) -> Engine:
     source = CheckpointSource(open_checkpoint(path), fusion)
     source.program = replace(source.program, scaling=scaling)
-    opened = open_backend(backend, source)
-    return Engine(
-        source.program,
-        source.tensor,
-        serve=lambda group, decode: opened,
-        fingerprint=source.fingerprint,
-        initial=source.initial_states(),
-    )
+    return plain_engine(source, open_backend(backend, source))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 import unicodedata
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_npu import tokenizer as tokenizer_module
 from rwkv_npu.errors import TokenizerError
 from rwkv_npu.tokenizer import (
+    PileTokenizer,
     Tokenizer,
     WorldTokenizer,
     builtin,
@@ -22,6 +25,7 @@ from rwkv_npu.tokenizer import (
     parse_world_vocab,
 )
 
+DATA = Path(tokenizer_module.__file__).parent / "data"
 SCRIPTS = [
     "The quick brown fox jumps over the lazy dog, doesn't it? It's 3.14159 or 2,718,281! ",
     "Быстрая коричневая лиса перепрыгивает через ленивую собаку. Съешь ещё этих мягких булок. ",
@@ -273,6 +277,20 @@ def test_builtins_are_shared_and_named(either: Tokenizer) -> None:
     assert either.source == either.name
     with pytest.raises(TokenizerError, match="no built-in tokenizer 'gpt2': there are pile, world"):
         builtin("gpt2")
+
+
+def test_the_same_ids_have_the_same_digest(either: Tokenizer, tmp_path: Path) -> None:
+    """Wherever a vocabulary was read from; and one token more is another."""
+    assert len({builtin(name).digest for name in ("world", "pile")}) == 2
+    if isinstance(either, WorldTokenizer):
+        tokens = {i: data for i in range(1, either.vocab_size) if (data := either.token_bytes(i))}
+        (tmp_path / "file").write_text(world_text(tokens), encoding="utf-8")
+        other = WorldTokenizer({**tokens, either.vocab_size: b"a token more"}, name="x", source="x")
+    else:
+        text = gzip.decompress((DATA / "20B_tokenizer.json.gz").read_bytes()).decode()
+        (tmp_path / "file").write_text(text, encoding="utf-8")
+        other = PileTokenizer(text.replace('"NFC"', '"NFD"'), name="x", source="x")
+    assert load_tokenizer(tmp_path / "file").digest == either.digest != other.digest
 
 
 # A tokenizer.json whose text depends on its neighbours

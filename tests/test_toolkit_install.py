@@ -120,6 +120,8 @@ def test_stand_in_for_torch(tmp_path: Path) -> None:
         def double(x): return 2 * x
         with torch.no_grad(): assert double(2) == 4
         assert not isinstance(1, torch.Tensor) and Model()
+        halves = torch.split(torch.arange(6).reshape(2, 3), [1, 2], 1)
+        assert torch.cat([half.reshape(-1) for half in halves]).tolist() == [0, 3, 1, 2, 4, 5]
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
 

@@ -29,6 +29,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rwkv_npu.bench.shapes import OFFICIAL
 from rwkv_npu.spec import GENERATIONS, Kind, Spec, Tensor, tensors
 from rwkv_npu.tensorfile import TensorPlan, write_tensors
 
@@ -37,26 +38,11 @@ _CHUNK = 1 << 22  # elements drawn at once
 
 WORLD, PILE = 65536, 50277
 
-
-_OFFICIAL = """
-v4-169m 4 12 768   | v4-430m 4 24 1024   | v4-1.5b 4 24 2048   | v4-3b 4 32 2560
-v5-0.4b 5.2 24 1024 | v5-1.5b 5.2 24 2048 | v5-3b 5.2 32 2560   | v5-7b 5.2 32 4096
-v6-1.6b 6 24 2048  | v6-3b 6 32 2560     | v6-7b 6 32 4096
-v7-0.1b 7 12 768   | v7-0.4b 7 24 1024   | v7-1.5b 7 24 2048   | v7-2.9b 7 32 2560 | v7-7.2b 7 32 4096
-"""
-
-
-def _official() -> dict[str, dict[str, Any]]:
-    rows = [row.split() for row in _OFFICIAL.replace("\n", "|").split("|") if row.strip()]
-    sizes: dict[str, dict[str, Any]] = {
-        name: {"generation": g, "L": int(L), "D": int(D), "V": PILE if g == "4" else WORLD}
-        for name, g, L, D in rows
-    }
-    sizes["v7-0.4b"]["ranks"] = {"g": 128}  # the one that differs from the formula
-    return sizes
-
-
-SIZES = _official()
+SIZES: dict[str, dict[str, Any]] = {
+    name: {"generation": generation, "L": L, "D": D, "V": PILE if generation == "4" else WORLD}
+    for name, (generation, L, D) in OFFICIAL.items()
+}
+SIZES["v7-0.4b"]["ranks"] = {"g": 128}  # the one that differs from the formula
 
 
 def default_ranks(generation: str, D: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ import rwkv_npu
 from bench.saving import save
 from rwkv_npu.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.calibration_ids import default_ids
-from rwkv_npu.evaluation import evaluate
+from rwkv_npu.evaluation import count_bytes, evaluate
 from rwkv_npu.model import Model
 from rwkv_npu.opening import Options, open_engine
 from rwkv_npu.plan import Plan
@@ -74,8 +74,7 @@ class Study:
         encode, text = self._reference.encode, arguments.text
         read = held_out_text(encode) if text is None else read_tokens(text, encode)
         self._ids = read.ids[: arguments.tokens]
-        share = len(self._ids) / len(read.ids)
-        self._bytes = None if read.bytes is None else round(read.bytes * share)
+        self._bytes = count_bytes(self._reference, self._ids)
         what = {
             "checkpoint": Path(self._checkpoint).name,
             "text": Path(text or "heldout.txt").name,

@@ -8,9 +8,9 @@ are common is it another kind of text.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import cycle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count, cycle
 
 import numpy as np
 
@@ -19,22 +19,20 @@ from rwkv_npu.maths import largest
 from rwkv_npu.spec import Group
 
 # By group and input, the largest magnitude that calibration saw.
-Ranges = Mapping[str, Mapping[str, float]]
+Peaks = Mapping[str, Mapping[str, float]]
 
-# Calls for one that is looked at: no number of layers in use is a multiple, so that each has its turn.
-EVERY = 13
+EVERY = 13  # calls of a runner for one that is looked at
 ENOUGH = 32  # calls that are looked at before anything is said
 COMMON = 1 / 16  # of them beyond the ranges: calibration's own text has one in thousands
 
 
 @dataclass
 class Drift:
-    """What was seen since the model was loaded. `turns` says of each call whether to look at it."""
+    """What was seen since the model was loaded."""
 
     looked: int = 0
     beyond: int = 0
     said: bool = False
-    turns: Iterator[bool] = field(default_factory=lambda: cycle([False] * (EVERY - 1) + [True]))
 
     def note(self, group: str, ranges: Mapping[str, float], inputs: Mapping[str, np.ndarray]) -> None:
         """Look at the inputs of a call. Warns once."""
@@ -54,9 +52,12 @@ class Drift:
 
 
 class WatchedRunner:
-    def __init__(self, runner: Runner, group: Group, ranges: Mapping[str, float], drift: Drift):
+    """A runner that looks at its own calls: of a count that all shared, some would have no turn where the number of
+    groups is a multiple. Its first turn comes `place` calls late, so that a token's are spread over the groups."""
+
+    def __init__(self, runner: Runner, group: Group, ranges: Mapping[str, float], drift: Drift, place: int):
         self._runner, self._group, self._ranges, self._drift = runner, group.name, ranges, drift
-        self._turns = drift.turns
+        self._turns = cycle([turn == place % EVERY for turn in range(EVERY)])
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -72,18 +73,19 @@ class Watched:
     """A backend with artifacts in int8, and their ranges. Groups without any are not looked at, nor inputs of which
     calibration saw zeros alone, as of a short text whose contexts end within a step: it says nothing of them."""
 
-    def __init__(self, backend: Backend, ranges: Ranges):
+    def __init__(self, backend: Backend, ranges: Peaks):
         self.name, self._backend, self.drift = backend.name, backend, Drift()
         self._ranges = {
             group: {name: x for name, x in inputs.items() if x > 0} for group, inputs in ranges.items()
         }
+        self._places = count()
 
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
         return self._backend.row_counts(group)
 
     def open(self, group: Group, rows: int, batch: int = 1) -> Runner:
         runner, ranges = self._backend.open(group, rows, batch), self._ranges.get(group.name)
-        return WatchedRunner(runner, group, ranges, self.drift) if ranges else runner
+        return WatchedRunner(runner, group, ranges, self.drift, next(self._places)) if ranges else runner
 
     def close(self) -> None:
         self._backend.close()

@@ -6,15 +6,14 @@ legend.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv_npu.bench import figures
 from rwkv_npu.bench.inference_record import PREFILLS, Document, Row, by_model
-from rwkv_npu.errors import UsageError
 
-KINDS = ("png", "svg")
+STYLE = figures.STYLE | {"axes.titlesize": 11.5, "hatch.linewidth": 0.8, "figure.dpi": 110}
 # Okabe and Ito's colours, which those who see few colours can tell apart.
 PC, BOARD_CPU, NPU = "#0072B2", "#E69F00", "#CC3377"
 TERMS = {
@@ -32,18 +31,7 @@ FAR = 2.5  # a bar so many times as long as the next one is cut, and says how lo
 
 def check(path: Path) -> None:
     """Raises UsageError now, before anything is measured, where the picture could not be written then."""
-    if path.suffix.lower().lstrip(".") not in KINDS:
-        raise UsageError(f"--plot {path}: the name must end in .png or .svg")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'rwkv_npu[bench]'") from None
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.exists():
-            path.open("ab").close()
-    except OSError as error:
-        raise UsageError(f"--plot {path}: cannot write there: {error.strerror}") from error
+    figures.check(path, [path])
 
 
 def draw(document: Document, path: Path) -> None:
@@ -57,7 +45,7 @@ def draw(document: Document, path: Path) -> None:
         shown for rows in by_model(document.results) if (shown := [row for row in rows if row.decode_tps])
     ]
     counts = [len(rows) for rows in subjects]
-    with pyplot.rc_context(_style()):  # type: ignore[arg-type]
+    with pyplot.rc_context(STYLE):  # type: ignore[arg-type]
         figure, axes = pyplot.subplots(
             len(subjects),
             3,
@@ -75,31 +63,8 @@ def draw(document: Document, path: Path) -> None:
             place = {"xytext": (-225, 24), "xycoords": "axes fraction", "textcoords": "offset points"}
             line[0].annotate(title, (0, 1), fontweight="bold", va="center", **place)
         _legends(figure, subjects)
-        try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        figures.save(figure, path)
         pyplot.close(figure)
-
-
-def _style() -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#555555",
-        "axes.titlesize": 11.5,
-        "axes.titlelocation": "left",
-        "axes.axisbelow": True,
-        "grid.color": "#E3E3E3",
-        "grid.linewidth": 0.7,
-        "hatch.linewidth": 0.8,
-        "legend.frameon": False,
-        "svg.hashsalt": "rwkv_npu",
-        "figure.dpi": 110,
-        "figure.constrained_layout.use": True,
-    }
 
 
 def _name(row: Row, machine: Mapping[str, Any]) -> str:

@@ -1,17 +1,13 @@
-"""A row of `rwkv-npu bench inference`, and the file that many are kept in."""
+"""A row of `rwkv-npu bench inference`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from rwkv_npu.errors import UsageError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.bench import document
 
-FORMAT = "inference 1"
 PREFILLS = (128, 512)  # tokens of the prompts
 DECODE = 128  # tokens chosen and read, after a prompt of the first length
 PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest")  # of the time
@@ -110,40 +106,10 @@ class Row:
             setattr(self, name, value)
 
 
-@dataclass
-class Document:
-    """What one JSON file holds. `machine` says where and `command` how the rows came about."""
-
-    machine: dict[str, Any]
-    command: str = ""
-    results: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        data = {"format": FORMAT, "command": self.command, "machine": self.machine, "notes": self.notes}
-        return json.dumps({**data, "results": [asdict(row) for row in self.results]}, indent=1) + "\n"
-
-    def save(self, path: Path) -> None:
-        """Raises UsageError."""
-        try:
-            write_atomically(path, self.to_json().encode())
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def load(path: Path) -> Document:
-    """Raises UsageError for what is not such a file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise UsageError(f"{path} holds results of format {data['format']!r}; this reads {FORMAT!r}")
-        known = {f.name for f in fields(Row)}
-        rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in data["results"]]
-        return Document(data["machine"], data["command"], rows, data["notes"])
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not hold results of `rwkv-npu bench inference` ({error})") from error
+class Document(document.Document[Row]):
+    FORMAT = "inference 1"
+    ROW = Row
+    COMMAND = "rwkv-npu bench inference"
 
 
 def by_model(rows: Iterable[Row]) -> list[list[Row]]:

@@ -9,7 +9,6 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from rwkv_npu.bench.inference_record import PARTS, PREFILLS, Document, Row, by_model
-from rwkv_npu.bench.record import Document as Facts
 from rwkv_npu.bench.report import ESTIMATE, machine_lines
 
 TERMS = (*PARTS[:-1], "calls", PARTS[-1])  # `calls` only estimates have: measured, they are in the others
@@ -23,7 +22,7 @@ def table(document: Document) -> str:
     """Markdown: the machine, and for each model speeds, where the time goes, and the terms of the estimates."""
     reads = [row.read_gb_per_s for row in document.results if row.read_gb_per_s]
     seen = [f"memory read before each row: {min(reads):.0f} to {max(reads):.0f} GB/s"] if reads else []
-    parts = [machine_lines(Facts(document.machine, document.command, notes=[*seen, *document.notes]))]
+    parts = [machine_lines(document.machine, document.command, [*seen, *document.notes])]
     if any(row.precision != row.weights for row in document.results):
         parts.append("`fp32 of fp16`: fp16 in the file, widened to fp32 when it is opened.")
     for rows in by_model(document.results):

@@ -17,7 +17,7 @@ from typing import Any
 
 from rwkv_npu import board, estimate
 from rwkv_npu.backends import BACKENDS
-from rwkv_npu.bench import inference_record, machine
+from rwkv_npu.bench import machine
 from rwkv_npu.bench.inference_estimate import estimates
 from rwkv_npu.bench.inference_record import PREFILLS, Document, Row
 from rwkv_npu.bench.series import Failed, roofline
@@ -107,7 +107,7 @@ class Study:
         here = machine.describe()
         self.document = Document(here, settings.command)
         if settings.file and settings.file.exists() and settings.file.stat().st_size:
-            self.document = inference_record.load(settings.file)
+            self.document = Document.load(settings.file)
             self._check_same(here)
             if settings.command not in self.document.command:
                 self.document.command = f"{self.document.command}; {settings.command}".strip("; ")

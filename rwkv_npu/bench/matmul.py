@@ -12,7 +12,7 @@ from typing import Any
 from rwkv_npu import board
 from rwkv_npu.backends import NPU_BACKENDS
 from rwkv_npu.backends.rknn_api import OVERRIDE
-from rwkv_npu.bench import machine, record
+from rwkv_npu.bench import machine
 from rwkv_npu.bench.backends import DTYPES
 from rwkv_npu.bench.record import Document, Row
 from rwkv_npu.bench.series import Failed, Open, Series, open_series, roofline
@@ -87,7 +87,7 @@ class Sweep:
         here = machine.describe()
         self.document = Document(here, settings.command)
         if settings.file and settings.file.exists() and settings.file.stat().st_size:
-            self.document = record.load(settings.file)
+            self.document = Document.load(settings.file)
             _check_same(self.document, here, settings)
             self.document.command = settings.command or self.document.command
         spoilt = {"busy", "throttled"} if settings.redo else set()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.bench import rknn
+from rwkv_npu.bench import figures, rknn
 from rwkv_npu.bench.crossover import Crossover, crossovers
 from rwkv_npu.bench.record import Document, Row, by_series
 from rwkv_npu.bench.roofline import peaks
@@ -32,30 +32,15 @@ COLOURS = {
 NPU = COLOURS["rknn fp16"]
 SPARE = ("#8C564B", "#9467BD", "#17BECF", "#BCBD22", "#444444", "#AA4499", "#882255", "#999933")
 MARKERS = "osDv^<>Phx*d"
+STYLE = figures.STYLE | {
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 26,
+    "axes.grid": True,
+    "legend.fontsize": 9,
+    "figure.dpi": 130,
+}
 MOST_LINES = 20  # of text beside a picture: legend and crossovers
-
-
-def style() -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#555555",
-        "axes.titlesize": 13,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 26,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "grid.color": "#E3E3E3",
-        "grid.linewidth": 0.7,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "svg.hashsalt": "rwkv_npu",
-        "figure.dpi": 130,
-        "figure.constrained_layout.use": True,
-    }
 
 
 def colours_of(series: Sequence[str]) -> dict[str, str]:

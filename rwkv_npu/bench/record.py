@@ -1,17 +1,12 @@
-"""A row of results, and the file that many are kept in."""
+"""A row of `rwkv-npu bench matmul`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from rwkv_npu.errors import UsageError
-from rwkv_npu.files import write_atomically
-
-FORMAT = 1
+from rwkv_npu.bench import document
 
 
 @dataclass(frozen=True)
@@ -85,47 +80,10 @@ def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:
     return row
 
 
-@dataclass
-class Document:
-    """What one JSON file holds. `machine` says where and `command` how the rows came about."""
-
-    machine: dict[str, Any]
-    command: str = ""
-    results: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self, **more: Any) -> str:
-        data = {
-            "format": FORMAT,
-            "command": self.command,
-            "machine": self.machine,
-            **({"notes": self.notes} if self.notes else {}),
-            **more,
-            "results": [asdict(row) for row in self.results],
-        }
-        return json.dumps(data, indent=1) + "\n"
-
-    def save(self, path: Path) -> None:
-        """Raises UsageError."""
-        try:
-            write_atomically(path, self.to_json().encode())
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def load(path: Path) -> Document:
-    """Raises UsageError for what is not such a file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise UsageError(f"{path} holds results of format {data['format']}; this version reads {FORMAT}")
-        known = {f.name for f in fields(Row)}
-        rows = [Row(**{key: value for key, value in row.items() if key in known}) for row in data["results"]]
-        return Document(data["machine"], data["command"], rows, data.get("notes", []))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not hold results of `rwkv-npu bench matmul` ({error})") from error
+class Document(document.Document[Row]):
+    FORMAT = 1
+    ROW = Row
+    COMMAND = "rwkv-npu bench matmul"
 
 
 def by_series(rows: Iterable[Row], *, square: bool = False) -> dict[str, list[Row]]:

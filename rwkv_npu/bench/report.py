@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -23,7 +23,7 @@ def table(document: Document) -> str:
     """Markdown: the machine, the rows, what became of them."""
     rows = document.results
     estimated = any(row.estimated for row in rows)
-    parts = [machine_lines(document), rows_table(rows)]
+    parts = [machine_lines(document.machine, document.command, document.notes), rows_table(rows)]
     if estimated:
         parts.append(
             f"{ESTIMATE} An estimate, not a measurement: the cycle table of Rockchip's compiler for one core of the "
@@ -38,12 +38,12 @@ def table(document: Document) -> str:
     return "\n\n".join(parts)
 
 
-def machine_lines(document: Document) -> str:
-    """Where and how the rows came about, as a list."""
-    lines = [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in document.machine.items()]
-    if document.command:
-        lines.insert(0, f"command: `{document.command}`")
-    return _list(lines + document.notes)
+def machine_lines(machine: Mapping[str, Any], command: str, notes: Sequence[str]) -> str:
+    """Where and how rows came about, as a list."""
+    lines = [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in machine.items()]
+    if command:
+        lines.insert(0, f"command: `{command}`")
+    return _list([*lines, *notes])
 
 
 def rows_table(rows: Iterable[Row]) -> str:

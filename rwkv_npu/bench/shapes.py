@@ -18,7 +18,7 @@ DEFAULT_SIZES = "128:4096:128"
 MODEL_ROWS = (1, 16, 64, 128)
 LARGEST = 1 << 20
 
-# BlinkDL's releases: generation, L, D. tools/make_checkpoint.py makes random checkpoints of the same sizes.
+# BlinkDL's releases: generation, L, D. tools/make_checkpoint.py makes random checkpoints of them.
 _OFFICIAL = """
 v4-169m 4 12 768   | v4-430m 4 24 1024   | v4-1.5b 4 24 2048   | v4-3b 4 32 2560
 v5-0.4b 5.2 24 1024 | v5-1.5b 5.2 24 2048 | v5-3b 5.2 32 2560   | v5-7b 5.2 32 4096

@@ -10,14 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
 from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
-from rwkv_npu.evaluation import Evaluation, Lambada, evaluate, evaluate_lambada, read_lambada
+from rwkv_npu.evaluation import (
+    Evaluation,
+    Lambada,
+    count_bytes,
+    evaluate,
+    evaluate_lambada,
+    read_lambada,
+)
 from rwkv_npu.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
 from rwkv_npu.opening import CPU_BACKEND
@@ -65,7 +71,7 @@ def _measure_text(
     found = evaluate(
         model,
         ids,
-        text_bytes=tokens.bytes if whole else _bytes(model, ids),
+        text_bytes=tokens.bytes if whole else count_bytes(model, ids),
         reference=reference,
         context=arguments.context,
         progress=opened.enter_context(_bar(len(ids), "token")).update,
@@ -86,13 +92,6 @@ def _measure_lambada(
 
 def _bar(total: int, unit: str) -> tqdm[Any]:
     return tqdm(total=total, desc="eval", unit=unit, leave=False, disable=None)
-
-
-def _bytes(model: Model, ids: np.ndarray) -> int | None:
-    """Length of the text of `ids`; None where the vocabulary is not known."""
-    if model.tokenizer is None:
-        return None
-    return sum(len(model.tokenizer.token_bytes(int(token)) or b"") for token in ids)
 
 
 # -- models ----------------------------------------------------------------------------------------------

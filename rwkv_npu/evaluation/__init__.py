@@ -2,6 +2,14 @@
 
 from rwkv_npu.evaluation.lambada import Lambada, evaluate_lambada, read_lambada
 from rwkv_npu.evaluation.likelihood import log_softmax
-from rwkv_npu.evaluation.text import Evaluation, evaluate
+from rwkv_npu.evaluation.text import Evaluation, count_bytes, evaluate
 
-__all__ = ["Evaluation", "Lambada", "evaluate", "evaluate_lambada", "log_softmax", "read_lambada"]
+__all__ = [
+    "Evaluation",
+    "Lambada",
+    "count_bytes",
+    "evaluate",
+    "evaluate_lambada",
+    "log_softmax",
+    "read_lambada",
+]

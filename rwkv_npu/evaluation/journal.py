@@ -6,6 +6,7 @@ after the last of them. Its metadata says what was evaluated, and another evalua
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -25,7 +26,8 @@ SAVE_S = 10.0  # seconds between two saves: what a kill can cost
 
 
 class Journal:
-    """Scores of `count` items. `columns` are the scores' names; `identity` says what is evaluated, part by part.
+    """Scores of `count` items. `columns` are the scores' names; `identity` says what is evaluated, part by part;
+    evaluations of another kind have other parts.
 
     scores: name -> (count,) fp64, of which the first `done` are there. states: those after them, one a model; what
     begins every item anew has none. path: None keeps nothing.
@@ -106,15 +108,21 @@ class Journal:
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is not from an evaluation that was interrupted: name another file")
         try:
-            identity, done = json.loads(metadata["identity"]), int(metadata["done"])
-            theirs = {name: identity[name] for name in self.identity}
+            theirs, done = dict(json.loads(metadata["identity"])), int(metadata["done"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is damaged ({error!r:.80}): name another file") from None
+        if theirs.keys() != self.identity.keys():
+            raise UsageError(f"{path} is of another kind of evaluation: name another file")
         if other := [name for name, value in self.identity.items() if theirs[name] != value]:
             raise UsageError(f"{path} belongs to an evaluation with another {other[0]}: name another file")
         if not 0 <= done <= len(next(iter(self.scores.values()))):
             raise UsageError(f"{path} is damaged (it has {done} scores): name another file")
         return done
+
+
+def digest(content: bytes) -> str:
+    """What an identity has in place of something large."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _plan(name: str, array: np.ndarray) -> TensorPlan:

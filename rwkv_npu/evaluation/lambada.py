@@ -8,7 +8,6 @@ negative log-likelihood. As everywhere here a text is read after an end-of-text 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_npu.errors import UsageError
-from rwkv_npu.evaluation.journal import Journal
+from rwkv_npu.evaluation.journal import Journal, digest
 from rwkv_npu.evaluation.likelihood import log_likelihood
 from rwkv_npu.evaluation.text import model_identity
 from rwkv_npu.model import Model
@@ -94,7 +93,8 @@ def evaluate_lambada(
     identity = {
         "model": model_identity(model),
         "reference": model_identity(reference) if reference else "",
-        "set of texts": hashlib.blake2b(json.dumps(passages).encode(), digest_size=16).hexdigest(),
+        "set of texts": digest(json.dumps(passages).encode()),
+        "tokenizer": " ".join(one.tokenizer.digest for one in models.values() if one.tokenizer),
     }
     with Journal(resume, identity, columns, len(passages)) as journal:
         if progress and journal.done:

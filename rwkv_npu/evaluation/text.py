@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from rwkv_npu.bundle import artifacts_digest
 from rwkv_npu.errors import UsageError
-from rwkv_npu.evaluation.journal import Journal
+from rwkv_npu.evaluation.journal import Journal, digest
 from rwkv_npu.evaluation.likelihood import compare, log_likelihood
 from rwkv_npu.model import Model
 from rwkv_npu.sources import BundleSource
@@ -64,6 +63,13 @@ class Evaluation(Figures):
         return asdict(self)
 
 
+def count_bytes(model: Model, ids: np.ndarray) -> int | None:
+    """Of the text of `ids`; None where the vocabulary is not known."""
+    if model.tokenizer is None:
+        return None
+    return sum(len(model.tokenizer.token_bytes(int(token)) or b"") for token in ids)
+
+
 def evaluate(
     model: Model,
     ids: Sequence[int] | np.ndarray,
@@ -103,12 +109,15 @@ def evaluate(
 
 
 def model_identity(model: Model) -> str:
-    """Models of which this is the same give the same logits: content, precision and backends."""
-    source = model.source
-    content = (
-        artifacts_digest(source.bundle.manifest) if isinstance(source, BundleSource) else model.fingerprint
-    )
-    return f"{content} {source.precision} {model.describe()}"
+    """Models of which this is the same give the same logits: content, backends, and the precision of each."""
+    source, precisions = model.source, list(map(model.source.precision_on, model.engine.backends))
+    content = model.fingerprint
+    if isinstance(source, BundleSource):
+        # Which projections are in int8 is in no file but the manifest.
+        manifest = source.bundle.manifest
+        in_int8 = [manifest.int8[one].projections for one in precisions if one in manifest.int8]
+        content = digest(f"{artifacts_digest(manifest)} {manifest.int8_key} {in_int8}".encode())
+    return f"{content} {' '.join(precisions)} {model.describe()}"
 
 
 def _check(targets: np.ndarray, models: Sequence[Model], context: int | None) -> None:
@@ -132,7 +141,7 @@ def _identity(models: Sequence[Model], targets: np.ndarray, context: int | None)
     return {
         "model": model_identity(models[0]),
         "reference": reference,
-        "text": hashlib.blake2b(targets.tobytes(), digest_size=16).hexdigest(),
+        "text": digest(targets.tobytes()),
         "context": str(context),
     }
 

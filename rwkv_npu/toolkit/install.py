@@ -6,18 +6,16 @@ failed installation leaves nothing that looks usable.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_npu.errors import ToolkitError
-from rwkv_npu.files import cache_dir
+from rwkv_npu.files import cache_dir, waited_for
 from rwkv_npu.toolkit.environment import (
     DEFAULT_VERSION,
     MACHINES,
@@ -65,7 +63,8 @@ def install(
     partial = final.with_name(final.name + ".partial")
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with _lock(cache_dir() / "lock", say):
+        # Two installations at once become one.
+        with waited_for(cache_dir() / "lock", say, "another installation to end"):
             if found := find_private(version):
                 say(f"rknn-toolkit2 {version} is already installed in {final}")
                 return found
@@ -139,20 +138,6 @@ def _check_machine(version: str) -> None:
             f"Rockchip publishes rknn-toolkit2 {version} for Linux on {' and '.join(MACHINES[version])} only (this"
             f" is {system} on {machine}): convert there, in a container or virtual machine, and copy the bundle"
         )
-
-
-@contextlib.contextmanager
-def _lock(path: Path, say: Progress) -> Iterator[None]:
-    """Hold an exclusive lock, so that two installations at once become one."""
-    import fcntl
-
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another installation to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fill(folder: Path, base: Path, version: str, say: Progress) -> None:

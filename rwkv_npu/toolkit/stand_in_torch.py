@@ -1,12 +1,15 @@
 """A stand-in for torch, copied as `torch.py` into the private environment, never imported by this package.
 
-The compiler imports torch for models in torch's own format and touches these three names; none is used when
-an ONNX graph is compiled. The real one weighs up to 5 GB.
+The compiler imports torch for models in torch's own format, and touches three of these names whatever it reads. The
+other three number the elements of a tensor that a graph cuts, for which NumPy serves. The real one weighs up to 5 GB.
 """
 
 import contextlib
 import sys
 import types
+from collections.abc import Sequence
+
+import numpy as np
 
 __version__ = "0.0.0"
 
@@ -23,6 +26,18 @@ class no_grad(contextlib.ContextDecorator):
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+
+def arange(end: int) -> np.ndarray:
+    return np.arange(end)
+
+
+def split(array: np.ndarray, sizes: Sequence[int], dim: int = 0) -> list[np.ndarray]:
+    return np.split(array, np.cumsum(sizes)[:-1], axis=dim)
+
+
+def cat(arrays: Sequence[np.ndarray], dim: int = 0) -> np.ndarray:
+    return np.concatenate(arrays, axis=dim)
 
 
 nn = types.ModuleType("torch.nn")

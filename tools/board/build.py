@@ -14,7 +14,6 @@ again, and nothing else; what was downloaded stays.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -27,6 +26,7 @@ from email.parser import Parser
 from pathlib import Path
 
 from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.files import waited_for
 from rwkv_npu.toolkit.environment import DEFAULT_VERSION, cache_dir
 from tools.board.chip import chip_files, write_chip
 
@@ -260,12 +260,7 @@ def _layer(kind: str, key: str, fill: Callable[[Path], None]) -> Path:
 @contextlib.contextmanager
 def _alone(say: Say) -> Iterator[None]:
     folder().mkdir(parents=True, exist_ok=True)
-    with open(folder() / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another process that makes the board")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with waited_for(folder() / "lock", say, "another process that makes the board"):
         yield
 
 
