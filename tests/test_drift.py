@@ -113,6 +113,12 @@ def test_groups_without_ranges_are_not_looked_at() -> None:
     assert run(watched, HEAD, x=1e9) == [] and watched.drift.looked == 0
 
 
+def test_inputs_that_calibration_saw_nothing_of_are_not_either() -> None:
+    watched = Watched(Backend(), {"mid.0": {"y": 2.0, "x": 0.0}, "head": {"x": 0.0}})
+    assert run(watched, MID, y=1.0, x=1e9) == [] and watched.drift.beyond == 0 < watched.drift.looked
+    assert isinstance(watched.open(HEAD, 1), Runner)
+
+
 def test_it_stands_for_its_backend() -> None:
     backend = Backend()
     watched = Watched(backend, RANGES)

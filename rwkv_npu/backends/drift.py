@@ -70,10 +70,14 @@ class WatchedRunner:
 
 
 class Watched:
-    """A backend with artifacts in int8, and their ranges. Groups without any are not looked at."""
+    """A backend with artifacts in int8, and their ranges. Groups without any are not looked at, nor inputs of which
+    calibration saw zeros alone, as of a short text whose contexts end within a step: it says nothing of them."""
 
     def __init__(self, backend: Backend, ranges: Peaks):
-        self.name, self._backend, self._ranges, self.drift = backend.name, backend, ranges, Drift()
+        self.name, self._backend, self.drift = backend.name, backend, Drift()
+        self._ranges = {
+            group: {name: x for name, x in inputs.items() if x > 0} for group, inputs in ranges.items()
+        }
         self._places = count()
 
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
