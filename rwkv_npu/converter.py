@@ -127,10 +127,7 @@ def convert(
             verify_graphs(bundle)
         if request.quantises:
             assert ids is not None, "int8 is calibrated"
-            chosen = quantise_bundle(
-                bundle, ids, request.precision, request.max_kl, mapped, request.remedies, say
-            )
-            planned = conversion.plan(chosen)
+            planned = conversion.plan(conversion.quantise(bundle, ids, mapped))
         if compiler:
             conversion.compile(bundle, planned, compiler)
         if request.verify:
@@ -187,6 +184,28 @@ class _Conversion:
         write_graphs(bundle)
         write_self_test(bundle)
         return bundle
+
+    def quantise(self, bundle: Bundle, ids: np.ndarray, mapped: Collection[str] | None) -> tuple[str, ...]:
+        """Choose what is in int8, and return it. Artifacts for other chips that have another choice go: their precision
+        is the same, and a bundle knows one choice for each."""
+        request, manifest, say = self.request, self.manifest, self.say
+        before = manifest.int8.get(request.precision)
+        how = request.precision, request.max_kl, mapped, request.remedies
+        chosen = quantise_bundle(bundle, ids, *how, say)
+        if before is not None and before.projections != chosen:
+            ours = request.target, request.fusion
+            others = [
+                a
+                for a in manifest.artifacts
+                if a.precision == request.precision and (a.target, a.fusion) != ours
+            ]
+            for target, fusion in sorted({(a.target, a.fusion) for a in others}):
+                say(
+                    f"what {request.precision} has in int8 is another choice now: the artifacts for {target}, {fusion} "
+                    f"fusion, go; convert with --target {target} --fusion {fusion} to have them again"
+                )
+            manifest.artifacts = [a for a in manifest.artifacts if a not in others]
+        return chosen
 
     def compile(self, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> None:
         target, precision = self.request.target, self.request.precision

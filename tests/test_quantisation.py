@@ -213,6 +213,21 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
     assert weights < sum(artifact.weight_bytes for artifact in manifest.artifacts) < 1.3 * weights
 
 
+def test_a_bundle_has_one_choice_for_all_chips(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The simulator builds artifacts anew, by the choice that the manifest has."""
+    out, targets = tmp_path / "o", ("rk3588", "rk3576")
+    for target, content in zip(targets, ('{"head": "w8a8"}', '{"*.ffn.*": "w8a8"}'), strict=True):
+        (tmp_path / "map.json").write_text(content)
+        options = ("--target", target, "--precision", "mixed", "--precision-map", tmp_path / "map.json")
+        status, _, err = convert(capsys, checkpoint, out, ids, *options)
+        assert status == 0
+    assert "the artifacts for rk3588, layer fusion, go" in err
+    assert {artifact.target for artifact in manifest_of(out).artifacts} == {"rk3576"}
+    assert run_main(capsys, "info", out, "--check")[0] == 0 and not list(out.glob("rknn/rk3588/*"))
+
+
 def test_another_text_makes_all_of_int8_anew(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
