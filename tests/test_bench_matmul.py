@@ -362,12 +362,15 @@ def test_control_c_keeps_what_was_measured(tmp_path: Path) -> None:
         "csv",
     )
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not file.exists() or file.stat().st_size < 1500:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 60
+            while not file.exists() or file.stat().st_size < 1500:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:  # or a failure would wait for all the sizes
+            process.kill()
     assert process.returncode == 130 and "Traceback" not in err
     rows = json.loads(file.read_text())["results"]
     assert len(rows) >= 1 and len(out.splitlines()) == len(rows) + 1
