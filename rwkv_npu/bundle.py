@@ -293,7 +293,9 @@ def is_bundle(path: Path) -> bool:
     if not finished and (path / MARK).is_file():
         raise BundleError(f"{path} is an unfinished conversion: run the same rwkv-npu convert again")
     if not finished and (path / HOST).is_file() and (path / WEIGHTS).is_file():
-        raise BundleError(f"{path} is a bundle without its {MANIFEST}: copy it again, or convert again")
+        raise BundleError(
+            f"{path} is a bundle without its {MANIFEST}: copy it again, or convert again with --force"
+        )
     return finished
 
 

@@ -5,6 +5,7 @@ model's own making where its vocabulary is unknown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -57,7 +58,7 @@ def default_ids(tokenizer: Tokenizer | None, source: ModelSource, say: Say, *, a
 
 
 def _read(file: str, tokenizer: Tokenizer | None, say: Say) -> Tokens:
-    if tokenizer is None and not holds_ids(file):
+    if tokenizer is None and Path(file).is_file() and not holds_ids(file):
         raise UsageError(
             f"{file} is text, and no vocabulary is known for this model: give --tokenizer FILE, or ids as .json "
             "or .npy"

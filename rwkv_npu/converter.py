@@ -29,6 +29,7 @@ from rwkv_npu.bundle_writer import (
 )
 from rwkv_npu.calibration_ids import default_ids, read_ids
 from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
+from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.packing import PRECISIONS
@@ -65,7 +66,7 @@ def convert(
     verify: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
     toolkit: str | None = None,
-    calibrate: Sequence[str | os.PathLike[str]] = (),
+    calibrate: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     precision_map: str | os.PathLike[str] | None = None,
     max_kl: float = MAX_KL,
     remedies: str = "all",
@@ -103,6 +104,8 @@ def convert(
     manifest = there or _new_manifest(opened, request)
     conversion = _Conversion(request, opened, manifest, there is not None, say)
     mapped = mapped_projections(precision_map, request, opened.spec)
+    if max_kl != MAX_KL and (precision != "mixed" or mapped is not None):
+        raise UsageError("--max-kl is for --precision mixed without a map: nothing else is chosen by it")
     compiler = environment.require(toolkit) if request.compiles else None
     if compiler:
         request.check_compiler(compiler)
@@ -110,7 +113,8 @@ def convert(
     most = sizes(opened.spec) if request.quantises else ()
     planned = conversion.plan(most if mapped is None else mapped)
     least = max([LEAST if request.quantises else 1, *(artifact.rows for artifact in planned)])
-    ids = read_ids([os.fspath(file) for file in calibrate], words, opened.spec, say, at_least=least)
+    files = [calibrate] if isinstance(calibrate, str | os.PathLike) else calibrate
+    ids = read_ids([os.fspath(file) for file in files], words, opened.spec, say, at_least=least)
     for note in opened.notes:
         warnings.warn(note, stacklevel=2)
     conversion.check_values(place)
@@ -202,7 +206,8 @@ class _Conversion:
             for target, fusion in sorted({(a.target, a.fusion) for a in others}):
                 say(
                     f"what {request.precision} has in int8 is another choice now: the artifacts for {target}, {fusion} "
-                    f"fusion, go; convert with --target {target} --fusion {fusion} to have them again"
+                    f"fusion, go; convert with --target {target} --precision {request.precision} --fusion {fusion} to "
+                    "have them again"
                 )
             manifest.artifacts = [a for a in manifest.artifacts if a not in others]
         return chosen

@@ -15,7 +15,7 @@ from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
-from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.errors import RwkvNpuError, UsageError
 from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.plan import Plan, tuned
@@ -25,7 +25,7 @@ from rwkv_npu.sources import ModelSource
 # What steps in for an NPU, on the weights as they are stored, and the choice where there is none: the fastest that is
 # installed.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
-NPU_BACKEND = "rknn"
+NPU_BACKEND, SIMULATOR = "rknn", "rknn-sim"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Options:
 def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
     """An engine on the plan's backends. Raises RwkvNpuError, with nothing left open."""
     groups = source.program.groups
+    if not _serves(plan, source):
+        raise UsageError(
+            f"{', '.join(plan.backends(groups))} cannot multiply in {source.precision}: --backend numpy computes it, "
+            f"{SIMULATOR} simulates it, and a board's NPU has it"
+        )
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
@@ -74,6 +79,12 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
     return engine
 
 
+def _serves(plan: Plan, source: ModelSource) -> bool:
+    """Whether a backend of the plan multiplies in what was asked for."""
+    found = {source.precision_on(name) for name in plan.backends(source.program.groups)}
+    return source.precision not in INT8_PRECISIONS or source.precision in found
+
+
 def _watched(backend: Backend, source: ModelSource) -> Backend:
     """With a word where inputs leave the ranges of int8, if these are fixed, as those of artifacts are: the other
     backends that multiply in int8 look at each row."""
@@ -99,11 +110,14 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
     That is the plan that was measured on this machine, or the NPU where it, its runtime and artifacts are there and
     pass their self-test, else the CPU. What is there and does not work is warned of.
     """
-    absent = why_absent(NPU_BACKEND, source)
-    if measured:
+    absent, on_cpu = why_absent(NPU_BACKEND, source), Plan(CPU_BACKEND)
+    if measured and _serves(measured, source):
         plan, reason = measured, f"measured by rwkv-npu tune on this machine: {measured.note}"
+    elif absent and not _serves(on_cpu, source):
+        plan = Plan("numpy")
+        reason = f"numpy, which computes {source.precision} as an NPU does, and slowly, since {absent}"
     elif absent:
-        plan, reason = Plan(CPU_BACKEND), f"{CPU_BACKEND}, since {absent}"
+        plan, reason = on_cpu, f"{CPU_BACKEND}, since {absent}"
     else:
         plan, reason = (
             Plan(NPU_BACKEND),
@@ -115,7 +129,8 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
         if plan.names.isdisjoint(NPU_BACKENDS):
             raise
         warnings.warn(f"the NPU is not used: {error}", stacklevel=3)
-        return open_engine(source, Plan(CPU_BACKEND), options), f"{CPU_BACKEND}, since the NPU failed"
+        steps_in = source if _serves(on_cpu, source) else source.unquantised()
+        return open_engine(steps_in, on_cpu, options), f"{CPU_BACKEND}, since the NPU failed"
 
 
 def measured_plan(bundle: Bundle) -> Plan | None:

@@ -31,6 +31,7 @@ from rwkv_npu.tensorfile import TensorPlan, replace_tensors
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
+FEW = 1000  # tokens, less than which are said to be too few
 LEAST = 8  # tokens of a text that can be parted so
 VERSION = 7  # of the way in which ranges are chosen, and graphs made
 
@@ -68,10 +69,8 @@ def quantise_bundle(
 ) -> tuple[str, ...]:
     """Choose what artifacts of `precision` have in int8, for the manifest, and return the names: those of a map, all of
     them for w8a8, else as many as `max_kl` allows. `remedies` is one of REMEDIES."""
-    say("choosing the ranges of int8")
-    quantised = Quantisation(bundle, ids, remedies)
+    quantised = Quantisation(bundle, ids, remedies, say)
     if precision == "mixed" and mapped is None:
-        say("measuring what int8 costs, projection by projection")
         chosen = quantised.take_most(precision, max_kl)
     else:
         chosen = quantised.take(precision, sizes(bundle.spec) if mapped is None else mapped)
@@ -82,8 +81,8 @@ def quantise_bundle(
 class Quantisation:
     """Ranges and sensitivities of a bundle's projections, calibrated with `ids` (M,)."""
 
-    def __init__(self, bundle: Bundle, ids: np.ndarray, remedies: str):
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, ids: np.ndarray, remedies: str, say: Callable[[str], None]):
+        self._bundle, self._say = bundle, say
         self._algorithms, self._smooth = REMEDIES[remedies]
         measured = max(1, min(MEASURED, len(ids) // 4))
         self._fitted, self._measured = ids[:-measured], ids[-measured:]
@@ -138,6 +137,12 @@ class Quantisation:
             return None
 
     def _choose_ranges(self) -> list[Sensitivity]:
+        self._say("choosing the ranges of int8")
+        if len(self._fitted) < FEW:
+            self._say(
+                f"{len(self._fitted)} tokens are few to choose ranges by: other texts will leave them, and int8 will "
+                "cost more than is measured here; thousands serve"
+            )
         with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
             seen = calibrate(self._source, self._fitted, progress=bar.update)
         bytes_of = sizes(self._bundle.spec)
@@ -162,6 +167,11 @@ class Quantisation:
         """What follows from other ranges goes: first from the manifest, in case of a kill."""
         manifest, folder = self._bundle.manifest, self._bundle.path
         (folder / NOTES).unlink(missing_ok=True)
+        if lost := sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts if a.int8}):
+            self._say(
+                "artifacts in int8 of other ranges go: convert again to have "
+                + ", ".join(f"--target {t} --precision {p} --fusion {f}" for t, p, f in lost)
+            )
         stale = manifest.forget_int8()
         gone = {INT8, *stale}
         manifest.files = {name: record for name, record in manifest.files.items() if name not in gone}
@@ -182,6 +192,8 @@ class Quantisation:
 
     def _measure_each(self) -> None:
         waiting = [number for number, row in enumerate(self.table) if row.kl is None]
+        if waiting:
+            self._say(f"measuring what int8 costs, {len(waiting)} projections one by one")
         for number in tqdm(waiting, "measure int8", unit="matrix", leave=False, disable=None):
             row = self.table[number]
             kl = self._judge.alone(row.name, self._bundle.quantised(row.name))

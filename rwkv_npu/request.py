@@ -55,7 +55,7 @@ class Request:
                 f"{self.target} has no precision {self.precision!r}: use one of {', '.join(self._npu_has)}"
             )
         if not 0 < self.max_kl < float("inf"):
-            raise UsageError(f"max_kl is {self.max_kl}: it must be more than 0")
+            raise UsageError(f"max_kl is {self.max_kl}: it must be a number of nats above 0")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
 

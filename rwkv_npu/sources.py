@@ -132,8 +132,9 @@ class BundleSource(ModelSource):
     def precision_on(self, backend: str) -> str:
         if backend in COMPILED:
             return next((artifact.precision for artifact in self._run_by(backend)), "no")
-        if backend in REFERENCES:
-            return self.precision or self.bundle.manifest.cpu
+        if backend in REFERENCES:  # of which only NumPy computes the products that artifacts have in int8
+            lacking = backend != "numpy" and self.precision in self.bundle.manifest.int8
+            return self.bundle.manifest.cpu if lacking else self.precision or self.bundle.manifest.cpu
         return super().precision_on(backend)
 
     def tensor(self, name: str) -> np.ndarray:

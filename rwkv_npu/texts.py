@@ -100,6 +100,10 @@ def _read_ids(path: str) -> np.ndarray:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, RecursionError, OverflowError) as error:
+        if path.lower().endswith(".npy"):  # what NumPy says is advice to be less careful
+            raise UsageError(
+                f"{path} holds no token ids: it is no .npy file of numbers, as numpy.save writes it"
+            ) from error
         raise UsageError(f"{path} holds no token ids: {first_line(error)}") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1:
         raise UsageError(f"{path} holds no token ids: it takes one list of whole numbers")

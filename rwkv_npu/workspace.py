@@ -172,7 +172,7 @@ def _replace(folder: Path, place: Path) -> None:
 def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str], say: Say) -> None:
     """Forget what a bundle has lost, so that it can be made again."""
     options = {
-        a.path: f"--target {a.target} --fusion {a.fusion}"
+        a.path: f"--target {a.target} --precision {a.precision} --fusion {a.fusion}"
         for a in manifest.artifacts
         if a.path not in planned
     }

@@ -158,9 +158,10 @@ def test_a_wrong_map_is_refused(
             ("--precision", "w8a8", "--toolkit", "2.2.0", "--target", "rk3562"),
             "rknn-toolkit2 2.2.0 has no precision 'w8a8' for rk3562: use one of fp16, or --toolkit 2.3.2",
         ),
-        (("--precision", "mixed", "--max-kl", "-1"), "it must be more than 0"),
-        (("--precision", "mixed", "--max-kl", "nan"), "it must be more than 0"),
+        (("--precision", "mixed", "--max-kl", "-1"), "it must be a number of nats above 0"),
+        (("--precision", "mixed", "--max-kl", "nan"), "it must be a number of nats above 0"),
         (("--precision", "w8a8", "--precision-map", "m.json"), "is for --precision mixed"),
+        (("--precision", "w8a8", "--max-kl", "0.1"), "--max-kl is for --precision mixed without a map"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_done(
@@ -179,7 +180,7 @@ def test_mixed_is_measured_once(
 ) -> None:
     out = tmp_path / "o"
     status, _, err = convert(capsys, checkpoint, out, ids, "--precision", "mixed", "--max-kl", "1e-4")
-    assert status == 0 and "large projections in int8" in err
+    assert status == 0 and "large projections in int8" in err and "300 tokens are few" in err
     manifest = manifest_of(out)
     chosen = manifest.int8["mixed"]
     assert chosen.kl <= 1e-4 == chosen.max_kl and all(row.kl is not None for row in manifest.sensitivity)
@@ -236,7 +237,8 @@ def test_another_text_makes_all_of_int8_anew(
         assert convert(capsys, checkpoint, out, ids, "--precision", precision)[0] == 0
     before = manifest_of(out)
     np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(1, V, 400))
-    assert convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")[0] == 0
+    status, _, err = convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")
+    assert status == 0 and "other ranges go: convert again to have --target rk3588 --precision w8a8" in err
     after = manifest_of(out)
     assert run_main(capsys, "info", out, "--check")[0] == 0
     assert after.int8_key != before.int8_key and list(after.int8) == ["mixed"]
@@ -317,6 +319,23 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
     expected = judged.together({name: bundle.quantised(name) for name in sizes(bundle.spec)})
     p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_has_no_int8_is_not_taken_for_it(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """It would multiply in the CPU's own precision, and be measured as if it were the NPU."""
+    out = tmp_path / "o"
+    assert convert(capsys, checkpoint, out, ids, "--precision", "w8a8", "--target", "none")[0] == 0
+    for backend in ("numba", "ort", "torch"):
+        status, _, err = run_main(
+            capsys, "generate", "-m", out, "--precision", "w8a8", "--backend", backend, "-n", 1, "-p", "a"
+        )
+        assert status == 1 and one_line(err) and f"{backend} cannot multiply in w8a8: --backend numpy" in err
+    with load(out, precision="w8a8") as model:
+        assert list(model.engine.backends) == ["numpy"] and model.precision == "w8a8"
+    with load(out, precision="fp16") as model:
+        assert list(model.engine.backends) != ["numpy"]
 
 
 def test_names_of_maps_are_pure(checkpoint: Path) -> None:

@@ -77,7 +77,7 @@ def _measure_text(
         progress=opened.enter_context(_bar(len(ids), "token")).update,
         resume=resume,
     )
-    return {**_named(model, reference), **found.to_json()}, _text_table(found, reference)
+    return {**_named(model, reference), **found.to_json()}, _text_table(found, model, reference)
 
 
 def _measure_lambada(
@@ -87,7 +87,7 @@ def _measure_lambada(
     model, reference = _models(arguments, opened)
     bar = opened.enter_context(_bar(len(passages), "text"))
     found = evaluate_lambada(model, passages, reference=reference, progress=bar.update, resume=resume)
-    return {**_named(model, reference), **found.to_json()}, _lambada_table(found, reference)
+    return {**_named(model, reference), **found.to_json()}, _lambada_table(found, model, reference)
 
 
 def _bar(total: int, unit: str) -> tqdm[Any]:
@@ -132,8 +132,12 @@ def _name(model: Model) -> str:
 # -- tables ----------------------------------------------------------------------------------------------
 
 
-def _text_table(result: Evaluation, reference: Model | None) -> str:
-    lines = [f"tokens         {result.tokens}", f"perplexity     {result.perplexity:.3f} per token"]
+def _text_table(result: Evaluation, model: Model, reference: Model | None) -> str:
+    lines = [
+        f"model          {_name(model)}",
+        f"tokens         {result.tokens}",
+        f"perplexity     {result.perplexity:.3f} per token",
+    ]
     if result.bits_per_byte is not None:
         lines.append(f"bits per byte  {result.bits_per_byte:.4f}")
     if reference:
@@ -159,8 +163,8 @@ def _positions(result: Evaluation) -> list[str]:
     return lines
 
 
-def _lambada_table(result: Lambada, reference: Model | None) -> str:
-    lines = _lambada_lines(result)
+def _lambada_table(result: Lambada, model: Model, reference: Model | None) -> str:
+    lines = [f"model          {_name(model)}", *_lambada_lines(result)]
     if reference and result.reference:
         lines += ["", f"compared with  {_name(reference)}", *_lambada_lines(result.reference)[1:]]
     return "\n".join(lines)
