@@ -61,7 +61,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "tokenizer": manifest.tokenizer,
         "fusion": manifest.fusion,
-        "cpu": manifest.cpu,
+        "cpu": list(manifest.cpu_precisions),
         "bytes_on_disk": total,
         "graph_error": max(manifest.graph_errors.values(), default=None),
         "artifacts": [_artifact_facts(manifest, *key) for key in _kinds(manifest)],
@@ -111,7 +111,7 @@ def _table(facts: dict[str, Any]) -> str:
         f"  calls        {calls['layer']} a token with layer fusion, {calls['projection']} with projection fusion",
     ]
     if facts["kind"] == "bundle":
-        lines.append(f"  on disk      {size(facts['bytes_on_disk'])}, CPU weights {facts['cpu']}")
+        lines.append(f"  on disk      {size(facts['bytes_on_disk'])}, CPU weights {', '.join(facts['cpu'])}")
         if facts["graph_error"] is not None:
             lines.append(f"  graphs       verified against NumPy: worst error {facts['graph_error']:.1e}")
         for artifact in facts["artifacts"]:
