@@ -61,7 +61,7 @@ class TensorPlan:
     produce: Callable[[], np.ndarray | Iterable[np.ndarray]]
 
 
-def map_file(path: Path, error: type[RwkvNpuError] = CheckpointError) -> mmap.mmap:
+def map_file(path: Path, error: Callable[[str], RwkvNpuError] = CheckpointError) -> mmap.mmap:
     """The whole file, mapped read-only. Raises `error` if there is no regular, readable, non-empty file."""
     try:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
@@ -82,7 +82,7 @@ class TensorFile:
     Raises `error` (CheckpointError unless told otherwise) with one line for anything wrong with the file.
     """
 
-    def __init__(self, path: Path | str, *, error: type[RwkvNpuError] = CheckpointError) -> None:
+    def __init__(self, path: Path | str, *, error: Callable[[str], RwkvNpuError] = CheckpointError) -> None:
         self.path = Path(path)
         self._map: mmap.mmap | None = map_file(self.path, error)
         try:

@@ -90,7 +90,7 @@ class Journal:
         self.save()
 
     def _load(self, path: Path, states: Sequence[State]) -> tuple[int, tuple[State, ...]]:
-        with TensorFile(path, error=UsageError) as file:
+        with TensorFile(path, error=_unreadable) as file:
             done = self._check(path, file.metadata)
             for name, column in self.scores.items():
                 column[:done] = _read(file, name, (done,), np.float64)
@@ -123,6 +123,12 @@ class Journal:
 def digest(content: bytes) -> str:
     """What an identity has in place of something large."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _unreadable(problem: str) -> UsageError:
+    return UsageError(
+        f"{problem}: damaged, or not from an evaluation that was interrupted; name another file"
+    )
 
 
 def _plan(name: str, array: np.ndarray) -> TensorPlan:
