@@ -7,9 +7,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from rwkv_npu.backends.base import Recorded, relative_error
 from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
@@ -18,6 +15,7 @@ from rwkv_npu.files import write_atomically
 from rwkv_npu.graphs import matrices, trace_group
 from rwkv_npu.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
+from rwkv_npu.progress import Progress, progress
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import Group
@@ -193,7 +191,7 @@ def build_artifacts(
     manifest.artifacts += [artifact for _, artifact in finished if artifact]
     waiting = [build for build, artifact in finished if not artifact]
     total = len(planned)
-    with tqdm(total=total, initial=total - len(waiting), desc="compile", unit="graph", disable=None) as bar:
+    with progress("compile", "graph", total=total, initial=total - len(waiting)) as bar:
         manifest.artifacts += _run_builds(waiting, environment, jobs, bar)
 
 
@@ -217,7 +215,7 @@ def _builds(source: BundleSource, artifacts: Sequence[Artifact], verify: bool) -
 
 
 def _run_builds(
-    builds: Sequence[Build], environment: Environment, jobs: int | None, bar: tqdm[Any]
+    builds: Sequence[Build], environment: Environment, jobs: int | None, bar: Progress
 ) -> Iterator[Artifact]:
     by_path = {build.out: build for build in builds}
     queue = [
@@ -236,6 +234,6 @@ def _run_builds(
         error = None
         if build.verify and result.verify_outputs is not None:
             error = relative_error(result.verify_outputs, build.verify.outputs)
-        bar.set_postfix_str(f"{build.group.name} m{build.artifact.rows}")
+        bar.set_postfix_str(f"{build.group.name} m{build.artifact.rows}", refresh=False)
         bar.update()
         yield build.complete(result, error)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv_npu.bundle import (
     HOST,
@@ -31,6 +30,7 @@ from rwkv_npu.graphs import Constant, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.onnx_models import external_model
 from rwkv_npu.packing import SCALE, bits_of, pack, packed_shapes
+from rwkv_npu.progress import Progress, progress
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
 from rwkv_npu.tensorfile import Entry, TensorFile, TensorPlan, replace_tensors
@@ -77,7 +77,7 @@ def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None
         return
     path.parent.mkdir(exist_ok=True)
     plans: list[TensorPlan] = []
-    with tqdm(desc=f"quantise to {precision}", unit="matrix", disable=None) as bar:
+    with progress(f"quantise to {precision}", "matrix") as bar:
         for tensor in tensors(source.spec):
             if tensor.kind.is_projection and source.has(tensor.name):
                 plans += _packed_plans(source, tensor, bits_of(precision, tensor), bar)
@@ -85,9 +85,7 @@ def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None
         replace_tensors(path, plans)
 
 
-def _packed_plans(
-    source: CheckpointSource, tensor: Tensor, bits: int, bar: tqdm[Any]
-) -> Iterator[TensorPlan]:
+def _packed_plans(source: CheckpointSource, tensor: Tensor, bits: int, bar: Progress) -> Iterator[TensorPlan]:
     """data and scales of a projection, or of each matrix of a stack. They are written one after the other."""
     *stack, k, n = tensor.used_shape
     data_shape, scales_shape = packed_shapes(k, n, bits)

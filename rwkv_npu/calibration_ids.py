@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv_npu.calibration import check_ids
 from rwkv_npu.errors import UsageError
 from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network
+from rwkv_npu.progress import progress
 from rwkv_npu.sampling import Sampler, SamplingOptions
 from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.spec import Group, Spec
@@ -53,7 +53,7 @@ def default_ids(tokenizer: Tokenizer | None, source: ModelSource, say: Say, *, a
         "text (give --tokenizer FILE, or ids to --calibrate)"
     )
     count = max(SAMPLED, at_least)
-    with tqdm(total=count, desc="sample", unit="token", leave=False, disable=None) as bar:
+    with progress("sample", "token", total=count) as bar:
         return sample_ids(source, count, progress=bar.update)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from math import ceil, log2
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv_npu.bundle import Manifest
 from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.progress import progress
 from rwkv_npu.sources import ModelSource
 from rwkv_npu.spec import Scaling, Spec
 
@@ -38,7 +38,7 @@ def keep_in_range(
     A bundle that is added to keeps those that its graphs have; `say` is told of what passes LIMIT under them.
     """
     say(f"reading {len(ids)} tokens to keep fp16 in range")
-    with tqdm(total=len(ids), desc="calibrate", unit="token", leave=False, disable=None) as bar:
+    with progress("calibrate", "token", total=len(ids)) as bar:
         seen = calibrate(source, ids, keep=2, progress=bar.update)
     if not adding:
         manifest.scaling = choose_scaling(source.spec, seen)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv_npu.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
+from rwkv_npu.progress import progress
 from rwkv_npu.ranges import ALGORITHMS, Choice, choose
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sensitivity import Judge, select
@@ -143,11 +143,11 @@ class Quantisation:
                 f"{len(self._fitted)} tokens are few to choose ranges by: other texts will leave them, and int8 will "
                 "cost more than is measured here; thousands serve"
             )
-        with tqdm(total=len(self._fitted), desc="calibrate", unit="token", leave=False, disable=None) as bar:
+        with progress("calibrate", "token", total=len(self._fitted)) as bar:
             seen = calibrate(self._source, self._fitted, progress=bar.update)
         bytes_of = sizes(self._bundle.spec)
         table, plans = [], []
-        for name in tqdm(bytes_of, "choose ranges", unit="matrix", leave=False, disable=None):
+        for name in progress("choose ranges", "matrix", over=bytes_of):
             weight, samples = np.asarray(self._source.tensor(name), np.float32), seen.projections[name]
             candidates = smoothings(weight, samples) if self._smooth else [None]
             choice = choose(name, weight, samples, candidates, self._algorithms)
@@ -194,7 +194,7 @@ class Quantisation:
         waiting = [number for number, row in enumerate(self.table) if row.kl is None]
         if waiting:
             self._say(f"measuring what int8 costs, {len(waiting)} projections one by one")
-        for number in tqdm(waiting, "measure int8", unit="matrix", leave=False, disable=None):
+        for number in progress("measure int8", "matrix", over=waiting):
             row = self.table[number]
             kl = self._judge.alone(row.name, self._bundle.quantised(row.name))
             self.table[number] = replace(row, kl=kl)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tqdm import tqdm
-
 from rwkv_npu.backends.base import relative_error
 from rwkv_npu.backends.ort import OrtBackend
 from rwkv_npu.bundle import Bundle, graph_file
+from rwkv_npu.progress import progress
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
 from rwkv_npu.spec import FUSIONS
@@ -19,7 +18,7 @@ def verify_graphs(bundle: Bundle) -> None:
     for fusion in FUSIONS:
         source = BundleSource(bundle, fusion, bundle.manifest.cpu)
         recorded = record(source, VERIFY_ROWS)
-        for group in tqdm(source.program.groups, f"verify graphs, {fusion}", unit="graph", disable=None):
+        for group in progress(f"verify graphs, {fusion}", "graph", over=source.program.groups):
             given, expected = recorded[group.name].inputs, recorded[group.name].outputs
             runner = OrtBackend(source).open(group, rows=max(map(len, given.values())))
             for name, array in given.items():

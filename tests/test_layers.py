@@ -40,7 +40,7 @@ memory
 bundle
 int8
 maths tensorfile toolkit packing
-spec files board npu texts widths
+spec files board npu texts widths progress
 errors
 """
 ROWS = [row.split() for row in LAYERS.strip().splitlines()]

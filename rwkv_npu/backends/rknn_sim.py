@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
+from rwkv_npu.progress import progress
 from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import CompileOptions, Job, Simulator, available_memory, require
 
@@ -64,9 +64,7 @@ class RknnSimBackend:
         self._source, self._environment = source, require()
         self._simulators: dict[tuple[str, int], Simulator] = {}
         _check_memory([source.compiler_bytes(artifact) for artifact in self._artifacts.values()])
-        self._bar = tqdm(
-            total=len(self._artifacts), desc="build simulators", unit="graph", leave=False, disable=None
-        )
+        self._bar = progress("build simulators", "graph", total=len(self._artifacts))
 
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
@@ -88,7 +86,7 @@ class RknnSimBackend:
             self._simulators.popitem()[1].close()
 
     def _build(self, group: Group, artifact: Artifact) -> Simulator:
-        self._bar.set_postfix_str(f"{group.name} m{artifact.rows}")
+        self._bar.set_postfix_str(f"{group.name} m{artifact.rows}", refresh=False)
         options = self._source.compile_options(artifact)
         with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
             path = Path(folder) / f"{group.name}.onnx"

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
 from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.commands.common import load_model
@@ -27,6 +25,7 @@ from rwkv_npu.evaluation import (
 from rwkv_npu.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
 from rwkv_npu.opening import CPU_BACKEND
+from rwkv_npu.progress import Progress, progress
 from rwkv_npu.texts import held_out_text, read_tokens
 
 
@@ -90,8 +89,8 @@ def _measure_lambada(
     return {**_named(model, reference), **found.to_json()}, _lambada_table(found, model, reference)
 
 
-def _bar(total: int, unit: str) -> tqdm[Any]:
-    return tqdm(total=total, desc="eval", unit=unit, leave=False, disable=None)
+def _bar(total: int, unit: str) -> Progress:
+    return progress("eval", unit, total=total)
 
 
 # -- models ----------------------------------------------------------------------------------------------
