@@ -106,12 +106,12 @@ def workspace(place: Path, manifest: Manifest, adding: bool, before: bytes | Non
     folder = place if adding else place.with_name(place.name + ".partial")
     try:
         with contextlib.ExitStack() as held:
-            # The folder, which stays when its files are replaced.
-            if adding:
-                held.enter_context(locked(folder))
-            else:
-                _prepare_partial(folder, manifest, held)
+            # Folders, which stay when their files are replaced: that which is added to or replaced, and the partial.
+            if place.is_dir():
+                held.enter_context(locked(place))
             _check_unchanged(place, before)
+            if not adding:
+                _prepare_partial(folder, manifest, held)
             yield folder
             if not adding:
                 _check_unchanged(place, before)

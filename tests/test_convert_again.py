@@ -335,6 +335,16 @@ def test_a_bundle_is_held_also_when_its_manifest_was_replaced(whole: Path, out: 
                 pass
 
 
+def test_a_bundle_that_is_written_to_is_not_replaced(checkpoint: Path, whole: Path, out: Path) -> None:
+    """Nor removed under who writes to it, with --force."""
+    shutil.copytree(whole, out)
+    with workspace.workspace(out, open_bundle(out).manifest, True, workspace.stamp(out)):
+        with pytest.raises(BundleError, match="another conversion is writing"):
+            convert(checkpoint, out, force=True)
+        assert contents(out) == contents(whole) and names(out.parent) == ["out.rwkv"]
+    assert contents(convert(checkpoint, out, force=True)) == contents(whole)
+
+
 @pytest.mark.parametrize("adding", [True, False])
 def test_what_another_conversion_made_meanwhile_is_not_lost(
     adding: bool, checkpoint: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,6 +362,7 @@ def test_what_another_conversion_made_meanwhile_is_not_lost(
     monkeypatch.setattr(converter, "check_finite", meanwhile)
     with pytest.raises(BundleError, match="meanwhile: run the command again"):
         convert(checkpoint, out, cpu="int8")
+    assert names(out.parent) == ["out.rwkv"]
     assert "int4" in open_bundle(out).manifest.packed
     convert(checkpoint, out, cpu="int8")
     assert {"int4", "int8"} <= set(open_bundle(out).manifest.packed)
