@@ -74,8 +74,6 @@ def candidates(
 ) -> Iterator[tuple[list[Artifact], MemoryPlan]]:
     """Sets of artifacts, the best first, each with what it and those of its kind that are there take of the NPU's
     memory. `weigh` gives the bytes of a group's weights."""
-    kind = target, precision, program.fusion
-    there = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == kind]
     sizes = {group.name: weigh(group) for group in program.groups}
     for counts in [rows] if rows else [BOTH_ROWS, ONE_ROWS]:
         artifacts = [
@@ -92,8 +90,15 @@ def candidates(
             # The head reads one row at a time.
             for count in ((1,) if group.role == "head" else counts)
         ]
-        paths = {artifact.path for artifact in artifacts}
-        yield artifacts, plan_memory(manifest, [*artifacts, *(a for a in there if a.path not in paths)])
+        yield artifacts, plan_memory(manifest, [*artifacts, *beside(manifest, artifacts)])
+
+
+def beside(manifest: Manifest, artifacts: Collection[Artifact]) -> list[Artifact]:
+    """What a bundle has already of the kinds of `artifacts`, and keeps beside them."""
+    kinds = {(a.target, a.precision, a.fusion) for a in artifacts}
+    paths = {artifact.path for artifact in artifacts}
+    there = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) in kinds]
+    return [artifact for artifact in there if artifact.path not in paths]
 
 
 def row_counts(artifacts: Iterable[Artifact]) -> list[int]:

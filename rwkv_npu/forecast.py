@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from rwkv_npu.artifacts import candidates, row_counts
+from rwkv_npu.artifacts import beside, candidates, row_counts
 from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.checkpoint import Checkpoint
@@ -227,9 +227,9 @@ def _around(graphs: Graphs, group: Group, rows: int, share: Share) -> int:
 
 
 def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
-    """Groups that are left when the NPU is filled in the order in which a token passes them."""
-    kept: list[Artifact] = []
-    left = []
+    """Groups that are left when the NPU, with what the bundle has for it already, is filled in the order in which
+    a token passes them."""
+    kept, left = beside(manifest, artifacts), []
     for group in dict.fromkeys(artifact.group for artifact in artifacts):
         more = [*kept, *(artifact for artifact in artifacts if artifact.group == group)]
         if plan_memory(manifest, more).fits:

@@ -311,6 +311,21 @@ def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> Non
     assert more["weights"] == fp16["weights"] + 10**9
 
 
+@pytest.mark.parametrize("free", [0, 3_000_000])
+def test_what_the_bundle_has_leaves_less_room(free: int) -> None:
+    """All of the NPU's memory, or all but a little."""
+    kind = ("head", "rk3588", "fp16", "layer", 1)
+    there = [Artifact("rknn/rk3588/other.rknn", *kind, weight_bytes=BUDGET_BYTES - free)]
+    found = forecast(open_checkpoint(demo_model()), request(), None, there)
+    fp16, _, w8a8 = found.variants
+    assert not fp16.memory.fits and fp16.ms and w8a8.memory.fits and w8a8.left == []
+    groups = list(dict.fromkeys(artifact.group for artifact in fp16.artifacts))
+    assert fp16.left and set(fp16.left) <= set(groups) and (fp16.left == groups) == (free == 0)
+    text = " ".join(table(found).split())
+    assert "fp16 does not fit, and convert refuses it" in text
+    assert "1 of the contexts being in the bundle already" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -318,6 +333,7 @@ def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> Non
         ([demo_model(), "--dry-run", "--target", "rk9999"], "rk9999"),
         ([demo_model(), "--dry-run", "--rows", "0"], "rows"),
         ([demo_model(), "--dry-run", "--cpu", "int3"], "int3"),
+        ([demo_model(), "--dry-run", "--remedies", "bogus"], "remedies 'bogus' is unknown"),
         ([demo_model(), "--dry-run", "--precision-map", "m.json"], "precision map is for --precision mixed"),
         ([demo_model(), "--json"], "--json is for --dry-run"),
     ],

@@ -146,7 +146,9 @@ def _assumption(variant: Variant) -> str:
 
 
 def _refusal(variant: Variant) -> str:
+    there = variant.memory.contexts - len(variant.artifacts)
+    already = f", {there} of the contexts being in the bundle already" if there else ""
     return (
-        f"{variant.precision} does not fit, and convert refuses it: {variant.memory.arithmetic()}. The estimate has "
-        f"{variant.left[0]} to {variant.left[-1]} on the board's CPU."
+        f"{variant.precision} does not fit, and convert refuses it: {variant.memory.arithmetic()}{already}. "
+        f"The estimate has {variant.left[0]} to {variant.left[-1]} on the board's CPU."
     )
