@@ -17,6 +17,7 @@ from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
 from rwkv_npu.int8 import Quantised
 from rwkv_npu.maths import log_softmax
+from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import load
 from rwkv_npu.opening import _in_int8
 from rwkv_npu.precision_map import resolve
@@ -212,6 +213,25 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
     # A byte a number, a little for each column, and the small low-rank matrices in fp16.
     weights = sum(sizes(manifest.spec).values())
     assert weights < sum(artifact.weight_bytes for artifact in manifest.artifacts) < 1.3 * weights
+
+
+def test_what_a_choice_of_mixed_does_not_fit(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map's is known before any work; one that is measured only after it. Both are told what could help."""
+    mixed = ("--precision", "mixed")
+    assert convert(capsys, checkpoint, tmp_path / "all", ids, *mixed, "--max-kl", "10")[0] == 0
+    total = plan_memory(manifest_of(tmp_path / "all")).total
+    monkeypatch.setattr("rwkv_npu.memory.BUDGET_BYTES", int(1.1 * total))
+    (tmp_path / "map.json").write_text('{"head": "w8a8"}')
+    out = tmp_path / "out"
+    status, _, err = convert(capsys, checkpoint, out, ids, *mixed, "--precision-map", tmp_path / "map.json")
+    assert status == 1 and one_line(err) and "at mixed with rows 16" in err and "w8a8" in err
+    assert not list(tmp_path.glob("out*"))
+    status, _, err = convert(capsys, checkpoint, out, ids, *mixed, "--max-kl", "1e-9")
+    assert status == 1 and not out.exists()
+    assert "try --precision w8a8, a larger --max-kl, or --target none" in err.splitlines()[-1]
+    assert convert(capsys, checkpoint, out, ids, *mixed, "--max-kl", "10")[0] == 0
 
 
 def test_a_bundle_has_one_choice_for_all_chips(
