@@ -185,6 +185,8 @@ def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: se
         (folder / name).unlink(missing_ok=True)
         del manifest.files[name]
         if name == INT8:
-            manifest.forget_int8()
+            stale = manifest.forget_int8()
+            for option in dict.fromkeys(options[path] for path in stale if path in options):
+                say(f"artifacts in its ranges go with it: convert with {option} to have them again")
     manifest.packed = [cpu for cpu in manifest.packed if packed_file(cpu) in manifest.files]
     manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]

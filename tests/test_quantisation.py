@@ -249,6 +249,23 @@ def test_a_bundle_has_one_choice_for_all_chips(
     assert run_main(capsys, "info", out, "--check")[0] == 0 and not list(out.glob("rknn/rk3588/*"))
 
 
+def test_what_goes_with_damaged_ranges_is_said(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Of artifacts that this conversion does not make again, even where it makes the ranges again."""
+    out = tmp_path / "o"
+    for precision, fusion in (("w8a8", "layer"), ("w8a8", "projection"), ("fp16", "layer")):
+        assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--fusion", fusion)[0] == 0
+    (out / INT8).unlink()
+    status, _, err = convert(capsys, checkpoint, out, ids, "--precision", "w8a8")
+    assert status == 0 and f"{INT8} is missing or damaged: it is made again" in err
+    lost = "convert with --target rk3588 --precision w8a8 --fusion projection to have them again"
+    assert err.count("go with it") == 1 and lost in err
+    kinds = {(artifact.precision, artifact.fusion) for artifact in manifest_of(out).artifacts}
+    assert kinds == {("w8a8", "layer"), ("fp16", "layer")}
+    assert run_main(capsys, "info", out, "--check")[0] == 0
+
+
 def test_another_text_makes_all_of_int8_anew(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
