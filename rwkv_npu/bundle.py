@@ -196,7 +196,8 @@ def _known(cls: Any, data: dict[str, Any]) -> Any:
 
 def _file_record(name: str, data: dict[str, Any]) -> FileRecord:
     record: FileRecord = _known(FileRecord, data)
-    if PurePath(name).is_absolute() or ".." in PurePath(name).parts or type(record.size) is not int:
+    inside = not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+    if not (inside and name.isprintable() and type(record.size) is int):
         raise ValueError(f"it lists {name!r:.80}")
     return record
 

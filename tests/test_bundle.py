@@ -424,7 +424,7 @@ def test_a_manifest_with_something_else_in_any_place(made: Path, data: Any) -> N
 def test_a_manifest_that_names_files_elsewhere(copy: Path) -> None:
     """A bundle is a folder: its manifest must not make the program read others."""
     original = (copy / MANIFEST).read_bytes()
-    for name in ("../copy.rwkv/vocab.txt", str(copy / "vocab.txt")):
+    for name in ("../copy.rwkv/vocab.txt", str(copy / "vocab.txt"), "two\nlines"):
 
         def add(manifest: dict[str, Any], name: str = name) -> None:
             manifest["files"][name] = manifest["files"]["vocab.txt"]
