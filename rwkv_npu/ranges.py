@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_npu.calibration import Samples
-from rwkv_npu.int8 import Affine, Quantised, Ranges, reciprocal, round_weight
+from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Quantised, Ranges, reciprocal, round_weight
 from rwkv_npu.maths import divergence, matmul
 from rwkv_npu.widths import int8_parts, spans
 
@@ -40,11 +40,16 @@ class Histogram(NamedTuple):
     def of(x: np.ndarray, low: float, high: float) -> Histogram:
         """Of all of x, and of a range that may be wider than x."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
+        if high - low <= (HIGHEST - LOWEST) * SILENT:
+            low = high = 0.0
         counts, edges = np.histogram(x, BINS, (low, high))
         return Histogram(low, high, ((edges[:-1] + edges[1:]) / 2).astype(np.float32), counts)
 
     def candidates(self) -> Iterable[Affine]:
-        return (Affine.covering(share * self.low, share * self.high) for share in SHARES)
+        """The whole range, and parts of it, unless these are silent."""
+        whole = normal(self)
+        found = (Affine.covering(share * self.low, share * self.high) for share in SHARES)
+        return (affine for affine in found if affine.scale <= whole.scale)
 
 
 def normal(seen: Histogram) -> Affine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -76,6 +76,8 @@ def test_products_are_those_of_integers() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @settings(deadline=None, max_examples=20)
 @given(arrays(np.float32, 400, elements=st.floats(-50, 50, width=32)))
+@example(np.full(400, -1e-34, np.float32))
+@example(np.full(400, -5e-18, np.float32))
 def test_every_range_lies_in_what_was_seen(algorithm: str, x: np.ndarray) -> None:
     low, high = float(x.min()), float(x.max())
     whole, found = Affine.covering(low, high), ALGORITHMS[algorithm](Histogram.of(x, low, high))
