@@ -200,12 +200,6 @@ def build_artifacts(
         manifest.artifacts += _run_builds(waiting, environment, jobs, bar)
 
 
-def remove_notes(folder: Path) -> None:
-    """Once the manifest knows the artifacts, what was noted beside them is no longer needed."""
-    for notes in folder.glob("rknn/*/*.rknn.json"):
-        notes.unlink()
-
-
 def _enough(artifact: Artifact, environment: Environment, verify: bool) -> bool:
     """Whether an artifact need not be built again: of this compiler, and verified if that is asked."""
     return artifact.toolkit == environment.version and (artifact.error is not None or not verify)

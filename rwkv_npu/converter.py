@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import rwkv_npu
-from rwkv_npu import headroom, quantisation
-from rwkv_npu.artifacts import build_artifacts, plan_artifacts, remove_notes
+from rwkv_npu import headroom
+from rwkv_npu.artifacts import build_artifacts, plan_artifacts
 from rwkv_npu.bundle import MANIFEST, Artifact, Bundle, Manifest
 from rwkv_npu.bundle_writer import (
     describe_groups,
@@ -224,8 +224,6 @@ def _finish(bundle: Bundle) -> None:
     was interrupted."""
     record_files(bundle.path, bundle.manifest)
     write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
-    remove_notes(bundle.path)
-    quantisation.remove_notes(bundle.path)
     for folder in ("rknn", "cpu", "calib"):
         for path in sorted((bundle.path / folder).rglob("*")):
             if path.is_file() and path.relative_to(bundle.path).as_posix() not in bundle.manifest.files:

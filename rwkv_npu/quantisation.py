@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,8 +90,9 @@ class Quantisation:
         manifest, there = bundle.manifest, (bundle.path / INT8).is_file()
         # Whether what the manifest says follows from these ranges.
         self._unchanged = there and manifest.int8_key == self._key and bool(manifest.sensitivity)
-        known = self._noted() or (manifest.sensitivity if self._unchanged else None) if there else None
-        self.table = known or self._choose_ranges()
+        noted = self._noted() if there else None
+        known = manifest.sensitivity if self._unchanged else None
+        self.table = noted or known or self._choose_ranges()
         manifest.int8_key, manifest.sensitivity = self._key, self.table
 
     def take(self, precision: str, names: Collection[str]) -> Int8Set:
@@ -207,11 +207,6 @@ class Quantisation:
     @cached_property
     def _judge(self) -> Judge:
         return Judge(self._source, self._measured)
-
-
-def remove_notes(folder: Path) -> None:
-    """Once the manifest has the table."""
-    (folder / NOTES).unlink(missing_ok=True)
 
 
 def describe(precision: str, chosen: Int8Set, table: list[Sensitivity]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil
 
 # At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
@@ -25,5 +26,4 @@ def int8_parts(K: int) -> list[int]:
 
 def spans(widths: Sequence[int]) -> list[tuple[int, int]]:
     """Where parts of `widths`, side by side, begin and end."""
-    ends = [sum(widths[: number + 1]) for number in range(len(widths))]
-    return [(end - width, end) for end, width in zip(ends, widths, strict=True)]
+    return [(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]

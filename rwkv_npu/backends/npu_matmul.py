@@ -40,6 +40,7 @@ from rwkv_npu.backends.rknn_api import (
     check,
 )
 from rwkv_npu.errors import BackendError
+from rwkv_npu.widths import spans
 
 # A block of the native layouts of A and C, as one element: 8 of fp16, 16 of int8, 4 sums. Copied whole, it is moved
 # several times faster than its parts.
@@ -232,9 +233,9 @@ class Products:
         how = cut(K, N, self._kind, len(self._cores))
         scale = column_scale(matrix) if self._kind is INT8 else None
         parts: list[list[tuple[Context, Memory]]] = []
-        for depth, k in zip(how.depths, spans(how.depths), strict=True):
+        for depth, k in zip(how.depths, _slices(how.depths), strict=True):
             parts.append([])
-            for core, (width, n) in enumerate(zip(how.widths, spans(how.widths), strict=True)):
+            for core, (width, n) in enumerate(zip(how.widths, _slices(how.widths), strict=True)):
                 context = self._context(name, rows, depth, width, core)
                 memory = context.memory(depth * width * self._kind.operand.itemsize)
                 part_scale = None if scale is None else scale[n]
@@ -259,7 +260,7 @@ class Products:
             a = np.ascontiguousarray(a, self._kind.operand)
         result = np.empty((len(x), sum(weight.cut.widths)), np.float32)
         with self._lock:
-            for number, rows in enumerate(spans(weight.cut.depths)):
+            for number, rows in enumerate(_slices(weight.cut.depths)):
                 self._all_cores(a[:, rows], weight.parts[number], result, weight.cut.widths, add=number > 0)
         result = result[:, : weight.cut.N]
         return result if weight.scale is None else result * (scale * weight.scale)
@@ -285,7 +286,7 @@ class Products:
 
             return multiply
 
-        first, *others = [work(part, columns) for part, columns in zip(parts, spans(widths), strict=True)]
+        first, *others = [work(part, columns) for part, columns in zip(parts, _slices(widths), strict=True)]
         futures = [self._threads.submit(other) for other in others]
         try:
             first()
@@ -301,9 +302,8 @@ class Products:
             self._contexts.popitem()[1].close()
 
 
-def spans(lengths: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(lengths)
-    return [slice(int(end) - length, int(end)) for end, length in zip(ends, lengths, strict=True)]
+def _slices(widths: Sequence[int]) -> list[slice]:
+    return [slice(*span) for span in spans(widths)]
 
 
 def column_scale(matrix: np.ndarray) -> np.ndarray:
