@@ -30,6 +30,7 @@ from rwkv_npu import toolkit  # noqa: E402
 from rwkv_npu.backends.rknn_api import OVERRIDE  # noqa: E402
 from rwkv_npu.model import Model, load  # noqa: E402
 from rwkv_npu.toolkit.install import install  # noqa: E402
+from tests.conversions import convert  # noqa: E402
 from tests.emulated import GENERATIONS, EmulatedBoard, convert_for_board  # noqa: E402
 from tests.tiny import Run, run_main, write_model  # noqa: E402
 from tools.board import build  # noqa: E402
@@ -65,6 +66,17 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights without a vocabulary."""
     return tiny(tmp_path_factory, "wordless", vocabulary=False)
+
+
+@pytest.fixture(scope="session")
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted conversion for the CPU makes of `checkpoint`. Not to be changed."""
+    return convert(checkpoint, tmp_path_factory.mktemp("whole") / "whole.rwkv")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.rwkv"
 
 
 @pytest.fixture(scope="session")

@@ -18,18 +18,6 @@ from rwkv_npu.tensorfile import TensorFile
 from tests.conversions import contents, convert, names, outputs
 from tests.tiny import run_main, write_model, write_vocabulary
 
-
-@pytest.fixture(scope="module")
-def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted conversion makes. Not to be changed."""
-    return convert(checkpoint, tmp_path_factory.mktemp("whole") / "whole.rwkv")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out.rwkv"
-
-
 # -- what comes out --------------------------------------------------------------------------------------
 
 

@@ -25,18 +25,6 @@ from rwkv_npu.files import write_atomically
 from tests.conversions import contents, convert, names
 from tests.tiny import one_line, run_main
 
-
-@pytest.fixture(scope="module")
-def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted conversion makes. Not to be changed."""
-    return convert(checkpoint, tmp_path_factory.mktemp("whole") / "whole.rwkv")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out.rwkv"
-
-
 # -- interrupted conversions -----------------------------------------------------------------------------
 
 

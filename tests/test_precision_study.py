@@ -11,14 +11,6 @@ import pytest
 from bench.precision_study import __main__ as study
 from rwkv_npu import calibration_ids
 from rwkv_npu.quantisation import REMEDIES
-from tests.tiny import write_model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    write_model(path)
-    return path
 
 
 def run(checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:
