@@ -257,6 +257,17 @@ def check_series(series: Series, worst: float, sums: str, version: str, where: s
     return row
 
 
+def test_int8_does_not_saturate_on_any_processor() -> None:
+    """All operands at the largest magnitude: sums of two products would pass int16 with 8 bits of B."""
+    a, b = np.ones((3, 64), np.float32), np.ones((64, 16), np.float32)
+    b[:, ::2] *= -1
+    largest = problem.Problem(3, 64, 16, a, b)
+    operation = backends.OrtBackend("int8", 1, "cpu").prepare(largest)
+    for stage in operation.stages:
+        stage()
+    assert largest.error(operation.result()) < 1e-6
+
+
 def test_bytes_are_those_of_the_operands() -> None:
     for dtype, bytes_of_b in (("int8", 1.0), ("fp32", 4.0)):
         opened = Measured(Series("ort", dtype), 1, QUICK)
