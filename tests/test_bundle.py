@@ -432,3 +432,18 @@ def test_a_manifest_that_names_files_elsewhere(copy: Path) -> None:
         (copy / MANIFEST).write_bytes(original)
         rewrite(copy, add)
         refused(copy, MANIFEST)
+
+
+def test_a_bundle_of_the_first_version_opens(tmp_path: Path) -> None:
+    """`data/bundle-0.1.zip` was made by commit a983d45: RWKV-7, D 32, L 2, rk3588, rows 1, mixed, int8 for the CPU."""
+    path = tmp_path / "old"
+    shutil.unpack_archive(Path(__file__).parent / "data" / "bundle-0.1.zip", path)
+    expected = {
+        ("numpy", None): [0.4674, 0.6855, -1.7663, -1.1463, -1.0535, 1.4252],
+        ("numpy", "mixed"): [0.5011, 0.6891, -1.754, -1.1902, -1.0023, 1.3781],
+        ("ort", None): [0.4674, 0.6855, -1.7663, -1.1463, -1.0535, 1.4252],
+    }
+    for (backend, precision), logits in expected.items():
+        with rwkv_npu.load(path, backend=backend, precision=precision) as model:
+            found, _ = model.forward([5, 6, 7, 8, 9])
+        np.testing.assert_allclose(found[:6], logits, atol=5e-2 if backend == "ort" else 1e-3)

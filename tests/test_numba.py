@@ -16,6 +16,7 @@ from rwkv_npu.backends.numba import KEPT_CHUNKS, NumbaBackend, Weights
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.engine import Dispatcher
 from rwkv_npu.errors import UsageError
+from rwkv_npu.files import cache_dir
 from rwkv_npu.kernels import instructions, recurrence
 from rwkv_npu.kernels.recorder import record, record_walk
 from rwkv_npu.kernels.tape import Layout
@@ -284,3 +285,21 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout == "True 0\n", done.stderr
+
+
+def test_the_second_start_compiles_nothing() -> None:
+    """A cache that is looked for in the wrong place would be filled anew at every start, in silence."""
+    script = "import rwkv_npu; rwkv_npu.load(backend='numba', threads=2).forward([1, 2, 3])"
+
+    def start() -> tuple[dict[Path, int], str]:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return {
+            file: file.stat().st_mtime_ns for file in (cache_dir() / "kernels").rglob("*.nb?")
+        }, done.stderr
+
+    first, _ = start()
+    second, said = start()
+    assert first == second and first and "this run only" not in said
