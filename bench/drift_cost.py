@@ -26,7 +26,7 @@ from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.engine import Engine
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.models.network import Program
-from rwkv_npu.spec import Group, Spec, tensors
+from rwkv_npu.models.spec import Group, Spec, tensors
 
 MODELS = {"v7-0.4b": "0.45B", "v7-1.5b": "1.5B"}
 ROWS = (1, 64)

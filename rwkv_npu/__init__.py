@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rwkv_npu.converter import convert
     from rwkv_npu.generation import Step
     from rwkv_npu.model import Model, load, load_state
-    from rwkv_npu.spec import Spec
+    from rwkv_npu.models.spec import Spec
     from rwkv_npu.state import State
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ __all__ = ["Model", "Spec", "State", "Step", "convert", "errors", "load", "load_
 
 _HOME = {
     "Model": "model",
-    "Spec": "spec",
+    "Spec": "models.spec",
     "State": "state",
     "Step": "generation",
     "convert": "converter",

@@ -32,12 +32,12 @@ from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.models.network import Program
+from rwkv_npu.models.spec import default_scaling
 from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.quantisation import LEAST, MAX_KL, quantise_bundle, sizes
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.request import Request, Say, mapped_projections, parse_rows
 from rwkv_npu.sources import BundleSource, CheckpointSource
-from rwkv_npu.spec import default_scaling
 from rwkv_npu.tokenizer import Tokenizer, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 from rwkv_npu.verify import verify_graphs

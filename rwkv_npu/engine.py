@@ -21,7 +21,7 @@ from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network, Program, Recurrence, Run
-from rwkv_npu.spec import Group, Spec
+from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.state import Batch, State, new_state
 
 PREFILL_ROWS = 128  # tokens a call where the backend takes any number of rows

@@ -1,6 +1,6 @@
 """Records the maths of a group as the nodes of an ONNX graph; onnx_models.py adds the numbers.
 
-The tracer implements `rwkv_npu.maths.Maths`: the formulas of `models/` run on it as they run on NumPy, and
+The tracer implements `rwkv_npu.models.maths.Maths`: the formulas of `models/` run on it as they run on NumPy, and
 leave nodes behind instead of numbers. Names of nodes and initialisers are those of the checkpoint.
 
 Two uses: with `rows=None` the graph has symbolic M and B, for ONNX Runtime; with fixed rows it is meant for
@@ -21,9 +21,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from rwkv_npu.int8 import Affine, Ranges, reciprocal
-from rwkv_npu.maths import LAYER_NORM_EPS
+from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
-from rwkv_npu.spec import Group, Port, Spec, tensors
+from rwkv_npu.models.spec import Group, Port, Spec, tensors
 from rwkv_npu.widths import NPU_WIDTH, cut, int8_parts, spans
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from rwkv_npu.bundle import Manifest
 from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.models.spec import Scaling, Spec
 from rwkv_npu.progress import progress
 from rwkv_npu.sources import ModelSource
-from rwkv_npu.spec import Scaling, Spec
 
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not

@@ -20,7 +20,7 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from rwkv_npu.spec import Kind, Tensor
+from rwkv_npu.models.spec import Kind, Tensor
 
 BLOCK = 64  # rows that share a scale
 LANES = 16  # columns of a strip

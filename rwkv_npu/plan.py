@@ -16,7 +16,7 @@ from typing import Any
 
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import write_atomically
-from rwkv_npu.spec import Group
+from rwkv_npu.models.spec import Group
 
 USES = ("decode", "prefill")
 TUNED = "tuned.json"  # in a bundle, and not in its manifest: it belongs to machines

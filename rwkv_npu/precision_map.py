@@ -17,7 +17,7 @@ from pathlib import Path
 from rwkv_npu.errors import UsageError, first_line
 from rwkv_npu.graphs import trace_group
 from rwkv_npu.models.network import Program
-from rwkv_npu.spec import FUSIONS, Spec
+from rwkv_npu.models.spec import FUSIONS, Spec
 
 OF_A_PROJECTION = ("fp16", "w8a8")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from rwkv_npu.calibration import Samples
 from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Quantised, Ranges, reciprocal, round_weight
-from rwkv_npu.maths import divergence, matmul
+from rwkv_npu.models.maths import divergence, matmul
 from rwkv_npu.widths import int8_parts, spans
 
 BINS = 1 << 14  # of a histogram: 64 for each step of int8 where nothing is clipped

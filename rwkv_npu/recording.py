@@ -15,11 +15,11 @@ import numpy as np
 from rwkv_npu.backends.base import Recorded
 from rwkv_npu.bundle import SELF_TEST, Bundle
 from rwkv_npu.errors import BundleError
-from rwkv_npu.maths import NumpyMaths
 from rwkv_npu.models.common import Arrays
+from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
+from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.sources import BundleSource, ModelSource
-from rwkv_npu.spec import FUSIONS, Group
 from rwkv_npu.state import new_state
 from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
 

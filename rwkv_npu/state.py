@@ -17,7 +17,7 @@ import numpy as np
 
 from rwkv_npu.errors import StateError
 from rwkv_npu.files import write_atomically
-from rwkv_npu.spec import Spec, state_shapes
+from rwkv_npu.models.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"
 EMPTY_Q = -1e30  # v4: the running maximum of an empty history

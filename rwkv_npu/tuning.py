@@ -17,10 +17,10 @@ from rwkv_npu.backends import NPU_BACKENDS
 from rwkv_npu.bundle import Bundle
 from rwkv_npu.engine import PREFILL_ROWS, Engine
 from rwkv_npu.errors import BackendError, RwkvNpuError
+from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.opening import Options, open_engine, why_absent
 from rwkv_npu.plan import USES, Plan
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS
 
 CPU_BACKENDS = ("numba", "ort", "numpy")
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes

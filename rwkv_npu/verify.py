@@ -5,10 +5,10 @@ from __future__ import annotations
 from rwkv_npu.backends.base import relative_error
 from rwkv_npu.backends.ort import OrtBackend
 from rwkv_npu.bundle import Bundle, graph_file
+from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.progress import progress
 from rwkv_npu.recording import record
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS
 
 VERIFY_ROWS = 16
 

@@ -16,8 +16,8 @@ import rwkv_npu
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.model import demo_model
+from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS, Group
 from tools.make_checkpoint import make_checkpoint
 
 GENERATIONS = ("4", "5.2", "6", "7")

@@ -18,9 +18,9 @@ import pytest
 import rwkv_npu
 from rwkv_npu import artifacts, board, converter, npu
 from rwkv_npu.bundle import open_bundle
-from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.models.maths import NumpyMaths
+from rwkv_npu.models.spec import FUSIONS, Group, Spec, groups
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS, Group, Spec, groups
 from rwkv_npu.toolkit import Cycles, Environment, Job
 
 TRACEBACK = "E Catch exception when init runtime!\nE Traceback (most recent call last):\n  File x, line 1\n"

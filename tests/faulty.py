@@ -12,9 +12,9 @@ from rwkv_npu.backends.guard import Guard
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import BackendError
+from rwkv_npu.models.spec import Group
 from rwkv_npu.recording import SELF_TEST_ROWS, record
 from rwkv_npu.sources import ModelSource
-from rwkv_npu.spec import Group
 
 ADVICE = "; try something"
 KINDS = ("code", "nan", "inf", "zeros", "rows", "missing")

@@ -12,7 +12,7 @@ from rwkv_npu import converter
 from rwkv_npu.artifacts import Build
 from rwkv_npu.bundle import MANIFEST, open_bundle
 from rwkv_npu.errors import ToolkitError, UsageError
-from rwkv_npu.spec import groups
+from rwkv_npu.models.spec import groups
 from rwkv_npu.toolkit import Environment, Job, schedule
 from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import write_model

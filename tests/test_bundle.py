@@ -22,7 +22,7 @@ import rwkv_npu
 from rwkv_npu import bundle as bundle_module
 from rwkv_npu.bundle import HOST, MANIFEST, SELF_TEST, WEIGHTS, Bundle, _checksum, open_bundle, verify_files
 from rwkv_npu.errors import BundleError, RwkvNpuError
-from rwkv_npu.spec import FUSIONS, Scaling, groups, tensors
+from rwkv_npu.models.spec import FUSIONS, Scaling, groups, tensors
 from rwkv_npu.tensorfile import TensorFile
 from tests.tiny import run_main, write_model
 

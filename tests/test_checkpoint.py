@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint, read_tensors
 from rwkv_npu.errors import CheckpointError
-from rwkv_npu.spec import GENERATIONS, Kind, tensors
+from rwkv_npu.models.spec import GENERATIONS, Kind, tensors
 from tests.checkpoints import SMALL, refused, saved, small, weights
 from tools.make_checkpoint import SIZES, main, make_checkpoint, make_spec
 

@@ -13,8 +13,8 @@ from rwkv_npu import headroom
 from rwkv_npu.bundle import Manifest, open_bundle
 from rwkv_npu.calibration_ids import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
 from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.models.spec import GENERATIONS, Scaling
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import GENERATIONS, Scaling
 from rwkv_npu.tokenizer import find_tokenizer
 from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model, write_vocabulary

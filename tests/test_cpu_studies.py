@@ -13,8 +13,8 @@ from rwkv_npu.bench.machine import describe
 from rwkv_npu.bundle import read_manifest
 from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.models.spec import groups, tensors
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import groups, tensors
 from tests.tiny import write_model
 
 

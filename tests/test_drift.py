@@ -14,9 +14,9 @@ from rwkv_npu import board
 from rwkv_npu.backends.base import allocate_inputs
 from rwkv_npu.backends.drift import ENOUGH, EVERY, Drift, Watched, WatchedRunner
 from rwkv_npu.bundle import Bundle, open_bundle
+from rwkv_npu.models.spec import Group, Port
 from rwkv_npu.opening import _watched
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import Group, Port
 from tests.fake_compiler import stand_in
 from tests.tiny import V, write_model
 

@@ -18,8 +18,8 @@ from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.engine import PREFILL_ROWS, Engine
 from rwkv_npu.errors import UsageError
+from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.state import State
 from tests.tiny import write_model
 

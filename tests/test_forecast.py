@@ -34,11 +34,11 @@ from rwkv_npu.forecast import Forecast, Variant, forecast
 from rwkv_npu.graphs import compiler_trace
 from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model
+from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Spec, tensors
 from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.request import Request
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import FUSIONS, GENERATIONS, Spec, tensors
 from tests.emulated import GENERATIONS as ON_BOARD
 from tests.emulated import ROWS
 from tests.tiny import one_line, run_main, write_model

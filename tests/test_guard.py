@@ -20,10 +20,10 @@ from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import BackendError
-from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.models.maths import NumpyMaths
+from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.recording import SELF_TEST_ROWS, record
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import FUSIONS, Group
 from rwkv_npu.state import State
 from tests.faulty import ADVICE, KINDS, FaultyNpu, guarded_engine, plain_engine
 from tests.tiny import write_model

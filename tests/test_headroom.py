@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.headroom import LIMIT, choose_scaling, magnitudes, too_large
-from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
+from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Scaling
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import FUSIONS, GENERATIONS, Scaling
 from rwkv_npu.state import new_state
 from tests.tiny import V, write_model
 

@@ -16,10 +16,10 @@ from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.evaluation import evaluate
 from rwkv_npu.headroom import LARGEST, LIMIT, choose_scaling
+from rwkv_npu.models.spec import Scaling
 from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.recording import record
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import Scaling
 from rwkv_npu.toolkit import Environment, Simulator
 from tests.fake_compiler import stand_in
 from tools.make_checkpoint import make_checkpoint

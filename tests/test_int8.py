@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from rwkv_npu.calibration import Samples
 from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Int8Maths, Quantised, Ranges, round_weight
-from rwkv_npu.maths import divergence
+from rwkv_npu.models.maths import divergence
 from rwkv_npu.ranges import ALGORITHMS, Histogram, choose
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.widths import INT8_WIDTH, int8_parts, spans

@@ -17,8 +17,8 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.bundle import open_bundle
-from rwkv_npu.maths import log_softmax
 from rwkv_npu.model import demo_model
+from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.texts import calibration_text
 from tests.emulated import EmulatedBoard, run_artifacts
 from tools.board.calls import count, read_calls

@@ -11,7 +11,7 @@ from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.memory import BUDGET_BYTES, MemoryPlan, check_room, plan_memory
 from rwkv_npu.models.network import Program
-from rwkv_npu.spec import Scaling, Spec, groups
+from rwkv_npu.models.spec import Scaling, Spec, groups
 
 SIZES = {
     "0.19B": Spec("7", 768, 12, 12, 64, 768, 3072, 65536, {"w": 64, "a": 64, "v": 32, "g": 128}),

@@ -20,10 +20,10 @@ from rwkv_npu.files import cache_dir
 from rwkv_npu.kernels import instructions, recurrence
 from rwkv_npu.kernels.recorder import record, record_walk
 from rwkv_npu.kernels.tape import Layout
-from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.models.maths import NumpyMaths
+from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.packing import BLOCK
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS
 from tests.tiny import RANKS, write_model
 
 # v5 differs from v4 in nothing that a backend sees.

@@ -15,7 +15,7 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.bundle import open_bundle
-from rwkv_npu.spec import groups
+from rwkv_npu.models.spec import groups
 from tests.emulated import GENERATIONS, EmulatedBoard
 from tests.fp16 import check_logits, check_state, forced
 from tools.board.calls import Call, bytes_moved, count, read_calls

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_npu.models.spec import Spec, tensors
 from rwkv_npu.packing import BLOCK, LANES, PANEL, bits_of, numbers, pack, pack_floats, packed_shapes, unpack
-from rwkv_npu.spec import Spec, tensors
 from tests.tiny import RANKS
 
 SHAPES = st.tuples(st.integers(1, 200), st.integers(1, 200))

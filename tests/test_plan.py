@@ -15,9 +15,9 @@ from rwkv_npu import opening, plan, tuning
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bundle import artifacts_digest, open_bundle, verify_files
 from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.models.spec import Group, groups
 from rwkv_npu.opening import Options, machine_key
 from rwkv_npu.plan import TUNED, USES, Plan, parse, save_tuned, tuned
-from rwkv_npu.spec import Group, groups
 from rwkv_npu.tuning import Measured, best_plan
 from tests.tiny import run_main, write_model
 

@@ -10,7 +10,7 @@ import pytest
 import rwkv_npu
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.commands.info import estimate_ms
-from rwkv_npu.spec import FUSIONS, groups
+from rwkv_npu.models.spec import FUSIONS, groups
 from rwkv_npu.toolkit import Environment, rknn_info
 from tests.fp16 import check_logits, check_state, forced
 from tools.make_checkpoint import make_checkpoint

@@ -23,9 +23,9 @@ from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.memory import MAX_CONTEXTS
+from rwkv_npu.models.spec import FUSIONS, groups
 from rwkv_npu.npu import Lock
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.spec import FUSIONS, groups
 from tests.tiny import write_model
 from tools.board.calls import count, read_calls
 

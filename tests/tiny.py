@@ -17,7 +17,7 @@ import pytest
 
 from rwkv_npu.cli import main
 from rwkv_npu.model import Model
-from rwkv_npu.spec import Spec
+from rwkv_npu.models.spec import Spec
 from tools.make_checkpoint import make_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]  # (exit status, stdout, stderr) of a command

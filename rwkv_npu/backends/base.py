@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rwkv_npu.maths import Maths, NumpyMaths
+from rwkv_npu.models.maths import Maths, NumpyMaths
 from rwkv_npu.models.network import Whole
+from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.packing import Packed
-from rwkv_npu.spec import Group, Spec
 
 
 @dataclass(frozen=True)

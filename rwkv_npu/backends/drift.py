@@ -15,8 +15,8 @@ from itertools import count, cycle
 import numpy as np
 
 from rwkv_npu.backends.base import Backend, Runner
-from rwkv_npu.maths import largest
-from rwkv_npu.spec import Group
+from rwkv_npu.models.maths import largest
+from rwkv_npu.models.spec import Group
 
 # By group and input, the largest magnitude that calibration saw.
 Peaks = Mapping[str, Mapping[str, float]]

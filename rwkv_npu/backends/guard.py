@@ -17,7 +17,7 @@ import numpy as np
 
 from rwkv_npu.backends.base import Backend, Faults, Recorded, Runner, relative_error
 from rwkv_npu.errors import BackendError
-from rwkv_npu.spec import Group
+from rwkv_npu.models.spec import Group
 
 CALL_SECONDS = (
     10.0  # the slowest calls take a tenth of a second; the driver itself gives up after some seconds

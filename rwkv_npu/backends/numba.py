@@ -15,9 +15,9 @@ from rwkv_npu.errors import BackendError
 from rwkv_npu.kernels import instructions, recurrence
 from rwkv_npu.kernels.recorder import Matrix, Recording, Weight, record, record_walk
 from rwkv_npu.kernels.tape import Binder, Bound, Code, Layout, Tape, aligned_bytes
-from rwkv_npu.maths import NumpyMaths
+from rwkv_npu.models.maths import NumpyMaths
+from rwkv_npu.models.spec import Group, Port, walk_inputs
 from rwkv_npu.packing import LANES, Packed, pack_floats, padded
-from rwkv_npu.spec import Group, Port, walk_inputs
 
 FORMATS = {"float16": instructions.FP16, "bfloat16": instructions.BF16, "float32": instructions.FP32}
 

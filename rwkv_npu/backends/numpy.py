@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from rwkv_npu.backends.base import Source, allocate_inputs
-from rwkv_npu.spec import Group
+from rwkv_npu.models.spec import Group
 
 
 class NumpyRunner:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.errors import BackendError, first_line
-from rwkv_npu.spec import Group
+from rwkv_npu.models.spec import Group
 
 # Prepacked weights multiply one row twice as fast; without, a model opens faster and holds its weights once.
 PREPACK = True

@@ -24,8 +24,8 @@ from rwkv_npu.board import numbers
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import LONGEST, BackendError, first_line
 from rwkv_npu.memory import MemoryPlan, check_room
+from rwkv_npu.models.spec import Group
 from rwkv_npu.npu import LOCK, captured, raise_file_limit
-from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import VERSIONS, rknn_info
 
 CORES = {"auto": 0, "0": 1, "1": 2, "2": 4, "0,1": 3, "0,1,2": 7}

@@ -17,8 +17,8 @@ import numpy as np
 from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
+from rwkv_npu.models.spec import Group
 from rwkv_npu.progress import progress
-from rwkv_npu.spec import Group
 from rwkv_npu.toolkit import CompileOptions, Job, Simulator, available_memory, require
 
 SHARE = 0.8  # of the memory that is there, for all simulators together

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from rwkv_npu.backends.base import Source, allocate_inputs
-from rwkv_npu.maths import LAYER_NORM_EPS
-from rwkv_npu.spec import Group
+from rwkv_npu.models.maths import LAYER_NORM_EPS
+from rwkv_npu.models.spec import Group
 
 
 class TorchMaths:

@@ -24,7 +24,7 @@ from rwkv_npu.bench.series import Failed, roofline
 from rwkv_npu.bundle import Artifact, is_bundle, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.spec import Spec
+from rwkv_npu.models.spec import Spec
 
 DEFAULT_BACKENDS = ("numba", "ort", "torch", "numpy")
 STAGES = 1 + len(PREFILLS) + 1  # load, prompts, decode

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.errors import UsageError
-from rwkv_npu.spec import Spec, tensors
+from rwkv_npu.models.spec import Spec, tensors
 
 Shape = tuple[int, int, int]
 

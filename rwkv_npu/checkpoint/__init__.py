@@ -24,7 +24,7 @@ from rwkv_npu.checkpoint.huggingface import (
 )
 from rwkv_npu.checkpoint.pth import read_pth
 from rwkv_npu.errors import CheckpointError
-from rwkv_npu.spec import Kind, Spec, Tensor
+from rwkv_npu.models.spec import Kind, Spec, Tensor
 from rwkv_npu.tensorfile import TensorFile, map_file
 
 __all__ = ["Checkpoint", "check_finite", "open_checkpoint", "read_tensors"]

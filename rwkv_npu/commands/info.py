@@ -14,7 +14,7 @@ from rwkv_npu.commands.common import size
 from rwkv_npu.estimate import estimate_ms
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import demo_model
-from rwkv_npu.spec import FUSIONS, Spec, groups
+from rwkv_npu.models.spec import FUSIONS, Spec, groups
 from rwkv_npu.tokenizer import find_tokenizer
 
 PREFILL_TOKENS = 128

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_npu import maths
 from rwkv_npu.errors import BackendError
+from rwkv_npu.models import maths
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

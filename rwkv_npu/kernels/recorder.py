@@ -1,6 +1,6 @@
 """Records the maths of a model as a list of instructions for the machine in `machine.py`.
 
-The recorder implements `rwkv_npu.maths.Maths`, and `models.network.Walk`: the formulas of `models/` run on it as they
+The recorder implements `rwkv_npu.models.maths.Maths`, and `models.network.Walk`: the formulas of `models/` run on it as they
 run on NumPy, for one group or for all layers at once, and leave instructions behind. `schedule` puts them in an order
 in which threads have to wait for each other seldom. Nothing here needs numba.
 """
@@ -32,10 +32,10 @@ from rwkv_npu.kernels.instructions import (
     SUB,
     TANH,
 )
-from rwkv_npu.maths import LAYER_NORM_EPS
+from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program, walk
+from rwkv_npu.models.spec import Group, att_outputs, walk_inputs
 from rwkv_npu.packing import Packed
-from rwkv_npu.spec import Group, att_outputs, walk_inputs
 
 RECURRENCE = "recurrence"  # the section of its instructions; those of others are the roles of groups
 

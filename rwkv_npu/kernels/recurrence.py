@@ -17,7 +17,7 @@ from rwkv_npu.kernels import load
 from rwkv_npu.kernels.instructions import A_STATES, A_VALUES, ARGUMENTS
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
-from rwkv_npu.spec import Spec
+from rwkv_npu.models.spec import Spec
 
 # Multiplications of a state's elements that are worth a thread of their own: some 100 us, when waking it takes 20.
 SHARE = 1 << 20

@@ -28,8 +28,8 @@ from rwkv_npu.kernels.instructions import (
     TILE_ROWS,
 )
 from rwkv_npu.kernels.recorder import Entry, Matrix, Recording, Value
+from rwkv_npu.models.spec import Spec, state_shapes
 from rwkv_npu.packing import BLOCK, PANEL, padded
-from rwkv_npu.spec import Spec, state_shapes
 
 WORD = 8  # bytes: every field of an instruction and every argument of a recurrence
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.maths import Maths
-from rwkv_npu.spec import Scaling
+from rwkv_npu.models.maths import Maths
+from rwkv_npu.models.spec import Scaling
 
 Arrays = dict[str, np.ndarray]
 

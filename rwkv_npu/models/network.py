@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rwkv_npu import spec as _spec
-from rwkv_npu.maths import LAYER_NORM_EPS, Maths, NumpyMaths, layer_norm, matmul
 from rwkv_npu.models import MODULES
+from rwkv_npu.models import spec as _spec
 from rwkv_npu.models.common import Arrays, scale
-from rwkv_npu.spec import Group, Scaling, Spec
+from rwkv_npu.models.maths import LAYER_NORM_EPS, Maths, NumpyMaths, layer_norm, matmul
+from rwkv_npu.models.spec import Group, Scaling, Spec
 
 # Rows (M, width) in, rows out; what it returns is valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.maths import Maths, sigmoid
 from rwkv_npu.models.common import Arrays, squared_relu_mix
-from rwkv_npu.spec import Scaling, Spec
+from rwkv_npu.models.maths import Maths, sigmoid
+from rwkv_npu.models.spec import Scaling, Spec
 
 
 def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.maths import Maths, sigmoid
 from rwkv_npu.models.common import Arrays, group_norm, heads, wkv
+from rwkv_npu.models.maths import Maths, sigmoid
+from rwkv_npu.models.spec import Spec, att_inputs
 from rwkv_npu.models.v4 import ffn, ffn_mix
-from rwkv_npu.spec import Spec, att_inputs
 
 __all__ = ["att_in", "att_mix", "ffn", "ffn_mix", "prepare", "time_mix"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.maths import Maths, sigmoid
 from rwkv_npu.models.common import Arrays, group_norm, heads, wkv
+from rwkv_npu.models.maths import Maths, sigmoid
+from rwkv_npu.models.spec import Spec
 from rwkv_npu.models.v4 import ffn
-from rwkv_npu.spec import Spec
 
 __all__ = ["att_in", "att_mix", "ffn", "ffn_mix", "prepare", "time_mix"]
 

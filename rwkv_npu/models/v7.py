@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.maths import Maths, sigmoid
 from rwkv_npu.models.common import CHUNK, Arrays, group_norm, heads, squared_relu_mix
-from rwkv_npu.spec import Scaling, Spec
+from rwkv_npu.models.maths import Maths, sigmoid
+from rwkv_npu.models.spec import Scaling, Spec
 
 LOG_DECAY = np.float32(-np.exp(-0.5))  # log of the fastest decay
 NORM_FLOOR = np.float32(1e-12)

@@ -24,8 +24,8 @@ from rwkv_npu.backends.base import Backend
 from rwkv_npu.bench.problem import make_problem
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.errors import RwkvNpuError, UsageError
+from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.sources import BundleSource
-from rwkv_npu.spec import FUSIONS, Group
 from tools.board.half import HalfBackend
 
 Function = Callable[[list[np.ndarray]], list[np.ndarray]]  # arrays of a group's inputs -> of its outputs

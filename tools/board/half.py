@@ -12,11 +12,11 @@ from functools import cache
 
 import numpy as np
 
-from rwkv_npu import maths
 from rwkv_npu.backends.base import allocate_inputs
-from rwkv_npu.maths import LAYER_NORM_EPS
+from rwkv_npu.models import maths
+from rwkv_npu.models.maths import LAYER_NORM_EPS
+from rwkv_npu.models.spec import Group
 from rwkv_npu.sources import ModelSource
-from rwkv_npu.spec import Group
 
 
 class HalfMaths:
