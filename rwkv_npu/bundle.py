@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import BundleError
-from rwkv_npu.int8 import Affine, Quantised, Ranges
 from rwkv_npu.models.spec import Scaling, Spec
-from rwkv_npu.packing import Packed
+from rwkv_npu.quant.cpu import Packed
+from rwkv_npu.quant.npu import Affine, Quantised, Ranges
 from rwkv_npu.tensorfile import TensorFile
 
 FORMAT = (1, 1)  # another major is refused, a newer minor opens

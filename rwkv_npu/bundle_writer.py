@@ -30,8 +30,8 @@ from rwkv_npu.graphs import Constant, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
 from rwkv_npu.onnx_models import external_model
-from rwkv_npu.packing import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.progress import Progress, progress
+from rwkv_npu.quant.cpu import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.tensorfile import Entry, TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.tokenizer import Tokenizer

@@ -22,10 +22,10 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec, tensors
+from rwkv_npu.quant.widths import int8_parts, spans
 from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.state import new_state
 from rwkv_npu.tokenizer import END_OF_TEXT
-from rwkv_npu.widths import int8_parts, spans
 
 KEEP = 4096  # rows of every projection
 MEMORY = 2 << 30  # bytes that those rows may take: of large models fewer are kept

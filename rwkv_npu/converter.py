@@ -33,7 +33,7 @@ from rwkv_npu.errors import UsageError
 from rwkv_npu.files import write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import default_scaling
-from rwkv_npu.packing import PRECISIONS
+from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.quantisation import LEAST, MAX_KL, quantise_bundle, sizes
 from rwkv_npu.recording import write_self_test
 from rwkv_npu.request import Request, Say, mapped_projections, parse_rows

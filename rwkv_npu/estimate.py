@@ -15,7 +15,7 @@ from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import UsageError
 from rwkv_npu.memory import matrix_bytes
 from rwkv_npu.models.spec import Spec, Tensor, groups, tensors
-from rwkv_npu.packing import PRECISIONS, bits_of, packed_bytes
+from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes
 
 CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
 TABLE_GB_PER_S = 23.63  # what one core reads in the compiler's table

@@ -29,8 +29,8 @@ from rwkv_npu.graphs import Matrix, Trace, compiler_trace, matrices, trace_group
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
-from rwkv_npu.packing import PRECISIONS as PACKED
-from rwkv_npu.packing import bits_of, packed_bytes
+from rwkv_npu.quant.cpu import PRECISIONS as PACKED
+from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.recording import SELF_TEST_ROWS
 from rwkv_npu.request import Request

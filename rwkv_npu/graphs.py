@@ -20,11 +20,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from rwkv_npu.int8 import Affine, Ranges, reciprocal
 from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Port, Spec, tensors
-from rwkv_npu.widths import NPU_WIDTH, cut, int8_parts, spans
+from rwkv_npu.quant.npu import Affine, Ranges, reciprocal
+from rwkv_npu.quant.widths import NPU_WIDTH, cut, int8_parts, spans
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from rwkv_npu.graphs import Constant, Trace, compiler_trace
-from rwkv_npu.int8 import Quantised
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group
-from rwkv_npu.packing import BLOCK, Packed, numbers
+from rwkv_npu.quant.cpu import BLOCK, Packed, numbers
+from rwkv_npu.quant.npu import Quantised
 from rwkv_npu.tensorfile import Entry
 
 Tensors = Callable[[str], np.ndarray]

@@ -16,9 +16,9 @@ from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError, UsageError
-from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.plan import Plan, tuned
+from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.recording import self_test
 from rwkv_npu.sources import ModelSource
 

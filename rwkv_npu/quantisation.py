@@ -21,7 +21,7 @@ from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.files import write_atomically
 from rwkv_npu.models.spec import Kind, Spec, tensors
 from rwkv_npu.progress import progress
-from rwkv_npu.ranges import ALGORITHMS, Choice, choose
+from rwkv_npu.quant.ranges import ALGORITHMS, Choice, choose
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from rwkv_npu.bundle_writer import STORAGE
 from rwkv_npu.errors import UsageError
-from rwkv_npu.int8 import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.models.spec import Spec, check_fusion
-from rwkv_npu.packing import PRECISIONS
 from rwkv_npu.precision_map import read_map
+from rwkv_npu.quant.cpu import PRECISIONS
+from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.quantisation import MAX_KL, REMEDIES, sizes
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, Environment
 

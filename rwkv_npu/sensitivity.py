@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from rwkv_npu.int8 import Int8Maths, Quantised
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths, divergence
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group
+from rwkv_npu.quant.npu import Int8Maths, Quantised
 from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.state import new_state
 

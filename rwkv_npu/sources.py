@@ -15,12 +15,12 @@ from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, NPU_BACKENDS, REFERENCE
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
-from rwkv_npu.int8 import Int8Maths, Quantised
 from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.maths import Maths, NumpyMaths
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Spec
-from rwkv_npu.packing import Packed, unpack
+from rwkv_npu.quant.cpu import Packed, unpack
+from rwkv_npu.quant.npu import Int8Maths, Quantised
 
 if TYPE_CHECKING:
     from rwkv_npu.toolkit import CompileOptions

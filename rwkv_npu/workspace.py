@@ -25,7 +25,7 @@ from rwkv_npu.bundle import (
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.files import locked, write_atomically
-from rwkv_npu.packing import PRECISIONS
+from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.request import Request, Say
 
 # What the disk, or its permissions, can do to us; any other OSError is a bug of ours.

@@ -20,7 +20,7 @@ from rwkv_npu.bundle import MANIFEST, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.estimate import Assumptions, Rate
 from rwkv_npu.models.spec import Group, tensors
-from rwkv_npu.packing import PRECISIONS, bits_of, pack
+from rwkv_npu.quant.cpu import PRECISIONS, bits_of, pack
 from rwkv_npu.sources import CheckpointSource
 from tests.bench_inference import QUICK, L, artifacts, run_json
 from tests.faulty import plain_engine

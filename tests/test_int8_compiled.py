@@ -18,18 +18,18 @@ from rwkv_npu.bundle import open_bundle
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.graphs import compiler_trace
-from rwkv_npu.int8 import Int8Maths, Quantised
 from rwkv_npu.model import demo_model, load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import Group
 from rwkv_npu.onnx_models import compiler_model
+from rwkv_npu.quant.npu import Int8Maths, Quantised
+from rwkv_npu.quant.ranges import choose
+from rwkv_npu.quant.widths import NPU_WIDTH
 from rwkv_npu.quantisation import sizes
-from rwkv_npu.ranges import choose
 from rwkv_npu.recording import record
 from rwkv_npu.remedies import smoothings
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph
-from rwkv_npu.widths import NPU_WIDTH
 from tests.tiny import run_main, write_model
 
 pytestmark = pytest.mark.compiler

@@ -314,7 +314,9 @@ def test_a_change_of_the_sources_is_another_folder(tmp_path: Path, monkeypatch: 
     copy.mkdir()
     for file in Path(kernels.__file__).parent.glob("*.py"):
         (copy / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "packing.py").write_bytes((Path(kernels.__file__).parent.parent / "packing.py").read_bytes())
+    (tmp_path / "quant").mkdir()
+    packing = Path(kernels.__file__).parent.parent / "quant" / "cpu.py"
+    (tmp_path / "quant" / "cpu.py").write_bytes(packing.read_bytes())
     (copy / "parts.py").write_bytes((copy / "parts.py").read_bytes() + b"\n")
     monkeypatch.setattr(kernels, "__file__", str(copy / "__init__.py"))
     assert kernels._identity() != before

@@ -22,7 +22,7 @@ from rwkv_npu.kernels.recorder import record, record_walk
 from rwkv_npu.kernels.tape import Layout
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS
-from rwkv_npu.packing import BLOCK
+from rwkv_npu.quant.cpu import BLOCK
 from rwkv_npu.sources import BundleSource
 from tests.tiny import RANKS, write_model
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.models.spec import Spec, tensors
-from rwkv_npu.packing import BLOCK, LANES, PANEL, bits_of, numbers, pack, pack_floats, packed_shapes, unpack
+from rwkv_npu.quant.cpu import BLOCK, LANES, PANEL, bits_of, numbers, pack, pack_floats, packed_shapes, unpack
 from tests.tiny import RANKS
 
 SHAPES = st.tuples(st.integers(1, 200), st.integers(1, 200))
@@ -78,7 +78,7 @@ def test_zeros_stay_zeros() -> None:
 def test_columns_of_large_matrices_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix((64, 300))
     whole = pack(weight, 4)
-    monkeypatch.setattr("rwkv_npu.packing._CHUNK", 64 * PANEL)
+    monkeypatch.setattr("rwkv_npu.quant.cpu._CHUNK", 64 * PANEL)
     parts = pack(weight, 4)
     assert (whole.data == parts.data).all() and (whole.scales == parts.scales).all()
 

@@ -15,13 +15,13 @@ from rwkv_npu import board, quantisation, sensitivity
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
-from rwkv_npu.int8 import Quantised
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS
 from rwkv_npu.opening import _in_int8
 from rwkv_npu.precision_map import resolve
+from rwkv_npu.quant.npu import Quantised
 from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.sensitivity import Judge, select
 from rwkv_npu.sources import BundleSource

@@ -11,7 +11,7 @@ import numpy as np
 from rwkv_npu.models.maths import Maths, NumpyMaths
 from rwkv_npu.models.network import Whole
 from rwkv_npu.models.spec import Group, Spec
-from rwkv_npu.packing import Packed
+from rwkv_npu.quant.cpu import Packed
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rwkv_npu.kernels.recorder import Matrix, Recording, Weight, record, record_
 from rwkv_npu.kernels.tape import Binder, Bound, Code, Layout, Tape, aligned_bytes
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import Group, Port, walk_inputs
-from rwkv_npu.packing import LANES, Packed, pack_floats, padded
+from rwkv_npu.quant.cpu import LANES, Packed, pack_floats, padded
 
 FORMATS = {"float16": instructions.FP16, "bfloat16": instructions.BF16, "float32": instructions.FP32}
 

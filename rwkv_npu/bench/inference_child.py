@@ -30,7 +30,7 @@ from rwkv_npu.errors import first_line
 from rwkv_npu.estimate import weights
 from rwkv_npu.model import Model, load
 from rwkv_npu.models.spec import tensors
-from rwkv_npu.packing import bits_of, packed_bytes
+from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.sampling import Sampler, SamplingOptions
 from rwkv_npu.state import State
 

@@ -13,7 +13,7 @@ from typing import Any
 from rwkv_npu.graphs import trace_group
 from rwkv_npu.model import Model
 from rwkv_npu.models.spec import Tensor, state_shapes, tensors
-from rwkv_npu.packing import PRECISIONS, bits_of, packed_bytes
+from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes
 
 TOKENS = 32
 FUNCTIONS = 14  # the most expensive ones

@@ -59,7 +59,7 @@ def _identity() -> str:
 
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    used = [*here.glob("*.py"), *(here.parent / "models").glob("*.py"), here.parent / "packing.py"]
+    used = [*here.glob("*.py"), *(here.parent / "models").glob("*.py"), here.parent / "quant" / "cpu.py"]
     for file in sorted(used):
         digest.update(file.read_bytes())
     features = llvmlite.binding.get_host_cpu_features().flatten()

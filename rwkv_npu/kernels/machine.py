@@ -67,7 +67,7 @@ from rwkv_npu.kernels.simd import (
     tanh,
     total,
 )
-from rwkv_npu.packing import PANEL
+from rwkv_npu.quant.cpu import PANEL
 
 PATIENCE = 4096  # rounds of waiting, some 100 us, before the core is offered to others
 

@@ -1,4 +1,4 @@
-"""Products of rows with a matrix, compiled: quantised matrices as `rwkv_npu.packing` lays them out, and float ones.
+"""Products of rows with a matrix, compiled: quantised matrices as `rwkv_npu.quant.cpu` lays them out, and float ones.
 
 One row is a matrix times a vector: every weight is read once, and memory sets the pace. So it does for a few rows,
 which take turns at each strip while its weights are in the cache. Many rows go through panels of 64 columns: the
@@ -41,7 +41,7 @@ from rwkv_npu.kernels.simd import (
     total,
 )
 from rwkv_npu.kernels.tiles import float_tile, int_tile
-from rwkv_npu.packing import BLOCK, PANEL, ZERO
+from rwkv_npu.quant.cpu import BLOCK, PANEL, ZERO
 
 ROWS = TILE_ROWS
 STRIPS = PANEL // simd.LANES

@@ -35,7 +35,7 @@ from rwkv_npu.kernels.instructions import (
 from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program, walk
 from rwkv_npu.models.spec import Group, att_outputs, walk_inputs
-from rwkv_npu.packing import Packed
+from rwkv_npu.quant.cpu import Packed
 
 RECURRENCE = "recurrence"  # the section of its instructions; those of others are the roles of groups
 

@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from rwkv_npu.packing import LANES
+from rwkv_npu.quant.cpu import LANES
 
 VECTOR_BYTES = 64
 

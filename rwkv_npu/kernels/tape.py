@@ -29,7 +29,7 @@ from rwkv_npu.kernels.instructions import (
 )
 from rwkv_npu.kernels.recorder import Entry, Matrix, Recording, Value
 from rwkv_npu.models.spec import Spec, state_shapes
-from rwkv_npu.packing import BLOCK, PANEL, padded
+from rwkv_npu.quant.cpu import BLOCK, PANEL, padded
 
 WORD = 8  # bytes: every field of an instruction and every argument of a recurrence
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_npu.calibration import Samples
-from rwkv_npu.int8 import HIGHEST, LOWEST, SILENT, Affine, Quantised, Ranges, reciprocal, round_weight
 from rwkv_npu.models.maths import divergence, matmul
-from rwkv_npu.widths import int8_parts, spans
+from rwkv_npu.quant.npu import HIGHEST, LOWEST, SILENT, Affine, Quantised, Ranges, reciprocal, round_weight
+from rwkv_npu.quant.widths import int8_parts, spans
 
 BINS = 1 << 14  # of a histogram: 64 for each step of int8 where nothing is clipped
 TOGETHER = 8  # of them are one to kl_divergence: finer ones are too empty to compare

@@ -22,7 +22,7 @@ from functools import reduce
 import numpy as np
 
 from rwkv_npu.models.maths import NumpyMaths, matmul
-from rwkv_npu.widths import int8_parts, spans
+from rwkv_npu.quant.widths import int8_parts, spans
 
 PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
 
