@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_npu import board
-from rwkv_npu.board import ROOT, Clock, numbers
+from rwkv_npu.board import hardware
+from rwkv_npu.board.hardware import ROOT, Clock, numbers
+from rwkv_npu.board.npu import FILES
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.memory import plan_memory
-from rwkv_npu.npu import FILES
 from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 
 OK, NOTE, BAD = "ok", "note", "bad"
@@ -39,7 +39,7 @@ class Finding:
 
 def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
     """Everything that is there to be said, in the order in which it matters."""
-    chip = board.soc(root)
+    chip = hardware.soc(root)
     findings = list(_machine(root, chip))
     if chip is not None:
         findings += [*_driver(root), *_runtime(root), *_clocks(root), *_memory(root), _files()]
@@ -50,9 +50,9 @@ def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
 
 
 def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
-    numbers = board.core_numbers(root)
-    cores = f"{board.cpu_model(root)}, {len(numbers)} cores"
-    kernel = board.kernel(root) or platform.release()
+    numbers = hardware.core_numbers(root)
+    cores = f"{hardware.cpu_model(root)}, {len(numbers)} cores"
+    kernel = hardware.kernel(root) or platform.release()
     if chip is None:
         yield Finding(
             NOTE,
@@ -63,8 +63,8 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
         )
         return
     level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
-    yield Finding(level, "board", f"{board.model(root) or 'unnamed'}, {chip}", mend)
-    big = board.big_cores(root, among=numbers)
+    yield Finding(level, "board", f"{hardware.model(root) or 'unnamed'}, {chip}", mend)
+    big = hardware.big_cores(root, among=numbers)
     told = ", ".join(map(str, big))
     large = "all alike" if big == numbers else f"large ones: {told}, which do the CPU's share"
     yield Finding(OK, "cores", f"{cores}; {large}")
@@ -72,7 +72,7 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
 
 
 def _driver(root: Path) -> Iterator[Finding]:
-    version, nodes = board.driver_version(root), board.npu_nodes(root)
+    version, nodes = hardware.driver_version(root), hardware.npu_nodes(root)
     image = "use an image with the vendor's kernel (5.10 or 6.1), which has the driver rknpu"
     if version is None and not nodes:
         yield Finding(BAD, "NPU driver", "none", f"sudo modprobe rknpu; if there is none, {image}")
@@ -84,8 +84,8 @@ def _driver(root: Path) -> Iterator[Finding]:
             "its version is shown to root only",
             "sudo cat /sys/kernel/debug/rknpu/version",
         )
-    elif numbers(version) < numbers(board.OLDEST_DRIVER):
-        yield Finding(NOTE, "NPU driver", version, f"{board.OLDEST_DRIVER} or later is advised: {image}")
+    elif numbers(version) < numbers(hardware.OLDEST_DRIVER):
+        yield Finding(NOTE, "NPU driver", version, f"{hardware.OLDEST_DRIVER} or later is advised: {image}")
     else:
         yield Finding(OK, "NPU driver", version)
     if not nodes:
@@ -97,7 +97,7 @@ def _driver(root: Path) -> Iterator[Finding]:
         )
     for node in nodes:
         shown = f"/{node.relative_to(root)}"
-        if board.may_use(node):
+        if hardware.may_use(node):
             yield Finding(OK, "NPU node", shown)
         else:
             yield Finding(
@@ -109,7 +109,7 @@ def _driver(root: Path) -> Iterator[Finding]:
 
 
 def _runtime(root: Path) -> Iterator[Finding]:
-    library = board.runtime_library(root)
+    library = hardware.runtime_library(root)
     if library is None:
         yield Finding(
             BAD,
@@ -119,17 +119,17 @@ def _runtime(root: Path) -> Iterator[Finding]:
             "repository) to /usr/lib",
         )
         return
-    version, shown = board.runtime_version(library), f"/{library.relative_to(root)}"
+    version, shown = hardware.runtime_version(library), f"/{library.relative_to(root)}"
     if version is None:
         yield Finding(
             NOTE, "librknnrt", f"{shown}, of no known version", f"strings {shown} | grep 'librknnrt version'"
         )
-    elif numbers(version) < numbers(board.OLDEST_RUNTIME):
+    elif numbers(version) < numbers(hardware.OLDEST_RUNTIME):
         yield Finding(
             NOTE,
             "librknnrt",
             f"{version} ({shown})",
-            f"{board.OLDEST_RUNTIME} or later is advised: older ones were seen to compute zeros; replace the file by a "
+            f"{hardware.OLDEST_RUNTIME} or later is advised: older ones were seen to compute zeros; replace the file by a "
             "newer one",
         )
     else:
@@ -137,7 +137,7 @@ def _runtime(root: Path) -> Iterator[Finding]:
 
 
 def _clocks(root: Path) -> Iterator[Finding]:
-    found = board.clocks(root)
+    found = hardware.clocks(root)
     for clock in found:
         yield _clock(clock, root)
     for name in ("ddr", "npu"):
@@ -170,7 +170,7 @@ def _clock(clock: Clock, root: Path) -> Finding:
 
 
 def _memory(root: Path) -> Iterator[Finding]:
-    memory = board.memory(root)
+    memory = hardware.memory(root)
     if "MemTotal" in memory:
         free = memory.get("MemAvailable", 0)
         yield Finding(OK, "memory", f"{free / 2**30:.1f} of {memory['MemTotal'] / 2**30:.1f} GiB free")
@@ -247,8 +247,8 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
 
 def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
     """Whether the board's librknnrt reads what the compiler wrote."""
-    library = board.runtime_library(root)
-    runtime = board.runtime_version(library) if library else None
+    library = hardware.runtime_library(root)
+    runtime = hardware.runtime_version(library) if library else None
     if runtime is None or not toolkit:
         return
     if numbers(runtime) >= numbers(toolkit):
@@ -269,7 +269,7 @@ def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
 
 def _room(root: Path, chip: str | None, bundle: Bundle, artifacts: list[Artifact], again: str) -> Finding:
     plan = plan_memory(bundle.manifest, artifacts)
-    free = board.memory(root).get("MemAvailable") if chip else None
+    free = hardware.memory(root).get("MemAvailable") if chip else None
     if not plan.fits:
         return Finding(BAD, "NPU memory", plan.arithmetic(), f"{again} --rows 32")
     if free is not None and plan.total > free:

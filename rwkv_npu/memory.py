@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rwkv_npu import board
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.errors import BackendError
 
@@ -65,7 +65,7 @@ def check_room(plan: MemoryPlan, what: str, remedy: str) -> None:
     """Raises BackendError, with the arithmetic, for what the NPU or the board cannot hold. Asked before loading."""
     if not plan.fits:
         raise BackendError(f"{what} do not fit the NPU: {plan.arithmetic()}; {remedy}")
-    free = board.memory().get("MemAvailable")
+    free = hardware.memory().get("MemAvailable")
     if free is not None and plan.total > free:
         raise BackendError(
             f"{what} do not fit the memory that is free, {free / 2**30:.2f} GiB: {plan.arithmetic()}; end other "

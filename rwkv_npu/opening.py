@@ -8,11 +8,11 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 
-from rwkv_npu import board
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
 from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Bundle, artifacts_digest
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError, UsageError
@@ -141,14 +141,14 @@ def measured_plan(bundle: Bundle) -> Plan | None:
 
 def machine_key() -> str:
     """Machines with the same key are equally fast."""
-    library = board.runtime_library()
-    runtime = f", librknnrt {board.runtime_version(library)}" if library else ""
-    return f"{board.soc() or 'no NPU'}, {board.cpu_model()} x {len(board.core_numbers())}{runtime}"
+    library = hardware.runtime_library()
+    runtime = f", librknnrt {hardware.runtime_version(library)}" if library else ""
+    return f"{hardware.soc() or 'no NPU'}, {hardware.cpu_model()} x {len(hardware.core_numbers())}{runtime}"
 
 
 def why_absent(backend: str, source: ModelSource) -> str | None:
     """Why an NPU backend cannot be tried here; None where it can. The NPU is not touched."""
-    chip = board.soc()
+    chip = hardware.soc()
     if chip is None:
         return "this machine has no Rockchip NPU"
     if backend == "rknn":
@@ -156,6 +156,6 @@ def why_absent(backend: str, source: ModelSource) -> str | None:
             return f"there are no artifacts for the {chip}, {source.program.fusion} fusion"
         if importlib.util.find_spec("rknnlite") is None:
             return "rknn-toolkit-lite2 is not installed (pip install rknn-toolkit-lite2)"
-    if board.runtime_library() is None:
+    if hardware.runtime_library() is None:
         return "librknnrt.so is not in /usr/lib"
     return None

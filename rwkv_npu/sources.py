@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwkv_npu import board
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, NPU_BACKENDS, REFERENCES
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Artifact, Bundle
 from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
@@ -170,7 +170,7 @@ class BundleSource(ModelSource):
         """The artifacts that a backend runs: those like the first, on a board like the first for its chip."""
         if backend not in COMPILED:
             return []
-        chip = board.soc() if backend in NPU_BACKENDS else None
+        chip = hardware.soc() if backend in NPU_BACKENDS else None
         fitting = [a for a in self.artifacts() if chip in (None, a.target)]
         return [a for a in fitting if (a.target, a.precision) == (fitting[0].target, fitting[0].precision)]
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import artifacts, board, converter, npu
+from rwkv_npu import artifacts, converter
+from rwkv_npu.board import hardware, npu
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, Group, Spec, groups
@@ -172,8 +173,8 @@ def become_a_board(monkeypatch: pytest.MonkeyPatch, folder: Path, runtime: str =
     monkeypatch.setitem(sys.modules, "rknnlite.api", api)
     library = folder / "librknnrt.so"
     library.write_bytes(f"librknnrt version: {runtime} (x)".encode())
-    monkeypatch.setattr(board, "soc", lambda: "rk3588")
-    monkeypatch.setattr(board, "runtime_library", lambda: library)
+    monkeypatch.setattr(hardware, "soc", lambda: "rk3588")
+    monkeypatch.setattr(hardware, "runtime_library", lambda: library)
     monkeypatch.setattr(npu, "LOCK", npu.Lock(folder))
     monkeypatch.setattr("rwkv_npu.backends.rknn.LOCK", npu.LOCK)
     for name, value in {"says": FakeLite.says, "fails": False, "opened": [], "masks": []}.items():

@@ -21,8 +21,8 @@ import pytest
 from rwkv_npu.bench import backends, child, machine, problem, rknn, roofline, timing
 from rwkv_npu.bench.record import Row
 from rwkv_npu.bench.series import Failed, Measured, Series
+from rwkv_npu.board.npu import Lock
 from rwkv_npu.errors import BackendError
-from rwkv_npu.npu import Lock
 from tests.bench_rows import square
 
 QUICK = timing.Effort(repeats=3, precision=1.0, seconds=0.01)

@@ -7,26 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_npu import board
 from rwkv_npu.backends import ort
+from rwkv_npu.board import hardware
 from tests.boards import plant
 
 
 def test_a_board_is_read(tmp_path: Path) -> None:
     root = plant(tmp_path)
-    assert board.soc(root) == "rk3588"
-    assert board.model(root) == "Radxa ROCK 5B"
-    assert board.kernel(root) == "6.1.43-15-rk2312"
-    assert board.cpu_model(root) == "4 x Cortex-A76 + 4 x Cortex-A55"
-    assert board.big_cores(root, among=range(8)) == [4, 5, 6, 7]
-    assert board.driver_version(root) == "0.9.8"
-    assert board.runtime_library(root) == root / "usr/lib/librknnrt.so"
-    assert board.runtime_version(root / "usr/lib/librknnrt.so") == "2.3.2"
-    build = board.runtime_build(root / "usr/lib/librknnrt.so")
+    assert hardware.soc(root) == "rk3588"
+    assert hardware.model(root) == "Radxa ROCK 5B"
+    assert hardware.kernel(root) == "6.1.43-15-rk2312"
+    assert hardware.cpu_model(root) == "4 x Cortex-A76 + 4 x Cortex-A55"
+    assert hardware.big_cores(root, among=range(8)) == [4, 5, 6, 7]
+    assert hardware.driver_version(root) == "0.9.8"
+    assert hardware.runtime_library(root) == root / "usr/lib/librknnrt.so"
+    assert hardware.runtime_version(root / "usr/lib/librknnrt.so") == "2.3.2"
+    build = hardware.runtime_build(root / "usr/lib/librknnrt.so")
     assert build == "2.3.2 (429f97ae6b@2025-04-09T09:09:27)"
-    assert board.npu_nodes(root) == [root / "dev/dri/renderD129"]
-    assert board.memory(root)["CmaFree"] == 8192 * 1024
-    speeds = {clock.name: (clock.governor, clock.mhz, clock.max_mhz) for clock in board.clocks(root)}
+    assert hardware.npu_nodes(root) == [root / "dev/dri/renderD129"]
+    assert hardware.memory(root)["CmaFree"] == 8192 * 1024
+    speeds = {clock.name: (clock.governor, clock.mhz, clock.max_mhz) for clock in hardware.clocks(root)}
     assert speeds == {
         "cpu0": ("performance", 1800, 1800),
         "cpu4": ("performance", 2400, 2400),
@@ -36,11 +36,11 @@ def test_a_board_is_read(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_shows_nothing_is_no_board(tmp_path: Path) -> None:
-    assert board.soc(tmp_path) is board.model(tmp_path) is board.driver_version(tmp_path) is None
-    assert board.runtime_library(tmp_path) is None
-    assert board.clocks(tmp_path) == board.npu_nodes(tmp_path) == board.core_numbers(tmp_path) == []
-    assert board.big_cores(tmp_path) == sorted(os.sched_getaffinity(0))
-    assert board.memory(tmp_path) == {}
+    assert hardware.soc(tmp_path) is hardware.model(tmp_path) is hardware.driver_version(tmp_path) is None
+    assert hardware.runtime_library(tmp_path) is None
+    assert hardware.clocks(tmp_path) == hardware.npu_nodes(tmp_path) == hardware.core_numbers(tmp_path) == []
+    assert hardware.big_cores(tmp_path) == sorted(os.sched_getaffinity(0))
+    assert hardware.memory(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_a_machine_that_shows_nothing_is_no_board(tmp_path: Path) -> None:
     ],
 )
 def test_chips(tmp_path: Path, compatible: bytes, chip: str | None) -> None:
-    assert board.soc(plant(tmp_path, {"proc/device-tree/compatible": compatible})) == chip
+    assert hardware.soc(plant(tmp_path, {"proc/device-tree/compatible": compatible})) == chip
 
 
 @pytest.mark.parametrize("content", [b"", b"a stripped library"])
 def test_a_library_without_a_version_has_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "librknnrt.so").write_bytes(content)
-    assert board.runtime_version(tmp_path / "librknnrt.so") is None
+    assert hardware.runtime_version(tmp_path / "librknnrt.so") is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_library_without_a_version_has_none(tmp_path: Path, content: bytes) ->
     ],
 )
 def test_old_versions_are_said(versions: tuple[str | None, ...], said: str) -> None:
-    found = board.outdated(*versions)
+    found = hardware.outdated(*versions)
     assert found.startswith(said) and bool(found) == bool(said)
 
 
@@ -108,19 +108,19 @@ def cores_of(root: Path, *, parts: str = "", capacities: str = "", mhz: str = ""
 )
 def test_the_fastest_kind_of_cores(tmp_path: Path, shown: dict[str, str], big: list[int]) -> None:
     root = cores_of(tmp_path, **shown)
-    assert board.big_cores(root, among=board.core_numbers(root)) == big
+    assert hardware.big_cores(root, among=hardware.core_numbers(root)) == big
 
 
 def test_only_cores_that_may_be_used_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = cores_of(tmp_path, parts="LLLLBBBB", capacities="530 530 530 530 1024 1024 1024 1024")
     for allowed, big in (({0, 5, 7}, [5, 7]), ({2, 1}, [1, 2]), ({6}, [6])):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
-        assert board.big_cores(root) == big
+        assert hardware.big_cores(root) == big
 
 
 def test_threads_by_default_are_one_a_large_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "big_cores", lambda: [4, 5, 6])
-    monkeypatch.setattr(board, "core_numbers", lambda: list(range(7)))
+    monkeypatch.setattr(hardware, "big_cores", lambda: [4, 5, 6])
+    monkeypatch.setattr(hardware, "core_numbers", lambda: list(range(7)))
     assert ort._default_threads() == 3
-    monkeypatch.setattr(board, "core_numbers", lambda: [4, 5, 6])
+    monkeypatch.setattr(hardware, "core_numbers", lambda: [4, 5, 6])
     assert ort._default_threads() == 0  # its own choice

@@ -24,7 +24,7 @@ guard.CALL_SECONDS = 3.0
 sys.exit(cli.main(sys.argv[1:]))
 """
 
-OWNER = "from rwkv_npu.npu import LOCK; LOCK.acquire(); print('has it', flush=True); input()"
+OWNER = "from rwkv_npu.board.npu import LOCK; LOCK.acquire(); print('has it', flush=True); input()"
 
 
 @pytest.fixture(scope="module")

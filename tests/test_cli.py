@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import rwkv_npu
-from rwkv_npu import board
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.cli import main, parser
 from rwkv_npu.model import Model
@@ -120,7 +120,7 @@ def test_commands_keep_to_the_large_cores(
 ) -> None:
     """Every thread of the process is moved, and said so with -v; a library call moves none."""
     moved: list[tuple[int, list[int]]] = []
-    monkeypatch.setattr(board, "big_cores", lambda: [4, 5])
+    monkeypatch.setattr(hardware, "big_cores", lambda: [4, 5])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: moved.append((thread, cores)))
     said = {}

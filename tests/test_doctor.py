@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_npu import board, diagnosis
+from rwkv_npu import diagnosis
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import open_bundle
 from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
 from tests.boards import plant
@@ -140,8 +141,8 @@ def test_each_trouble_has_its_remedy(
 
 
 def test_a_node_that_this_user_may_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board.os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(board.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(hardware.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(hardware.os, "access", lambda path, mode: False)
     finding = found(plant(tmp_path), "NPU node")
     assert (finding.level, finding.found) == (BAD, "/dev/dri/renderD129 is closed to this user")
     assert "usermod -aG render" in finding.mend
@@ -211,7 +212,7 @@ def test_a_board_that_lacks_something_ends_with_1(
 ) -> None:
     root = plant(tmp_path, {"usr/lib/librknnrt.so": None})
     monkeypatch.setattr("rwkv_npu.commands.doctor.examine", lambda bundle: examine(root, bundle))
-    monkeypatch.setattr(board, "soc", lambda root=None: "rk3588")
+    monkeypatch.setattr(hardware, "soc", lambda root=None: "rk3588")
     status, out, _ = run_main(capsys, "doctor")
     assert status == 1 and re.search(r"BAD +librknnrt .*\n +-> install", out)
 

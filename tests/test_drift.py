@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import board
 from rwkv_npu.backends.base import allocate_inputs
 from rwkv_npu.backends.drift import ENOUGH, EVERY, Drift, Watched, WatchedRunner
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Bundle, open_bundle
 from rwkv_npu.models.spec import Group, Port
 from rwkv_npu.opening import _watched
@@ -175,7 +175,7 @@ def test_only_groups_with_int8_are_watched(
 ) -> None:
     """Calibration knows ranges of all groups, of those in fp16 as well."""
     assert bundle.manifest.int8_inputs.keys() > watched
-    monkeypatch.setattr(board, "soc", lambda: chip)
+    monkeypatch.setattr(hardware, "soc", lambda: chip)
     plain = Backend()
     plain.name = name
     source = BundleSource(bundle, precision=precision)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rwkv_npu import board
 from rwkv_npu.artifacts import plan_artifacts
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Manifest
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.errors import BackendError, UsageError
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
 
 def test_contexts_and_memory_are_counted_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
-    monkeypatch.setattr(board, "memory", lambda: {"MemAvailable": 2 * gib})
+    monkeypatch.setattr(hardware, "memory", lambda: {"MemAvailable": 2 * gib})
     check_room(MemoryPlan(gib, gib, 150), "they", "use less")
     for too_much in (MemoryPlan(3 * gib, gib, 5), MemoryPlan(gib, 0, 151)):
         with pytest.raises(
@@ -70,5 +70,5 @@ def test_contexts_and_memory_are_counted_before_loading(monkeypatch: pytest.Monk
         BackendError, match=r"is free, 2\.00 GiB: .* = 3\.00 GiB .*; end other programs, or use"
     ):
         check_room(MemoryPlan(2 * gib, gib, 5), "they", "use less")
-    monkeypatch.setattr(board, "memory", dict)
+    monkeypatch.setattr(hardware, "memory", dict)
     check_room(MemoryPlan(2 * gib, gib, 5), "they", "use less")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_npu import npu
+from rwkv_npu.board import npu
+from rwkv_npu.board.npu import Lock
 from rwkv_npu.errors import BackendError
-from rwkv_npu.npu import Lock
 
 HOLD = """
 import sys, pathlib
-from rwkv_npu.npu import Lock
+from rwkv_npu.board.npu import Lock
 Lock(pathlib.Path(sys.argv[1])).acquire()
 print("held", flush=True)
 sys.stdin.read()

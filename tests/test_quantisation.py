@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_npu import board, quantisation, sensitivity
+from rwkv_npu import quantisation, sensitivity
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
@@ -305,7 +306,7 @@ def test_the_self_test_of_a_board_allows_for_int8(
     out = tmp_path / "o"
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
     assert convert(capsys, checkpoint, out, ids, "--precision", "fp16")[0] == 0
-    monkeypatch.setattr(board, "soc", lambda: "rk3588")
+    monkeypatch.setattr(hardware, "soc", lambda: "rk3588")
     bundle = open_bundle(out)
     found = {
         precision: _in_int8("rknn", BundleSource(bundle, precision=precision))
@@ -322,7 +323,7 @@ def test_a_board_runs_what_there_is_for_its_chip(
         assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--target", chip)[0] == 0
     source = BundleSource(open_bundle(out))
     for chip, precision in (("rk3588", "mixed"), ("rk3576", "fp16"), ("rk3562", "no")):
-        monkeypatch.setattr(board, "soc", lambda chip=chip: chip)
+        monkeypatch.setattr(hardware, "soc", lambda chip=chip: chip)
         assert source.precision_on("rknn") == precision and source.precision_on("rknn-sim") == "mixed"
 
 

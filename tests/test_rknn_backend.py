@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import board
 from rwkv_npu.backends.rknn import RknnBackend
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Artifact, open_bundle
 from rwkv_npu.errors import BackendError
 from rwkv_npu.model import Model
@@ -245,7 +245,7 @@ def test_a_pc_is_told_what_it_lacks(made: Path) -> None:
 
 
 def test_another_chip(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "soc", lambda: "rk3576")
+    monkeypatch.setattr(hardware, "soc", lambda: "rk3576")
     refused(bundle, r"no artifacts .* rk3576 \(there are: rk3588\).*convert --target rk3576")
 
 
@@ -255,9 +255,9 @@ def test_a_board_without_rknnlite(bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_memory_is_counted_before_anything_is_loaded(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "memory", lambda: {"MemAvailable": 1000})
+    monkeypatch.setattr(hardware, "memory", lambda: {"MemAvailable": 1000})
     refused(bundle, r"memory that is free, 0\.00 GiB: 7 contexts .* GiB of NPU memory")
-    monkeypatch.setattr(board, "memory", lambda: {})
+    monkeypatch.setattr(hardware, "memory", lambda: {})
     big = BundleSource.artifacts
     monkeypatch.setattr(
         BundleSource, "artifacts", lambda self: [replace(a, weight_bytes=1 << 30) for a in big(self)]
@@ -310,13 +310,13 @@ def test_auto_takes_the_cpu_and_says_so_where_the_npu_fails(
 def test_auto_is_quiet_about_what_is_not_there(
     made: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "runtime_library", lambda: None)
+    monkeypatch.setattr(hardware, "runtime_library", lambda: None)
     with load(bundle, backend="auto") as model:
         assert model.reason == f"{CPU_BACKEND}, since librknnrt.so is not in /usr/lib"
-    monkeypatch.setattr(board, "soc", lambda: "rk3576")
+    monkeypatch.setattr(hardware, "soc", lambda: "rk3576")
     with load(bundle, backend="auto") as model:
         assert model.reason == f"{CPU_BACKEND}, since there are no artifacts for the rk3576, layer fusion"
-    monkeypatch.setattr(board, "soc", lambda: None)
+    monkeypatch.setattr(hardware, "soc", lambda: None)
     with load(bundle, backend="auto") as model:
         assert model.reason == f"{CPU_BACKEND}, since this machine has no Rockchip NPU"
 

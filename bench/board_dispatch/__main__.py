@@ -27,7 +27,7 @@ import numpy as np
 from bench.saving import save
 from rwkv_npu.backends.rknn_api import OVERRIDE
 from rwkv_npu.bench.shapes import official_spec
-from rwkv_npu.board import cpu_model
+from rwkv_npu.board.hardware import cpu_model
 from rwkv_npu.models.spec import Group, groups
 from rwkv_npu.onnx_models import IR_VERSION, OPSET
 from rwkv_npu.toolkit import CompileOptions, compile_graph, require

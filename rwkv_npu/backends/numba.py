@@ -9,8 +9,9 @@ from typing import Any
 import numba  # noqa: F401  (said to be missing before anything is opened)
 import numpy as np
 
-from rwkv_npu import board, kernels
+from rwkv_npu import kernels
 from rwkv_npu.backends.base import Source
+from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.kernels import instructions, recurrence
 from rwkv_npu.kernels.recorder import Matrix, Recording, Weight, record, record_walk
@@ -95,7 +96,7 @@ class NumbaBackend:
     def __init__(self, source: Source, *, threads: int | None = None):
         self._source, self._layout = source, Layout.of(source.spec)
         pool = kernels.load("pool", "products of matrices")
-        self._pool = pool.shared_pool(threads or len(board.big_cores()))
+        self._pool = pool.shared_pool(threads or len(hardware.big_cores()))
         self._recordings: dict[str, Recording] = {}
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
         self._kept: list[np.ndarray] = []  # tapes know addresses only

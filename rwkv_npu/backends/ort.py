@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError, first_line
 from rwkv_npu.models.spec import Group
 
@@ -39,8 +39,8 @@ def share_threads(threads: int | None) -> None:
 
 def _default_threads() -> int:
     """0 leaves it to ONNX Runtime: one a core, wherever that is, which is right where all are alike and ours."""
-    big = board.big_cores()
-    return 0 if big == board.core_numbers() else len(big)
+    big = hardware.big_cores()
+    return 0 if big == hardware.core_numbers() else len(big)
 
 
 class OrtRunner:

@@ -17,15 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.backends.rknn_api import check
-from rwkv_npu.board import numbers
+from rwkv_npu.board import hardware
+from rwkv_npu.board.hardware import numbers
+from rwkv_npu.board.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import LONGEST, BackendError, first_line
 from rwkv_npu.memory import MemoryPlan, check_room
 from rwkv_npu.models.spec import Group
-from rwkv_npu.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.toolkit import VERSIONS, rknn_info
 
 CORES = {"auto": 0, "0": 1, "1": 2, "2": 4, "0,1": 3, "0,1,2": 7}
@@ -164,7 +164,7 @@ class RknnBackend:
 
 
 def _chip() -> str:
-    chip = board.soc()
+    chip = hardware.soc()
     if chip is None:
         raise BackendError(
             "rknn needs a board with a Rockchip NPU, and this machine is none: rknn-sim computes the same, "
@@ -235,13 +235,13 @@ def _misfits(lite: Any, artifact: Artifact) -> str:
     """What of runtime and driver is older than it should be, "" if nothing."""
     with captured():
         _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
-    return board.outdated(runtime, driver, artifact.toolkit)
+    return hardware.outdated(runtime, driver, artifact.toolkit)
 
 
 def explain(text: str, artifact: Artifact, cores: str) -> str:
     """What RKNNLite logged, as one line that says what to do."""
-    library = board.runtime_library()
-    runtime = board.runtime_version(library) if library else None
+    library = hardware.runtime_library()
+    runtime = hardware.runtime_version(library) if library else None
     remedies = {
         r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*": _older_file(artifact, runtime),
         r"Can not find dynamic library.*": "librknnrt.so belongs into /usr/lib; it comes with the board's image",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu import board
+from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 
 OVERRIDE = "RWKV_NPU_RKNNRT"  # names another librknnrt.so than the image's
@@ -105,7 +105,7 @@ class Library:
     """The functions of librknnrt.so, with their types. Raises BackendError where there is none."""
 
     def __init__(self) -> None:
-        path = os.environ.get(OVERRIDE) or board.runtime_library()
+        path = os.environ.get(OVERRIDE) or hardware.runtime_library()
         if path is None:
             raise BackendError(
                 f"librknnrt.so is not in /usr/lib: it comes with the board's image ({OVERRIDE} names another)"

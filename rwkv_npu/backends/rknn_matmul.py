@@ -14,16 +14,16 @@ from typing import Protocol
 
 import numpy as np
 
-from rwkv_npu import board
 from rwkv_npu.backends.base import Source, allocate_inputs
 from rwkv_npu.backends.npu_matmul import Products, Weight, cut
 from rwkv_npu.backends.rknn_api import CHIP, CORES, FP16, INT8, OVERRIDE, Kind, Library
+from rwkv_npu.board import hardware
+from rwkv_npu.board.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.errors import BackendError
 from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan, check_room
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.models.spec import Kind as TensorKind
-from rwkv_npu.npu import LOCK, captured, raise_file_limit
 
 ROWS = (1, 64)  # of a call: tokens, and chunks of prompts
 HEAD, HEAD_ROWS = "head.weight", (1,)
@@ -87,7 +87,7 @@ class RknnMatmulBackend:
         masks, library = _masks(cores), Library()
         plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
         check_room(plan, "the weights", "use --precision w8a8, or ort")
-        if said := board.outdated(board.runtime_version(library.path), board.driver_version()):
+        if said := hardware.outdated(hardware.runtime_version(library.path), hardware.driver_version()):
             warnings.warn(said, stacklevel=2)
         raise_file_limit()
         LOCK.acquire()
@@ -162,7 +162,7 @@ def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryP
 
 def _check_chip() -> None:
     """Shapes and layouts here are the RK3588's. A library of the user's own is taken as it is."""
-    chip = board.soc()
+    chip = hardware.soc()
     if chip != CHIP and OVERRIDE not in os.environ:
         other = "rknn" if chip else "ort"
         raise BackendError(

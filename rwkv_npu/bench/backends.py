@@ -18,7 +18,7 @@ import numpy as np
 
 from rwkv_npu.bench.problem import Problem
 from rwkv_npu.bench.timing import Stage
-from rwkv_npu.board import cpu_model
+from rwkv_npu.board.hardware import cpu_model
 from rwkv_npu.errors import BackendError, first_line
 
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")

@@ -24,7 +24,7 @@ import numpy as np
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench.inference_record import DECODE, PARTS, PREFILLS
 from rwkv_npu.bench.machine import Watch
-from rwkv_npu.board import cpu_model, soc
+from rwkv_npu.board.hardware import cpu_model, soc
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import first_line
 from rwkv_npu.estimate import weights

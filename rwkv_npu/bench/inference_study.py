@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu import board, estimate
+from rwkv_npu import estimate
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench import machine
 from rwkv_npu.bench.inference_estimate import estimates
 from rwkv_npu.bench.inference_record import PREFILLS, Document, Row
 from rwkv_npu.bench.series import Failed, roofline
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Artifact, is_bundle, read_manifest
 from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
@@ -159,7 +160,7 @@ class Study:
             for row in self.document.results
             if not (row.estimated and any(subject.is_in(row) for subject in self.subjects))
         ]
-        if board.soc() is None:
+        if hardware.soc() is None:
             for subject in self.subjects:
                 about = [row for row in rows if subject.is_in(row) and not row.estimated]
                 rows += estimates(

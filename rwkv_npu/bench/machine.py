@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu import board
-from rwkv_npu.board import cpu_model
+from rwkv_npu.board import hardware
+from rwkv_npu.board.hardware import cpu_model
 
 SLOWER = 1.10  # a clock that fell by this factor is called throttled,
 PROBE_SLOWER = 1.25  # and a probe: it varies more, with what ran just before
@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "board": board.soc(),
+        "board": hardware.soc(),
         "virtual": _is_virtual() or None,
         "load_average": os.getloadavg()[0],
         **clocks(),
@@ -37,9 +37,9 @@ def describe() -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def clocks(root: Path = board.ROOT) -> dict[str, Any]:
+def clocks(root: Path = hardware.ROOT) -> dict[str, Any]:
     """Governor, clocks of the CPU (MHz, of each cluster), the DDR and the NPU."""
-    found = board.clocks(root)
+    found = hardware.clocks(root)
     facts: dict[str, Any] = {}
     cpu = [clock for clock in found if clock.name.startswith("cpu")]
     if governors := {clock.governor for clock in cpu if clock.governor}:
@@ -53,7 +53,7 @@ def clocks(root: Path = board.ROOT) -> dict[str, Any]:
 
 
 def _is_virtual() -> bool:
-    return " hypervisor" in (board.read(Path("/proc/cpuinfo")) or "")
+    return " hypervisor" in (hardware.read(Path("/proc/cpuinfo")) or "")
 
 
 @dataclass

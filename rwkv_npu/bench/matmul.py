@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu import board
 from rwkv_npu.backends import NPU_BACKENDS
 from rwkv_npu.backends.rknn_api import OVERRIDE
 from rwkv_npu.bench import machine
@@ -18,6 +17,7 @@ from rwkv_npu.bench.record import Document, Row
 from rwkv_npu.bench.series import Failed, Open, Series, open_series, roofline
 from rwkv_npu.bench.shapes import Shape
 from rwkv_npu.bench.timing import STOP_S, Effort
+from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError, RwkvNpuError, UsageError
 
 # What each backend can do, and what it does unasked.
@@ -64,7 +64,7 @@ class Settings:
 def plan(settings: Settings) -> list[Series]:
     """The series that can be tried here; what cannot is said in one line each."""
     found = []
-    chip = board.soc()
+    chip = hardware.soc()
     for backend in dict.fromkeys(settings.backends):
         able, unasked = BACKENDS[backend]
         dtypes = [dtype for dtype in settings.dtypes or unasked if dtype in able]

@@ -20,9 +20,9 @@ from rwkv_npu.backends.rknn import submit
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, Library
 from rwkv_npu.bench.backends import Operation, moved, plain_graph
 from rwkv_npu.bench.problem import Problem
-from rwkv_npu.board import runtime_build, runtime_library, soc
+from rwkv_npu.board.hardware import runtime_build, runtime_library, soc
+from rwkv_npu.board.npu import LOCK, raise_file_limit
 from rwkv_npu.errors import BackendError
-from rwkv_npu.npu import LOCK, raise_file_limit
 from rwkv_npu.toolkit import CompileOptions, CompileResult, Environment, compile_graph, require
 
 CLOCK_HZ = 1e9  # of the NPU: the compiler's cycles are nanoseconds

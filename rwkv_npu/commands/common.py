@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from rwkv_npu import board
+from rwkv_npu.board import hardware
 from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.errors import UsageError
 from rwkv_npu.model import Model, load
@@ -20,7 +20,7 @@ def use_big_cores(threads: int | None) -> str:
     product with waits for them. Returns the line that says so, "" where nothing was done: nor is it for more threads
     than there are large cores.
     """
-    big = board.big_cores()
+    big = hardware.big_cores()
     if len(big) == len(os.sched_getaffinity(0)) or (threads or 0) > len(big):
         return ""
     for thread in os.listdir("/proc/self/task"):  # NumPy has started some already

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rwkv_npu import board
+from rwkv_npu.board import hardware
 from rwkv_npu.commands.common import bundle_at
 from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
 
@@ -16,7 +16,7 @@ MARKS = {OK: "ok", NOTE: "note", BAD: "BAD"}
 
 def run(arguments: argparse.Namespace) -> int:
     findings = examine(bundle=bundle_at(arguments.model) if arguments.model else None)
-    on_board = board.soc() is not None
+    on_board = hardware.soc() is not None
     print(
         json.dumps([asdict(finding) for finding in findings], indent=1)
         if arguments.json
@@ -32,7 +32,7 @@ def _table(findings: Sequence[Finding]) -> str:
         lines.append(f"{MARKS[finding.level]:<5}{finding.what:<{width}}  {finding.found}")
         if finding.mend:
             lines.append(f"{'':<{5 + width}}  -> {finding.mend}")
-    if board.soc() is None:
+    if hardware.soc() is None:
         lines.append(
             "Without an NPU: the CPU runs every model, and --backend rknn-sim computes what an NPU would."
         )

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from rwkv_npu import board
+from rwkv_npu.board import hardware
 from rwkv_npu.kernels import load
 from rwkv_npu.kernels.instructions import A_STATES, A_VALUES, ARGUMENTS
 from rwkv_npu.models import MODULES
@@ -46,7 +46,7 @@ class Compiled:
         """`threads`: the most to be used at once; None: one a large core."""
         self._spec, self._kernel = spec, kernel(spec)
         self._share = max(1, SHARE // (spec.N * (1 if spec.generation == "4" else spec.N)))
-        self._threads = threads or len(board.big_cores())
+        self._threads = threads or len(hardware.big_cores())
         self._pool: ThreadPoolExecutor | None = None
         self._y = np.empty((0, 0, 0), np.float32)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_npu.board import numbers
+from rwkv_npu.board.hardware import numbers
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.files import cache_dir
 

@@ -1,0 +1,1 @@
+"""The machine underneath: which chip it is, and which process holds its NPU."""
