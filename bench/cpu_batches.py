@@ -15,7 +15,7 @@ import numpy as np
 
 import rwkv_npu
 from bench.saving import bundle_study
-from rwkv_npu.bundle import read_manifest
+from rwkv_npu.formats.bundle import read_manifest
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 24  # that every sequence reads in a turn

@@ -63,7 +63,8 @@ def child(path: str, precision: str) -> dict[str, Any]:
     import numba  # noqa: F401
 
     lap()
-    from rwkv_npu import bundle, kernels
+    from rwkv_npu import kernels
+    from rwkv_npu.formats import bundle
 
     spec = bundle.read_manifest(Path(path)).spec
     for module in ("pool", f"v{spec.generation[0]}"):
@@ -98,8 +99,8 @@ def _numbers(file: str) -> dict[str, int]:
 
 def weight_bytes(bundle: Path, precision: str) -> int:
     """Of the projections in their run-time format."""
-    from rwkv_npu.bundle import read_manifest
     from rwkv_npu.estimate import weight_bytes as by_part
+    from rwkv_npu.formats.bundle import read_manifest
 
     return sum(by_part(read_manifest(bundle).spec, precision).values())
 
@@ -107,7 +108,7 @@ def weight_bytes(bundle: Path, precision: str) -> int:
 def study(bundle: Path) -> dict[str, Any]:
     import numpy as np
 
-    from rwkv_npu.bundle import read_manifest
+    from rwkv_npu.formats.bundle import read_manifest
 
     precisions = read_manifest(bundle).cpu_precisions
     starts: dict[str, list[tuple[float, float]]] = {name: [] for name in precisions}

@@ -13,10 +13,10 @@ from rwkv_npu import errors
 
 if TYPE_CHECKING:
     from rwkv_npu.converter import convert
+    from rwkv_npu.formats.state import State
     from rwkv_npu.generation import Step
     from rwkv_npu.model import Model, load, load_state
     from rwkv_npu.models.spec import Spec
-    from rwkv_npu.state import State
 
 __version__ = "0.1.0"
 __all__ = ["Model", "Spec", "State", "Step", "convert", "errors", "load", "load_state"]
@@ -24,7 +24,7 @@ __all__ = ["Model", "Spec", "State", "Step", "convert", "errors", "load", "load_
 _HOME = {
     "Model": "model",
     "Spec": "models.spec",
-    "State": "state",
+    "State": "formats.state",
     "Step": "generation",
     "convert": "converter",
     "load": "model",

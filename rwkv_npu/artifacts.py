@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rwkv_npu.backends.base import Recorded, relative_error
-from rwkv_npu.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.errors import UsageError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.bundle import MANIFEST, Artifact, Manifest, artifact_file
+from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.graphs import matrices, trace_group
 from rwkv_npu.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.bundle import (
+from rwkv_npu.formats.bundle import (
     HOST,
     INT8,
     MATHS,
@@ -25,7 +25,8 @@ from rwkv_npu.bundle import (
     packed_label,
     record_file,
 )
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.files import write_atomically
+from rwkv_npu.formats.safetensors import Entry, TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.graphs import Constant, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
@@ -33,7 +34,6 @@ from rwkv_npu.onnx_models import external_model
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.quant.cpu import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.tensorfile import Entry, TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.tokenizer import Tokenizer
 
 STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions

@@ -16,15 +16,15 @@ from functools import reduce
 
 import numpy as np
 
-from rwkv_npu.bundle import packed_label
 from rwkv_npu.errors import CheckpointError, UsageError
+from rwkv_npu.formats.bundle import packed_label
+from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.quant.widths import int8_parts, spans
 from rwkv_npu.sources import ModelSource, widened
-from rwkv_npu.state import new_state
 from rwkv_npu.tokenizer import END_OF_TEXT
 
 KEEP = 4096  # rows of every projection

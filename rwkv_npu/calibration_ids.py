@@ -11,6 +11,7 @@ import numpy as np
 
 from rwkv_npu.calibration import check_ids
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
@@ -18,7 +19,6 @@ from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.progress import progress
 from rwkv_npu.sampling import Sampler, SamplingOptions
 from rwkv_npu.sources import ModelSource, widened
-from rwkv_npu.state import new_state
 from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
 from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
 

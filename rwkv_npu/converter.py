@@ -18,7 +18,6 @@ import numpy as np
 import rwkv_npu
 from rwkv_npu import headroom
 from rwkv_npu.artifacts import build_artifacts, plan_artifacts
-from rwkv_npu.bundle import MANIFEST, Artifact, Bundle, Manifest
 from rwkv_npu.bundle_writer import (
     describe_groups,
     record_files,
@@ -28,9 +27,10 @@ from rwkv_npu.bundle_writer import (
     write_weights,
 )
 from rwkv_npu.calibration_ids import default_ids, read_ids
-from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.errors import UsageError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest
+from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import default_scaling
 from rwkv_npu.quant.cpu import PRECISIONS

@@ -17,12 +17,12 @@ import numpy as np
 
 from rwkv_npu.backends.base import Backend, Faults, Runner, Walker, WalkRunner
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.formats.state import Batch, State, new_state
 from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network, Program, Recurrence, Run
 from rwkv_npu.models.spec import Group, Spec
-from rwkv_npu.state import Batch, State, new_state
 
 PREFILL_ROWS = 128  # tokens a call where the backend takes any number of rows
 

@@ -12,9 +12,7 @@ from math import prod
 from typing import Any
 
 from rwkv_npu.artifacts import beside, candidates, row_counts
-from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.bundle_writer import describe_groups
-from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.estimate import (
     BOARD_RATES,
     TABLE,
@@ -25,6 +23,8 @@ from rwkv_npu.estimate import (
     on_npu,
     weights,
 )
+from rwkv_npu.formats.bundle import Artifact, Manifest
+from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.graphs import Matrix, Trace, compiler_trace, matrices, trace_group
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program

@@ -12,8 +12,8 @@ import numpy as np
 
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import BackendError, TokenizerError, UsageError
+from rwkv_npu.formats.state import State
 from rwkv_npu.sampling import Sampler
-from rwkv_npu.state import State
 from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
 
 

@@ -13,8 +13,8 @@ from math import ceil, log2
 
 import numpy as np
 
-from rwkv_npu.bundle import Manifest
 from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.formats.bundle import Manifest
 from rwkv_npu.models.spec import Scaling, Spec
 from rwkv_npu.progress import progress
 from rwkv_npu.sources import ModelSource

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import Artifact, Manifest
 from rwkv_npu.errors import BackendError
+from rwkv_npu.formats.bundle import Artifact, Manifest
 
 DOMAIN_BYTES = 4 << 30  # an IOMMU domain, and RKNNLite has one a process
 BUDGET_BYTES = int(3.5 * (1 << 30))  # what a plan may fill of it: the driver and other buffers need room too

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu.errors import BundleError, UsageError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.models.spec import Group
 
 USES = ("decode", "prefill")

@@ -13,15 +13,15 @@ from functools import partial
 import numpy as np
 
 from rwkv_npu.backends.base import Recorded
-from rwkv_npu.bundle import SELF_TEST, Bundle
 from rwkv_npu.errors import BundleError
+from rwkv_npu.formats.bundle import SELF_TEST, Bundle
+from rwkv_npu.formats.safetensors import TensorFile, TensorPlan, replace_tensors
+from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.sources import BundleSource, ModelSource
-from rwkv_npu.state import new_state
-from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
 
 HISTORY = 16  # tokens read before, at least: the state must have a past
 SELF_TEST_ROWS = 2  # the second shows whether a row sees the one before it

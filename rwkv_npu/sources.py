@@ -12,9 +12,9 @@ import numpy as np
 
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, NPU_BACKENDS, REFERENCES
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import Artifact, Bundle
-from rwkv_npu.checkpoint import Checkpoint
 from rwkv_npu.errors import BundleError
+from rwkv_npu.formats.bundle import Artifact, Bundle
+from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.maths import Maths, NumpyMaths
 from rwkv_npu.models.network import Program

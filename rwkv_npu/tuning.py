@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rwkv_npu.backends import NPU_BACKENDS
-from rwkv_npu.bundle import Bundle
 from rwkv_npu.engine import PREFILL_ROWS, Engine
 from rwkv_npu.errors import BackendError, RwkvNpuError
+from rwkv_npu.formats.bundle import Bundle
 from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.opening import Options, open_engine, why_absent
 from rwkv_npu.plan import USES, Plan

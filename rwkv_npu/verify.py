@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rwkv_npu.backends.base import relative_error
 from rwkv_npu.backends.ort import OrtBackend
-from rwkv_npu.bundle import Bundle, graph_file
+from rwkv_npu.formats.bundle import Bundle, graph_file
 from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.progress import progress
 from rwkv_npu.recording import record

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv_npu.bundle import (
+from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.formats.bundle import (
     FORMAT,
     INT8,
     MANIFEST,
@@ -22,9 +23,8 @@ from rwkv_npu.bundle import (
     packed_file,
     read_manifest,
 )
-from rwkv_npu.checkpoint import Checkpoint
-from rwkv_npu.errors import BundleError, UsageError
-from rwkv_npu.files import locked, write_atomically
+from rwkv_npu.formats.checkpoint import Checkpoint
+from rwkv_npu.formats.files import locked, write_atomically
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.request import Request, Say
 

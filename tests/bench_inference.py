@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_npu.bundle import Artifact
+from rwkv_npu.formats.bundle import Artifact
 from tests.tiny import run_main
 
 L = 2

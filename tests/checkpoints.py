@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from tools.make_checkpoint import make_checkpoint
 
 SMALL: dict[str, Any] = {"D": 64, "L": 2, "N": 32, "V": 96}

@@ -14,7 +14,7 @@ import numpy as np
 
 import rwkv_npu
 from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.bundle import open_bundle
+from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.sources import BundleSource

@@ -10,8 +10,8 @@ import pytest
 import rwkv_npu
 from rwkv_npu import converter
 from rwkv_npu.artifacts import Build
-from rwkv_npu.bundle import MANIFEST, open_bundle
 from rwkv_npu.errors import ToolkitError, UsageError
+from rwkv_npu.formats.bundle import MANIFEST, open_bundle
 from rwkv_npu.models.spec import groups
 from rwkv_npu.toolkit import Environment, Job, schedule
 from tests.fake_compiler import Compiler, stand_in

@@ -16,9 +16,9 @@ from rwkv_npu.bench import inference_plot, inference_study
 from rwkv_npu.bench.inference_estimate import estimates
 from rwkv_npu.bench.inference_record import PARTS, Document, Row
 from rwkv_npu.bench.inference_study import open_subject
-from rwkv_npu.bundle import MANIFEST, read_manifest
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.estimate import Assumptions, Rate
+from rwkv_npu.formats.bundle import MANIFEST, read_manifest
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import Group, tensors
 from rwkv_npu.quant.cpu import PRECISIONS, bits_of, pack
 from rwkv_npu.sources import CheckpointSource

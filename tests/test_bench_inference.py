@@ -19,7 +19,7 @@ import rwkv_npu
 from rwkv_npu.bench import inference_report, inference_study
 from rwkv_npu.bench.inference_child import Case, Meter
 from rwkv_npu.bench.inference_record import PARTS, Document, Row
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import groups
 from tests.bench_inference import QUICK, L, run_json
 from tests.tiny import command, one_line, run_main

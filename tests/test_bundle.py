@@ -19,11 +19,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import rwkv_npu
-from rwkv_npu import bundle as bundle_module
-from rwkv_npu.bundle import HOST, MANIFEST, SELF_TEST, WEIGHTS, Bundle, _checksum, open_bundle, verify_files
 from rwkv_npu.errors import BundleError, RwkvNpuError
+from rwkv_npu.formats import bundle as bundle_module
+from rwkv_npu.formats.bundle import (
+    HOST,
+    MANIFEST,
+    SELF_TEST,
+    WEIGHTS,
+    Bundle,
+    _checksum,
+    open_bundle,
+    verify_files,
+)
+from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import FUSIONS, Scaling, groups, tensors
-from rwkv_npu.tensorfile import TensorFile
 from tests.tiny import run_main, write_model
 
 IDS = [5, 6, 7, 101, 102]

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from rwkv_npu import calibration
 from rwkv_npu.calibration import Calibration, Reservoir, Samples, calibrate, contexts, input_peaks
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import CheckpointError, UsageError
+from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.formats.state import new_state
 from rwkv_npu.graphs import trace_group
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.sources import CheckpointSource
-from rwkv_npu.state import new_state
 from rwkv_npu.tokenizer import END_OF_TEXT
 from tests.tiny import V, write_model
 

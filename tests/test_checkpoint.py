@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_npu.checkpoint import Checkpoint, check_finite, open_checkpoint, read_tensors
 from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint, read_tensors
 from rwkv_npu.models.spec import GENERATIONS, Kind, tensors
 from tests.checkpoints import SMALL, refused, saved, small, weights
 from tools.make_checkpoint import SIZES, main, make_checkpoint, make_spec
@@ -252,7 +252,7 @@ def test_tool_is_deterministic(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 PROBE = """
 import resource, sys
-from rwkv_npu.checkpoint import check_finite, open_checkpoint
+from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
 def anonymous():
     return sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
 before = anonymous()

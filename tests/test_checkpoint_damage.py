@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rwkv_npu.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.checkpoint import open_checkpoint, read_tensors
 from tests.checkpoints import SMALL, refused, saved, small, weights
 from tools.make_checkpoint import make_checkpoint
 

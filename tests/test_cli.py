@@ -12,8 +12,8 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import open_bundle
 from rwkv_npu.cli import main, parser
+from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import Model
 from tests.tiny import PROMPT, Run, continuation, error_line, run_main
 

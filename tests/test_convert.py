@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.bundle import open_bundle
 from rwkv_npu.errors import CheckpointError, RwkvNpuError, TokenizerError, UsageError
+from rwkv_npu.formats.bundle import open_bundle
+from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS
-from rwkv_npu.tensorfile import TensorFile
 from tests.conversions import contents, convert, names, outputs
 from tests.tiny import run_main, write_model, write_vocabulary
 

@@ -18,10 +18,10 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu import converter, workspace
-from rwkv_npu.bundle import INT8, MANIFEST, WEIGHTS, open_bundle
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BundleError, UsageError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.bundle import INT8, MANIFEST, WEIGHTS, open_bundle
+from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.formats.files import write_atomically
 from tests.conversions import contents, convert, names
 from tests.tiny import one_line, run_main
 
@@ -32,7 +32,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 import rwkv_npu
-from rwkv_npu import tensorfile
+from rwkv_npu.formats import safetensors
 
 checkpoint, out, where = sys.argv[1:]
 replace, write_tensor = os.replace, tensorfile._write_tensor
@@ -365,7 +365,7 @@ def test_a_leftover_of_weights_that_differ_in_one_value_is_not_used(
     shutil.copytree(checkpoint.parent, tmp_path / "m")
     edited, out = tmp_path / "m" / checkpoint.name, tmp_path / "out"
     weights = torch.load(edited, weights_only=True)
-    monkeypatch.setattr("rwkv_npu.checkpoint._SAMPLE_RUN", 1)
+    monkeypatch.setattr("rwkv_npu.formats.checkpoint._SAMPLE_RUN", 1)
     with monkeypatch.context() as patch:
         patch.setattr(workspace, "_replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

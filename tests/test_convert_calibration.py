@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rwkv_npu import headroom
-from rwkv_npu.bundle import Manifest, open_bundle
 from rwkv_npu.calibration_ids import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.formats.bundle import Manifest, open_bundle
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import GENERATIONS, Scaling
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.tokenizer import find_tokenizer

@@ -12,8 +12,8 @@ import pytest
 
 from rwkv_npu import diagnosis
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import open_bundle
 from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
+from rwkv_npu.formats.bundle import open_bundle
 from tests.boards import plant
 from tests.fake_rknnlite import fake_bundle
 from tests.tiny import run_main, write_model

@@ -13,7 +13,7 @@ import rwkv_npu
 from rwkv_npu.backends.base import allocate_inputs
 from rwkv_npu.backends.drift import ENOUGH, EVERY, Drift, Watched, WatchedRunner
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import Bundle, open_bundle
+from rwkv_npu.formats.bundle import Bundle, open_bundle
 from rwkv_npu.models.spec import Group, Port
 from rwkv_npu.opening import _watched
 from rwkv_npu.sources import BundleSource

@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from rwkv_npu.files import waited_for
+from rwkv_npu.formats.files import waited_for
 
 
 def test_who_comes_second_says_so_and_waits(tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu import toolkit
 from rwkv_npu.artifacts import plan_artifacts
-from rwkv_npu.bundle import (
+from rwkv_npu.commands.dry_run import table
+from rwkv_npu.errors import UsageError
+from rwkv_npu.estimate import formula_cycles, weights
+from rwkv_npu.forecast import Forecast, Variant, forecast
+from rwkv_npu.formats.bundle import (
     HOST,
     MANIFEST,
     WEIGHTS,
@@ -26,11 +30,7 @@ from rwkv_npu.bundle import (
     packed_file,
     read_manifest,
 )
-from rwkv_npu.checkpoint import open_checkpoint
-from rwkv_npu.commands.dry_run import table
-from rwkv_npu.errors import UsageError
-from rwkv_npu.estimate import formula_cycles, weights
-from rwkv_npu.forecast import Forecast, Variant, forecast
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs import compiler_trace
 from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model

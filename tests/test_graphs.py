@@ -15,8 +15,8 @@ import onnxruntime as ort
 import pytest
 
 from rwkv_npu.backends.ort import share_threads
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs import Constant, trace_group
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Program

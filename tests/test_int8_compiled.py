@@ -14,9 +14,9 @@ import pytest
 
 from rwkv_npu import toolkit
 from rwkv_npu.backends.base import relative_error
-from rwkv_npu.bundle import open_bundle
 from rwkv_npu.calibration import calibrate
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.formats.bundle import open_bundle
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs import compiler_trace
 from rwkv_npu.model import demo_model, load
 from rwkv_npu.models.maths import log_softmax

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.bundle import open_bundle
+from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.texts import calibration_text

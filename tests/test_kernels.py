@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_npu.formats.state import EMPTY_Q
 from rwkv_npu.kernels import recurrence
 from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models import MODULES, common
 from rwkv_npu.models.spec import GENERATIONS, Spec, att_outputs, state_shapes
-from rwkv_npu.state import EMPTY_Q
 from tools.make_checkpoint import make_spec
 
 Arrays = dict[str, np.ndarray]

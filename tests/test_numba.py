@@ -13,10 +13,10 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.backends.numba import KEPT_CHUNKS, NumbaBackend, Weights
-from rwkv_npu.bundle import open_bundle
 from rwkv_npu.engine import Dispatcher
 from rwkv_npu.errors import UsageError
-from rwkv_npu.files import cache_dir
+from rwkv_npu.formats.bundle import open_bundle
+from rwkv_npu.formats.files import cache_dir
 from rwkv_npu.kernels import instructions, recurrence
 from rwkv_npu.kernels.recorder import record, record_walk
 from rwkv_npu.kernels.tape import Layout

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.bundle import open_bundle
+from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.spec import groups
 from tests.emulated import GENERATIONS, EmulatedBoard
 from tests.fp16 import check_logits, check_state, forced

@@ -15,8 +15,8 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.backends import open_backend
-from rwkv_npu.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.engine import Engine
+from rwkv_npu.formats.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.model import Model
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Program

@@ -12,7 +12,7 @@ from bench.peers import quality, results, study
 from bench.peers.children import Child
 from bench.peers.export_gguf import entries, export, gguf_name, metadata
 from bench.peers.systems import OURS, REFERENCE, SYSTEMS, Failed, chosen, fitting, size_on_disk
-from rwkv_npu.checkpoint import open_checkpoint
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from tools.make_checkpoint import make_checkpoint
 
 D, L, V, F, N = 96, 2, 67, 160, 32

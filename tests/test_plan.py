@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu import opening, plan, tuning
 from rwkv_npu.backends import BACKENDS
-from rwkv_npu.bundle import artifacts_digest, open_bundle, verify_files
 from rwkv_npu.errors import BundleError, UsageError
+from rwkv_npu.formats.bundle import artifacts_digest, open_bundle, verify_files
 from rwkv_npu.models.spec import Group, groups
 from rwkv_npu.opening import Options, machine_key
 from rwkv_npu.plan import TUNED, USES, Plan, parse, save_tuned, tuned

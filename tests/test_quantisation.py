@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from rwkv_npu import quantisation, sensitivity
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import INT8, Manifest, open_bundle
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.bundle import INT8, Manifest, open_bundle
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import load
 from rwkv_npu.models.maths import log_softmax

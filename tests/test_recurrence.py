@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_npu.formats.state import EMPTY_Q
 from rwkv_npu.models import common, v4, v7
-from rwkv_npu.state import EMPTY_Q
 
 Arrays = tuple[np.ndarray, ...]
 

@@ -14,8 +14,8 @@ import pytest
 import rwkv_npu
 from rwkv_npu.backends.rknn import RknnBackend
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import Artifact, open_bundle
 from rwkv_npu.errors import BackendError
+from rwkv_npu.formats.bundle import Artifact, open_bundle
 from rwkv_npu.model import Model
 from rwkv_npu.opening import CPU_BACKEND
 from rwkv_npu.sources import BundleSource

@@ -21,8 +21,8 @@ from rwkv_npu.bench import rknn
 from rwkv_npu.bench.problem import make_problem
 from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.board.npu import Lock
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.memory import MAX_CONTEXTS
 from rwkv_npu.models.spec import FUSIONS, groups
 from rwkv_npu.sources import CheckpointSource

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 import rwkv_npu
 from rwkv_npu.errors import StateError
+from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model
 from rwkv_npu.models.spec import GENERATIONS, state_shapes
-from rwkv_npu.state import State
 from tests.tiny import write_model
 from tools.make_checkpoint import make_checkpoint
 

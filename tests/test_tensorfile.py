@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rwkv_npu.errors import BundleError, CheckpointError
-from rwkv_npu.tensorfile import ALIGNMENT, TensorFile, TensorPlan, write_tensors
+from rwkv_npu.formats.safetensors import ALIGNMENT, TensorFile, TensorPlan, write_tensors
 
 ARRAYS = {
     "odd": np.arange(15, dtype=np.float32).reshape(3, 5),

@@ -16,7 +16,7 @@ import pytest
 
 from rwkv_npu import toolkit
 from rwkv_npu.errors import ToolkitError
-from rwkv_npu.files import cache_dir
+from rwkv_npu.formats.files import cache_dir
 from rwkv_npu.toolkit import environment, install
 from tests.fake_compiler import program
 

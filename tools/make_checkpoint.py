@@ -30,8 +30,8 @@ import ml_dtypes
 import numpy as np
 
 from rwkv_npu.bench.shapes import OFFICIAL
+from rwkv_npu.formats.safetensors import TensorPlan, write_tensors
 from rwkv_npu.models.spec import GENERATIONS, Kind, Spec, Tensor, tensors
-from rwkv_npu.tensorfile import TensorPlan, write_tensors
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 _CHUNK = 1 << 22  # elements drawn at once

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_npu.checkpoint import Checkpoint, open_checkpoint
+from rwkv_npu.formats.checkpoint import Checkpoint, open_checkpoint
 
 MIXES = "rwkvag"  # order in which llama.cpp's graph takes the six mixes apart
 CONTEXT = 1 << 20  # RWKV has no limit; the key is required

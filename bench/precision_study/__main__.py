@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import rwkv_npu
 from bench.saving import save
-from rwkv_npu.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.calibration_ids import default_ids
 from rwkv_npu.evaluation import count_bytes, evaluate
+from rwkv_npu.formats.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.model import Model
 from rwkv_npu.opening import Options, open_engine
 from rwkv_npu.plan import Plan

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from rwkv_npu.backends.base import Source, allocate_inputs
-from rwkv_npu.bundle import Artifact
 from rwkv_npu.errors import BackendError
+from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Group
 from rwkv_npu.progress import progress
 from rwkv_npu.toolkit import CompileOptions, Job, Simulator, available_memory, require

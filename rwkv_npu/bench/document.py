@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rwkv_npu.errors import UsageError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.files import write_atomically
 
 Row = TypeVar("Row")
 Of = TypeVar("Of", bound="Document[Any]")

@@ -16,7 +16,7 @@ from rwkv_npu import estimate
 from rwkv_npu.bench import inference_plot, inference_report
 from rwkv_npu.bench.inference_record import Document
 from rwkv_npu.bench.inference_study import DEFAULT_BACKENDS, Settings, Study
-from rwkv_npu.files import resume_file
+from rwkv_npu.formats.files import resume_file
 from rwkv_npu.model import demo_model
 
 

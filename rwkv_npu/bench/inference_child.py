@@ -28,11 +28,11 @@ from rwkv_npu.board.hardware import cpu_model, soc
 from rwkv_npu.engine import Engine
 from rwkv_npu.errors import first_line
 from rwkv_npu.estimate import weights
+from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model, load
 from rwkv_npu.models.spec import tensors
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.sampling import Sampler, SamplingOptions
-from rwkv_npu.state import State
 
 FEWEST = 8  # tokens of a decode, however slow
 TOO_LONG = 4.0  # a prompt that would take so many times the seconds of a stage is left out

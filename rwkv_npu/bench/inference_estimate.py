@@ -11,7 +11,7 @@ from math import prod
 
 from rwkv_npu import estimate
 from rwkv_npu.bench.inference_record import PREFILLS, Row
-from rwkv_npu.bundle import Artifact
+from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Spec, groups, state_shapes
 
 HOST_TERMS = ("recurrence", "sampling", "dispatch", "rest")  # what the CPU does beside the groups

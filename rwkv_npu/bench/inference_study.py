@@ -22,9 +22,9 @@ from rwkv_npu.bench.inference_estimate import estimates
 from rwkv_npu.bench.inference_record import PREFILLS, Document, Row
 from rwkv_npu.bench.series import Failed, roofline
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import Artifact, is_bundle, read_manifest
-from rwkv_npu.checkpoint import open_checkpoint
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.formats.bundle import Artifact, is_bundle, read_manifest
+from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import Spec
 
 DEFAULT_BACKENDS = ("numba", "ort", "torch", "numpy")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.bundle import is_bundle, read_manifest
 from rwkv_npu.models.spec import Spec, tensors
 
 Shape = tuple[int, int, int]

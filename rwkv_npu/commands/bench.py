@@ -13,7 +13,7 @@ from rwkv_npu.bench import fit, matmul, plot, record, report, shapes
 from rwkv_npu.bench.timing import Effort
 from rwkv_npu.commands.common import use_big_cores
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.files import resume_file
+from rwkv_npu.formats.files import resume_file
 
 
 def run(arguments: argparse.Namespace) -> int:

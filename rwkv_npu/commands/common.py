@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.model import Model, load
 
 

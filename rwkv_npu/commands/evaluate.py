@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
-from rwkv_npu.bundle import is_bundle, read_manifest
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
 from rwkv_npu.evaluation import (
@@ -22,7 +21,8 @@ from rwkv_npu.evaluation import (
     evaluate_lambada,
     read_lambada,
 )
-from rwkv_npu.files import resume_file
+from rwkv_npu.formats.bundle import is_bundle, read_manifest
+from rwkv_npu.formats.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
 from rwkv_npu.opening import CPU_BACKEND
 from rwkv_npu.progress import Progress, progress

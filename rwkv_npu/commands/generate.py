@@ -16,10 +16,10 @@ from typing import Any
 from rwkv_npu.backends.base import Faults
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.state import State
 from rwkv_npu.generation import Step
 from rwkv_npu.model import Model
 from rwkv_npu.sampling import Sampler, SamplingOptions
-from rwkv_npu.state import State
 from rwkv_npu.texts import read_text
 
 LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rwkv_npu.bundle import artifacts_digest
 from rwkv_npu.commands.common import bundle_at, use_big_cores
 from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.bundle import artifacts_digest
 from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.opening import Options, machine_key
 from rwkv_npu.plan import USES, save_tuned

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import UsageError
-from rwkv_npu.state import State
-from rwkv_npu.tensorfile import TensorFile, TensorPlan, replace_tensors
+from rwkv_npu.formats.safetensors import TensorFile, TensorPlan, replace_tensors
+from rwkv_npu.formats.state import State
 
 FORMAT = "rwkv_npu evaluation 1"
 SAVE_S = 10.0  # seconds between two saves: what a kill can cost

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rwkv_npu.files import cache_dir
+from rwkv_npu.formats.files import cache_dir
 
 # Whether what is compiled next is kept: only in our folder, since the one that numba would choose knows a function by
 # the date of its own file, and not what it calls.

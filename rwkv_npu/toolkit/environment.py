@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rwkv_npu.board.hardware import numbers
 from rwkv_npu.errors import ToolkitError
-from rwkv_npu.files import cache_dir
+from rwkv_npu.formats.files import cache_dir
 
 DEFAULT_VERSION = "2.5.0"
 # Newest first. A board's runtime (librknnrt.so) may refuse files of a newer compiler, hence the old ones.

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from rwkv_npu.errors import ToolkitError
-from rwkv_npu.files import cache_dir, waited_for
+from rwkv_npu.formats.files import cache_dir, waited_for
 from rwkv_npu.toolkit.environment import (
     DEFAULT_VERSION,
     MACHINES,

@@ -26,7 +26,7 @@ from email.parser import Parser
 from pathlib import Path
 
 from rwkv_npu.errors import RwkvNpuError
-from rwkv_npu.files import waited_for
+from rwkv_npu.formats.files import waited_for
 from rwkv_npu.toolkit.environment import DEFAULT_VERSION, cache_dir
 from tools.board.chip import chip_files, write_chip
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.checkpoint.detect import detect, refuse_unsupported, validate
-from rwkv_npu.checkpoint.huggingface import (
+from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.detect import detect, refuse_unsupported, validate
+from rwkv_npu.formats.huggingface import (
     is_huggingface,
     looks_rescaled,
     read_config,
     to_blinkdl,
     weight_files,
 )
-from rwkv_npu.checkpoint.pth import read_pth
-from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.pth import read_pth
+from rwkv_npu.formats.safetensors import TensorFile, map_file
 from rwkv_npu.models.spec import Kind, Spec, Tensor
-from rwkv_npu.tensorfile import TensorFile, map_file
 
 __all__ = ["Checkpoint", "check_finite", "open_checkpoint", "read_tensors"]
 

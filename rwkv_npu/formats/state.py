@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from rwkv_npu.errors import StateError
-from rwkv_npu.files import write_atomically
+from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.models.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import BundleError
+from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import Scaling, Spec
 from rwkv_npu.quant.cpu import Packed
 from rwkv_npu.quant.npu import Affine, Quantised, Ranges
-from rwkv_npu.tensorfile import TensorFile
 
 FORMAT = (1, 1)  # another major is refused, a newer minor opens
 # Version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself.

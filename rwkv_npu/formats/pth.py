@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rwkv_npu.errors import CheckpointError, first_line
-from rwkv_npu.tensorfile import BFLOAT16, map_file
+from rwkv_npu.formats.safetensors import BFLOAT16, map_file
 
 _MAX_PICKLE = 8 << 20  # bytes; a 7B model has 0.3 MB
 _MAX_ENTRIES = 200_000

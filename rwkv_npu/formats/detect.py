@@ -13,8 +13,8 @@ from math import prod
 import numpy as np
 
 from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.safetensors import BFLOAT16
 from rwkv_npu.models.spec import Kind, Spec, Tensor, tensors
-from rwkv_npu.tensorfile import BFLOAT16
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64))
 

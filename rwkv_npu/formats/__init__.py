@@ -1,0 +1,1 @@
+"""Files: checkpoints, bundles, states, and how they are written whole or not at all."""
