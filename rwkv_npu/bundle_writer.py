@@ -27,10 +27,10 @@ from rwkv_npu.formats.bundle import (
 )
 from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.formats.safetensors import Entry, TensorFile, TensorPlan, replace_tensors
-from rwkv_npu.graphs import Constant, trace_group
+from rwkv_npu.graphs.onnx import external_model
+from rwkv_npu.graphs.trace import Constant, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
-from rwkv_npu.onnx_models import external_model
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.quant.cpu import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.sources import CheckpointSource

@@ -25,7 +25,7 @@ from rwkv_npu.estimate import (
 )
 from rwkv_npu.formats.bundle import Artifact, Manifest
 from rwkv_npu.formats.checkpoint import Checkpoint
-from rwkv_npu.graphs import Matrix, Trace, compiler_trace, matrices, trace_group
+from rwkv_npu.graphs.trace import Matrix, Trace, compiler_trace, matrices, trace_group
 from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rwkv_npu.errors import UsageError, first_line
-from rwkv_npu.graphs import trace_group
+from rwkv_npu.graphs.trace import trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Spec
 

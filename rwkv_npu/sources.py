@@ -187,7 +187,7 @@ class BundleSource(ModelSource):
 
     def compile_options(self, artifact: Artifact) -> CompileOptions:
         """How an artifact is compiled; the simulator has to be given the same."""
-        from rwkv_npu.graphs import compiler_trace
+        from rwkv_npu.graphs.trace import compiler_trace
         from rwkv_npu.toolkit import CompileOptions
 
         said = {"fingerprint": self.fingerprint, "group": artifact.group, "int8": artifact.int8}
@@ -201,7 +201,7 @@ class BundleSource(ModelSource):
 
     def compiler_onnx(self, artifact: Artifact) -> bytes:
         """The graph of an artifact as Rockchip's compiler reads it."""
-        from rwkv_npu.onnx_models import compiler_model
+        from rwkv_npu.graphs.onnx import compiler_model
 
         quantised = {name: self.bundle.quantised(name) for name in self._int8_of(artifact)}
         group = self._group(artifact)
@@ -209,7 +209,7 @@ class BundleSource(ModelSource):
 
     def _int8_of(self, artifact: Artifact) -> set[str]:
         """The projections that an artifact has in int8."""
-        from rwkv_npu.graphs import trace_group
+        from rwkv_npu.graphs.trace import trace_group
 
         chosen = self.bundle.manifest.int8.get(artifact.precision)
         members = trace_group(self.program, self._group(artifact)).projections
@@ -217,7 +217,7 @@ class BundleSource(ModelSource):
 
     def compiler_bytes(self, artifact: Artifact) -> int:
         """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
-        from rwkv_npu.graphs import matrices, trace_group
+        from rwkv_npu.graphs.trace import matrices, trace_group
 
         trace = trace_group(self.program, self._group(artifact))
         return sum(4 * one.k * one.n for one in matrices(trace, self.spec))
@@ -243,8 +243,8 @@ class BundleSource(ModelSource):
         return str(path)
 
     def _quantised_onnx(self, group: Group) -> bytes:
-        from rwkv_npu.graphs import Constant, trace_group
-        from rwkv_npu.onnx_models import quantised_model
+        from rwkv_npu.graphs.onnx import quantised_model
+        from rwkv_npu.graphs.trace import Constant, trace_group
 
         def packed(constant: Constant) -> Packed:
             return self.bundle.packed(self.cpu_precision, constant.name, constant.index)
@@ -273,8 +273,8 @@ class CheckpointSource(ModelSource):
         return name in self.checkpoint
 
     def onnx(self, group: Group) -> bytes:
-        from rwkv_npu.graphs import trace_group
-        from rwkv_npu.onnx_models import inline_model
+        from rwkv_npu.graphs.onnx import inline_model
+        from rwkv_npu.graphs.trace import trace_group
 
         model = inline_model(trace_group(self.program, group), group.name, self.tensor)
         return model.SerializeToString()

@@ -16,7 +16,7 @@ from rwkv_npu.calibration import Calibration, Reservoir, Samples, calibrate, con
 from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state
-from rwkv_npu.graphs import trace_group
+from rwkv_npu.graphs.trace import trace_group
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network

@@ -31,11 +31,11 @@ from rwkv_npu.formats.bundle import (
     read_manifest,
 )
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.graphs import compiler_trace
+from rwkv_npu.graphs.onnx import compiler_model
+from rwkv_npu.graphs.trace import compiler_trace
 from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Spec, tensors
-from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.request import Request
 from rwkv_npu.sources import CheckpointSource

@@ -17,11 +17,11 @@ import pytest
 from rwkv_npu.backends.ort import share_threads
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.graphs import Constant, trace_group
+from rwkv_npu.graphs.onnx import compiler_model, inline_model
+from rwkv_npu.graphs.trace import Constant, trace_group
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group, Scaling, groups, tensors
-from rwkv_npu.onnx_models import compiler_model, inline_model
 from rwkv_npu.sources import CheckpointSource
 from tools.make_checkpoint import make_checkpoint, make_spec
 

@@ -15,9 +15,9 @@ from rwkv_npu.calibration import calibrate
 from rwkv_npu.evaluation import evaluate
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.headroom import LARGEST, LIMIT, choose_scaling
 from rwkv_npu.models.spec import Scaling
-from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.recording import record
 from rwkv_npu.sources import CheckpointSource
 from rwkv_npu.toolkit import Environment, Simulator

@@ -17,11 +17,11 @@ from rwkv_npu.backends.base import relative_error
 from rwkv_npu.calibration import calibrate
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.graphs import compiler_trace
+from rwkv_npu.graphs.onnx import compiler_model
+from rwkv_npu.graphs.trace import compiler_trace
 from rwkv_npu.model import demo_model, load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import Group
-from rwkv_npu.onnx_models import compiler_model
 from rwkv_npu.quant.npu import Int8Maths, Quantised
 from rwkv_npu.quant.ranges import choose
 from rwkv_npu.quant.widths import NPU_WIDTH

@@ -376,7 +376,7 @@ def test_names_of_maps_are_pure(checkpoint: Path) -> None:
 
 
 def _members(out: Path, group: str) -> set[str]:
-    from rwkv_npu.graphs import trace_group
+    from rwkv_npu.graphs.trace import trace_group
 
     program = BundleSource(open_bundle(out)).program
     (found,) = [g for g in program.groups if g.name == group]

@@ -227,7 +227,7 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
     import onnx
     from onnx import TensorProto, helper
 
-    from rwkv_npu.onnx_models import IR_VERSION, OPSET
+    from rwkv_npu.graphs.onnx import IR_VERSION, OPSET
 
     if sum(array.nbytes for array in constants.values()) > 2**31 - 4096:
         raise BackendError("B does not fit into an ONNX graph, which holds 2 GiB")

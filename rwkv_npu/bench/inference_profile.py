@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.graphs import trace_group
+from rwkv_npu.graphs.trace import trace_group
 from rwkv_npu.model import Model
 from rwkv_npu.models.spec import Tensor, state_shapes, tensors
 from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes

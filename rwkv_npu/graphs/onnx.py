@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from rwkv_npu.formats.safetensors import Entry
-from rwkv_npu.graphs import Constant, Trace, compiler_trace
+from rwkv_npu.graphs.trace import Constant, Trace, compiler_trace
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group
 from rwkv_npu.quant.cpu import BLOCK, Packed, numbers

@@ -1,0 +1,1 @@
+"""Groups as ONNX graphs: the formulas of `models` traced, with the numbers added."""
