@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rwkv_npu.backends.base import Recorded, relative_error
+from rwkv_npu.backends.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import MANIFEST, Artifact, Manifest, artifact_file
 from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.graphs.trace import matrices, trace_group
-from rwkv_npu.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group
 from rwkv_npu.progress import Progress, progress

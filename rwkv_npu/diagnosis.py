@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import ROOT, Clock, numbers
 from rwkv_npu.board.npu import FILES
 from rwkv_npu.formats.bundle import Artifact, Bundle
-from rwkv_npu.memory import plan_memory
 from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 
 OK, NOTE, BAD = "ok", "note", "bad"

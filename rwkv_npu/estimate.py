@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from rwkv_npu.backends.memory import matrix_bytes
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import Artifact
-from rwkv_npu.memory import matrix_bytes
 from rwkv_npu.models.spec import Spec, Tensor, groups, tensors
 from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes
 

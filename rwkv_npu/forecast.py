@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from rwkv_npu.artifacts import beside, candidates, row_counts
+from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.bundle_writer import describe_groups
 from rwkv_npu.estimate import (
     BOARD_RATES,
@@ -26,7 +27,6 @@ from rwkv_npu.estimate import (
 from rwkv_npu.formats.bundle import Artifact, Manifest
 from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.graphs.trace import Matrix, Trace, compiler_trace, matrices, trace_group
-from rwkv_npu.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
 from rwkv_npu.quant.cpu import PRECISIONS as PACKED

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS, NPU_BACKENDS, REFERENCES
+from rwkv_npu.backends.memory import MemoryPlan, plan_memory
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import BundleError
 from rwkv_npu.formats.bundle import Artifact, Bundle
 from rwkv_npu.formats.checkpoint import Checkpoint
-from rwkv_npu.memory import MemoryPlan, plan_memory
 from rwkv_npu.models.maths import Maths, NumpyMaths
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Spec

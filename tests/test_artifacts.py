@@ -90,7 +90,7 @@ def test_another_version_of_the_compiler_builds_again(checkpoint: Path, compiler
 def test_row_counts_add_up_over_conversions(
     checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_npu.memory.MAX_CONTEXTS", 8)  # the model has 4 groups
+    monkeypatch.setattr("rwkv_npu.backends.memory.MAX_CONTEXTS", 8)  # the model has 4 groups
     convert(checkpoint, rows="1")
     convert(checkpoint, rows="16")  # with the head's, seven
     with pytest.raises(UsageError, match="10 contexts"):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu import toolkit
 from rwkv_npu.artifacts import plan_artifacts
+from rwkv_npu.backends.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.commands.dry_run import table
 from rwkv_npu.errors import UsageError
 from rwkv_npu.estimate import formula_cycles, weights
@@ -33,7 +34,6 @@ from rwkv_npu.formats.bundle import (
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.graphs.trace import compiler_trace
-from rwkv_npu.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Spec, tensors
 from rwkv_npu.quantisation import sizes

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_npu import quantisation, sensitivity
+from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.memory import plan_memory
 from rwkv_npu.model import load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS
@@ -216,7 +216,7 @@ def test_what_a_choice_of_mixed_does_not_fit(
     mixed = ("--precision", "mixed")
     assert convert(capsys, checkpoint, tmp_path / "all", ids, *mixed, "--max-kl", "10")[0] == 0
     total = plan_memory(manifest_of(tmp_path / "all")).total
-    monkeypatch.setattr("rwkv_npu.memory.BUDGET_BYTES", int(1.1 * total))
+    monkeypatch.setattr("rwkv_npu.backends.memory.BUDGET_BYTES", int(1.1 * total))
     (tmp_path / "map.json").write_text('{"head": "w8a8"}')
     out = tmp_path / "out"
     status, _, err = convert(capsys, checkpoint, out, ids, *mixed, "--precision-map", tmp_path / "map.json")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import rwkv_npu
 from rwkv_npu.backends import npu_matmul, rknn_matmul
+from rwkv_npu.backends.memory import MAX_CONTEXTS
 from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
 from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
@@ -23,7 +24,6 @@ from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.board.npu import Lock
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.memory import MAX_CONTEXTS
 from rwkv_npu.models.spec import FUSIONS, groups
 from rwkv_npu.sources import CheckpointSource
 from tests.tiny import write_model

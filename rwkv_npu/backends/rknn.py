@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.backends.memory import MemoryPlan, check_room
 from rwkv_npu.backends.rknn_api import check
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import numbers
 from rwkv_npu.board.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.errors import LONGEST, BackendError, first_line
 from rwkv_npu.formats.bundle import Artifact
-from rwkv_npu.memory import MemoryPlan, check_room
 from rwkv_npu.models.spec import Group
 from rwkv_npu.toolkit import VERSIONS, rknn_info
 

@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.backends.memory import MAX_CONTEXTS, MemoryPlan, check_room
 from rwkv_npu.backends.npu_matmul import Products, Weight, cut
 from rwkv_npu.backends.rknn_api import CHIP, CORES, FP16, INT8, OVERRIDE, Kind, Library
 from rwkv_npu.board import hardware
 from rwkv_npu.board.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.errors import BackendError
-from rwkv_npu.memory import MAX_CONTEXTS, MemoryPlan, check_room
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.models.spec import Kind as TensorKind
