@@ -99,8 +99,8 @@ def _numbers(file: str) -> dict[str, int]:
 
 def weight_bytes(bundle: Path, precision: str) -> int:
     """Of the projections in their run-time format."""
-    from rwkv_npu.estimate import weight_bytes as by_part
     from rwkv_npu.formats.bundle import read_manifest
+    from rwkv_npu.runtime.estimate import weight_bytes as by_part
 
     return sum(by_part(read_manifest(bundle).spec, precision).values())
 

@@ -23,10 +23,10 @@ from rwkv_npu.backends.base import Backend, Runner, allocate_inputs
 from rwkv_npu.backends.drift import EVERY, Peaks, Watched
 from rwkv_npu.bench.machine import describe
 from rwkv_npu.bench.shapes import official_spec
-from rwkv_npu.engine import Engine
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Spec, tensors
+from rwkv_npu.runtime.engine import Engine
 
 MODELS = {"v7-0.4b": "0.45B", "v7-1.5b": "1.5B"}
 ROWS = (1, 64)

@@ -17,8 +17,8 @@ from rwkv_npu.graphs.trace import matrices, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group
 from rwkv_npu.progress import Progress, progress
-from rwkv_npu.recording import record
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
 BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between

@@ -24,7 +24,7 @@ from rwkv_npu.models.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.quant.widths import int8_parts, spans
-from rwkv_npu.sources import ModelSource, widened
+from rwkv_npu.runtime.weights import ModelSource, widened
 from rwkv_npu.tokenizer import END_OF_TEXT
 
 KEEP = 4096  # rows of every projection

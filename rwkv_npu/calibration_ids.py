@@ -17,8 +17,8 @@ from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.progress import progress
+from rwkv_npu.runtime.weights import ModelSource, widened
 from rwkv_npu.sampling import Sampler, SamplingOptions
-from rwkv_npu.sources import ModelSource, widened
 from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
 from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
 

@@ -35,9 +35,9 @@ from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import default_scaling
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.quantisation import LEAST, MAX_KL, quantise_bundle, sizes
-from rwkv_npu.recording import write_self_test
 from rwkv_npu.request import Request, Say, mapped_projections, parse_rows
-from rwkv_npu.sources import BundleSource, CheckpointSource
+from rwkv_npu.runtime.selftest import write_self_test
+from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
 from rwkv_npu.tokenizer import Tokenizer, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 from rwkv_npu.verify import verify_graphs

@@ -14,7 +14,16 @@ from typing import Any
 from rwkv_npu.artifacts import beside, candidates, row_counts
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.bundle_writer import describe_groups
-from rwkv_npu.estimate import (
+from rwkv_npu.formats.bundle import Artifact, Manifest
+from rwkv_npu.formats.checkpoint import Checkpoint
+from rwkv_npu.graphs.trace import Matrix, Trace, compiler_trace, matrices, trace_group
+from rwkv_npu.models.network import Program
+from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
+from rwkv_npu.quant.cpu import PRECISIONS as PACKED
+from rwkv_npu.quant.cpu import bits_of, packed_bytes
+from rwkv_npu.quantisation import sizes
+from rwkv_npu.request import Request
+from rwkv_npu.runtime.estimate import (
     BOARD_RATES,
     TABLE,
     Assumptions,
@@ -24,16 +33,7 @@ from rwkv_npu.estimate import (
     on_npu,
     weights,
 )
-from rwkv_npu.formats.bundle import Artifact, Manifest
-from rwkv_npu.formats.checkpoint import Checkpoint
-from rwkv_npu.graphs.trace import Matrix, Trace, compiler_trace, matrices, trace_group
-from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
-from rwkv_npu.quant.cpu import PRECISIONS as PACKED
-from rwkv_npu.quant.cpu import bits_of, packed_bytes
-from rwkv_npu.quantisation import sizes
-from rwkv_npu.recording import SELF_TEST_ROWS
-from rwkv_npu.request import Request
+from rwkv_npu.runtime.selftest import SELF_TEST_ROWS
 
 Share = Callable[[str], float]
 

@@ -17,7 +17,7 @@ from rwkv_npu.calibration import Calibration, calibrate
 from rwkv_npu.formats.bundle import Manifest
 from rwkv_npu.models.spec import Scaling, Spec
 from rwkv_npu.progress import progress
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.runtime.weights import ModelSource
 
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not

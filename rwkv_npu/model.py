@@ -13,16 +13,16 @@ import numpy as np
 
 from rwkv_npu import generation, sampling
 from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
-from rwkv_npu.engine import Engine
 from rwkv_npu.errors import StateError, TokenizerError, UsageError
 from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.formats.state import State, new_state
 from rwkv_npu.formats.state import load_state as _load_state
 from rwkv_npu.models.spec import Spec, check_fusion, state_shapes
-from rwkv_npu.opening import CPU_BACKEND, Options, measured_plan, open_automatically, open_engine
-from rwkv_npu.plan import Plan, parse
-from rwkv_npu.sources import BundleSource, CheckpointSource, ModelSource
+from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.loading import CPU_BACKEND, Options, measured_plan, open_automatically, open_engine
+from rwkv_npu.runtime.placement import Plan, parse
+from rwkv_npu.runtime.weights import BundleSource, CheckpointSource, ModelSource
 from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
 
 

@@ -24,8 +24,8 @@ from rwkv_npu.models.spec import Kind, Spec, tensors
 from rwkv_npu.progress import progress
 from rwkv_npu.quant.ranges import ALGORITHMS, Choice, choose
 from rwkv_npu.remedies import smoothings
+from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.sensitivity import Judge, select
-from rwkv_npu.sources import BundleSource
 
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"

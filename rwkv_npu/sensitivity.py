@@ -17,7 +17,7 @@ from rwkv_npu.models.maths import NumpyMaths, divergence
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group
 from rwkv_npu.quant.npu import Int8Maths, Quantised
-from rwkv_npu.sources import ModelSource, widened
+from rwkv_npu.runtime.weights import ModelSource, widened
 
 CHUNK = 256  # tokens of a step; on those of the first one each projection is measured alone
 KEPT = 1 << 30  # bytes of the reference's outputs that may be kept, to begin where a projection is

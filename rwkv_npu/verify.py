@@ -7,8 +7,8 @@ from rwkv_npu.backends.ort import OrtBackend
 from rwkv_npu.formats.bundle import Bundle, graph_file
 from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.progress import progress
-from rwkv_npu.recording import record
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.weights import BundleSource
 
 VERIFY_ROWS = 16
 

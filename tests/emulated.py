@@ -17,7 +17,7 @@ from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, Group
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.weights import BundleSource
 from tools.make_checkpoint import make_checkpoint
 
 GENERATIONS = ("4", "5.2", "6", "7")

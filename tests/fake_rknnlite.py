@@ -21,7 +21,7 @@ from rwkv_npu.board import hardware, npu
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, Group, Spec, groups
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import Cycles, Environment, Job
 
 TRACEBACK = "E Catch exception when init runtime!\nE Traceback (most recent call last):\n  File x, line 1\n"

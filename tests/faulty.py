@@ -10,11 +10,11 @@ import numpy as np
 from rwkv_npu.backends.base import Backend, Faults, Recorded, Runner
 from rwkv_npu.backends.guard import Guard
 from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.engine import Engine
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
-from rwkv_npu.recording import SELF_TEST_ROWS, record
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, record
+from rwkv_npu.runtime.weights import ModelSource
 
 ADVICE = "; try something"
 KINDS = ("code", "nan", "inf", "zeros", "rows", "missing")

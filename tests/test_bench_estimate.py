@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import estimate
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.bench import inference_plot, inference_study
 from rwkv_npu.bench.inference_estimate import estimates
 from rwkv_npu.bench.inference_record import PARTS, Document, Row
 from rwkv_npu.bench.inference_study import open_subject
-from rwkv_npu.estimate import Assumptions, Rate
 from rwkv_npu.formats.bundle import MANIFEST, read_manifest
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import Group, tensors
 from rwkv_npu.quant.cpu import PRECISIONS, bits_of, pack
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime import estimate
+from rwkv_npu.runtime.estimate import Assumptions, Rate
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.bench_inference import QUICK, L, artifacts, run_json
 from tests.faulty import plain_engine
 from tests.tiny import run_main, write_model

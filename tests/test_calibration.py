@@ -21,7 +21,7 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.tokenizer import END_OF_TEXT
 from tests.tiny import V, write_model
 

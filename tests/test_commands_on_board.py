@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_npu.plan import TUNED
+from rwkv_npu.runtime.placement import TUNED
 from tests.emulated import EmulatedBoard
 from tools.board import chip
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.board
 # Every command in one process, since most of a command's time on the board is Python's start.
 COMMANDS = """
 import json, sys
-from rwkv_npu import tuning
+from rwkv_npu.runtime import tuning
 from rwkv_npu.cli import main
 tuning.SECONDS = 0.1
 for argv in json.loads(sys.argv[1]):

@@ -14,7 +14,7 @@ from rwkv_npu.calibration import calibrate, input_peaks
 from rwkv_npu.formats.bundle import read_manifest
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import groups, tensors
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.tiny import write_model
 
 

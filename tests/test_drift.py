@@ -15,8 +15,8 @@ from rwkv_npu.backends.drift import ENOUGH, EVERY, Drift, Watched, WatchedRunner
 from rwkv_npu.board import hardware
 from rwkv_npu.formats.bundle import Bundle, open_bundle
 from rwkv_npu.models.spec import Group, Port
-from rwkv_npu.opening import _watched
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.loading import _watched
+from rwkv_npu.runtime.weights import BundleSource
 from tests.fake_compiler import stand_in
 from tests.tiny import V, write_model
 

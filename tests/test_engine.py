@@ -15,12 +15,12 @@ import rwkv_npu
 from rwkv_npu.backends import open_backend
 from rwkv_npu.backends.base import Backend, Runner
 from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.engine import PREFILL_ROWS, Engine
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import State
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.engine import PREFILL_ROWS, Engine
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.tiny import write_model
 
 L, V = 3, 50

@@ -19,7 +19,6 @@ from rwkv_npu.artifacts import plan_artifacts
 from rwkv_npu.backends.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.commands.dry_run import table
 from rwkv_npu.errors import UsageError
-from rwkv_npu.estimate import formula_cycles, weights
 from rwkv_npu.forecast import Forecast, Variant, forecast
 from rwkv_npu.formats.bundle import (
     HOST,
@@ -38,7 +37,8 @@ from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Spec, tensors
 from rwkv_npu.quantisation import sizes
 from rwkv_npu.request import Request
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.estimate import formula_cycles, weights
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.emulated import GENERATIONS as ON_BOARD
 from tests.emulated import ROWS
 from tests.tiny import one_line, run_main, write_model

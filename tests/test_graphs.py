@@ -22,7 +22,7 @@ from rwkv_npu.graphs.trace import Constant, trace_group
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group, Scaling, groups, tensors
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.weights import CheckpointSource
 from tools.make_checkpoint import make_checkpoint, make_spec
 
 # No two sizes are equal, and most are no multiple of SPLIT.

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from rwkv_npu.backends import guard as guard_module
 from rwkv_npu.backends.guard import Hang, Worker
 from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.engine import Engine
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import State
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, Group
-from rwkv_npu.recording import SELF_TEST_ROWS, record
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, record
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.faulty import ADVICE, KINDS, FaultyNpu, guarded_engine, plain_engine
 from tests.tiny import write_model
 

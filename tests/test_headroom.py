@@ -17,7 +17,7 @@ from rwkv_npu.headroom import LIMIT, choose_scaling, magnitudes, too_large
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Scaling
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.tiny import V, write_model
 
 IDS = np.random.default_rng(2).integers(0, V, 64)

@@ -18,8 +18,8 @@ from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.headroom import LARGEST, LIMIT, choose_scaling
 from rwkv_npu.models.spec import Scaling
-from rwkv_npu.recording import record
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import Environment, Simulator
 from tests.fake_compiler import stand_in
 from tools.make_checkpoint import make_checkpoint

@@ -26,9 +26,9 @@ from rwkv_npu.quant.npu import Int8Maths, Quantised
 from rwkv_npu.quant.ranges import choose
 from rwkv_npu.quant.widths import NPU_WIDTH
 from rwkv_npu.quantisation import sizes
-from rwkv_npu.recording import record
 from rwkv_npu.remedies import smoothings
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph
 from tests.tiny import run_main, write_model
 

@@ -56,7 +56,7 @@ for precision in sys.argv[5:]:
 OFF = """
 import json, sys
 import rwkv_npu
-from rwkv_npu import opening
+from rwkv_npu.runtime import loading
 from rwkv_npu.backends.base import Recorded
 right = opening.self_test
 
@@ -79,7 +79,7 @@ WATCHING = """
 import json, sys
 from rwkv_npu.backends import drift
 from rwkv_npu.cli import main
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.weights import BundleSource
 drift.EVERY, drift.ENOUGH = 1, 16
 calibrated = BundleSource.int8_inputs
 for factor in map(float, sys.argv[2:]):

@@ -13,7 +13,6 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.backends.numba import KEPT_CHUNKS, NumbaBackend, Weights
-from rwkv_npu.engine import Dispatcher
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.files import cache_dir
@@ -23,7 +22,8 @@ from rwkv_npu.kernels.tape import Layout
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.quant.cpu import BLOCK
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.engine import Dispatcher
+from rwkv_npu.runtime.weights import BundleSource
 from tests.tiny import RANKS, write_model
 
 # v5 differs from v4 in nothing that a backend sees.

@@ -15,13 +15,13 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.backends import open_backend
-from rwkv_npu.engine import Engine
 from rwkv_npu.formats.checkpoint import open_checkpoint, read_tensors
 from rwkv_npu.model import Model
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Scaling, default_scaling, groups
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.faulty import plain_engine
 from tests.references import CASES, DEEP_CASES, TOKENS, TRANSFORMERS, Case, Reference, References, V
 from tools.make_checkpoint import make_checkpoint

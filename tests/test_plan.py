@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rwkv_npu
-from rwkv_npu import opening, plan, tuning
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.formats.bundle import artifacts_digest, open_bundle, verify_files
 from rwkv_npu.models.spec import Group, groups
-from rwkv_npu.opening import Options, machine_key
-from rwkv_npu.plan import TUNED, USES, Plan, parse, save_tuned, tuned
-from rwkv_npu.tuning import Measured, best_plan
+from rwkv_npu.runtime import loading, placement, tuning
+from rwkv_npu.runtime.loading import Options, machine_key
+from rwkv_npu.runtime.placement import TUNED, USES, Plan, parse, save_tuned, tuned
+from rwkv_npu.runtime.tuning import Measured, best_plan
 from tests.tiny import run_main, write_model
 
 SPEC_GROUPS: list[Group] = []
@@ -175,9 +175,9 @@ def test_whoever_asks_for_something_gets_it(bundle: Path) -> None:
     expectations = {
         ("auto", None, None): ("numpy", "projection"),
         ("ort", None, None): ("ort", "layer"),
-        ("auto", "layer", None): (opening.CPU_BACKEND, "layer"),
+        ("auto", "layer", None): (loading.CPU_BACKEND, "layer"),
         ("auto", "projection", None): ("numpy", "projection"),
-        ("auto", None, "decode=numpy"): (f"{opening.CPU_BACKEND} for prompts, numpy for tokens", "layer"),
+        ("auto", None, "decode=numpy"): (f"{loading.CPU_BACKEND} for prompts, numpy for tokens", "layer"),
     }
     for (backend, fusion, text), (name, used) in expectations.items():
         with rwkv_npu.load(bundle, backend=backend, fusion=fusion, plan=text) as model:
@@ -192,9 +192,9 @@ def test_plans_of_others_are_not_ours(bundle: Path, monkeypatch: pytest.MonkeyPa
     assert tuned(bundle, machine_key(), "other artifacts") is None
     assert tuned(bundle, "a third", artifacts_digest(open_bundle(bundle).manifest)) is None
     keep(bundle, Plan("tpu", (), "layer", "of a later version"))
-    assert opening.measured_plan(open_bundle(bundle)) is None
+    assert loading.measured_plan(open_bundle(bundle)) is None
     (bundle / TUNED).write_text('{"format": 99, "machines": 7}')
-    assert opening.measured_plan(open_bundle(bundle)) is None
+    assert loading.measured_plan(open_bundle(bundle)) is None
     (bundle / TUNED).unlink()
 
 
@@ -257,4 +257,4 @@ def test_a_plan_that_cannot_be_kept_is_said(bundle: Path) -> None:
 
 
 def test_options_have_defaults() -> None:
-    assert Options() == Options(None, "auto") and plan.FORMAT == 1
+    assert Options() == Options(None, "auto") and placement.FORMAT == 1

@@ -20,12 +20,12 @@ from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.model import load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS
-from rwkv_npu.opening import _in_int8
 from rwkv_npu.precision_map import resolve
 from rwkv_npu.quant.npu import Quantised
 from rwkv_npu.quantisation import NOTES, sizes
+from rwkv_npu.runtime.loading import _in_int8
+from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.sensitivity import Judge, select
-from rwkv_npu.sources import BundleSource
 from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model
 

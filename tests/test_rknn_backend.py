@@ -17,8 +17,8 @@ from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, open_bundle
 from rwkv_npu.model import Model
-from rwkv_npu.opening import CPU_BACKEND
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.loading import CPU_BACKEND
+from rwkv_npu.runtime.weights import BundleSource
 from tests.fake_rknnlite import TRACEBACK, FakeLite, FakeRuntime, become_a_board, fake_bundle
 from tests.tiny import run_main, write_model
 

@@ -25,7 +25,7 @@ from rwkv_npu.board.npu import Lock
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import FUSIONS, groups
-from rwkv_npu.sources import CheckpointSource
+from rwkv_npu.runtime.weights import CheckpointSource
 from tests.tiny import write_model
 from tools.board.calls import count, read_calls
 

@@ -31,11 +31,11 @@ from rwkv_npu.calibration_ids import default_ids
 from rwkv_npu.evaluation import count_bytes, evaluate
 from rwkv_npu.formats.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.model import Model
-from rwkv_npu.opening import Options, open_engine
-from rwkv_npu.plan import Plan
 from rwkv_npu.quantisation import MAX_KL
-from rwkv_npu.recording import passes
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.loading import Options, open_engine
+from rwkv_npu.runtime.placement import Plan
+from rwkv_npu.runtime.selftest import passes
+from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.texts import held_out_text, read_tokens
 from rwkv_npu.toolkit import CompileOptions
 

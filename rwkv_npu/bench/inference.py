@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rwkv_npu import estimate
 from rwkv_npu.bench import inference_plot, inference_report
 from rwkv_npu.bench.inference_record import Document
 from rwkv_npu.bench.inference_study import DEFAULT_BACKENDS, Settings, Study
 from rwkv_npu.formats.files import resume_file
 from rwkv_npu.model import demo_model
+from rwkv_npu.runtime import estimate
 
 
 def run(arguments: argparse.Namespace) -> int:

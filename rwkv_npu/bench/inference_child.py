@@ -25,13 +25,13 @@ from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench.inference_record import DECODE, PARTS, PREFILLS
 from rwkv_npu.bench.machine import Watch
 from rwkv_npu.board.hardware import cpu_model, soc
-from rwkv_npu.engine import Engine
 from rwkv_npu.errors import first_line
-from rwkv_npu.estimate import weights
 from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model, load
 from rwkv_npu.models.spec import tensors
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
+from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.estimate import weights
 from rwkv_npu.sampling import Sampler, SamplingOptions
 
 FEWEST = 8  # tokens of a decode, however slow

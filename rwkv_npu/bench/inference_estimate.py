@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from rwkv_npu import estimate
 from rwkv_npu.bench.inference_record import PREFILLS, Row
 from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Spec, groups, state_shapes
+from rwkv_npu.runtime import estimate
 
 HOST_TERMS = ("recurrence", "sampling", "dispatch", "rest")  # what the CPU does beside the groups
 BOARD = "rk3588"  # the chip whose CPU and bandwidths are known

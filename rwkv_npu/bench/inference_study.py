@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu import estimate
 from rwkv_npu.backends import BACKENDS
 from rwkv_npu.bench import machine
 from rwkv_npu.bench.inference_estimate import estimates
@@ -26,6 +25,7 @@ from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.bundle import Artifact, is_bundle, read_manifest
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import Spec
+from rwkv_npu.runtime import estimate
 
 DEFAULT_BACKENDS = ("numba", "ort", "torch", "numpy")
 STAGES = 1 + len(PREFILLS) + 1  # load, prompts, decode

@@ -24,8 +24,8 @@ from rwkv_npu.evaluation import (
 from rwkv_npu.formats.bundle import is_bundle, read_manifest
 from rwkv_npu.formats.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
-from rwkv_npu.opening import CPU_BACKEND
 from rwkv_npu.progress import Progress, progress
+from rwkv_npu.runtime.loading import CPU_BACKEND
 from rwkv_npu.texts import held_out_text, read_tokens
 
 

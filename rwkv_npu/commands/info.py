@@ -10,11 +10,11 @@ from typing import Any
 
 from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.commands.common import size
-from rwkv_npu.estimate import estimate_ms
 from rwkv_npu.formats.bundle import Bundle, Manifest, is_bundle, open_bundle, verify_files
 from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, Spec, groups
+from rwkv_npu.runtime.estimate import estimate_ms
 from rwkv_npu.tokenizer import find_tokenizer
 
 PREFILL_TOKENS = 128

@@ -13,9 +13,9 @@ from rwkv_npu.commands.common import bundle_at, use_big_cores
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import artifacts_digest
 from rwkv_npu.models.spec import FUSIONS
-from rwkv_npu.opening import Options, machine_key
-from rwkv_npu.plan import USES, save_tuned
-from rwkv_npu.tuning import Measured, tune
+from rwkv_npu.runtime.loading import Options, machine_key
+from rwkv_npu.runtime.placement import USES, save_tuned
+from rwkv_npu.runtime.tuning import Measured, tune
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from rwkv_npu.bench.problem import make_problem
 from rwkv_npu.errors import RwkvNpuError, UsageError
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.spec import FUSIONS, Group
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.weights import BundleSource
 from tools.board.half import HalfBackend
 
 Function = Callable[[list[np.ndarray]], list[np.ndarray]]  # arrays of a group's inputs -> of its outputs

@@ -16,7 +16,7 @@ from rwkv_npu.backends.base import allocate_inputs
 from rwkv_npu.models import maths
 from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.spec import Group
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.runtime.weights import ModelSource
 
 
 class HalfMaths:

@@ -21,7 +21,7 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, Group
-from rwkv_npu.sources import BundleSource, ModelSource
+from rwkv_npu.runtime.weights import BundleSource, ModelSource
 
 HISTORY = 16  # tokens read before, at least: the state must have a past
 SELF_TEST_ROWS = 2  # the second shows whether a row sees the one before it

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rwkv_npu.backends import NPU_BACKENDS
-from rwkv_npu.engine import PREFILL_ROWS, Engine
 from rwkv_npu.errors import BackendError, RwkvNpuError
 from rwkv_npu.formats.bundle import Bundle
 from rwkv_npu.models.spec import FUSIONS
-from rwkv_npu.opening import Options, open_engine, why_absent
-from rwkv_npu.plan import USES, Plan
-from rwkv_npu.sources import BundleSource
+from rwkv_npu.runtime.engine import PREFILL_ROWS, Engine
+from rwkv_npu.runtime.loading import Options, open_engine, why_absent
+from rwkv_npu.runtime.placement import USES, Plan
+from rwkv_npu.runtime.weights import BundleSource
 
 CPU_BACKENDS = ("numba", "ort", "numpy")
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes

@@ -13,14 +13,14 @@ from rwkv_npu.backends.base import Backend, Faults
 from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.board import hardware
-from rwkv_npu.engine import Engine
 from rwkv_npu.errors import RwkvNpuError, UsageError
 from rwkv_npu.formats.bundle import Bundle, artifacts_digest
 from rwkv_npu.kernels.recurrence import compiled
-from rwkv_npu.plan import Plan, tuned
 from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
-from rwkv_npu.recording import self_test
-from rwkv_npu.sources import ModelSource
+from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.placement import Plan, tuned
+from rwkv_npu.runtime.selftest import self_test
+from rwkv_npu.runtime.weights import ModelSource
 
 # What steps in for an NPU, on the weights as they are stored, and the choice where there is none: the fastest that is
 # installed.

@@ -1,0 +1,1 @@
+"""Token ids to logits: weights, the choice of backends, and the engine."""
