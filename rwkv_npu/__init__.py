@@ -14,9 +14,9 @@ from rwkv_npu import errors
 if TYPE_CHECKING:
     from rwkv_npu.converter import convert
     from rwkv_npu.formats.state import State
-    from rwkv_npu.generation import Step
     from rwkv_npu.model import Model, load, load_state
     from rwkv_npu.models.spec import Spec
+    from rwkv_npu.text.generation import Step
 
 __version__ = "0.1.0"
 __all__ = ["Model", "Spec", "State", "Step", "convert", "errors", "load", "load_state"]
@@ -25,7 +25,7 @@ _HOME = {
     "Model": "model",
     "Spec": "models.spec",
     "State": "formats.state",
-    "Step": "generation",
+    "Step": "text.generation",
     "convert": "converter",
     "load": "model",
     "load_state": "model",

@@ -34,7 +34,7 @@ from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, ten
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.quant.cpu import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.runtime.weights import CheckpointSource
-from rwkv_npu.tokenizer import Tokenizer
+from rwkv_npu.text.tokenizer import Tokenizer
 
 STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
 

@@ -25,7 +25,7 @@ from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.quant.widths import int8_parts, spans
 from rwkv_npu.runtime.weights import ModelSource, widened
-from rwkv_npu.tokenizer import END_OF_TEXT
+from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 KEEP = 4096  # rows of every projection
 MEMORY = 2 << 30  # bytes that those rows may take: of large models fewer are kept

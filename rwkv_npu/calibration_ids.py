@@ -18,9 +18,9 @@ from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.progress import progress
 from rwkv_npu.runtime.weights import ModelSource, widened
-from rwkv_npu.sampling import Sampler, SamplingOptions
-from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
-from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv_npu.text.corpus import Tokens, calibration_text, holds_ids, read_tokens
+from rwkv_npu.text.sampling import Sampler, SamplingOptions
+from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
 
 TOKENS = 8192  # read at most: half of them are one context
 SAMPLED = 1024  # of the model's own making, where each takes a pass

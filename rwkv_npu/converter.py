@@ -38,7 +38,7 @@ from rwkv_npu.quantisation import LEAST, MAX_KL, quantise_bundle, sizes
 from rwkv_npu.request import Request, Say, mapped_projections, parse_rows
 from rwkv_npu.runtime.selftest import write_self_test
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
-from rwkv_npu.tokenizer import Tokenizer, find_tokenizer
+from rwkv_npu.text.tokenizer import Tokenizer, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 from rwkv_npu.verify import verify_graphs
 from rwkv_npu.workspace import (

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_npu import generation, sampling
 from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
 from rwkv_npu.errors import StateError, TokenizerError, UsageError
 from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
@@ -23,7 +22,8 @@ from rwkv_npu.runtime.engine import Engine
 from rwkv_npu.runtime.loading import CPU_BACKEND, Options, measured_plan, open_automatically, open_engine
 from rwkv_npu.runtime.placement import Plan, parse
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource, ModelSource
-from rwkv_npu.tokenizer import Tokenizer, builtin, find_tokenizer
+from rwkv_npu.text import generation, sampling
+from rwkv_npu.text.tokenizer import Tokenizer, builtin, find_tokenizer
 
 
 class Model:

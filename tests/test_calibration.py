@@ -22,7 +22,7 @@ from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.runtime.weights import CheckpointSource
-from rwkv_npu.tokenizer import END_OF_TEXT
+from rwkv_npu.text.tokenizer import END_OF_TEXT
 from tests.tiny import V, write_model
 
 ROWS = 8

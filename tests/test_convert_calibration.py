@@ -15,7 +15,7 @@ from rwkv_npu.formats.bundle import Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import GENERATIONS, Scaling
 from rwkv_npu.runtime.weights import CheckpointSource
-from rwkv_npu.tokenizer import find_tokenizer
+from rwkv_npu.text.tokenizer import find_tokenizer
 from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model, write_vocabulary
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu.errors import TokenizerError, UsageError
 from rwkv_npu.formats.state import State
-from rwkv_npu.generation import Step, TextStream
 from rwkv_npu.model import Model
-from rwkv_npu.tokenizer import END_OF_TEXT, StreamDecoder
+from rwkv_npu.text.generation import Step, TextStream
+from rwkv_npu.text.tokenizer import END_OF_TEXT, StreamDecoder
 from tests.tiny import VOCABULARY, WITHOUT_TEXT, V, write_model
 
 PROMPT = "the turning über"

@@ -19,7 +19,7 @@ import rwkv_npu
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.maths import log_softmax
-from rwkv_npu.texts import calibration_text
+from rwkv_npu.text.corpus import calibration_text
 from tests.emulated import EmulatedBoard, run_artifacts
 from tools.board.calls import count, read_calls
 from tools.board.compute import Bundles, Server

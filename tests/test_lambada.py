@@ -15,7 +15,7 @@ from rwkv_npu.errors import UsageError
 from rwkv_npu.evaluation import evaluate, evaluate_lambada, read_lambada
 from rwkv_npu.evaluation.lambada import _score, split
 from rwkv_npu.model import Model
-from rwkv_npu.tokenizer import WorldTokenizer
+from rwkv_npu.text.tokenizer import WorldTokenizer
 from tests.evaluations import IDS, TEXTS, stopping, write_jsonl
 from tests.tiny import write_model
 

@@ -155,7 +155,7 @@ def test_the_command_line_is_light(statement: str) -> None:
 
 def test_the_engine_is_light() -> None:
     loaded = loaded_by(
-        "import rwkv_npu.runtime.engine, rwkv_npu.generation, rwkv_npu.backends.numpy, rwkv_npu.runtime.weights"
+        "import rwkv_npu.runtime.engine, rwkv_npu.text.generation, rwkv_npu.backends.numpy, rwkv_npu.runtime.weights"
     )
     assert not loaded & {"onnx", "onnxruntime", "torch", "rknn", "rknnlite", "tokenizers", "numba"}
 

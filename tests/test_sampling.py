@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rwkv_npu import sampling
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.sampling import (
+from rwkv_npu.text import sampling
+from rwkv_npu.text.sampling import (
     Sampler,
     SamplingOptions,
     Softmax,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.errors import UsageError
-from rwkv_npu.texts import Tokens, calibration_text, holds_ids, read_tokens
+from rwkv_npu.text.corpus import Tokens, calibration_text, holds_ids, read_tokens
 
 
 def by_character(text: str) -> list[int]:

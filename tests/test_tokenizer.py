@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_npu import tokenizer as tokenizer_module
 from rwkv_npu.errors import TokenizerError
-from rwkv_npu.tokenizer import (
+from rwkv_npu.text import tokenizer as tokenizer_module
+from rwkv_npu.text.tokenizer import (
     PileTokenizer,
     Tokenizer,
     WorldTokenizer,
@@ -25,7 +25,7 @@ from rwkv_npu.tokenizer import (
     parse_world_vocab,
 )
 
-DATA = Path(tokenizer_module.__file__).parent / "data"
+DATA = Path(tokenizer_module.__file__).parent.parent / "data"
 SCRIPTS = [
     "The quick brown fox jumps over the lazy dog, doesn't it? It's 3.14159 or 2,718,281! ",
     "Быстрая коричневая лиса перепрыгивает через ленивую собаку. Съешь ещё этих мягких булок. ",

@@ -25,8 +25,8 @@ from bench.peers.systems import SYSTEMS, Failed, Workshop
 from bench.saving import save
 from rwkv_npu.bench.machine import describe
 from rwkv_npu.evaluation.likelihood import compare
-from rwkv_npu.texts import held_out_text
-from rwkv_npu.tokenizer import END_OF_TEXT
+from rwkv_npu.text.corpus import held_out_text
+from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 DEMO = Path(rwkv_npu.__file__).parent / "data" / "demo" / "model.pth"
 RUNTIMES = ("ours", "llama.cpp")

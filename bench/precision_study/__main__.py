@@ -36,7 +36,7 @@ from rwkv_npu.runtime.loading import Options, open_engine
 from rwkv_npu.runtime.placement import Plan
 from rwkv_npu.runtime.selftest import passes
 from rwkv_npu.runtime.weights import BundleSource
-from rwkv_npu.texts import held_out_text, read_tokens
+from rwkv_npu.text.corpus import held_out_text, read_tokens
 from rwkv_npu.toolkit import CompileOptions
 
 TOKENS, CONTEXT, ROWS = 8192, 4096, 64

@@ -32,7 +32,7 @@ from rwkv_npu.models.spec import tensors
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.runtime.engine import Engine
 from rwkv_npu.runtime.estimate import weights
-from rwkv_npu.sampling import Sampler, SamplingOptions
+from rwkv_npu.text.sampling import Sampler, SamplingOptions
 
 FEWEST = 8  # tokens of a decode, however slow
 TOO_LONG = 4.0  # a prompt that would take so many times the seconds of a stage is left out

@@ -26,7 +26,7 @@ from rwkv_npu.formats.files import resume_file
 from rwkv_npu.model import Model, demo_model, load
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.runtime.loading import CPU_BACKEND
-from rwkv_npu.texts import held_out_text, read_tokens
+from rwkv_npu.text.corpus import held_out_text, read_tokens
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,10 +17,10 @@ from rwkv_npu.backends.base import Faults
 from rwkv_npu.commands.common import load_model
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State
-from rwkv_npu.generation import Step
 from rwkv_npu.model import Model
-from rwkv_npu.sampling import Sampler, SamplingOptions
-from rwkv_npu.texts import read_text
+from rwkv_npu.text.corpus import read_text
+from rwkv_npu.text.generation import Step
+from rwkv_npu.text.sampling import Sampler, SamplingOptions
 
 LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
 

@@ -15,7 +15,7 @@ from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, Spec, groups
 from rwkv_npu.runtime.estimate import estimate_ms
-from rwkv_npu.tokenizer import find_tokenizer
+from rwkv_npu.text.tokenizer import find_tokenizer
 
 PREFILL_TOKENS = 128
 

@@ -21,8 +21,8 @@ from rwkv_npu.evaluation.journal import Journal, digest
 from rwkv_npu.evaluation.likelihood import log_likelihood
 from rwkv_npu.evaluation.text import model_identity
 from rwkv_npu.model import Model
-from rwkv_npu.texts import read_text
-from rwkv_npu.tokenizer import END_OF_TEXT
+from rwkv_npu.text.corpus import read_text
+from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 
 class Passage(NamedTuple):

@@ -16,7 +16,7 @@ from rwkv_npu.formats.bundle import artifacts_digest
 from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model
 from rwkv_npu.runtime.weights import BundleSource
-from rwkv_npu.tokenizer import END_OF_TEXT
+from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 CHUNK = 64  # tokens whose logits are in memory together: 17 MB a model with 65536 words
 POSITIONS = (0, 64, 512, 4096)  # where the stretches begin that drift is looked at in

@@ -13,8 +13,8 @@ import numpy as np
 from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.runtime.engine import Engine
-from rwkv_npu.sampling import Sampler
-from rwkv_npu.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv_npu.text.sampling import Sampler
+from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
 
 
 class Step:

@@ -1,0 +1,1 @@
+"""Text at the edges: tokenizer, sampling, generation, and texts from files."""
