@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rwkv_npu import errors
 
 if TYPE_CHECKING:
-    from rwkv_npu.converter import convert
+    from rwkv_npu.conversion.converter import convert
     from rwkv_npu.formats.state import State
     from rwkv_npu.model import Model, load, load_state
     from rwkv_npu.models.spec import Spec
@@ -26,7 +26,7 @@ _HOME = {
     "Spec": "models.spec",
     "State": "formats.state",
     "Step": "text.generation",
-    "convert": "converter",
+    "convert": "conversion.converter",
     "load": "model",
     "load_state": "model",
 }

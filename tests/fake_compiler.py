@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_npu import artifacts, converter
+from rwkv_npu.conversion import artifacts, converter
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.toolkit import Cycles, Environment, Job
 

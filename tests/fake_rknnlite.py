@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import artifacts, converter
 from rwkv_npu.board import hardware, npu
+from rwkv_npu.conversion import artifacts, converter
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, Group, Spec, groups

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import rwkv_npu
-from rwkv_npu import converter
-from rwkv_npu.artifacts import Build
+from rwkv_npu.conversion import converter
+from rwkv_npu.conversion.artifacts import Build
 from rwkv_npu.errors import ToolkitError, UsageError
 from rwkv_npu.formats.bundle import MANIFEST, open_bundle
 from rwkv_npu.models.spec import groups

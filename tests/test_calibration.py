@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_npu import calibration
-from rwkv_npu.calibration import Calibration, Reservoir, Samples, calibrate, contexts, input_peaks
+from rwkv_npu.conversion import calibration
+from rwkv_npu.conversion.calibration import Calibration, Reservoir, Samples, calibrate, contexts, input_peaks
 from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu import converter, workspace
+from rwkv_npu.conversion import converter, workspace
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.formats.bundle import INT8, MANIFEST, WEIGHTS, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_npu import headroom
-from rwkv_npu.calibration_ids import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
+from rwkv_npu.conversion import fp16_range
+from rwkv_npu.conversion.calibration_ids import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
 from rwkv_npu.formats.bundle import Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import GENERATIONS, Scaling
@@ -39,7 +39,7 @@ def manifest_of(out: Path) -> Manifest:
 def test_the_default_is_the_text_of_the_package(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     assert convert(capsys, checkpoint, tmp_path / "o")[0] == 0
     manifest = manifest_of(tmp_path / "o")
-    assert manifest.headroom["tokens"] == headroom.TOKENS and 0 < manifest.headroom["largest"] < 8188
+    assert manifest.headroom["tokens"] == fp16_range.TOKENS and 0 < manifest.headroom["largest"] < 8188
     assert manifest.scaling == Scaling(layers=((1.0, 1.0),) * 2)
 
 

@@ -10,7 +10,7 @@ import pytest
 import rwkv_npu
 from bench import cpu_batches, cpu_start, drift_cost
 from rwkv_npu.bench.machine import describe
-from rwkv_npu.calibration import calibrate, input_peaks
+from rwkv_npu.conversion.calibration import calibrate, input_peaks
 from rwkv_npu.formats.bundle import read_manifest
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import groups, tensors

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 import rwkv_npu
 from rwkv_npu import toolkit
-from rwkv_npu.artifacts import plan_artifacts
 from rwkv_npu.backends.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.commands.dry_run import table
+from rwkv_npu.conversion.artifacts import plan_artifacts
+from rwkv_npu.conversion.forecast import Forecast, Variant, forecast
+from rwkv_npu.conversion.quantise import sizes
+from rwkv_npu.conversion.request import Request
 from rwkv_npu.errors import UsageError
-from rwkv_npu.forecast import Forecast, Variant, forecast
 from rwkv_npu.formats.bundle import (
     HOST,
     MANIFEST,
@@ -35,8 +37,6 @@ from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.graphs.trace import compiler_trace
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Spec, tensors
-from rwkv_npu.quantisation import sizes
-from rwkv_npu.request import Request
 from rwkv_npu.runtime.estimate import formula_cycles, weights
 from rwkv_npu.runtime.weights import CheckpointSource
 from tests.emulated import GENERATIONS as ON_BOARD
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_left_to_the_cpu(large: Callable[[str], Forecast], 
 
 
 def _groups(spec: Spec) -> list[dict[str, object]]:
-    from rwkv_npu.bundle_writer import describe_groups
+    from rwkv_npu.conversion.writer import describe_groups
 
     return describe_groups(spec)["layer"]
 

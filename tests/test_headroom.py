@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkv_npu.calibration import calibrate
+from rwkv_npu.conversion.calibration import calibrate
+from rwkv_npu.conversion.fp16_range import LIMIT, choose_scaling, magnitudes, too_large
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state
-from rwkv_npu.headroom import LIMIT, choose_scaling, magnitudes, too_large
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Scaling

@@ -11,12 +11,12 @@ import torch
 
 import rwkv_npu
 from rwkv_npu.backends.base import relative_error
-from rwkv_npu.calibration import calibrate
+from rwkv_npu.conversion.calibration import calibrate
+from rwkv_npu.conversion.fp16_range import LARGEST, LIMIT, choose_scaling
 from rwkv_npu.evaluation import evaluate
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs.onnx import compiler_model
-from rwkv_npu.headroom import LARGEST, LIMIT, choose_scaling
 from rwkv_npu.models.spec import Scaling
 from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import CheckpointSource

@@ -14,7 +14,9 @@ import pytest
 
 from rwkv_npu import toolkit
 from rwkv_npu.backends.base import relative_error
-from rwkv_npu.calibration import calibrate
+from rwkv_npu.conversion.calibration import calibrate
+from rwkv_npu.conversion.quantise import sizes
+from rwkv_npu.conversion.remedies import smoothings
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs.onnx import compiler_model
@@ -25,8 +27,6 @@ from rwkv_npu.models.spec import Group
 from rwkv_npu.quant.npu import Int8Maths, Quantised
 from rwkv_npu.quant.ranges import choose
 from rwkv_npu.quant.widths import NPU_WIDTH
-from rwkv_npu.quantisation import sizes
-from rwkv_npu.remedies import smoothings
 from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph

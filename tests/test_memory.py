@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rwkv_npu.artifacts import plan_artifacts
 from rwkv_npu.backends.memory import BUDGET_BYTES, MemoryPlan, check_room, plan_memory
 from rwkv_npu.board import hardware
-from rwkv_npu.bundle_writer import describe_groups
+from rwkv_npu.conversion.artifacts import plan_artifacts
+from rwkv_npu.conversion.writer import describe_groups
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.bundle import Manifest
 from rwkv_npu.models.network import Program

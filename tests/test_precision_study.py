@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bench.precision_study import __main__ as study
-from rwkv_npu import calibration_ids
-from rwkv_npu.quantisation import REMEDIES
+from rwkv_npu.conversion import calibration_ids
+from rwkv_npu.conversion.quantise import REMEDIES
 
 
 def run(checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:

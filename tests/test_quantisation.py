@@ -11,21 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_npu import quantisation, sensitivity
 from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.board import hardware
+from rwkv_npu.conversion import quantise, sensitivity
+from rwkv_npu.conversion.precision_map import resolve
+from rwkv_npu.conversion.quantise import NOTES, sizes
+from rwkv_npu.conversion.sensitivity import Judge, select
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.model import load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS
-from rwkv_npu.precision_map import resolve
 from rwkv_npu.quant.npu import Quantised
-from rwkv_npu.quantisation import NOTES, sizes
 from rwkv_npu.runtime.loading import _in_int8
 from rwkv_npu.runtime.weights import BundleSource
-from rwkv_npu.sensitivity import Judge, select
 from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model
 
@@ -188,8 +188,8 @@ def test_mixed_is_measured_once(
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("it was there")
 
-    monkeypatch.setattr(quantisation, "calibrate", never)
-    monkeypatch.setattr(quantisation, "Judge", never)
+    monkeypatch.setattr(quantise, "calibrate", never)
+    monkeypatch.setattr(quantise, "Judge", never)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.rknn")}
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed", "--max-kl", "1e-4")[0] == 0
     assert manifest_of(out).int8 == manifest.int8
@@ -295,7 +295,7 @@ def test_an_interrupted_measurement_goes_on(
     monkeypatch.setattr(Judge, "alone", interrupted)
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 130
     assert not out.exists()
-    monkeypatch.setattr(quantisation, "calibrate", None)  # not again
+    monkeypatch.setattr(quantise, "calibrate", None)  # not again
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
     assert len(labels) == len(sizes(manifest_of(out).spec)) + 1
 

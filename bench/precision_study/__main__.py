@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 import rwkv_npu
 from bench.saving import save
-from rwkv_npu.calibration_ids import default_ids
+from rwkv_npu.conversion.calibration_ids import default_ids
+from rwkv_npu.conversion.quantise import MAX_KL
 from rwkv_npu.evaluation import count_bytes, evaluate
 from rwkv_npu.formats.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.model import Model
-from rwkv_npu.quantisation import MAX_KL
 from rwkv_npu.runtime.loading import Options, open_engine
 from rwkv_npu.runtime.placement import Plan
 from rwkv_npu.runtime.selftest import passes

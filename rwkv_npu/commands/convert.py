@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from rwkv_npu.commands import dry_run
-from rwkv_npu.converter import convert
+from rwkv_npu.conversion.converter import convert
 from rwkv_npu.errors import UsageError
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS
 from rwkv_npu.commands.common import size
-from rwkv_npu.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
+from rwkv_npu.conversion.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
+from rwkv_npu.conversion.request import Request, mapped_projections, parse_rows
+from rwkv_npu.conversion.workspace import bundle_place
 from rwkv_npu.formats.bundle import Manifest, is_bundle, read_manifest
 from rwkv_npu.formats.checkpoint import Checkpoint, open_checkpoint
-from rwkv_npu.request import Request, mapped_projections, parse_rows
 from rwkv_npu.runtime.estimate import CALL_OVERHEAD_US, Rate
-from rwkv_npu.workspace import bundle_place
 
 WIDTH, COLUMN = 80, 12  # characters of a line, and of a figure in it
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_npu.calibration import Samples
+from rwkv_npu.conversion.calibration import Samples
 from rwkv_npu.models.maths import divergence, matmul
 from rwkv_npu.quant.npu import HIGHEST, LOWEST, SILENT, Affine, Quantised, Ranges, reciprocal, round_weight
 from rwkv_npu.quant.widths import int8_parts, spans

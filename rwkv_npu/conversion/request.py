@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from rwkv_npu.bundle_writer import STORAGE
+from rwkv_npu.conversion.precision_map import read_map
+from rwkv_npu.conversion.quantise import MAX_KL, REMEDIES, sizes
+from rwkv_npu.conversion.writer import STORAGE
 from rwkv_npu.errors import UsageError
 from rwkv_npu.models.spec import Spec, check_fusion
-from rwkv_npu.precision_map import read_map
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
-from rwkv_npu.quantisation import MAX_KL, REMEDIES, sizes
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, Environment
 
 Say = Callable[[str], None]  # gets a line for each stage

@@ -13,7 +13,7 @@ from math import ceil, log2
 
 import numpy as np
 
-from rwkv_npu.calibration import Calibration, calibrate
+from rwkv_npu.conversion.calibration import Calibration, calibrate
 from rwkv_npu.formats.bundle import Manifest
 from rwkv_npu.models.spec import Scaling, Spec
 from rwkv_npu.progress import progress

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv_npu.conversion.request import Request, Say
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.formats.bundle import (
     FORMAT,
@@ -26,7 +27,6 @@ from rwkv_npu.formats.bundle import (
 from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.formats.files import locked, write_atomically
 from rwkv_npu.quant.cpu import PRECISIONS
-from rwkv_npu.request import Request, Say
 
 # What the disk, or its permissions, can do to us; any other OSError is a bug of ours.
 _DISK = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_npu.calibration import check_ids
+from rwkv_npu.conversion.calibration import check_ids
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.common import Arrays

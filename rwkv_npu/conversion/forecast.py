@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from rwkv_npu.artifacts import beside, candidates, row_counts
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS, MemoryPlan, matrix_bytes, plan_memory
-from rwkv_npu.bundle_writer import describe_groups
+from rwkv_npu.conversion.artifacts import beside, candidates, row_counts
+from rwkv_npu.conversion.quantise import sizes
+from rwkv_npu.conversion.request import Request
+from rwkv_npu.conversion.writer import describe_groups
 from rwkv_npu.formats.bundle import Artifact, Manifest
 from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.graphs.trace import Matrix, Trace, compiler_trace, matrices, trace_group
@@ -21,8 +23,6 @@ from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
 from rwkv_npu.quant.cpu import PRECISIONS as PACKED
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
-from rwkv_npu.quantisation import sizes
-from rwkv_npu.request import Request
 from rwkv_npu.runtime.estimate import (
     BOARD_RATES,
     TABLE,

@@ -16,32 +16,13 @@ from pathlib import Path
 import numpy as np
 
 import rwkv_npu
-from rwkv_npu import headroom
-from rwkv_npu.artifacts import build_artifacts, plan_artifacts
-from rwkv_npu.bundle_writer import (
-    describe_groups,
-    record_files,
-    write_graphs,
-    write_packed,
-    write_tokenizer,
-    write_weights,
-)
-from rwkv_npu.calibration_ids import default_ids, read_ids
-from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest
-from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
-from rwkv_npu.formats.files import write_atomically
-from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import default_scaling
-from rwkv_npu.quant.cpu import PRECISIONS
-from rwkv_npu.quantisation import LEAST, MAX_KL, quantise_bundle, sizes
-from rwkv_npu.request import Request, Say, mapped_projections, parse_rows
-from rwkv_npu.runtime.selftest import write_self_test
-from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
-from rwkv_npu.text.tokenizer import Tokenizer, find_tokenizer
-from rwkv_npu.toolkit import Environment, environment
-from rwkv_npu.verify import verify_graphs
-from rwkv_npu.workspace import (
+from rwkv_npu.conversion import fp16_range
+from rwkv_npu.conversion.artifacts import build_artifacts, plan_artifacts
+from rwkv_npu.conversion.calibration_ids import default_ids, read_ids
+from rwkv_npu.conversion.quantise import LEAST, MAX_KL, quantise_bundle, sizes
+from rwkv_npu.conversion.request import Request, Say, mapped_projections, parse_rows
+from rwkv_npu.conversion.verify import verify_graphs
+from rwkv_npu.conversion.workspace import (
     bundle_place,
     check_place,
     drop_damaged,
@@ -50,6 +31,25 @@ from rwkv_npu.workspace import (
     stamp,
     workspace,
 )
+from rwkv_npu.conversion.writer import (
+    describe_groups,
+    record_files,
+    write_graphs,
+    write_packed,
+    write_tokenizer,
+    write_weights,
+)
+from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest
+from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from rwkv_npu.formats.files import write_atomically
+from rwkv_npu.models.network import Program
+from rwkv_npu.models.spec import default_scaling
+from rwkv_npu.quant.cpu import PRECISIONS
+from rwkv_npu.runtime.selftest import write_self_test
+from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
+from rwkv_npu.text.tokenizer import Tokenizer, find_tokenizer
+from rwkv_npu.toolkit import Environment, environment
 
 
 def convert(
@@ -171,9 +171,9 @@ class _Conversion:
     def keep_in_range(self, ids: np.ndarray | None, words: Tokenizer | None, least: int) -> np.ndarray:
         """Choose the scales of fp16 by what the model makes of `ids`, or of our own text, whose ids are returned."""
         unscaled = CheckpointSource(self.checkpoint)
-        enough = headroom.TOKENS if ids is None else len(ids)
+        enough = fp16_range.TOKENS if ids is None else len(ids)
         ids = ids if ids is not None else default_ids(words, unscaled, self.say, at_least=least)
-        headroom.keep_in_range(self.manifest, unscaled, ids[:enough], self.adding, self.say)
+        fp16_range.keep_in_range(self.manifest, unscaled, ids[:enough], self.adding, self.say)
         return ids
 
     def write_for_cpu(self, folder: Path) -> Bundle:
