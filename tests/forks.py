@@ -20,9 +20,15 @@ from typing import Any
 
 import tqdm  # noqa: F401
 
-from rwkv_npu import cli, diagnosis  # noqa: F401
+from rwkv_npu import cli  # noqa: F401
 from rwkv_npu.backends import rknn, rknn_matmul  # noqa: F401
-from rwkv_npu.commands import doctor, generate, info, tune  # noqa: F401
+from rwkv_npu.cli import (  # noqa: F401
+    diagnosis,  # noqa: F401
+    doctor,
+    generate,
+    info,
+    tune,
+)
 from rwkv_npu.runtime import tuning  # noqa: F401
 
 

@@ -20,7 +20,7 @@ import pytest
 from rwkv_npu.bench import machine, matmul, record, shapes, timing
 from rwkv_npu.bench.record import Row
 from rwkv_npu.bench.series import Failed, Series
-from rwkv_npu.commands import bench as command_module
+from rwkv_npu.cli import bench as command_module
 from rwkv_npu.errors import BackendError, ToolkitError, UsageError
 from tests.bench_rows import estimate, square
 from tests.tiny import command, one_line, run_main

@@ -143,6 +143,6 @@ def test_interrupt_before_anything_runs(capsys: pytest.CaptureFixture[str], monk
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rwkv_npu.commands.generate.load_model", interrupted)
+    monkeypatch.setattr("rwkv_npu.cli.generate.load_model", interrupted)
     assert main(["generate", "-p", "x"]) == 130
     assert capsys.readouterr().err == "rwkv-npu: interrupted\n"

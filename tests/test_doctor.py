@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_npu import diagnosis
 from rwkv_npu.board import hardware
-from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
+from rwkv_npu.cli import diagnosis
+from rwkv_npu.cli.diagnosis import BAD, NOTE, OK, Finding, examine
 from rwkv_npu.formats.bundle import open_bundle
 from tests.boards import plant
 from tests.fake_rknnlite import fake_bundle
@@ -211,7 +211,7 @@ def test_a_board_that_lacks_something_ends_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
 ) -> None:
     root = plant(tmp_path, {"usr/lib/librknnrt.so": None})
-    monkeypatch.setattr("rwkv_npu.commands.doctor.examine", lambda bundle: examine(root, bundle))
+    monkeypatch.setattr("rwkv_npu.cli.doctor.examine", lambda bundle: examine(root, bundle))
     monkeypatch.setattr(hardware, "soc", lambda root=None: "rk3588")
     status, out, _ = run_main(capsys, "doctor")
     assert status == 1 and re.search(r"BAD +librknnrt .*\n +-> install", out)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu import toolkit
 from rwkv_npu.backends.memory import BUDGET_BYTES, plan_memory
-from rwkv_npu.commands.dry_run import table
+from rwkv_npu.cli.dry_run import table
 from rwkv_npu.conversion.artifacts import plan_artifacts
 from rwkv_npu.conversion.forecast import Forecast, Variant, forecast
 from rwkv_npu.conversion.quantise import sizes

@@ -245,7 +245,7 @@ def test_an_interrupted_tune_leaves_the_plan_that_was_there(
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_npu.commands.tune.os.access", lambda *_: False)
+    monkeypatch.setattr("rwkv_npu.cli.tune.os.access", lambda *_: False)
     monkeypatch.setattr(tuning, "measure", lambda *_: pytest.fail("it was measured"))
     status, _, said = run_main(capsys, "tune", "-m", bundle)
     assert status == 1 and "cannot be written to, and the plan is kept in it: tune a copy of your own" in said

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.commands.info import estimate_ms
+from rwkv_npu.cli.info import estimate_ms
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.spec import FUSIONS, groups
 from rwkv_npu.toolkit import Environment, rknn_info

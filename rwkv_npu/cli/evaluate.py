@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
-from rwkv_npu.commands.common import load_model
+from rwkv_npu.cli.common import load_model
 from rwkv_npu.errors import UsageError
 from rwkv_npu.evaluation import (
     Evaluation,

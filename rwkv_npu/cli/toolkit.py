@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rwkv_npu.commands.common import size
+from rwkv_npu.cli.common import size
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.toolkit import environment
 from rwkv_npu.toolkit.install import install

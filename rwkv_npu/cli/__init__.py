@@ -304,7 +304,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = parser().parse_args(argv)
         module = {"eval": "evaluate"}.get(arguments.command, arguments.command)
-        command = importlib.import_module(f"rwkv_npu.commands.{module}")
+        command = importlib.import_module(f"rwkv_npu.cli.{module}")
         status: int = command.run(arguments)
         sys.stdout.flush()
         return status

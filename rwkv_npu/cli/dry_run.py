@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS
-from rwkv_npu.commands.common import size
+from rwkv_npu.cli.common import size
 from rwkv_npu.conversion.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
 from rwkv_npu.conversion.request import Request, mapped_projections, parse_rows
 from rwkv_npu.conversion.workspace import bundle_place

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rwkv_npu.commands.common import bundle_at, use_big_cores
+from rwkv_npu.cli.common import bundle_at, use_big_cores
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import artifacts_digest
 from rwkv_npu.models.spec import FUSIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rwkv_npu.commands import dry_run
+from rwkv_npu.cli import dry_run
 from rwkv_npu.conversion.converter import convert
 from rwkv_npu.errors import UsageError
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from rwkv_npu.board import hardware
-from rwkv_npu.commands.common import bundle_at
-from rwkv_npu.diagnosis import BAD, NOTE, OK, Finding, examine
+from rwkv_npu.cli.common import bundle_at
+from rwkv_npu.cli.diagnosis import BAD, NOTE, OK, Finding, examine
 
 MARKS = {OK: "ok", NOTE: "note", BAD: "BAD"}
 

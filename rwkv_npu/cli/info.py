@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_npu.backends.memory import plan_memory
-from rwkv_npu.commands.common import size
+from rwkv_npu.cli.common import size
 from rwkv_npu.formats.bundle import Bundle, Manifest, is_bundle, open_bundle, verify_files
 from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
 from rwkv_npu.model import demo_model

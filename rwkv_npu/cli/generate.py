@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from rwkv_npu.backends.base import Faults
-from rwkv_npu.commands.common import load_model
+from rwkv_npu.cli.common import load_model
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model

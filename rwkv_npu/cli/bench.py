@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rwkv_npu.bench import fit, matmul, plot, record, report, shapes
 from rwkv_npu.bench.timing import Effort
-from rwkv_npu.commands.common import use_big_cores
+from rwkv_npu.cli.common import use_big_cores
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.files import resume_file
 
