@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.conversion import calibration
-from rwkv_npu.conversion.calibration import Calibration, Reservoir, Samples, calibrate, contexts, input_peaks
+from rwkv_npu.conversion.calibration import Calibration, Reservoir, calibrate, contexts, input_peaks
 from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state
@@ -21,6 +21,7 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
+from rwkv_npu.quant.ranges import Samples
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.text.tokenizer import END_OF_TEXT
 from tests.tiny import V, write_model

@@ -8,12 +8,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rwkv_npu.conversion.calibration import Samples
-from rwkv_npu.conversion.remedies import smoothings
 from rwkv_npu.models.maths import divergence
-from rwkv_npu.quant.npu import HIGHEST, LOWEST, SILENT, Affine, Int8Maths, Quantised, Ranges, round_weight
-from rwkv_npu.quant.ranges import ALGORITHMS, Histogram, choose
-from rwkv_npu.quant.widths import INT8_WIDTH, int8_parts, spans
+from rwkv_npu.quant.npu import (
+    HIGHEST,
+    INT8_WIDTH,
+    LOWEST,
+    SILENT,
+    Affine,
+    Int8Maths,
+    Quantised,
+    Ranges,
+    int8_parts,
+    round_weight,
+    spans,
+)
+from rwkv_npu.quant.ranges import ALGORITHMS, Histogram, Samples, choose
+from rwkv_npu.quant.smoothing import smoothings
 
 RNG = np.random.default_rng(0)
 NUMBERS = st.floats(-1e4, 1e4, width=32)

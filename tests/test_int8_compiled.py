@@ -16,7 +16,6 @@ from rwkv_npu import toolkit
 from rwkv_npu.backends.base import relative_error
 from rwkv_npu.conversion.calibration import calibrate
 from rwkv_npu.conversion.quantise import sizes
-from rwkv_npu.conversion.remedies import smoothings
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs.onnx import compiler_model
@@ -24,9 +23,9 @@ from rwkv_npu.graphs.trace import compiler_trace
 from rwkv_npu.model import demo_model, load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import Group
-from rwkv_npu.quant.npu import Int8Maths, Quantised
+from rwkv_npu.quant.npu import NPU_WIDTH, Int8Maths, Quantised
 from rwkv_npu.quant.ranges import choose
-from rwkv_npu.quant.widths import NPU_WIDTH
+from rwkv_npu.quant.smoothing import smoothings
 from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph

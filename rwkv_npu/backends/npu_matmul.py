@@ -40,7 +40,7 @@ from rwkv_npu.backends.rknn_api import (
     check,
 )
 from rwkv_npu.errors import BackendError
-from rwkv_npu.quant.widths import spans
+from rwkv_npu.quant.npu import spans
 
 # A block of the native layouts of A and C, as one element: 8 of fp16, 16 of int8, 4 sums. Copied whole, it is moved
 # several times faster than its parts.

@@ -129,8 +129,8 @@ def _runtime(root: Path) -> Iterator[Finding]:
             NOTE,
             "librknnrt",
             f"{version} ({shown})",
-            f"{hardware.OLDEST_RUNTIME} or later is advised: older ones were seen to compute zeros; replace the file by a "
-            "newer one",
+            f"{hardware.OLDEST_RUNTIME} or later is advised: older ones were seen to compute zeros; replace the file "
+            "by a newer one",
         )
     else:
         yield Finding(OK, "librknnrt", f"{version} ({shown})")

@@ -10,17 +10,19 @@ from pathlib import Path
 
 from rwkv_npu.backends.base import Recorded, relative_error
 from rwkv_npu.backends.memory import MemoryPlan, matrix_bytes, plan_memory
+from rwkv_npu.backends.ort import OrtBackend
 from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.bundle import MANIFEST, Artifact, Manifest, artifact_file
+from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest, artifact_file, graph_file
 from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.graphs.trace import matrices, trace_group
 from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import Group
+from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
+VERIFY_ROWS = 16
 BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
 
 
@@ -236,3 +238,17 @@ def _run_builds(
         bar.set_postfix_str(f"{build.group.name} m{build.artifact.rows}", refresh=False)
         bar.update()
         yield build.complete(result, error)
+
+
+def verify_graphs(bundle: Bundle) -> None:
+    """Run the graphs of both fusions in ONNX Runtime; the errors go into the manifest, by file name."""
+    for fusion in FUSIONS:
+        source = BundleSource(bundle, fusion, bundle.manifest.cpu)
+        recorded = record(source, VERIFY_ROWS)
+        for group in progress(f"verify graphs, {fusion}", "graph", over=source.program.groups):
+            given, expected = recorded[group.name].inputs, recorded[group.name].outputs
+            runner = OrtBackend(source).open(group, rows=max(map(len, given.values())))
+            for name, array in given.items():
+                runner.inputs[name][:] = array
+            error = relative_error(runner.run(), expected)
+            bundle.manifest.graph_errors[graph_file(fusion, group.name)] = error

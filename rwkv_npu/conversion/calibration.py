@@ -23,7 +23,8 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import Group, Spec, tensors
-from rwkv_npu.quant.widths import int8_parts, spans
+from rwkv_npu.quant.npu import int8_parts, spans
+from rwkv_npu.quant.ranges import Samples
 from rwkv_npu.runtime.weights import ModelSource, widened
 from rwkv_npu.text.tokenizer import END_OF_TEXT
 
@@ -31,34 +32,7 @@ KEEP = 4096  # rows of every projection
 MEMORY = 2 << 30  # bytes that those rows may take: of large models fewer are kept
 ROWS = 256  # tokens of a step: what is seen does not depend on it, and weights are widened once a step
 SHORT, MEDIUM = 64, 512  # tokens of a context; each kind has a quarter of all tokens, one long context half
-STRETCHES = 8  # in which rows are fitted and held out by turns
 SLICE = 512  # the chip adds up products over K in slices of so many, whose sums are probably fp16
-
-
-@dataclass
-class Samples:
-    """Inputs of a projection. rows: (n, K) fp32, a uniform sample in the order of the text. low, high: (K,), of all
-    `seen` rows; made: (P, 2), lowest and highest of what each part of K (widths.int8_parts) made of them."""
-
-    rows: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    made: np.ndarray
-    seen: int = 0
-
-    @property
-    def absmax(self) -> np.ndarray:
-        """(K,): the largest magnitude of each channel."""
-        return np.maximum(-self.low, self.high)
-
-    def halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to fit with, and as many that are held out. There are at least two.
-
-        They take turns in long stretches, so that they are of different texts: what neighbours have in common would
-        hide a channel that one text uses and another does not.
-        """
-        stretches = np.array_split(self.rows, min(STRETCHES, len(self.rows)))
-        return np.concatenate(stretches[::2]), np.concatenate(stretches[1::2])
 
 
 @dataclass

@@ -17,11 +17,10 @@ import numpy as np
 
 import rwkv_npu
 from rwkv_npu.conversion import fp16_range
-from rwkv_npu.conversion.artifacts import build_artifacts, plan_artifacts
+from rwkv_npu.conversion.artifacts import build_artifacts, plan_artifacts, verify_graphs
 from rwkv_npu.conversion.calibration_ids import default_ids, read_ids
 from rwkv_npu.conversion.quantise import LEAST, MAX_KL, quantise_bundle, sizes
 from rwkv_npu.conversion.request import Request, Say, mapped_projections, parse_rows
-from rwkv_npu.conversion.verify import verify_graphs
 from rwkv_npu.conversion.workspace import (
     bundle_place,
     check_place,

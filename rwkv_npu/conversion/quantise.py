@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.conversion.calibration import calibrate, input_peaks
-from rwkv_npu.conversion.remedies import smoothings
 from rwkv_npu.conversion.sensitivity import Judge, select
 from rwkv_npu.formats.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.formats.files import write_atomically
@@ -25,6 +24,7 @@ from rwkv_npu.formats.safetensors import TensorPlan, replace_tensors
 from rwkv_npu.models.spec import Kind, Spec, tensors
 from rwkv_npu.progress import progress
 from rwkv_npu.quant.ranges import ALGORITHMS, Choice, choose
+from rwkv_npu.quant.smoothing import smoothings
 from rwkv_npu.runtime.weights import BundleSource
 
 MAX_KL = 0.005  # nats a token

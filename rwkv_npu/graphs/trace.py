@@ -23,8 +23,7 @@ from onnx import TensorProto, helper
 from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Port, Spec, tensors
-from rwkv_npu.quant.npu import Affine, Ranges, reciprocal
-from rwkv_npu.quant.widths import NPU_WIDTH, cut, int8_parts, spans
+from rwkv_npu.quant.npu import NPU_WIDTH, Affine, Ranges, cut, int8_parts, reciprocal, spans
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Records the maths of a model as a list of instructions for the machine in `machine.py`.
 
-The recorder implements `rwkv_npu.models.maths.Maths`, and `models.network.Walk`: the formulas of `models/` run on it as they
-run on NumPy, for one group or for all layers at once, and leave instructions behind. `schedule` puts them in an order
-in which threads have to wait for each other seldom. Nothing here needs numba.
+The recorder implements `models.maths.Maths` and `models.network.Walk`: the formulas of `models/` run on it as they run
+on NumPy, for one group or for all layers at once, and leave instructions behind. `schedule` puts them in an order in
+which threads have to wait for each other seldom. Nothing here needs numba.
 """
 
 from __future__ import annotations

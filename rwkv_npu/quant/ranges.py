@@ -6,15 +6,25 @@ Letters: M rows, K width of a projection's input, N of its output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_npu.conversion.calibration import Samples
 from rwkv_npu.models.maths import divergence, matmul
-from rwkv_npu.quant.npu import HIGHEST, LOWEST, SILENT, Affine, Quantised, Ranges, reciprocal, round_weight
-from rwkv_npu.quant.widths import int8_parts, spans
+from rwkv_npu.quant.npu import (
+    HIGHEST,
+    LOWEST,
+    SILENT,
+    Affine,
+    Quantised,
+    Ranges,
+    int8_parts,
+    reciprocal,
+    round_weight,
+    spans,
+)
 
 BINS = 1 << 14  # of a histogram: 64 for each step of int8 where nothing is clipped
 TOGETHER = 8  # of them are one to kl_divergence: finer ones are too empty to compare
@@ -26,6 +36,33 @@ SHARES = np.linspace(1.0, 0.3, 29)
 # A matrix behind which only what is positive counts: the negative half of its range would be for nothing.
 RECTIFIED = "ffn.key.weight"
 HEAD = "head.weight"
+STRETCHES = 8  # in which rows are fitted and held out by turns
+
+
+@dataclass
+class Samples:
+    """Inputs of a projection. rows: (n, K) fp32, a uniform sample in the order of the text. low, high: (K,), of all
+    `seen` rows; made: (P, 2), lowest and highest of what each part of K (npu.int8_parts) made of them."""
+
+    rows: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    made: np.ndarray
+    seen: int = 0
+
+    @property
+    def absmax(self) -> np.ndarray:
+        """(K,): the largest magnitude of each channel."""
+        return np.maximum(-self.low, self.high)
+
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to fit with, and as many that are held out. There are at least two.
+
+        They take turns in long stretches, so that they are of different texts: what neighbours have in common would
+        hide a channel that one text uses and another does not.
+        """
+        stretches = np.array_split(self.rows, min(STRETCHES, len(self.rows)))
+        return np.concatenate(stretches[::2]), np.concatenate(stretches[1::2])
 
 
 class Histogram(NamedTuple):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rwkv_npu.conversion.calibration import Samples
-from rwkv_npu.conversion.remedies import ALPHAS, smoothing, smoothings
+from rwkv_npu.quant.ranges import Samples
+from rwkv_npu.quant.smoothing import ALPHAS, smoothing, smoothings
 
 RNG = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_npu.conversion.calibration import Samples
+from rwkv_npu.quant.ranges import Samples
 
 ALPHAS = (0.25, 0.5, 0.75)  # how much of what stands out goes to the weights
 _SMALLEST = 1e-5  # of the largest channel or row: one that is silent is not blown up without end
