@@ -211,7 +211,9 @@ def test_a_board_that_lacks_something_ends_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
 ) -> None:
     root = plant(tmp_path, {"usr/lib/librknnrt.so": None})
-    monkeypatch.setattr("rwkv_npu.cli.doctor.examine", lambda bundle: examine(root, bundle))
+    monkeypatch.setattr(
+        "rwkv_npu.cli.diagnosis.examine", lambda root=root, bundle=None: examine(root, bundle)
+    )
     monkeypatch.setattr(hardware, "soc", lambda root=None: "rk3588")
     status, out, _ = run_main(capsys, "doctor")
     assert status == 1 and re.search(r"BAD +librknnrt .*\n +-> install", out)

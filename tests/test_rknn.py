@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.cli.info import estimate_ms
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.spec import FUSIONS, groups
+from rwkv_npu.runtime.estimate import estimate_ms
 from rwkv_npu.toolkit import Environment, rknn_info
 from tests.fp16 import check_logits, check_state, forced
 from tools.make_checkpoint import make_checkpoint

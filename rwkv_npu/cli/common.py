@@ -1,4 +1,4 @@
-"""What several commands need: loading the model that the flags name, printing sizes."""
+"""Shared by several commands: the flags that name a model, loading it, printing sizes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,30 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
-from rwkv_npu.model import Model, load
+
+if TYPE_CHECKING:
+    from rwkv_npu.formats.bundle import Bundle
+    from rwkv_npu.model import Model
+
+BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
+NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
+NPU_CORES_HELP = "of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
+
+
+def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a model, its backends and its precision."""
+    p.add_argument("-m", "--model", metavar="PATH", help="bundle or checkpoint (default: the demo model)")
+    p.add_argument("--backend", default="auto", choices=BACKENDS, help="what multiplies (default: auto)")
+    p.add_argument("--precision", help="of the weights, where the bundle has a choice")
+    p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
+    p.add_argument("--plan", metavar="PLAN", help="backends by use or group, such as prefill=rknn,decode=ort")
+    p.add_argument("--npu-cores", default="auto", metavar="CORES", choices=NPU_CORES, help=NPU_CORES_HELP)
+    p.add_argument("--tokenizer", metavar="FILE", help="vocabulary file (or world, pile)")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
 
 
 def use_big_cores(threads: int | None) -> str:
@@ -30,14 +49,18 @@ def use_big_cores(threads: int | None) -> str:
 
 
 def bundle_at(path: str) -> Bundle:
-    """Raises UsageError for what is no bundle, BundleError for a damaged one."""
+    """Open the bundle at `path`. Raises UsageError for what is no bundle, BundleError for a damaged one."""
+    from rwkv_npu.formats.bundle import is_bundle, open_bundle
+
     if not is_bundle(Path(path)):
         raise UsageError(f"{path} is no bundle: rwkv-npu convert makes one")
     return open_bundle(Path(path))
 
 
 def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model:
-    """The model of the flags that `cli._add_model` adds."""
+    """Load the model that the flags of `add_model_flags` name."""
+    from rwkv_npu.model import load
+
     begin = time.perf_counter()
     cores = use_big_cores(arguments.threads)
     if arguments.model is None:

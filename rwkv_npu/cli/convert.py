@@ -4,17 +4,59 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from rwkv_npu.cli import dry_run
-from rwkv_npu.conversion.converter import convert
 from rwkv_npu.errors import UsageError
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser("convert", help="make a bundle of a checkpoint", description="Make a bundle.")
+    p.add_argument("checkpoint", help=".pth, .safetensors, or a Hugging Face folder")
+    p.add_argument("-o", "--out", metavar="DIR", help="the bundle (default: ./STEM.rwkv)")
+    p.add_argument(
+        "--target", default="rk3588", help="rk3588 (default), rk3576, rk3562, rk3566, rk3568, or none"
+    )
+    p.add_argument(
+        "--precision",
+        default="fp16",
+        help="of the NPU's artifacts: fp16 (default), mixed (as much in int8 as --max-kl allows), w8a8, or bf16",
+    )
+    p.add_argument("--precision-map", metavar="FILE", help="JSON: what mixed has in int8, by name or pattern")
+    p.add_argument(
+        "--max-kl", type=float, default=0.005, metavar="X", help="for mixed, nats a token (default: 0.005)"
+    )
+    p.add_argument(
+        "--remedies",
+        default="all",
+        help="against the error of int8: all (default), ranges, smoothing or none",
+    )
+    p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
+    p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
+    p.add_argument("--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32")
+    p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
+    p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
+    p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
+    p.add_argument(
+        "--toolkit", metavar="X.Y.Z", help="version of the compiler, for a board with an older runtime"
+    )
+    texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
+    p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
+    p.add_argument("--force", action="store_true", help="replace whatever is at the output")
+    dry = "say what it would make in each precision: sizes, memory, estimated speed; nothing is compiled or written"
+    p.add_argument("--dry-run", action="store_true", help=dry)
+    p.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
+    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
+        from rwkv_npu.cli import dry_run
+
         return dry_run.run(arguments)
     if arguments.json:
         raise UsageError("--json is for --dry-run")
+    from rwkv_npu.conversion.converter import convert
+
     try:
         path = convert(
             arguments.checkpoint,

@@ -6,15 +6,29 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rwkv_npu.board import hardware
 from rwkv_npu.cli.common import bundle_at
-from rwkv_npu.cli.diagnosis import BAD, NOTE, OK, Finding, examine
 
-MARKS = {OK: "ok", NOTE: "note", BAD: "BAD"}
+if TYPE_CHECKING:
+    from rwkv_npu.cli.diagnosis import Finding
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser(
+        "doctor",
+        help="say what a board lacks, and how to mend it",
+        description="Look at board, NPU, clocks and software. Nothing is changed.",
+    )
+    p.add_argument("-m", "--model", metavar="PATH", help="a bundle that has to fit the board")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.cli.diagnosis import BAD, examine
+
     findings = examine(bundle=bundle_at(arguments.model) if arguments.model else None)
     on_board = hardware.soc() is not None
     print(
@@ -26,10 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(findings: Sequence[Finding]) -> str:
+    from rwkv_npu.cli.diagnosis import BAD, NOTE, OK
+
+    marks = {OK: "ok", NOTE: "note", BAD: "BAD"}
     width = max(len(finding.what) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{MARKS[finding.level]:<5}{finding.what:<{width}}  {finding.found}")
+        lines.append(f"{marks[finding.level]:<5}{finding.what:<{width}}  {finding.found}")
         if finding.mend:
             lines.append(f"{'':<{5 + width}}  -> {finding.mend}")
     if hardware.soc() is None:

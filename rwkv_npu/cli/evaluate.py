@@ -8,25 +8,46 @@ import functools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
-from rwkv_npu.cli.common import load_model
+from rwkv_npu.cli.common import BACKENDS, add_model_flags, load_model
 from rwkv_npu.errors import UsageError
-from rwkv_npu.evaluation import (
-    Evaluation,
-    Lambada,
-    count_bytes,
-    evaluate,
-    evaluate_lambada,
-    read_lambada,
-)
-from rwkv_npu.formats.bundle import is_bundle, read_manifest
 from rwkv_npu.formats.files import resume_file
-from rwkv_npu.model import Model, demo_model, load
-from rwkv_npu.progress import Progress, progress
-from rwkv_npu.runtime.loading import CPU_BACKEND
-from rwkv_npu.text.corpus import held_out_text, read_tokens
+
+if TYPE_CHECKING:
+    from rwkv_npu.evaluation import Evaluation, Lambada
+    from rwkv_npu.model import Model
+    from rwkv_npu.progress import Progress
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser(
+        "eval",
+        help="measure quality on a text",
+        description="How well a model predicts a text, and with --against how far it is from a reference: the KL "
+        "divergence of its predictions, by position in the context. The reference runs on the CPU, in fp32 arithmetic "
+        "on weights that are not quantised, unless --against-backend or --against-precision say otherwise. For exact "
+        "fp32 name the checkpoint: a bundle holds its weights in fp16, unless made with --cpu fp32.",
+    )
+    add_model_flags(p)
+    what = (
+        "UTF-8 text, or token ids (.json, .npy); - is stdin (default: one that the demo model has not seen)"
+    )
+    p.add_argument("--text", metavar="FILE", help=what)
+    jsonl = 'measure last-word accuracy on these texts instead: {"text": ...} a line, as of LAMBADA'
+    p.add_argument("--lambada", metavar="FILE", help=jsonl)
+    p.add_argument(
+        "--context", type=int, metavar="N", help="begin anew after every N tokens (default: never)"
+    )
+    p.add_argument("-n", "--max-tokens", type=int, metavar="N", help="read no more than so many tokens")
+    same = "(default: the model itself, where one of the other two is given)"
+    p.add_argument("--against", metavar="PATH", help=f"bundle or checkpoint to compare with {same}")
+    p.add_argument("--against-backend", choices=BACKENDS, help="of the reference (default: numba or ort)")
+    p.add_argument("--against-precision", metavar="P", help="of the reference (default: not quantised)")
+    resume = "keep in this file what is done; if it exists, go on from there"
+    p.add_argument("--resume", metavar="FILE", help=resume)
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,6 +78,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _measure_text(
     arguments: argparse.Namespace, opened: contextlib.ExitStack, resume: Path | None
 ) -> tuple[dict[str, Any], str]:
+    from rwkv_npu.evaluation import count_bytes, evaluate
+    from rwkv_npu.text.corpus import held_out_text, read_tokens
+
     models = functools.cache(lambda: _models(arguments, opened))
 
     def encode(text: str) -> list[int]:
@@ -82,6 +106,8 @@ def _measure_text(
 def _measure_lambada(
     arguments: argparse.Namespace, opened: contextlib.ExitStack, resume: Path | None
 ) -> tuple[dict[str, Any], str]:
+    from rwkv_npu.evaluation import evaluate_lambada, read_lambada
+
     passages = read_lambada(arguments.lambada)
     model, reference = _models(arguments, opened)
     bar = opened.enter_context(_bar(len(passages), "text"))
@@ -90,6 +116,8 @@ def _measure_lambada(
 
 
 def _bar(total: int, unit: str) -> Progress:
+    from rwkv_npu.progress import progress
+
     return progress("eval", unit, total=total)
 
 
@@ -105,6 +133,11 @@ def _models(arguments: argparse.Namespace, opened: contextlib.ExitStack) -> tupl
 
 def _reference(arguments: argparse.Namespace) -> Model:
     """What to compare with: unless told otherwise, fp32 arithmetic on the CPU, on weights that are not quantised."""
+    from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
+    from rwkv_npu.formats.bundle import is_bundle, read_manifest
+    from rwkv_npu.model import demo_model, load
+    from rwkv_npu.runtime.loading import CPU_BACKEND
+
     path = Path(arguments.against or arguments.model or demo_model())
     backend = arguments.against_backend or CPU_BACKEND
     precision = arguments.against_precision

@@ -8,19 +8,19 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.backends.base import Faults
-from rwkv_npu.cli.common import load_model
+from rwkv_npu.cli.common import add_model_flags, load_model
 from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.state import State
-from rwkv_npu.model import Model
-from rwkv_npu.text.corpus import read_text
-from rwkv_npu.text.generation import Step
-from rwkv_npu.text.sampling import Sampler, SamplingOptions
+
+if TYPE_CHECKING:
+    from rwkv_npu.backends.base import Faults
+    from rwkv_npu.formats.state import State
+    from rwkv_npu.model import Model
+    from rwkv_npu.text.generation import Step
 
 LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
 
@@ -34,7 +34,7 @@ class Statistics:
     first_token: float = 0.0
     tokens: int = 0
     total: float = 0.0
-    faults: Faults = field(default_factory=Faults)
+    faults: Faults | None = None  # of the NPU
 
     def line(self) -> str:
         parts = [f"load {self.load:.2f} s"]
@@ -47,7 +47,7 @@ class Statistics:
         decode = self.total - self.first_token
         rate = f", {(self.tokens - 1) / decode:.1f} t/s" if self.tokens > 1 and decode > 0 else ""
         parts.append(f"generated {self.tokens} tokens{rate}")
-        if self.faults.calls or self.faults.groups:
+        if self.faults and (self.faults.calls or self.faults.groups):
             groups = f", on the CPU: {', '.join(self.faults.groups)}" if self.faults.groups else ""
             parts.append(f"{self.faults.calls} calls to the NPU failed{groups}")
         return " | ".join(parts)
@@ -70,6 +70,33 @@ class Interrupt:
 
     def __exit__(self, *exception: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    add_model_flags(p)
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads stdin")
+    p.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file, less its last newline")
+    p.add_argument("--ids", action="store_true", help="prompt and output are token ids, not text")
+    limit = "-1 goes on to the end of the text, 0 only reads the prompt into --state (default: 256)"
+    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help=limit)
+    p.add_argument("--temp", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
+    p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="(default: 0.85)")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
+    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
+    p.add_argument("--penalty-decay", type=float, default=0.996, metavar="X", help="(default: 0.996)")
+    p.add_argument("-s", "--seed", type=int, metavar="N", help="(default: another text each time)")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    p.add_argument(
+        "--state", metavar="FILE", help="go on from this state if it exists, and save it at the end"
+    )
+    p.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    p.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -176,6 +203,8 @@ def _prompt(arguments: argparse.Namespace) -> str:
     """The prompt, "" where there is only a state to go on from."""
     if arguments.prompt is not None and arguments.file is not None:
         raise UsageError("give --prompt or --file, not both")
+    from rwkv_npu.text.corpus import read_text
+
     source = arguments.file
     if source is None and (arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty())):
         source = "-"
@@ -191,6 +220,8 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def _check_sampling(arguments: argparse.Namespace) -> None:
     """Raises UsageError for what would be refused anyway, before a model is loaded for it."""
+    from rwkv_npu.text.sampling import Sampler, SamplingOptions
+
     options = _sampling(arguments)
     seed = options.pop("seed")
     Sampler(SamplingOptions(**options), seed=seed)

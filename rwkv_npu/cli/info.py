@@ -6,21 +6,33 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.cli.common import size
-from rwkv_npu.formats.bundle import Bundle, Manifest, is_bundle, open_bundle, verify_files
-from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
-from rwkv_npu.model import demo_model
-from rwkv_npu.models.spec import FUSIONS, Spec, groups
-from rwkv_npu.runtime.estimate import estimate_ms
-from rwkv_npu.text.tokenizer import find_tokenizer
+
+if TYPE_CHECKING:
+    from rwkv_npu.formats.bundle import Bundle, Manifest
+    from rwkv_npu.models.spec import Spec
 
 PREFILL_TOKENS = 128
 
 
+def add(commands: Any) -> None:
+    p = commands.add_parser("info", help="describe a bundle or checkpoint", description="Describe a model.")
+    p.add_argument("path", nargs="?", help="bundle or checkpoint (default: the demo model)")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+    p.add_argument(
+        "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
+    )
+    p.set_defaults(run=run)
+
+
 def run(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.formats.bundle import is_bundle, open_bundle, verify_files
+    from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
+    from rwkv_npu.model import demo_model
+    from rwkv_npu.text.tokenizer import find_tokenizer
+
     path = Path(arguments.path) if arguments.path else demo_model()
     if is_bundle(path):
         bundle = open_bundle(path)
@@ -46,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _spec_facts(spec: Spec) -> dict[str, Any]:
+    from rwkv_npu.models.spec import FUSIONS, groups
+
     calls = {fusion: len(groups(spec, fusion)) for fusion in FUSIONS}
     return {"spec": spec.to_json(), "parameters": spec.parameters, "calls_per_token": calls}
 
@@ -73,6 +87,9 @@ def _kinds(manifest: Manifest) -> list[tuple[str, str, str]]:
 
 
 def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str) -> dict[str, Any]:
+    from rwkv_npu.backends.memory import plan_memory
+    from rwkv_npu.runtime.estimate import estimate_ms
+
     chosen = [
         a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == (target, precision, fusion)
     ]

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from rwkv_npu.cli.common import size
 from rwkv_npu.errors import ToolkitError
-from rwkv_npu.toolkit import environment
-from rwkv_npu.toolkit.install import install
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser(
+        "toolkit",
+        help="install Rockchip's compiler",
+        description="Rockchip's compiler in an environment of its own.",
+    )
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    install = actions.add_parser("install", help="install it in the user's cache folder")
+    install.add_argument(
+        "--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: the newest known)"
+    )
+    install.add_argument("--python", metavar="PATH", help="a Python 3.10 to 3.12 (default: looked for)")
+    actions.add_parser("status", help="say what is installed")
+    remove = actions.add_parser("remove", help="remove it")
+    remove.add_argument("--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: all)")
+    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -16,6 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _install(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.toolkit import environment
+    from rwkv_npu.toolkit.install import install
+
     version = arguments.toolkit_version or environment.DEFAULT_VERSION
     made = install(version, arguments.python, progress=lambda line: print(line, file=sys.stderr))
     print(f"rknn-toolkit2 {made.version}: {made.python}")
@@ -23,6 +43,8 @@ def _install(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.toolkit import environment
+
     found = environment.status()
     for status in found:
         where = (
@@ -35,6 +57,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.toolkit import environment
+
     removed = environment.remove(arguments.toolkit_version)
     for path in removed:
         print(f"removed {path}")

@@ -7,18 +7,34 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.cli.common import bundle_at, use_big_cores
+from rwkv_npu.cli.common import NPU_CORES, NPU_CORES_HELP, bundle_at, use_big_cores
 from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.bundle import artifacts_digest
-from rwkv_npu.models.spec import FUSIONS
-from rwkv_npu.runtime.loading import Options, machine_key
-from rwkv_npu.runtime.placement import USES, save_tuned
-from rwkv_npu.runtime.tuning import Measured, tune
+
+if TYPE_CHECKING:
+    from rwkv_npu.runtime.tuning import Measured
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser(
+        "tune",
+        help="find the fastest backends for this machine",
+        description="Measure a bundle on every backend that is here, and keep the fastest plan in the bundle.",
+    )
+    p.add_argument("-m", "--model", metavar="PATH", required=True, help="the bundle")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+    p.add_argument("--npu-cores", default="auto", metavar="CORES", choices=NPU_CORES, help=NPU_CORES_HELP)
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.formats.bundle import artifacts_digest
+    from rwkv_npu.runtime.loading import Options, machine_key
+    from rwkv_npu.runtime.placement import USES, save_tuned
+    from rwkv_npu.runtime.tuning import tune
+
     bundle = bundle_at(arguments.model)
     if not os.access(bundle.path, os.W_OK):  # before minutes of measuring
         raise UsageError(
@@ -54,7 +70,8 @@ def _milliseconds(measured: Measured, use: str) -> dict[str, Any]:
 def _table(facts: dict[str, Any]) -> str:
     """A line for every backend, use and fusion; columns are roles of groups."""
     lines: list[str] = []
-    for fusion in FUSIONS:
+    fusions = dict.fromkeys(name.split(" ")[0] for name in facts["measured"])
+    for fusion in fusions:
         rows = [
             {"fusion": fusion, "backend": backend, **taken}
             for (of, backend), uses in ((name.split(" "), uses) for name, uses in facts["measured"].items())
