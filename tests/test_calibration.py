@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.conversion import calibration
-from rwkv_npu.conversion.calibration import Calibration, Reservoir, calibrate, contexts, input_peaks
+from rwkv_npu.conversion.calibration import Calibration, Reservoir, calibrate, contexts
 from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state
@@ -116,32 +116,6 @@ def test_partial_sums_count(folder: Path, monkeypatch: pytest.MonkeyPatch, seven
     sliced = calibrate(source_of(folder, "7"), some_ids(), rows=ROWS).peaks
     assert all(sliced[name] >= peak * (1 - 1e-4) for name, peak in seven.peaks.items())
     assert any(sliced[label] > seven.peaks[label] * 1.01 for label in seven.projections)
-
-
-def test_input_peaks_are_what_the_cpu_hands_to_int8(folder: Path, seven: Calibration) -> None:
-    source = source_of(folder, "7")
-    found = input_peaks(source.program.groups, seven)
-    assert {name: set(ports) for name, ports in found.items()} == {
-        "first": {"att_last"},
-        "mid.0": {"y", "att_last", "ffn_last"},
-        "last": {"y", "ffn_last"},
-        "head": {"x"},
-        "att.out.0": {"y"},
-        "att.out.1": {"y"},
-    }
-    assert found["att.out.1"]["y"] == seven.projections["blocks.1.att.output.weight"].absmax.max()
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_input_peaks_do_not_depend_on_where_steps_begin(folder: Path, generation: str) -> None:
-    """A text that is one step hands over no row but the zeros before the first, and other texts would seem to drift."""
-    source = source_of(folder, generation)
-    one, many = (
-        input_peaks(source.program.groups, calibrate(source, some_ids(), rows=rows)) for rows in (256, 1)
-    )
-    assert one.keys() == many.keys()
-    for group, peaks in one.items():
-        assert min(peaks.values()) > 0 and peaks == pytest.approx(many[group], rel=1e-4)
 
 
 def test_rows_are_in_the_order_of_the_text(folder: Path, seven: Calibration) -> None:

@@ -35,7 +35,7 @@ import rwkv_npu
 from rwkv_npu.formats import safetensors
 
 checkpoint, out, where = sys.argv[1:]
-replace, write_tensor = os.replace, tensorfile._write_tensor
+replace, write_tensor = os.replace, safetensors._write_tensor
 
 def die_on_replace(source, target):
     if str(target).endswith(where):
@@ -48,7 +48,7 @@ def die_on_tensor(file, plan):
         os.kill(os.getpid(), signal.SIGKILL)
     write_tensor(file, plan)
 
-os.replace, tensorfile._write_tensor = die_on_replace, die_on_tensor
+os.replace, safetensors._write_tensor = die_on_replace, die_on_tensor
 rwkv_npu.convert(checkpoint, out, target="none")
 """
 

@@ -222,15 +222,3 @@ def test_text_without_a_vocabulary(wordless: Path, tmp_path: Path, capsys: Any) 
 def test_a_file_that_is_not_there(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     status, _, err = convert(capsys, checkpoint, tmp_path / "o", "--calibrate", tmp_path / "none.txt")
     assert status == 1 and one_line(err) and "No such file" in err
-
-
-def test_what_int8_was_calibrated_for_is_kept(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
-    np.save(tmp_path / "c.npy", np.random.default_rng(0).integers(1, V, 200))
-    options = "--precision", "w8a8", "--calibrate", tmp_path / "c.npy"
-    assert convert(capsys, checkpoint, tmp_path / "o", *options)[0] == 0
-    kept = manifest_of(tmp_path / "o").int8_inputs
-    assert {"first", "mid.0", "last", "head", "att.out.1"} <= kept.keys()
-    assert kept["mid.0"]["y"] == kept["att.out.0"]["y"] > 0
-    # Again, it is not read anew, and not forgotten.
-    assert convert(capsys, checkpoint, tmp_path / "o", *options)[0] == 0
-    assert manifest_of(tmp_path / "o").int8_inputs == kept

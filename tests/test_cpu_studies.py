@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import rwkv_npu
-from bench import cpu_batches, cpu_start, drift_cost
+from bench import cpu_batches, cpu_start
 from rwkv_npu.bench.machine import describe
-from rwkv_npu.conversion.calibration import calibrate, input_peaks
-from rwkv_npu.formats.bundle import read_manifest
-from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.models.spec import groups, tensors
-from rwkv_npu.runtime.weights import CheckpointSource
+from rwkv_npu.models.spec import tensors
 from tests.tiny import write_model
 
 
@@ -75,28 +70,3 @@ def resident(file: str) -> int:
             elif counts and line.startswith("Rss:"):
                 found += int(line.split()[1]) * 1024
     return found
-
-
-def test_drift_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_cost, "MODELS", {"v7-0.1b": "0.19B"})
-    monkeypatch.setattr(drift_cost, "ROUNDS", 3)
-    monkeypatch.setattr(drift_cost, "CALLS", 1)
-    results = {"machine": describe(), "command": "here", **drift_cost.study()}
-    assert [row["M"] for row in results["rows"]] == [1, 64]
-    for row in results["rows"]:
-        assert 0 < row["watching"] < row["calls watched"] < row["host watched"]
-    assert f"| 0.19B | 768, 12 | 1 | {results['rows'][0]['host plain'] * 1e3:.3f} |" in drift_cost.table(
-        results
-    )
-
-
-def test_drift_cost_looks_at_what_calibration_knows(bundle: Path) -> None:
-    """The inputs with ranges are those of a bundle that was calibrated."""
-    spec = read_manifest(bundle).spec
-    source = CheckpointSource(open_checkpoint(bundle.parent / "m" / "model.pth"))
-    seen = calibrate(source, np.arange(1, 33), rows=8)
-    found = drift_cost.ranges_of(groups(spec, "layer"))
-    peaks = input_peaks(groups(spec, "layer"), seen)
-    assert {name: set(inputs) for name, inputs in found.items()} == {
-        name: set(inputs) for name, inputs in peaks.items() if not name.startswith("att.out")
-    }

@@ -207,33 +207,6 @@ def calibrate(
     return Calibration(seen.samples, dict(seen.peaks), len(tokens))
 
 
-def input_peaks(groups: Sequence[Group], seen: Calibration) -> dict[str, dict[str, float]]:
-    """By group and input, the largest magnitude of what the CPU hands over and int8 is made of.
-
-    `groups` are those of layer fusion, in which `seen` was. Of the other fusion there is what attention's output reads.
-    """
-    found = {
-        group.name: {
-            port.name: seen.peaks[_peak_of(group, port.name)]
-            for port in group.inputs
-            if port.name in ("y", "att_last", "ffn_last") or group.role == "head"
-        }
-        for group in groups
-    }
-    outputs = {f"att.out.{g.layer}": {"y": found[g.name]["y"]} for g in groups if "y" in found[g.name]}
-    return {**found, **outputs}
-
-
-def _peak_of(group: Group, port: str) -> str:
-    """What has the peak of an input. The row before the first is any row that a norm has made: where a step begins
-    should not matter."""
-    if port == "ffn_last":
-        return f"blocks.{group.layer}.ln2.out"
-    if port == "att_last":
-        return f"blocks.{group.layer + (group.role == 'mid')}.ln1.out"
-    return f"{group.name}.{port}"
-
-
 def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> np.ndarray:
     """Ids to calibrate with, as int64. Raises UsageError."""
     tokens = np.asarray(ids)

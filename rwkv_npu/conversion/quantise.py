@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.conversion.calibration import calibrate, input_peaks
+from rwkv_npu.conversion.calibration import calibrate
 from rwkv_npu.conversion.sensitivity import Judge, select
 from rwkv_npu.formats.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
 from rwkv_npu.formats.files import write_atomically
@@ -130,9 +130,7 @@ class Quantisation:
             notes = json.loads((self._bundle.path / NOTES).read_text(encoding="utf-8"))
             if notes["key"] != self._key:
                 return None
-            table = [Sensitivity(**row) for row in notes["table"]]
-            self._bundle.manifest.int8_inputs = notes["inputs"]
-            return table
+            return [Sensitivity(**row) for row in notes["table"]]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -157,7 +155,6 @@ class Quantisation:
         path = self._bundle.path / INT8
         path.parent.mkdir(exist_ok=True)
         self._forget()
-        self._bundle.manifest.int8_inputs = input_peaks(self._source.program.groups, seen)
         replace_tensors(path, plans)
         self._bundle.forget_ranges()
         self._note(table)
@@ -181,11 +178,7 @@ class Quantisation:
             (folder / name).unlink(missing_ok=True)
 
     def _note(self, table: list[Sensitivity]) -> None:
-        notes = {
-            "key": self._key,
-            "table": [asdict(row) for row in table],
-            "inputs": self._bundle.manifest.int8_inputs,
-        }
+        notes = {"key": self._key, "table": [asdict(row) for row in table]}
         write_atomically(self._bundle.path / NOTES, json.dumps(notes).encode())
 
     # -- what it costs --

@@ -119,7 +119,6 @@ class Manifest:
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
     int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from;
-    int8_inputs: by group and input, the largest magnitude that calibration saw.
     headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
     """
 
@@ -142,7 +141,6 @@ class Manifest:
     int8: dict[str, Int8Set] = field(default_factory=dict)
     sensitivity: list[Sensitivity] = field(default_factory=list)
     int8_key: str = ""
-    int8_inputs: dict[str, dict[str, float]] = field(default_factory=dict)
     headroom: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -154,7 +152,7 @@ class Manifest:
         """Ranges of int8 are gone, or are others: what follows from them is forgotten. Returns the artifacts' paths."""
         stale = [artifact.path for artifact in self.artifacts if artifact.int8]
         self.artifacts = [artifact for artifact in self.artifacts if not artifact.int8]
-        self.int8, self.sensitivity, self.int8_key, self.int8_inputs = {}, [], "", {}
+        self.int8, self.sensitivity, self.int8_key = {}, [], ""
         return stale
 
     def to_json(self) -> str:

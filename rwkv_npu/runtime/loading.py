@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
-from rwkv_npu.backends.drift import Watched
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import RwkvNpuError, UsageError
@@ -59,9 +58,9 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
                 bound = INT8_BOUND if _in_int8(name, source) else FP16_BOUND
                 guards.append(Guard(npu, recorded, cpu, faults, bound=bound, advice=advice))
-                opened[name] = _watched(guards[-1], source)
+                opened[name] = guards[-1]
             else:
-                opened[name] = _watched(open_backend(name, source, threads=options.threads), source)
+                opened[name] = open_backend(name, source, threads=options.threads)
             on_failure.callback(opened[name].close)
         engine = Engine(
             source.program,
@@ -83,13 +82,6 @@ def _serves(plan: Plan, source: ModelSource) -> bool:
     """Whether a backend of the plan multiplies in what was asked for."""
     found = {source.precision_on(name) for name in plan.backends(source.program.groups)}
     return source.precision not in INT8_PRECISIONS or source.precision in found
-
-
-def _watched(backend: Backend, source: ModelSource) -> Backend:
-    """With a word where inputs leave the ranges of int8, if these are fixed, as those of artifacts are: the other
-    backends that multiply in int8 look at each row."""
-    ranges = source.int8_inputs(backend.name)
-    return Watched(backend, ranges) if ranges else backend
 
 
 def _in_int8(backend: str, source: ModelSource) -> bool:

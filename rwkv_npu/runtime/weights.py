@@ -93,11 +93,6 @@ class ModelSource:
         """The artifacts that there are for this fusion."""
         return []
 
-    def int8_inputs(self, backend: str) -> dict[str, dict[str, float]]:
-        """By group and input, the largest magnitude that calibration saw, of the groups in which a backend of this
-        name runs artifacts with int8: with ranges that are fixed."""
-        return {}
-
     def initial_states(self) -> dict[int, np.ndarray]:
         """The tuned `time_state` (H, N, N) of every layer that has one."""
         names = {layer: f"blocks.{layer}.att.time_state" for layer in range(self.spec.L)}
@@ -173,11 +168,6 @@ class BundleSource(ModelSource):
         chip = hardware.soc() if backend in NPU_BACKENDS else None
         fitting = [a for a in self.artifacts() if chip in (None, a.target)]
         return [a for a in fitting if (a.target, a.precision) == (fitting[0].target, fitting[0].precision)]
-
-    def int8_inputs(self, backend: str) -> dict[str, dict[str, float]]:
-        in_int8 = {artifact.group for artifact in self._run_by(backend) if artifact.int8}
-        seen = self.bundle.manifest.int8_inputs
-        return {group: inputs for group, inputs in seen.items() if group in in_int8}
 
     def artifact_path(self, artifact: Artifact) -> Path:
         return self.bundle.path / artifact.path
