@@ -7,6 +7,7 @@ for step in model.generate("Return the "):
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from rwkv_npu import errors
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from rwkv_npu.model import Model, load, load_state
     from rwkv_npu.models.spec import Spec
     from rwkv_npu.text.generation import Step
+
+# ONNX Runtime, huggingface_hub and Ray report their use to their makers. They read these variables when they are
+# imported, which is after this module, and child processes inherit them. A value that the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 __version__ = "0.1.0"
 __all__ = ["Model", "Spec", "State", "Step", "convert", "errors", "load", "load_state"]
