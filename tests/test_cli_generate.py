@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rwkv_npu.model import Model
@@ -126,6 +129,50 @@ def test_demo_model_without_a_model(run: Run) -> None:
     assert "demo model" in err.splitlines()[0]
 
 
+def test_escapes(generate: Run, model: Model) -> None:
+    text = continuation(model, prompt="the\n\tre\\n")
+    assert generate("--escape", "-p", r"the\n\tre\\n")[1] == text
+    assert generate("-p", r"the\n")[1] == continuation(model, prompt=r"the\n")
+    given: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "generate", lambda *_, **options: given.update(options) or iter(()))
+        generate("-e", "-p", "x", "--stop", r"\n\n", "--stop", r"a\b")
+    assert given["stop"] == ["\n\n", r"a\b"]
+
+
+def test_json_lines(generate: Run, model: Model) -> None:
+    status, out, err = generate("-p", PROMPT, "--json", "--logprobs", "3")
+    *lines, last = map(json.loads, out.splitlines())
+    steps = list(model.generate(PROMPT, temperature=0, max_tokens=12))
+    assert status == 0 and one_line(err)
+    assert "".join(line["text"] for line in lines) == continuation(model)
+    assert [line["token"] for line in lines] == [step.token for step in steps]
+    assert [line["finish_reason"] for line in lines] == [None] * 11 + ["length"]
+    for line, step in zip(lines, steps, strict=True):
+        assert line["logprob"] == pytest.approx(step.logprob, abs=1e-5)
+        likely = [top["logprob"] for top in line["top"]]
+        assert len(likely) == 3 and likely == sorted(likely, reverse=True)
+        # Greedily, the token that was taken is the most likely one.
+        assert line["top"][0]["token"] == line["token"]
+        assert likely[0] == pytest.approx(line["logprob"], abs=1e-5)
+    assert last["statistics"]["tokens"] == 12
+    assert last["statistics"]["prompt_tokens"] == len(model.encode(PROMPT))
+    assert "top" not in json.loads(generate("-p", PROMPT, "--json")[1].splitlines()[0])
+    assert "--json" in error_line(generate("-p", PROMPT, "--logprobs", "3"))
+    assert "--echo" in error_line(generate("-p", PROMPT, "--json", "--echo"))
+    assert "logprobs" in error_line(generate("-p", PROMPT, "--json", "--logprobs", "-1"))
+
+
+def test_nothing_is_loaded_for_a_prompt_that_is_missing(
+    run: Run, checkpoint: Path, type_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_npu.cli.generate.load_model", None)
+    for terminal in (True, False):
+        type_in(b"", terminal=terminal)
+        assert "prompt" in error_line(run("generate", "-m", checkpoint))
+        assert "prompt" in error_line(run("generate", "-m", checkpoint, "--ids"))
+
+
 # -- states ----------------------------------------------------------------------------------------------
 
 
@@ -187,6 +234,67 @@ def test_state_that_cannot_be_used_is_refused_before_anything_is_generated(
     for place in ("folder", "text", "missing/s", "text/s"):
         assert str(tmp_path / place) in error_line(generate("-p", "x", "--state", tmp_path / place))
     assert (tmp_path / "text").read_text() == "no state"
+
+
+def test_state_in_is_read_and_never_written(generate: Run, tmp_path: Path) -> None:
+    system, chat = tmp_path / "system", tmp_path / "chat"
+    generate("-p", "the ", "-n", "0", "--state", system)
+    before = system.read_bytes()
+    whole = generate("-p", "the return", "-n", "4")[1]
+    assert generate("--state-in", system, "-p", "return", "-n", "4")[1] == whole
+    first = generate("--state-in", system, "--state", chat, "-p", "return", "-n", "2")[1]
+    # The file of --state is there now, and goes before that of --state-in.
+    assert first + generate("--state-in", system, "--state", chat, "-p", "", "-n", "2")[1] == whole
+    assert system.read_bytes() == before
+    assert "no such file" in error_line(generate("--state-in", tmp_path / "none", "-p", "x"))
+
+
+def test_a_state_that_may_not_be_written_is_refused_at_once(
+    generate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate("-p", "x", "-n", "0", "--state", tmp_path / "s")
+    monkeypatch.setattr("rwkv_npu.cli.generate.os.access", lambda path, mode: Path(path).is_dir())
+    monkeypatch.setattr("rwkv_npu.cli.generate.load_model", None)
+    assert "--state-in" in error_line(generate("-p", "x", "--state", tmp_path / "s"))
+
+
+def test_ctrl_c_in_a_long_prompt_keeps_what_was_read(
+    generate: Run, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state file stays as it was; the same command goes on, and another prompt does not."""
+    old, file = tmp_path / "old", tmp_path / "s"
+    generate("-p", "x", "-n", "0", "--state", old)
+    (tmp_path / "prompt").write_text("the turning and re" * 600)
+    command = ("-f", tmp_path / "prompt", "-n", "3", "--state", file)
+    file.write_bytes(old.read_bytes())
+    expected = generate(*command)
+    finished = model.load_state(file)
+    read: list[int] = []
+    forward = Model.forward
+
+    def interrupted(self: Model, tokens: Any, *arguments: Any, **options: Any) -> Any:
+        result = forward(self, tokens, *arguments, **options)
+        read.append(len(tokens))
+        if len(read) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    file.write_bytes(old.read_bytes())
+    monkeypatch.setattr(Model, "forward", interrupted)
+    status, out, err = generate(*command)
+    assert (status, out) == (130, "") and sum(read) == 1024
+    assert "keeps 1024 of" in err and "the same command goes on" in err
+    assert file.read_bytes() == old.read_bytes()
+    (kept,) = tmp_path.glob("s.*.partial")
+    monkeypatch.setattr(Model, "forward", forward)
+    other = generate("-p", "x", "-n", "1", "--state", tmp_path / "s2")
+    assert "going on" not in other[2] and kept.exists()
+    status, out, err = generate(*command)
+    assert (status, out) == expected[:2] and "1024 of" in err.splitlines()[0]
+    state = model.load_state(file)
+    assert state.tokens_seen == finished.tokens_seen
+    np.testing.assert_array_equal(state.parts["att.wkv"], finished.parts["att.wkv"])
+    assert not kept.exists()
 
 
 # -- what a user can get wrong ---------------------------------------------------------------------------

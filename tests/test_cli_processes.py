@@ -21,7 +21,7 @@ import rwkv_npu
 from rwkv_npu.cli.generate import Interrupt
 from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.model import Model
-from tests.tiny import PROMPT, V, command, one_line, peak_memory, run_process, write_model
+from tests.tiny import PROMPT, V, command, continuation, one_line, peak_memory, run_process, write_model
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,16 @@ def test_closed_streams_and_an_odd_encoding(checkpoint: Path, model: Model, tmp_
     assert result.returncode == 0 and result.stdout.startswith(b"?")
 
 
+def test_statistics_have_a_line_of_their_own_where_text_and_they_meet(checkpoint: Path, model: Model) -> None:
+    """In `2>&1 | cat` they meet; a file that only the text goes to gets nothing else."""
+    arguments = ("generate", "-m", checkpoint, "--backend", "numpy", "--temp", "0", "-n", "12", "-p", PROMPT)
+    text = continuation(model)
+    joined = run_process(*arguments, capture_output=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert joined.stdout.decode().startswith(f"{text}\nload ")
+    apart = run_process(*arguments)
+    assert apart.stdout.decode() == text and apart.stderr.startswith(b"load ")
+
+
 # -- Ctrl-C ----------------------------------------------------------------------------------------------
 
 
@@ -148,11 +158,13 @@ def test_ctrl_c_while_reading_the_prompt(checkpoint: Path, model: Model, tmp_pat
     for state in ("state", "new"):
         process = start(*common, "--state", tmp_path / state)
         wait_for(process.stderr, b"opened in")
-        time.sleep(0.5)  # the handler is installed, and the prompt takes a minute
+        time.sleep(5)  # the text is encoded and a part of it read; all of it takes a minute
         out, err = interrupt(process)
-        assert out == b"" and "generated 0 tokens" in err
+        assert out == b"" and "generated 0 tokens" in err and "the same command goes on from there" in err
     assert (tmp_path / "state").read_bytes() == before
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["long", "state"]
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert [name.split(".")[0] for name in names] == ["long", "new", "state", "state"]
+    assert all(name.endswith(".partial") for name in (names[1], names[3]))
 
 
 def test_second_ctrl_c_does_not_wait() -> None:

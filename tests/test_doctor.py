@@ -52,7 +52,7 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
     troubles = [f for f in findings if f.level != OK and f.what not in ("compiler", "versions")]
     assert troubles == []
     assert {f.what: f.found for f in findings}["board"] == "Radxa ROCK 5B, rk3588"
-    assert "large ones: 4, 5, 6, 7, which do the CPU's share" in found(root, "cores").found
+    assert "large ones: 4, 5, 6, 7, which do the CPU's work" in found(root, "cores").found
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,17 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
             "none",
             "sudo modprobe rknpu",
         ),
+        (
+            {
+                "sys/module/rknpu/version": None,
+                "dev/dri/renderD129": None,
+                "sys/class/accel/accel0/device/uevent": "DRIVER=rocket\n",
+            },
+            "NPU driver",
+            BAD,
+            "rocket, the mainline kernel's: Rockchip's librknnrt cannot work with it",
+            "vendor's kernel",
+        ),
         ({"dev/dri/renderD129": None}, "NPU node", BAD, "neither", "--device /dev/dri/renderD129"),
         ({"usr/lib/librknnrt.so": None}, "librknnrt", BAD, "none in /usr/lib", "copy librknnrt.so"),
         (
@@ -93,7 +104,7 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
             {"usr/lib/librknnrt.so": b"\x7fELF"},
             "librknnrt",
             NOTE,
-            "no known version",
+            "version unknown",
             "strings /usr/lib/librknnrt.so",
         ),
         (
@@ -185,7 +196,9 @@ def test_a_bundle_has_to_fit_the_chip_and_its_memory(tmp_path: Path, bundle: Pat
     other = plant(tmp_path / "other", {"proc/device-tree/compatible": b"rockchip,rk3576\0"})
     finding = found(other, "artifacts", bundle)
     assert (
-        finding.level == BAD and "(there are: rk3588)" in finding.found and "--target rk3576" in finding.mend
+        finding.level == BAD
+        and "the bundle has some for: rk3588" in finding.found
+        and "--target rk3576" in finding.mend
     )
     full = plant(tmp_path / "full", {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 8 kB\n"})
     finding = found(full, "NPU memory", bundle)
@@ -198,10 +211,12 @@ def test_a_pc_is_told_what_a_board_is_and_that_the_simulator_is_there(
 ) -> None:
     status, out, err = run_main(capsys, "doctor", "-m", bundle)
     assert status == 0 and err == ""
+    words = " ".join(out.split())
     assert re.search(
-        r"note board .*none: .*\n.*needs one with an RK3588, .*rknpu.*librknnrt.*pip install", out
+        r"note board none: .* needs a board with a chip of rk3588, .*rknpu.*librknnrt.*pip install", words
     )
-    assert "--backend rknn-sim computes what an NPU would" in out
+    assert "--backend rknn-sim computes what an NPU would" in words
+    assert all(len(line) <= 80 for line in out.splitlines() if "/" not in line)
     status, out, _ = run_main(capsys, "doctor", "--json")
     levels = {finding["level"] for finding in json.loads(out)}
     assert status == 0 and levels <= {OK, NOTE}
@@ -217,6 +232,30 @@ def test_a_board_that_lacks_something_ends_with_1(
     monkeypatch.setattr(hardware, "soc", lambda root=None: "rk3588")
     status, out, _ = run_main(capsys, "doctor")
     assert status == 1 and re.search(r"BAD +librknnrt .*\n +-> install", out)
+
+
+def test_numba_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert importlib.metadata.version("numba") in found(plant(tmp_path), "numba").found
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    finding = found(tmp_path, "numba")
+    assert finding.level == NOTE and "pip install '.[fast]'" in finding.mend
+
+
+def test_a_board_prints_its_clocks_as_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = plant(tmp_path, {f"{POLICY}/scaling_governor": "ondemand", f"{POLICY}/scaling_cur_freq": "408000"})
+    monkeypatch.setattr(
+        "rwkv_npu.cli.diagnosis.examine", lambda root=root, bundle=None: examine(root, bundle)
+    )
+    _, out, _ = run_main(capsys, "doctor")
+    assert re.search(r"^note cpu4 clock +408 of 2400 MHz, governor ondemand", out, re.M)
+    # A command stays whole, so that it can be copied.
+    assert re.search(rf"^ +-> echo performance \| sudo tee /{POLICY}/scaling_governor$", out, re.M)
 
 
 def test_nothing_is_changed(tmp_path: Path, bundle: Path) -> None:

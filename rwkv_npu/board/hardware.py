@@ -125,6 +125,14 @@ def driver_version(root: Path = ROOT) -> str | None:
     return None
 
 
+def mainline_driver(root: Path = ROOT) -> bool:
+    """Tell whether the NPU is driven by `rocket`, of mainline Linux (6.18 and later), and not by Rockchip's rknpu."""
+    events = (
+        read(device / "device/uevent") or "" for device in sorted((root / "sys/class/accel").glob("accel*"))
+    )
+    return any("DRIVER=rocket" in event for event in events) or (root / "sys/module/rocket").is_dir()
+
+
 def runtime_library(root: Path = ROOT) -> Path | None:
     """The librknnrt.so that RKNNLite would load."""
     return next((root / name for name in LIBRARIES if (root / name).is_file()), None)

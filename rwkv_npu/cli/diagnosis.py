@@ -1,6 +1,6 @@
-"""What a machine has and lacks for running models on its NPU: findings, each with the command that mends it.
+"""The checks of `rwkv-npu doctor`: findings about board, NPU, clocks and software, each with the command that mends it.
 
-Everything is read (board.py) below a root; nothing is changed, and the NPU is not touched.
+Everything is read below a root folder (`rwkv_npu.board.hardware`). Nothing is changed, and the NPU is not touched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FEW_FILES = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """`level`: ok, note (nothing to worry about, or slower than could be) or bad. `mend`: a command, or what to do."""
+    """One result. `level`: ok, note (harmless, or slower than it could be) or bad. `mend`: a command, or what to do."""
 
     level: str
     what: str
@@ -38,12 +38,12 @@ class Finding:
 
 
 def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
-    """Everything that is there to be said, in the order in which it matters."""
+    """All findings, the most important first."""
     chip = hardware.soc(root)
     findings = list(_machine(root, chip))
     if chip is not None:
         findings += [*_driver(root), *_runtime(root), *_clocks(root), *_memory(root), _files()]
-    findings += [*_packages(chip), *_toolkit()]
+    findings += [*_packages(chip), _numba(), *_toolkit()]
     if bundle is not None:
         findings += _bundle(root, chip, bundle)
     return findings
@@ -58,15 +58,15 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
             NOTE,
             "board",
             f"none: {cores}, kernel {kernel}",
-            "the NPU needs one with an RK3588, the kernel's driver rknpu, librknnrt.so in /usr/lib, and "
-            f"pip install {LITE}",
+            f"the NPU needs a board with a chip of {', '.join(TARGETS)}, the kernel's driver rknpu, librknnrt.so in "
+            f"/usr/lib, and pip install {LITE}",
         )
         return
     level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
     yield Finding(level, "board", f"{hardware.model(root) or 'unnamed'}, {chip}", mend)
     big = hardware.big_cores(root, among=numbers)
     told = ", ".join(map(str, big))
-    large = "all alike" if big == numbers else f"large ones: {told}, which do the CPU's share"
+    large = "all alike" if big == numbers else f"large ones: {told}, which do the CPU's work"
     yield Finding(OK, "cores", f"{cores}; {large}")
     yield Finding(OK, "kernel", kernel)
 
@@ -74,6 +74,14 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
 def _driver(root: Path) -> Iterator[Finding]:
     version, nodes = hardware.driver_version(root), hardware.npu_nodes(root)
     image = "use an image with the vendor's kernel (5.10 or 6.1), which has the driver rknpu"
+    if hardware.mainline_driver(root):
+        yield Finding(
+            BAD,
+            "NPU driver",
+            "rocket, the mainline kernel's: Rockchip's librknnrt cannot work with it",
+            f"the CPU runs every model; for the NPU {image}",
+        )
+        return
     if version is None and not nodes:
         yield Finding(BAD, "NPU driver", "none", f"sudo modprobe rknpu; if there is none, {image}")
         return
@@ -122,7 +130,7 @@ def _runtime(root: Path) -> Iterator[Finding]:
     version, shown = hardware.runtime_version(library), f"/{library.relative_to(root)}"
     if version is None:
         yield Finding(
-            NOTE, "librknnrt", f"{shown}, of no known version", f"strings {shown} | grep 'librknnrt version'"
+            NOTE, "librknnrt", f"{shown}, version unknown", f"strings {shown} | grep 'librknnrt version'"
         )
     elif numbers(version) < numbers(hardware.OLDEST_RUNTIME):
         yield Finding(
@@ -164,7 +172,7 @@ def _clock(clock: Clock, root: Path) -> Finding:
         return Finding(OK, what, shown)
     file = "scaling_governor" if clock.name.startswith("cpu") else "governor"
     path = f"/{clock.folder.relative_to(root)}/{file}"
-    why = _WHY.get(clock.name, "the CPU's share is bound by it")
+    why = _WHY.get(clock.name, "the CPU's work is bound by it")
     bad = clock.name == "ddr" and below
     return Finding(BAD if bad else NOTE, what, f"{shown}: {why}", f"echo performance | sudo tee {path}")
 
@@ -190,7 +198,7 @@ def _memory(root: Path) -> Iterator[Finding]:
 
 
 def _files() -> Finding:
-    """The driver takes a descriptor a buffer. Whoever opens the NPU raises the soft limit, up to the hard one."""
+    """The driver takes a file descriptor a buffer. Opening the NPU raises the soft limit up to the hard one."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit == resource.RLIM_INFINITY or limit >= FEW_FILES:
         return Finding(OK, "open files", "enough")
@@ -213,12 +221,23 @@ def _packages(chip: str | None) -> Iterator[Finding]:
         yield Finding(BAD, LITE, "not installed", f"pip install {LITE}")
 
 
+def _numba() -> Finding:
+    """The fast CPU backend: numba compiles it for the processor at hand."""
+    try:
+        return Finding(OK, "numba", f"{importlib.metadata.version('numba')}: the CPU runs compiled code")
+    except importlib.metadata.PackageNotFoundError:
+        slower = "not installed: the CPU runs through ONNX Runtime, which is slower"
+        return Finding(NOTE, "numba", slower, "in the clone of rwkv_npu: pip install '.[fast]'")
+
+
 def _toolkit() -> Iterator[Finding]:
-    there = [found for found in status() if found.problem is None]
+    working = [environment for environment in status() if environment.problem is None]
     install = "rwkv-npu toolkit install"
-    if there:
-        found = ", ".join(one.version for one in there)
-        yield Finding(OK, "compiler", f"{found}: rwkv-npu convert compiles, and --backend rknn-sim simulates")
+    if working:
+        versions = ", ".join(environment.version for environment in working)
+        yield Finding(
+            OK, "compiler", f"{versions}: rwkv-npu convert compiles, and --backend rknn-sim simulates"
+        )
     else:
         yield Finding(
             NOTE, "compiler", "not installed; converting and simulating need it, running does not", install
@@ -231,10 +250,9 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
     artifacts = [a for a in manifest.artifacts if a.target == target and a.fusion == manifest.fusion]
     again = f"rwkv-npu convert {manifest.checkpoint} -o {bundle.path}"
     if not artifacts:
-        there = ", ".join(sorted({a.target for a in manifest.artifacts})) or "none"
-        yield Finding(
-            BAD, "artifacts", f"none for the {target} (there are: {there})", f"{again} --target {target}"
-        )
+        others = ", ".join(sorted({a.target for a in manifest.artifacts}))
+        shown = f"none for the {target}" + (f"; the bundle has some for: {others}" if others else "")
+        yield Finding(BAD, "artifacts", shown, f"{again} --target {target}")
         return
     toolkit = artifacts[0].toolkit
     rows = sorted({artifact.rows for artifact in artifacts})
@@ -246,7 +264,7 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
 
 
 def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
-    """Whether the board's librknnrt reads what the compiler wrote."""
+    """Compare the board's librknnrt with the compiler that wrote the artifacts: it reads its own version and older."""
     library = hardware.runtime_library(root)
     runtime = hardware.runtime_version(library) if library else None
     if runtime is None or not toolkit:

@@ -1,9 +1,10 @@
-"""`rwkv-npu doctor`: what a board has and lacks. Exit status 1 where the NPU cannot be used as things are."""
+"""`rwkv-npu doctor`: what a board lacks, as a table. Exit status 1 on a board whose NPU cannot be used."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from rwkv_npu.cli.common import bundle_at
 
 if TYPE_CHECKING:
     from rwkv_npu.cli.diagnosis import Finding
+
+WIDTH = 80  # columns
 
 
 def add(commands: Any) -> None:
@@ -40,17 +43,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(findings: Sequence[Finding]) -> str:
+    """One finding a row, wrapped to 80 columns. Words wrap; what is one word, such as a path, stays whole."""
     from rwkv_npu.cli.diagnosis import BAD, NOTE, OK
 
     marks = {OK: "ok", NOTE: "note", BAD: "BAD"}
     width = max(len(finding.what) for finding in findings)
+    indent = " " * (7 + width)
+
+    def wrap(text: str, first: str) -> list[str]:
+        return textwrap.wrap(
+            text,
+            WIDTH,
+            initial_indent=first,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
     lines = []
     for finding in findings:
-        lines.append(f"{marks[finding.level]:<5}{finding.what:<{width}}  {finding.found}")
-        if finding.mend:
-            lines.append(f"{'':<{5 + width}}  -> {finding.mend}")
+        lines += wrap(finding.found, f"{marks[finding.level]:<5}{finding.what:<{width}}  ")
+        if finding.mend.startswith(("sudo ", "echo ", "strings ", "pip ", "rwkv-npu ")):
+            lines.append(f"{indent}-> {finding.mend}")  # a command, to be copied
+        elif finding.mend:
+            lines += wrap(finding.mend, f"{indent}-> ")
     if hardware.soc() is None:
-        lines.append(
-            "Without an NPU: the CPU runs every model, and --backend rknn-sim computes what an NPU would."
-        )
+        lines.append("Without an NPU the CPU runs every model, and --backend rknn-sim computes what an")
+        lines.append("NPU would.")
     return "\n".join(lines)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,20 +20,290 @@ from rwkv_npu.cli.common import add_model_flags, load_model
 from rwkv_npu.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rwkv_npu.backends.base import Faults
     from rwkv_npu.formats.state import State
     from rwkv_npu.model import Model
     from rwkv_npu.text.generation import Step
 
 LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
+PIECE = 512  # tokens of a prompt between two looks at Ctrl-C
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt. The text goes to stdout, statistics to stderr.",
+    )
+    add_model_flags(p)
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads it from stdin")
+    p.add_argument(
+        "-f", "--file", metavar="FILE", help="read the prompt from a file, without its last newline"
+    )
+    p.add_argument(
+        "-e", "--escape", action="store_true", help=r"\n, \t, \r and \\ in --prompt and --stop are escapes"
+    )
+    p.add_argument("--ids", action="store_true", help="prompt and output are token ids, not text")
+    limit = "(default: 256); -1: no limit; 0: only read the prompt into --state"
+    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help=limit)
+    p.add_argument(
+        "--temp", type=float, default=1.0, metavar="T", help="temperature; 0 is greedy (default: 1)"
+    )
+    p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="1 is off (default: 0.85)")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
+    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
+    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
+    p.add_argument("--penalty-decay", type=float, default=0.996, metavar="X", help="(default: 0.996)")
+    p.add_argument("-s", "--seed", type=int, metavar="N", help="(default: a different text each time)")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    keep = "continue from this state file if it exists, and save the state there at the end"
+    p.add_argument("--state", metavar="FILE", help=keep)
+    p.add_argument("--state-in", metavar="FILE", help="start from this state file, which is never written")
+    p.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    lines = "print JSON lines: token, text, logprob and finish_reason of each token, statistics last"
+    p.add_argument("--json", action="store_true", help=lines)
+    p.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: the N most likely tokens at each step"
+    )
+    p.add_argument("-v", "--verbose", action="store_true", help="explain the choice of backends on stderr")
+    p.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    # 1. Whatever is wrong with the command line is reported before a model is loaded for it.
+    prompt = _prompt(arguments)
+    if arguments.ids:
+        _parse_ids(prompt)
+    _check(arguments)
+    state_file = _state_file(arguments)
+    start = _start_file(arguments, state_file)
+    if start is None and not prompt.strip(" ," if arguments.ids else ""):
+        raise UsageError("the prompt is empty and there is no state to continue: give one of them")
+
+    # 2. Load.
+    begin = time.perf_counter()
+    model = load_model(arguments, verbose=arguments.verbose)
+    with model, Interrupt() as interrupt:
+        state = model.new_state() if start is None else model.load_state(start)
+        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt)
+        if not len(ids) and state.logits is None:
+            raise UsageError(
+                f"the prompt is empty, and {start} holds no prediction to continue from: give a prompt"
+            )
+        statistics = Statistics(load=time.perf_counter() - begin, faults=model.engine.counters.faults)
+        if arguments.echo:
+            print(prompt, end=" " if arguments.ids else "", flush=True)
+
+        # 3. Read the prompt, then generate.
+        unfinished = Unfinished(state_file, start, model, ids)
+        begin = time.perf_counter()
+        complete, state = _read(model, ids, state, unfinished, interrupt, statistics)
+        ends_line = True
+        if complete and arguments.max_tokens != 0:
+            state, ends_line = _generate(model, state, arguments, statistics, interrupt, begin)
+
+        # 4. Save. An unfinished prompt leaves the state file as it was.
+        if not complete:
+            note = unfinished.save(state)
+            print(f"rwkv-npu: interrupted{note}", file=sys.stderr)
+        elif state_file and state_file.suffix == ".pth":
+            print(f"{state_file} is a tuned state and stays as it is", file=sys.stderr)
+        elif state_file:
+            state.save(state_file)
+            unfinished.remove()
+    if arguments.json:
+        print(json.dumps({"statistics": statistics.to_json()}))
+    else:
+        _end_line(ends_line)
+    print(statistics.line(), file=sys.stderr)
+    return 130 if interrupt.asked else 0
+
+
+# -- the prompt ------------------------------------------------------------------------------------------
+
+
+def _read(
+    model: Model,
+    ids: Sequence[int],
+    state: State,
+    unfinished: Unfinished,
+    interrupt: Interrupt,
+    statistics: Statistics,
+) -> tuple[bool, State]:
+    """Read the prompt in pieces, after which Ctrl-C ends it. Returns (whether all of it was read, state)."""
+    done = 0
+    kept = unfinished.load()
+    if kept is not None:
+        done, state = kept
+        print(f"going on from {unfinished.path}: {done} of {len(ids)} tokens are read", file=sys.stderr)
+    chunk = model.engine.chunk
+    piece = chunk * max(1, PIECE // chunk)  # so that the pieces of a prompt do not change its result
+    begin, first = time.perf_counter(), done
+    with _Bar(len(ids), done) as bar:
+        while done < len(ids) and not interrupt.asked:
+            _, state = model.forward(ids[done : done + piece], state, inplace=True, progress=bar.update)
+            done = min(done + piece, len(ids))
+    statistics.prompt_tokens, statistics.prompt = done - first, time.perf_counter() - begin
+    return done == len(ids), state
+
+
+class Unfinished:
+    """The state after a part of a prompt, kept beside the state file when Ctrl-C ends the reading.
+
+    The file's name holds a digest of the model, of the state before the prompt, and of the prompt. So the same command
+    finds it, and another command does not.
+    """
+
+    def __init__(self, state_file: Path | None, start: Path | None, model: Model, ids: Sequence[int]):
+        self._model, self._ids = model, ids
+        self.path: Path | None = None
+        self._before = model.load_state(start).tokens_seen if start else 0
+        if state_file is not None:
+            digest = hashlib.sha256(f"{model.fingerprint} {list(ids)}".encode())
+            digest.update(start.read_bytes() if start else b"")
+            self.path = state_file.with_name(f"{state_file.name}.{digest.hexdigest()[:12]}.partial")
+
+    def load(self) -> tuple[int, State] | None:
+        if self.path is None or not self.path.exists():
+            return None
+        state = self._model.load_state(self.path)
+        return state.tokens_seen - self._before, state
+
+    def save(self, state: State) -> str:
+        """Keep `state`; returns the end of the message about it."""
+        read = state.tokens_seen - self._before
+        if self.path is None:
+            return " while reading the prompt; with --state FILE the tokens read so far would be kept"
+        if not read:
+            return ""
+        state.save(self.path)
+        return (
+            f": {self.path} keeps {read} of {len(self._ids)} tokens, and the same command goes on from there"
+        )
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+class _Bar:
+    """Progress over a long prompt, on a terminal."""
+
+    def __init__(self, total: int, done: int):
+        self._bar = None
+        if total - done >= LONG_PROMPT:
+            from tqdm import tqdm  # an import that a short prompt would wait for
+
+            # None: shown on a terminal.
+            self._bar = tqdm(
+                total=total, initial=done, desc="prompt", unit="token", leave=False, disable=None
+            )
+
+    def update(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+# -- the text --------------------------------------------------------------------------------------------
+
+
+def _generate(
+    model: Model,
+    state: State,
+    arguments: argparse.Namespace,
+    statistics: Statistics,
+    interrupt: Interrupt,
+    begin: float,
+) -> tuple[State, bool]:
+    """Print the continuation of `state`. Returns the state after it, and whether the text ends with a newline."""
+    text = "\n"
+    step = None
+    logits = state.logits
+    for step in model.generate(
+        [],
+        state,
+        stop=arguments.stop,
+        max_tokens=None if arguments.max_tokens == -1 else arguments.max_tokens,
+        **_sampling(arguments),
+    ):
+        statistics.total = time.perf_counter() - begin
+        statistics.tokens += 1
+        statistics.first_token = statistics.first_token or statistics.total
+        held = step.held if interrupt.asked else ""  # nothing follows that could complete a stop string
+        if arguments.json:
+            print(_json_line(model, step, step.text + held, logits, arguments.logprobs), flush=True)
+        elif arguments.ids:
+            print(step.token, end=" ", flush=True)
+            text = " "
+        elif step.text or held:
+            print(step.text + held, end="", flush=True)
+            text = step.text + held
+        if interrupt.asked:
+            break
+        if arguments.logprobs and step.finish_reason is None:
+            logits = step.state.logits
+    return (state if step is None else step.state), text.endswith("\n")
+
+
+def _json_line(model: Model, step: Step, text: str, logits: np.ndarray | None, logprobs: int | None) -> str:
+    facts: dict[str, Any] = {"token": step.token, "text": text, "logprob": step.logprob}
+    if logprobs and logits is not None:
+        facts["top"] = _most_likely(model, logits, logprobs)
+    return json.dumps({**facts, "finish_reason": step.finish_reason}, ensure_ascii=False)
+
+
+def _most_likely(model: Model, logits: np.ndarray, count: int) -> list[dict[str, Any]]:
+    """The most likely tokens of logits (V,), before temperature, penalties and filters."""
+    import numpy as np
+
+    exact = logits.astype(np.float64)
+    logprobs = exact - exact.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    return [
+        {
+            "token": int(token),
+            "text": model.tokenizer.decode([int(token)]) if model.tokenizer else "",
+            "logprob": float(logprobs[token]),
+        }
+        for token in np.argsort(-logprobs, kind="stable")[:count]
+    ]
+
+
+def _end_line(ends_line: bool) -> None:
+    """Keep the statistics off the last line of the text, without adding to what a pipe or file receives."""
+    if sys.stdout.isatty():
+        print(flush=True)
+    elif not ends_line and (sys.stderr.isatty() or _same_file(sys.stdout, sys.stderr)):
+        print(file=sys.stderr)
+
+
+def _same_file(a: Any, b: Any) -> bool:
+    try:
+        return os.path.samestat(os.fstat(a.fileno()), os.fstat(b.fileno()))
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
 
 
 @dataclass
 class Statistics:
-    """Seconds and tokens of one run."""
+    """Seconds and tokens of one run. `first_token` and `total` count from the start of reading the prompt."""
 
     load: float = 0.0
     prompt_tokens: int = 0
+    prompt: float = 0.0
     first_token: float = 0.0
     tokens: int = 0
     total: float = 0.0
@@ -38,10 +311,8 @@ class Statistics:
 
     def line(self) -> str:
         parts = [f"load {self.load:.2f} s"]
-        if self.prompt_tokens and self.first_token:
-            parts.append(
-                f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.first_token:.1f} t/s"
-            )
+        if self.prompt_tokens:
+            parts.append(f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / self.prompt:.1f} t/s")
         if self.tokens:
             parts.append(f"first token {self.first_token:.2f} s")
         decode = self.total - self.first_token
@@ -52,9 +323,15 @@ class Statistics:
             parts.append(f"{self.faults.calls} calls to the NPU failed{groups}")
         return " | ".join(parts)
 
+    def to_json(self) -> dict[str, Any]:
+        facts = asdict(self)
+        del facts["faults"]
+        failed = self.faults.calls if self.faults else 0
+        return {**facts, "failed_npu_calls": failed}
+
 
 class Interrupt:
-    """The first Ctrl-C lets the token in work be finished, so that the state stays whole; the second does not."""
+    """Ctrl-C. The first one lets the token in work finish, so that the state stays whole; the second ends at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -72,154 +349,36 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
 
-def add(commands: Any) -> None:
-    p = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
-    add_model_flags(p)
-    p.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads stdin")
-    p.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file, less its last newline")
-    p.add_argument("--ids", action="store_true", help="prompt and output are token ids, not text")
-    limit = "-1 goes on to the end of the text, 0 only reads the prompt into --state (default: 256)"
-    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help=limit)
-    p.add_argument("--temp", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
-    p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="(default: 0.85)")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
-    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)")
-    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
-    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="(default: 0)")
-    p.add_argument("--penalty-decay", type=float, default=0.996, metavar="X", help="(default: 0.996)")
-    p.add_argument("-s", "--seed", type=int, metavar="N", help="(default: another text each time)")
-    p.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
-    )
-    p.add_argument(
-        "--state", metavar="FILE", help="go on from this state if it exists, and save it at the end"
-    )
-    p.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
-    p.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
-    p.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    prompt = _prompt(arguments)
-    state_file = _state_file(arguments)
-    _check_sampling(arguments)
-    statistics = Statistics()
-    begin = time.perf_counter()
-    model = load_model(arguments, verbose=arguments.verbose)
-    with model, Interrupt() as interrupt:
-        statistics.faults = model.engine.counters.faults
-        state = model.load_state(state_file) if state_file and state_file.exists() else None
-        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt)
-        statistics.load = time.perf_counter() - begin
-        statistics.prompt_tokens = len(ids)
-        if arguments.echo:
-            print(prompt, end=" " if arguments.ids else "", flush=True)
-        final = _stream(model, ids, state, arguments, statistics, interrupt)
-        if sys.stdout.isatty():
-            print(flush=True)
-        if state_file and state_file.suffix == ".pth":
-            print(f"{state_file} is a tuned state and stays as it is", file=sys.stderr)
-        elif state_file and final is not None:
-            final.save(state_file)
-    print(statistics.line(), file=sys.stderr)
-    return 130 if interrupt.asked else 0
-
-
-def _stream(
-    model: Model,
-    ids: Sequence[int],
-    state: State | None,
-    arguments: argparse.Namespace,
-    statistics: Statistics,
-    interrupt: Interrupt,
-) -> State | None:
-    """Print the continuation; the state after it, None where it would be no other than before."""
-    begin = time.perf_counter()
-    step = None
-    with _PromptBar(len(ids), interrupt) as bar:
-        try:
-            if arguments.max_tokens == 0:  # the prompt is only read, for its state
-                return model.forward(ids, state, progress=bar.update)[1]
-            steps = _steps(model, ids, state, arguments, bar)
-        except _PromptInterrupted:
-            return None
-    for step in steps:
-        statistics.total = time.perf_counter() - begin
-        statistics.tokens += 1
-        statistics.first_token = statistics.first_token or statistics.total
-        if arguments.ids:
-            print(step.token, end=" ", flush=True)
-        elif step.text:
-            print(step.text, end="", flush=True)
-        if interrupt.asked:
-            print("" if arguments.ids else step.held, end="", flush=True)  # the state has read it
-            break
-    return step.state if step is not None else None
-
-
-def _steps(
-    model: Model, ids: Sequence[int], state: State | None, arguments: argparse.Namespace, bar: _PromptBar
-) -> Iterable[Step]:
-    return model.generate(
-        ids,
-        state,
-        stop=arguments.stop,
-        max_tokens=None if arguments.max_tokens == -1 else arguments.max_tokens,
-        progress=bar.update,
-        **_sampling(arguments),
-    )
-
-
-class _PromptInterrupted(Exception):
-    pass
-
-
-class _PromptBar:
-    """Progress over a long prompt, and the place where Ctrl-C ends its reading."""
-
-    def __init__(self, total: int, interrupt: Interrupt):
-        self._bar, self._interrupt = None, interrupt
-        if total >= LONG_PROMPT:
-            from tqdm import tqdm  # an import that a short prompt would wait for
-
-            # None: shown on a terminal.
-            self._bar = tqdm(total=total, desc="prompt", unit="token", leave=False, disable=None)
-
-    def update(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
-        if self._interrupt.asked:
-            raise _PromptInterrupted
-
-    def __enter__(self) -> _PromptBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+# -- arguments -------------------------------------------------------------------------------------------
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
-    """The prompt, "" where there is only a state to go on from."""
-    if arguments.prompt is not None and arguments.file is not None:
-        raise UsageError("give --prompt or --file, not both")
+    """The prompt, "" where there is only a state to continue. Escapes in --prompt and --stop are replaced."""
     from rwkv_npu.text.corpus import read_text
 
+    if arguments.prompt is not None and arguments.file is not None:
+        raise UsageError("give --prompt or --file, not both")
+    if arguments.escape:
+        arguments.stop = [_unescape(text) for text in arguments.stop]
     source = arguments.file
     if source is None and (arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty())):
         source = "-"
     if source is not None:
         return read_text(source).removesuffix("\n")  # editors and echo end with one; prompts do not
-    if arguments.prompt is None and not arguments.state:
+    if arguments.prompt is None and not (arguments.state or arguments.state_in):
         raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
     prompt: str = arguments.prompt or ""
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python hands on what it cannot decode
         raise UsageError("--prompt is not UTF-8 text")
-    return prompt
+    return _unescape(prompt) if arguments.escape else prompt
 
 
-def _check_sampling(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for what would be refused anyway, before a model is loaded for it."""
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for values that the model would refuse after it is loaded."""
     from rwkv_npu.text.sampling import Sampler, SamplingOptions
 
     options = _sampling(arguments)
@@ -229,6 +388,12 @@ def _check_sampling(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--max-tokens is {arguments.max_tokens}: it must be at least -1")
     if "" in arguments.stop:
         raise UsageError("--stop must not be empty: a stop string has at least one letter")
+    if arguments.json and arguments.echo:
+        raise UsageError("--echo is for text: with --json leave it out")
+    if arguments.logprobs is not None and not arguments.json:
+        raise UsageError("--logprobs is for --json")
+    if arguments.logprobs is not None and arguments.logprobs < 0:
+        raise UsageError(f"--logprobs is {arguments.logprobs}: it must be at least 0")
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -245,7 +410,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _state_file(arguments: argparse.Namespace) -> Path | None:
-    """The file of --state. Raises UsageError where it could not be saved when all is done."""
+    """The file of --state. Raises UsageError where the state could not be saved at the end."""
     if not arguments.state:
         return None
     path = Path(arguments.state)
@@ -253,7 +418,17 @@ def _state_file(arguments: argparse.Namespace) -> Path | None:
         raise UsageError(f"--state {path} is a folder: name a file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"--state {path}: {path.parent} is no folder that can be written to")
+    if path.exists() and path.suffix != ".pth" and not os.access(path, os.W_OK):
+        raise UsageError(f"--state {path} may not be written: --state-in {path} only reads it")
     return path
+
+
+def _start_file(arguments: argparse.Namespace, state_file: Path | None) -> Path | None:
+    """The state to start from: that of --state where the file exists, else that of --state-in."""
+    given = Path(arguments.state_in) if arguments.state_in else None
+    if given is not None and not given.is_file():
+        raise UsageError(f"--state-in {given}: there is no such file")
+    return state_file if state_file is not None and state_file.exists() else given
 
 
 def _parse_ids(text: str) -> list[int]:
