@@ -1,6 +1,7 @@
 # make demo   text from the model that ships with the package, in an environment of its own
 # make test   everything: lint, types, fast tests, and those that need Rockchip's compiler or the emulated board
 # make fast   the fast tests only
+# make campaign   an hour of damaged and forged files for every reader
 # make board  the emulated board, in your cache folder: as root it installs qemu and a cross compiler
 #
 # PYTHON is a Python 3.10 to 3.12 for all of it (3.13 lacks Rockchip's compiler). PyPI's torch for Linux on x86-64
@@ -10,7 +11,7 @@ PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(she
 TORCH ?= torch==2.13.0
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast board clean
+.PHONY: demo test fast campaign board clean
 
 demo: .venv/demo
 	.venv/bin/rwkv-npu generate --prompt "Return the " --echo --temp 0.6 --seed 11
@@ -21,6 +22,10 @@ test: .venv/dev
 
 fast: .venv/dev
 	.venv/bin/python -m pytest
+
+campaign: .venv/dev
+	RWKV_FUZZ_SECONDS=$${RWKV_FUZZ_SECONDS:-3600} RWKV_FUZZ_SEED=$${RWKV_FUZZ_SEED:-$$(date +%s)} \
+	  .venv/bin/python -m pytest -m fuzz -s tests/fuzz
 
 board: .venv/dev
 	.venv/bin/python -m tools.board build

@@ -4,9 +4,28 @@ Whatever the user can cause (a bad file, a flag out of range, a full disk) is ra
 message that says what was wrong, where, and what to do. Everything else is a bug and keeps its traceback.
 """
 
+LONGEST = 200  # characters of somebody else's words in a line of ours
+_LONGEST_LINE = 1200  # characters of a whole message
+
+
+def one_line(text: str) -> str:
+    """`text` as one printable line: control characters as escapes, the middle of a very long one left out."""
+    if not text.isprintable():
+        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        text = "".join(escaped)
+    if len(text) > _LONGEST_LINE:
+        text = f"{text[: _LONGEST_LINE // 2]} ... {text[-_LONGEST_LINE // 2 :]}"
+    return text
+
 
 class RwkvNpuError(Exception):
-    """Base of every error that the command line shows as one line, with exit status 1."""
+    """Base of every error that the command line shows as one line, with exit status 1.
+
+    The message may quote file names and file contents: what no terminal should get is escaped here, once for all.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class CheckpointError(RwkvNpuError):
@@ -35,9 +54,6 @@ class ToolkitError(RwkvNpuError):
 
 class UsageError(RwkvNpuError):
     """An argument that makes no sense, given through the Python API or the command line."""
-
-
-LONGEST = 200  # characters of somebody else's words in a line of ours
 
 
 def first_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ from rwkv_npu.conversion.writer import (
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest
 from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
-from rwkv_npu.formats.files import write_atomically
+from rwkv_npu.formats.files import remove_unlisted, write_atomically
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import default_scaling
 from rwkv_npu.quant.cpu import PRECISIONS
@@ -223,10 +223,7 @@ def _finish(bundle: Bundle) -> None:
     was interrupted."""
     record_files(bundle.path, bundle.manifest)
     write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
-    for folder in ("rknn", "cpu", "calib"):
-        for path in sorted((bundle.path / folder).rglob("*")):
-            if path.is_file() and path.relative_to(bundle.path).as_posix() not in bundle.manifest.files:
-                path.unlink()
+    remove_unlisted(bundle.path, ("rknn", "cpu", "calib", "graphs"), bundle.manifest.files)
 
 
 def _errors(manifest: Manifest, planned: list[Artifact]) -> str:

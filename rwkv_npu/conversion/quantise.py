@@ -19,7 +19,7 @@ import numpy as np
 from rwkv_npu.conversion.calibration import calibrate
 from rwkv_npu.conversion.sensitivity import Judge, select
 from rwkv_npu.formats.bundle import INT8, MANIFEST, Bundle, Int8Set, Sensitivity
-from rwkv_npu.formats.files import write_atomically
+from rwkv_npu.formats.files import remove_within, write_atomically
 from rwkv_npu.formats.safetensors import TensorPlan, replace_tensors
 from rwkv_npu.models.spec import Kind, Spec, tensors
 from rwkv_npu.progress import progress
@@ -175,7 +175,7 @@ class Quantisation:
         if (folder / MANIFEST).exists():
             write_atomically(folder / MANIFEST, manifest.to_json().encode())
         for name in stale:
-            (folder / name).unlink(missing_ok=True)
+            remove_within(folder, name)
 
     def _note(self, table: list[Sensitivity]) -> None:
         notes = {"key": self._key, "table": [asdict(row) for row in table]}

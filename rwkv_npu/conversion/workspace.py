@@ -19,13 +19,14 @@ from rwkv_npu.formats.bundle import (
     MARK,
     MATHS,
     Manifest,
+    check_plain,
     damaged_files,
     is_bundle,
     packed_file,
     read_manifest,
 )
 from rwkv_npu.formats.checkpoint import Checkpoint
-from rwkv_npu.formats.files import locked, write_atomically
+from rwkv_npu.formats.files import locked, remove_within, write_atomically
 from rwkv_npu.quant.cpu import PRECISIONS
 
 # What the disk, or its permissions, can do to us; any other OSError is a bug of ours.
@@ -140,6 +141,7 @@ def _prepare_partial(folder: Path, manifest: Manifest, held: contextlib.ExitStac
     key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.weights_digest} {manifest.cpu} {manifest.scaling}"
     if mark.is_file():
         held.enter_context(locked(folder))
+        check_plain(folder)
         if mark.read_text(encoding="utf-8") == key:
             return
         shutil.rmtree(folder)
@@ -182,7 +184,7 @@ def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: se
     for name in list(damaged_files(folder, manifest)):
         again = f"convert with {options[name]} to have it again" if name in options else "it is made again"
         say(f"{name} is missing or damaged: {again}")
-        (folder / name).unlink(missing_ok=True)
+        remove_within(folder, name)
         del manifest.files[name]
         if name == INT8:
             stale = manifest.forget_int8()

@@ -19,16 +19,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_npu.errors import BundleError
+from rwkv_npu.formats.bundle_check import (
+    STORAGE,
+    check_golden,
+    check_manifest,
+    check_packed,
+    check_ranges,
+    check_tensors,
+    from_json,
+)
+from rwkv_npu.formats.files import irregular_entries, is_file, os_reason
 from rwkv_npu.formats.safetensors import TensorFile
-from rwkv_npu.models.spec import Scaling, Spec
+from rwkv_npu.models.spec import Port, Scaling, Spec
 from rwkv_npu.quant.cpu import Packed
 from rwkv_npu.quant.npu import Affine, Quantised, Ranges
 
@@ -44,6 +54,7 @@ SELF_TEST = "selftest.safetensors"
 INT8 = "calib/int8.safetensors"
 
 _SMALL = 4 << 20  # files up to this size are read whole on opening
+_LARGEST_MANIFEST = 64 << 20  # bytes; that of a model of 61 layers has 1 MB
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ class Artifact:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Artifact:
-        artifact: Artifact = _known(Artifact, {**data, "on_cpu": tuple(data["on_cpu"])})
+        """Raises ValueError for a value of another type than its field's."""
+        artifact: Artifact = from_json(Artifact, data, "the artifact")
         return artifact
 
 
@@ -172,32 +184,9 @@ class Manifest:
         maths = {group["maths"] for groups in data["groups"].values() for group in groups}
         if maths - _KNOWN_MATHS:
             raise _OtherVersion(f"{major}.{minor}, maths {max(maths)}")
-        # A newer minor may have more, an older one less.
-        known = {name: data[name] for name in Manifest.__dataclass_fields__ if name in data}
-        known["format"] = (major, minor)
-        known["spec"] = _known(Spec, data["spec"])
-        known["scaling"] = Scaling.from_json(data["scaling"])
-        known["files"] = {name: _file_record(name, record) for name, record in data["files"].items()}
-        known["artifacts"] = [Artifact.from_json(artifact) for artifact in data["artifacts"]]
-        known["sensitivity"] = [_known(Sensitivity, row) for row in data.get("sensitivity", ())]
-        known["int8"] = {
-            name: _known(Int8Set, {**chosen, "projections": tuple(chosen["projections"])})
-            for name, chosen in data.get("int8", {}).items()
-        }
-        return Manifest(**known)
-
-
-def _known(cls: Any, data: dict[str, Any]) -> Any:
-    """A dataclass of what this version knows of `data`; a newer minor may have more."""
-    return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
-
-
-def _file_record(name: str, data: dict[str, Any]) -> FileRecord:
-    record: FileRecord = _known(FileRecord, data)
-    inside = not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
-    if not (inside and name.isprintable() and type(record.size) is int):
-        raise ValueError(f"it lists {name!r:.80}")
-    return record
+        manifest: Manifest = from_json(Manifest, data, "its manifest")
+        check_manifest(manifest)
+        return manifest
 
 
 class _OtherVersion(ValueError):
@@ -215,6 +204,7 @@ class Bundle:
         self.path, self.manifest = path, manifest
         self._host = TensorFile(path / HOST, error=BundleError)
         self._weights = TensorFile(path / WEIGHTS, error=BundleError)
+        _fits(check_tensors, self.spec, STORAGE[manifest.cpu], self._host, self._weights)
         self._packed: dict[str, TensorFile] = {}
         self._int8: TensorFile | None = None
 
@@ -229,7 +219,9 @@ class Bundle:
     def packed(self, precision: str, name: str, index: int | None = None) -> Packed:
         """A projection, or number `index` of a stack, quantised. Raises BundleError for one that is not there."""
         if precision not in self._packed:
-            self._packed[precision] = TensorFile(self.path / packed_file(precision), error=BundleError)
+            opened = TensorFile(self.path / packed_file(precision), error=BundleError)
+            _fits(check_packed, self.spec, self._weights, opened)
+            self._packed[precision] = opened
         file, label = self._packed[precision], packed_label(name, index)
         shape = self._weights.entry(name).shape[-2:]
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
@@ -244,10 +236,19 @@ class Bundle:
 
     def ranges(self, name: str) -> Ranges:
         """What the numbers of such a projection stand for. Raises BundleError."""
+        _fits(check_ranges, self._ranges, name, self._weights.entry(name).shape[-2])
         given, *made = (Affine(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
         smoothed = f"{name}.smoothing" in self._ranges
         smoothing = np.array(self._ranges.array(f"{name}.smoothing")) if smoothed else None
         return Ranges(given, tuple(made), smoothing)
+
+    def self_test(self, named: Mapping[str, Port]) -> dict[str, np.ndarray] | None:
+        """The recorded rows of each port by tensor name, (n, width) fp32; None if the bundle has no self-test."""
+        if not is_file(self.path / SELF_TEST):
+            return None
+        with TensorFile(self.path / SELF_TEST, error=BundleError) as file:
+            _fits(check_golden, file, named)
+            return {name: np.array(file.array(name)) for name in named}
 
     def forget_ranges(self) -> None:
         """Read the ranges of int8 anew: they were written."""
@@ -269,6 +270,14 @@ class Bundle:
         return self.path / graph_file(fusion, group)
 
 
+def _fits(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check of bundle_check.py. Raises BundleError."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise BundleError(f"{error}: copy the bundle again, or convert again with --force") from None
+
+
 def graph_file(fusion: str, group: str) -> str:
     return f"graphs/{fusion}.{group}.onnx"
 
@@ -287,11 +296,11 @@ def artifact_file(target: str, group: str, fusion: str, precision: str, rows: in
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether there is a bundle at `path`. Raises BundleError for a conversion that did not end."""
-    finished = (path / MANIFEST).is_file()
-    if not finished and (path / MARK).is_file():
+    """True if there is a bundle at `path`. Raises BundleError for a conversion that did not end."""
+    finished = is_file(path / MANIFEST)
+    if not finished and is_file(path / MARK):
         raise BundleError(f"{path} is an unfinished conversion: run the same rwkv-npu convert again")
-    if not finished and (path / HOST).is_file() and (path / WEIGHTS).is_file():
+    if not finished and is_file(path / HOST) and is_file(path / WEIGHTS):
         raise BundleError(
             f"{path} is a bundle without its {MANIFEST}: copy it again, or convert again with --force"
         )
@@ -308,10 +317,15 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Raises BundleError."""
+    """The manifest of a bundle that holds plain files and folders only. Raises BundleError."""
     where = root / MANIFEST
+    check_plain(root)
     try:
-        return Manifest.from_json(where.read_text(encoding="utf-8"))
+        with where.open("rb") as file:
+            text = file.read(_LARGEST_MANIFEST + 1)
+        if len(text) > _LARGEST_MANIFEST:
+            raise ValueError(f"it has more than {_LARGEST_MANIFEST} bytes")
+        return Manifest.from_json(text.decode())
     except OSError as error:
         raise BundleError(f"cannot read {where}: {error.strerror}") from error
     except _OtherVersion as error:
@@ -323,6 +337,20 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(
             f"{where} is damaged ({error}): copy the bundle again, or convert again with --force"
         ) from error
+
+
+def check_plain(root: Path) -> None:
+    """Raises BundleError if anything in a bundle is a link, a pipe or a device: what it leads to is not the bundle's
+    to read, to replace or to remove."""
+    try:
+        irregular = next(irregular_entries(root), None)
+    except OSError as error:
+        raise BundleError(f"cannot read {root}: {os_reason(error)}") from error
+    if irregular is not None:
+        raise BundleError(
+            f"{root} holds {irregular!r:.200}, which is no plain file or folder: copy the bundle with cp -rL, or "
+            "convert again"
+        )
 
 
 def artifacts_digest(manifest: Manifest) -> str:

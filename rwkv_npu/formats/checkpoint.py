@@ -16,6 +16,7 @@ import numpy as np
 
 from rwkv_npu.errors import CheckpointError
 from rwkv_npu.formats.detect import detect, refuse_unsupported, validate
+from rwkv_npu.formats.files import is_folder
 from rwkv_npu.formats.huggingface import (
     is_huggingface,
     looks_rescaled,
@@ -45,7 +46,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, stored: dict[str, np.ndarray], logarithmic: frozenset[str]) -> None:
         self.path = path
-        self.folder = path if path.is_dir() else path.parent
+        self.folder = path if is_folder(path) else path.parent
         self.notes: list[str] = []
         self.spec: Spec = detect(stored)
         self._tensors: dict[str, Tensor] = validate(self.spec, stored)
@@ -128,8 +129,8 @@ def _open(path: Path, stored: dict[str, Any]) -> Checkpoint:
         if not isinstance(value, np.ndarray):
             raise CheckpointError(f"{name!r:.80} is a Python {type(value).__name__}, not a tensor")
     foreign = is_huggingface(list(stored))
-    folder = path if path.is_dir() else path.parent
-    config = read_config(folder) if foreign or path.is_dir() else {}
+    folder = path if is_folder(path) else path.parent
+    config = read_config(folder) if foreign or is_folder(path) else {}
     arrays = to_blinkdl(stored, tied=config.get("tie_word_embeddings") is True)
     refuse_unsupported(arrays)
     arrays, logarithmic = _canonical(arrays)

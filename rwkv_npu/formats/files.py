@@ -1,24 +1,35 @@
-"""Files that appear whole or not at all, and the folder for those that can be made again."""
+"""Files that appear whole or not at all, removal that stays inside a folder, locks, and the cache folder."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import secrets
+import stat
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from rwkv_npu.errors import UsageError
 
+UNFINISHED = ".writing"  # suffix of a file that is being written
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+_INNER_FOLDER = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, sync, and rename: whoever reads it sees the old content or the new. Raises OSError."""
-    aside = path.with_name(path.name + ".writing")
+
+# -- writing ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an unused name beside `path`; the file written there becomes `path` by one rename, or is removed.
+
+    Every writer gets a name of its own, so two processes that write the same file never share a half-written one.
+    """
+    aside = path.with_name(f"{path.name[:40]}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -26,8 +37,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside `path`, sync, and rename: a reader sees the old content or the new. Raises OSError."""
+    with replacing(path) as aside, aside.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def resume_file(path: str | None) -> Path | None:
-    """What `--resume` names. Raises UsageError, before anything is computed, where nothing could be kept."""
+    """The file of `--resume`. Raises UsageError, before anything is computed, if it cannot be written."""
     if path is None:
         return None
     file = Path(path)
@@ -36,9 +55,109 @@ def resume_file(path: str | None) -> Path | None:
         file.open("ab").close()
         if not existed:
             file.unlink()
-    except OSError as error:
-        raise UsageError(f"--resume {file}: cannot write there: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume {file}: cannot write there: {os_reason(error)}") from error
     return file
+
+
+# -- looking ---------------------------------------------------------------------------------------------
+
+
+def is_file(path: Path) -> bool:
+    """True for a file; False for anything else, a name that is too long or not allowed included."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder, in the same way."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def os_reason(error: Exception) -> str:
+    """Reason of a failed file operation, without the file's name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def irregular_entries(folder: Path) -> Iterator[str]:
+    """Names, relative to `folder`, of everything in it that is neither a plain file nor a folder. Links are not
+    followed. Raises OSError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for directory, folders, files in os.walk(folder, onerror=refuse):
+        for name in sorted(folders + files):
+            path = Path(directory, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                yield path.relative_to(folder).as_posix()
+
+
+# -- removing --------------------------------------------------------------------------------------------
+
+
+def remove_within(root: Path, name: str) -> None:
+    """Remove the file `name`, a relative path with slashes, below the folder `root`; it may be missing.
+
+    Each folder on the way is opened by descriptor and without following links, so nothing outside `root` can go.
+    Raises OSError if a link is on the way, ValueError for a name that leaves `root`.
+    """
+    *folders, leaf = _inside(name)
+    descriptor = os.open(root, _FOLDER)
+    try:
+        for folder in folders:
+            inner = os.open(folder, _INNER_FOLDER, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        os.unlink(leaf, dir_fd=descriptor)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_unlisted(root: Path, folders: Iterable[str], listed: Collection[str]) -> None:
+    """Remove the files below `root/FOLDER`, of each of `folders`, that are not in `listed`, and what an interrupted
+    write left in `root` itself. Folders stay.
+
+    `listed` holds paths relative to `root`. Nothing outside `root` can go, as in `remove_within`. Raises OSError.
+    """
+    at_root = os.open(root, _FOLDER)
+    try:
+        for name in os.listdir(at_root):
+            if name.endswith(UNFINISHED):
+                os.unlink(name, dir_fd=at_root)
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                # fwalk does not enter a link, not even as its first folder.
+                for directory, _, files, descriptor in os.fwalk(folder, dir_fd=at_root):
+                    for file in files:
+                        if PurePosixPath(directory, file).as_posix() not in listed:
+                            os.unlink(file, dir_fd=descriptor)
+    finally:
+        os.close(at_root)
+
+
+def stays_inside(name: str) -> bool:
+    """True if a relative path with slashes names something below the folder that it is relative to."""
+    path = PurePosixPath(name)
+    parts = path.parts
+    return bool(parts) and not path.is_absolute() and ".." not in parts and "\0" not in name
+
+
+def _inside(name: str) -> tuple[str, ...]:
+    if not stays_inside(name):
+        raise ValueError(f"{name!r:.80} is not a name inside a folder")
+    return PurePosixPath(name).parts
+
+
+# -- locks -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -48,6 +167,7 @@ def locked(path: Path) -> Iterator[None]:
 
     The lock goes with the process that holds it, however that ends; and with `path`, should that be replaced.
     """
+    fcntl = _fcntl()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,7 +178,8 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waited_for(path: Path, say: Callable[[str], object], other: str) -> Iterator[None]:
-    """Hold the file `path`, made where it is missing, once nobody else does; `say` is told what is waited for."""
+    """Hold the file `path`, made if it is missing, once nobody else does; `say` is told if there is a wait."""
+    fcntl = _fcntl()
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,9 +189,39 @@ def waited_for(path: Path, say: Callable[[str], object], other: str) -> Iterator
         yield
 
 
+def _fcntl() -> Any:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise UsageError("this needs file locks as Linux has them: use Linux, or WSL") from None
+    return fcntl
+
+
+# -- cache -----------------------------------------------------------------------------------------------
+
+
 def cache_dir() -> Path:
-    """The folder for what can be made again: $RWKV_NPU_CACHE, or rwkv_npu in the user's cache folder."""
-    if own := os.environ.get("RWKV_NPU_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "rwkv_npu"
+    """The folder for files that can be made again: $RWKV_NPU_CACHE, or rwkv_npu in the user's cache folder.
+
+    A user without a home folder gets a private one in the system's folder for temporary files. Raises UsageError if
+    somebody else owns that.
+    """
+    try:
+        if own := os.environ.get("RWKV_NPU_CACHE"):
+            return Path(own).expanduser().absolute()
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(base).expanduser().absolute() / "rwkv_npu"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return _private_folder(Path(tempfile.gettempdir()) / f"rwkv_npu-{os.getuid()}")
+
+
+def _private_folder(path: Path) -> Path:
+    """Make the folder `path` for this user alone. Compiled code is kept there, so nobody else may write to it."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UsageError(
+            f"there is no home folder, and {path} is not private: set RWKV_NPU_CACHE to a folder"
+        )
+    return path

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.errors import CheckpointError
+from rwkv_npu.formats.files import is_file, is_folder
 
 _MAX_JSON = 64 << 20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -28,14 +29,14 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold a checkpoint given as a file, as the index of its shards, or as a folder."""
     if path.name.endswith(".index.json"):
         return _shards(path)
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     for name in _WEIGHTS:
-        if (path / f"{name}.index.json").is_file():
+        if is_file(path / f"{name}.index.json"):
             return _shards(path / f"{name}.index.json")
-        if (path / name).is_file():
+        if is_file(path / name):
             return [path / name]
-    if (path / "manifest.json").is_file():
+    if is_file(path / "manifest.json"):
         raise CheckpointError(f"{path} is a bundle, which was converted already, not a checkpoint")
     try:
         found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
@@ -62,7 +63,7 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} names a shard that is not a file beside it")
     shards = [index.parent / name for name in sorted(set(names))]
     for shard in shards:
-        if not shard.is_file():
+        if not is_file(shard):
             raise CheckpointError(f"{shard}, a shard of the checkpoint, is missing")
     return shards
 
@@ -82,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, or {}. Raises CheckpointError if it is damaged or describes another model."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         return {}
     config = read_json(path)
     kind = str(config.get("model_type") or config.get("architectures") or "rwkv")

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from rwkv_npu.errors import CheckpointError, RwkvNpuError
+from rwkv_npu.formats.files import replacing
 
 ALIGNMENT = 64
 _MAX_HEADER = 100_000_000  # bytes; the bound of the reference implementation
@@ -207,9 +208,8 @@ def replace_tensors(
     path: Path, tensors: Iterable[TensorPlan], metadata: dict[str, str] | None = None
 ) -> None:
     """As `write_tensors`, beside `path` and renamed: whoever reads it sees the old file or the new."""
-    aside = path.with_name(path.name + ".writing")
-    write_tensors(aside, tensors, metadata)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        write_tensors(aside, tensors, metadata)
 
 
 def write_tensors(

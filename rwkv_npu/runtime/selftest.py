@@ -13,14 +13,13 @@ from functools import partial
 import numpy as np
 
 from rwkv_npu.backends.base import Recorded
-from rwkv_npu.errors import BundleError
 from rwkv_npu.formats.bundle import SELF_TEST, Bundle
-from rwkv_npu.formats.safetensors import TensorFile, TensorPlan, replace_tensors
+from rwkv_npu.formats.safetensors import TensorPlan, replace_tensors
 from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
-from rwkv_npu.models.spec import FUSIONS, Group
+from rwkv_npu.models.spec import FUSIONS, Group, Port
 from rwkv_npu.runtime.weights import BundleSource, ModelSource
 
 HISTORY = 16  # tokens read before, at least: the state must have a past
@@ -67,19 +66,20 @@ def write_self_test(bundle: Bundle) -> None:
 
 def self_test(source: ModelSource) -> dict[str, Recorded]:
     """The rows of `write_self_test`, by group; recorded now where the bundle, an older one, has none."""
-    path = source.bundle.path / SELF_TEST if isinstance(source, BundleSource) else None
-    if path is None or not path.exists():
+    fusion = source.program.fusion
+    ports: dict[str, Port] = {}
+    for group in source.program.groups:
+        for kind, some in (("in", group.inputs), ("out", group.outputs)):
+            ports |= {_name(fusion, group.name, kind, port.name): port for port in some}
+    rows = source.bundle.self_test(ports) if isinstance(source, BundleSource) else None
+    if rows is None:
         return record(source, SELF_TEST_ROWS)
-    with TensorFile(path, error=BundleError) as file:
 
-        def read(group: Group, kind: str) -> Arrays:
-            ports = group.inputs if kind == "in" else group.outputs
-            names = {port.name: _name(source.program.fusion, group.name, kind, port.name) for port in ports}
-            return {port: np.array(file.array(name)) for port, name in names.items()}
+    def read(group: Group, kind: str) -> Arrays:
+        some = group.inputs if kind == "in" else group.outputs
+        return {port.name: rows[_name(fusion, group.name, kind, port.name)] for port in some}
 
-        return {
-            group.name: Recorded(read(group, "in"), read(group, "out")) for group in source.program.groups
-        }
+    return {group.name: Recorded(read(group, "in"), read(group, "out")) for group in source.program.groups}
 
 
 def _plans(source: ModelSource) -> Iterator[TensorPlan]:

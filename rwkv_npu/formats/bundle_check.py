@@ -1,0 +1,236 @@
+"""Checks that every file of a bundle fits its spec, before a backend sees any of it.
+
+A bundle comes from somewhere else, and its checksums have no key: whoever changes a file can change them too.
+Compiled code takes shapes and addresses as given, so a matrix of another size would be read, or written, beyond its
+end. Everything is therefore compared with the one table of tensors (models/spec.py), by shape, dtype and alignment.
+
+All functions raise ValueError with a line that names what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from rwkv_npu.formats.files import stays_inside
+from rwkv_npu.formats.safetensors import ALIGNMENT, BFLOAT16, TensorFile
+from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Kind, Port, Scaling, Spec, Tensor, groups, tensors
+from rwkv_npu.quant.cpu import PRECISIONS, SCALE, packed_shapes
+from rwkv_npu.quant.npu import HIGHEST, LOWEST, int8_parts
+
+if TYPE_CHECKING:
+    from rwkv_npu.formats.bundle import Manifest
+
+STORAGE = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}  # of `graphs/weights.safetensors`
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+_RANKS = {"6": {"mix", "decay"}, "7": {"w", "a", "v", "g"}, "7a": {"w", "a", "v", "g", "s"}}
+_LONGEST_STRING = 4096
+_LARGEST_INT = 2**53
+_MOST_LAYERS = 9999
+_WIDEST = 2**24
+_MOST_ROWS = 4096  # of an artifact, and of a self-test
+
+# -- JSON ------------------------------------------------------------------------------------------------
+
+
+def from_json(cls: Any, data: Any, where: str) -> Any:
+    """The dataclass `cls` from parsed JSON, each value of the type that its field declares. Unknown keys are ignored:
+    a newer minor version of the format may have more."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is not an object")
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        if item.name not in data and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{where} lacks {item.name}")
+    return cls(
+        **{name: _value(data[name], kind, f"{where}.{name}") for name, kind in hints.items() if name in data}
+    )
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    """`value`, converted to the annotation `kind`: a plain type, a dataclass, or a container or option of these."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (one for one in arguments if one is not type(None))
+        return _value(value, kind, where)
+    if is_dataclass(kind):
+        return from_json(kind, value, where)
+    if origin is dict and isinstance(value, dict):
+        return {
+            _text(key, where): _value(one, arguments[1], f"{where}.{key:.60}") for key, one in value.items()
+        }
+    if origin is list and isinstance(value, list):
+        return [_value(one, arguments[0], where) for one in value]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            raise ValueError(f"{where} has {len(value)} values instead of {len(inner)}")
+        return tuple(_value(one, kind, where) for one, kind in zip(value, inner, strict=True))
+    if kind is Any:
+        return value
+    if kind is str:
+        return _text(value, where)
+    if kind is float and type(value) in (int, float) and not abs(value) > 1e300:
+        return float(value)
+    if kind is int and type(value) is int and abs(value) <= _LARGEST_INT:
+        return value
+    if kind is bool and type(value) is bool:
+        return value
+    raise ValueError(f"{where} is {value!r:.40}, not {getattr(kind, '__name__', kind)}")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_STRING:
+        raise ValueError(f"{where} is {value!r:.40}, not a string of at most {_LONGEST_STRING} characters")
+    return value
+
+
+# -- the manifest ----------------------------------------------------------------------------------------
+
+
+def check_spec(spec: Spec) -> None:
+    """Dimensions that a model can have, and that agree with each other."""
+    if spec.generation not in GENERATIONS:
+        raise ValueError(f"its spec is of the unknown generation {spec.generation!r:.20}")
+    for name in "DLHNAFV":
+        largest = _MOST_LAYERS if name == "L" else _WIDEST
+        if not 1 <= getattr(spec, name) <= largest:
+            raise ValueError(f"its spec has {name} = {getattr(spec, name)}, not 1 to {largest}")
+    if spec.H * spec.N != spec.A:
+        raise ValueError(f"its spec has {spec.H} heads of {spec.N} channels, which do not make {spec.A}")
+    if set(spec.ranks) != _RANKS.get(spec.generation, set()):
+        raise ValueError(f"its spec has the ranks {', '.join(sorted(spec.ranks)):.60}")
+    for name, rank in spec.ranks.items():
+        unused = name == "v" and spec.L == 1
+        if not (0 if unused else 1) <= rank <= _WIDEST:
+            raise ValueError(f"its spec has rank {name} = {rank}")
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Names, precisions, groups and artifacts of a manifest that go with its spec and with each other."""
+    spec = manifest.spec
+    check_spec(spec)
+    _check_scaling(manifest.scaling, spec)
+    if manifest.cpu not in STORAGE:
+        raise ValueError(f"its cpu precision is {manifest.cpu!r:.20}")
+    if manifest.fusion not in FUSIONS:
+        raise ValueError(f"its fusion is {manifest.fusion!r:.20}")
+    if unknown := set(manifest.packed) - set(PRECISIONS):
+        raise ValueError(f"it has packed weights in {min(unknown)!r:.20}")
+    if manifest.cpu_default not in ("", manifest.cpu, *manifest.packed):
+        raise ValueError(f"its cpu_default {manifest.cpu_default!r:.20} is not in the bundle")
+    for name, record in manifest.files.items():
+        if not (stays_inside(name) and name.isprintable() and record.size >= 0):
+            raise ValueError(f"it lists {name!r:.80}")
+    _check_groups(manifest)
+    projections = {tensor.name for tensor in tensors(spec) if tensor.kind.is_projection}
+    chosen = {name for one in manifest.int8.values() for name in one.projections}
+    if foreign := (chosen | {row.name for row in manifest.sensitivity}) - projections:
+        raise ValueError(f"it has {min(foreign)!r:.80} in int8, which the model does not have")
+
+
+def _check_scaling(scaling: Scaling, spec: Spec) -> None:
+    factors = [scaling.ffn, *(factor for layer in scaling.layers for factor in layer)]
+    if not all(0 < factor < 1e30 for factor in factors) or scaling.residual_every < 0:
+        raise ValueError("its scaling has a factor that is not a positive number")
+    if scaling.layers and len(scaling.layers) != spec.L:
+        raise ValueError(f"its scaling has {len(scaling.layers)} layers instead of {spec.L}")
+
+
+def _check_groups(manifest: Manifest) -> None:
+    names = {fusion: {group.name for group in groups(manifest.spec, fusion)} for fusion in FUSIONS}
+    for fusion, described in manifest.groups.items():
+        if {group.get("name") for group in described} != names.get(fusion):
+            raise ValueError(f"its groups of {fusion!r:.20} fusion are not those of the model")
+    for artifact in manifest.artifacts:
+        where = f"its artifact {artifact.path!r:.80}"
+        if artifact.path not in manifest.files:
+            raise ValueError(f"{where} is not among its files")
+        if artifact.group not in names.get(artifact.fusion, ()):
+            raise ValueError(f"{where} is of the group {artifact.group!r:.40}, which the model does not have")
+        if not 1 <= artifact.rows <= _MOST_ROWS or artifact.weight_bytes < 0:
+            raise ValueError(f"{where} has {artifact.rows} rows and {artifact.weight_bytes} bytes of weights")
+
+
+# -- tensors ---------------------------------------------------------------------------------------------
+
+
+def check_tensors(spec: Spec, storage: np.dtype, host: TensorFile, weights: TensorFile) -> None:
+    """Host tensors and projections: each in its own file, in the shape and dtype in which it is used."""
+    for tensor in tensors(spec):
+        file, other = (weights, host) if tensor.kind.is_projection else (host, weights)
+        if tensor.name in other:
+            raise ValueError(f"{other.path} has {tensor.name}, which belongs into {file.path.name}")
+        if tensor.name in file or not tensor.optional:
+            _check(file, tensor.name, tensor.used_shape, _dtypes(tensor, storage))
+
+
+def _dtypes(tensor: Tensor, storage: np.dtype) -> tuple[np.dtype, ...]:
+    if tensor.kind.is_projection:
+        return (storage,)
+    return (np.dtype(np.float32),) if tensor.kind is Kind.VECTOR else _FLOATS
+
+
+def check_packed(spec: Spec, weights: TensorFile, packed: TensorFile) -> None:
+    """Quantised projections: data and scales of every matrix that `weights` has, in 8 or 4 bits."""
+    for tensor in tensors(spec):
+        if tensor.name not in weights or not tensor.kind.is_projection:
+            continue
+        *stack, k, n = tensor.used_shape
+        for label in [f"{tensor.name}.{i}" for i in range(stack[0])] if stack else [tensor.name]:
+            eight, four = packed_shapes(k, n, 8), packed_shapes(k, n, 4)
+            found = packed.entry(f"{label}.data").shape if f"{label}.data" in packed else ()
+            data, scales = four if found == four[0] else eight
+            _check(packed, f"{label}.data", data, (np.dtype(np.uint8),))
+            _check(packed, f"{label}.scales", scales, (SCALE,))
+
+
+def check_ranges(file: TensorFile, name: str, K: int) -> None:
+    """Quantization parameters of a projection with K inputs: (1 + parts, 2) scale and zero point, (K,) smoothing."""
+    fp32 = (np.dtype(np.float32),)
+    label = f"{name}.ranges"
+    _check(file, label, (1 + len(int8_parts(K)), 2), fp32)
+    scales, zeros = file.array(label).T
+    whole = np.isfinite(zeros).all() and (zeros == np.rint(zeros)).all()
+    if not (whole and (zeros >= LOWEST).all() and (zeros <= HIGHEST).all()):
+        raise ValueError(f"{file.path}: {label} has a zero point outside {LOWEST} to {HIGHEST}")
+    if not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise ValueError(f"{file.path}: {label} has a scale that is not a positive number")
+    label = f"{name}.smoothing"
+    if label in file:
+        _check(file, label, (K,), fp32)
+        smoothing = file.array(label)
+        if not (np.isfinite(smoothing).all() and (smoothing > 0).all()):
+            raise ValueError(f"{file.path}: {label} has a factor that is not a positive number")
+
+
+def check_golden(file: TensorFile, named: Mapping[str, Port]) -> None:
+    """Rows of a self-test: each tensor (n, width of its port) fp32."""
+    for name, port in named.items():
+        rows = (file.entry(name).shape if name in file else (1,))[:1]
+        count = rows[0] if rows else 0
+        _check(
+            file, name, (min(max(count, 1), _MOST_ROWS), port.width), (np.dtype(np.float32),), aligned=False
+        )
+
+
+def _check(
+    file: TensorFile, name: str, shape: tuple[int, ...], dtypes: Iterable[np.dtype], *, aligned: bool = True
+) -> None:
+    """Raises ValueError unless `file` has the tensor in this shape, in one of `dtypes`, where kernels can load it."""
+    if name not in file:
+        raise ValueError(f"{file.path} lacks {name}")
+    entry = file.entry(name)
+    if entry.shape != shape or entry.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{file.path}: {name} is {entry.dtype} {entry.shape}, not {wanted} {shape}")
+    if aligned and entry.offset % ALIGNMENT and math.prod(shape):
+        raise ValueError(f"{file.path}: {name} does not begin on a multiple of {ALIGNMENT} bytes")
