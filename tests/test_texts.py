@@ -134,3 +134,36 @@ def test_the_default_text_stays_the_same() -> None:
     assert (
         hashlib.sha256(text).hexdigest() == "fe69f57888d5a164744be6e17917a37dec2bbacc698c246a7cb29e8784bbbb72"
     )
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (2147483648,), }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (4294967296, 4294967296), }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (-1,), }",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': 'x', }",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (1,",
+        "(" * 5000,
+        "",
+    ],
+)
+def test_a_damaged_npy_file_is_refused_and_allocates_nothing(file, header: str) -> None:
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(8)
+    with pytest.raises(UsageError, match="holds no token ids") as raised:
+        read_tokens(file("ids.npy", data), no_tokenizer)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("data", [b"PK\x03\x04" + bytes(40), b"PK\x05\x06" + bytes(18), b"\x93NUMPY\x09\x00"])
+def test_what_is_no_npy_file_is_refused(file, data: bytes) -> None:
+    with pytest.raises(UsageError, match="holds no token ids"):
+        read_tokens(file("ids.npy", data), no_tokenizer)
+
+
+def test_ids_of_any_length_and_depth_are_refused_in_one_line(file) -> None:
+    for content in (f"[{10**400}]", "[" + "9" * 20 + "]", "[" * 100000):
+        with pytest.raises(UsageError, match="holds no token ids") as raised:
+            read_tokens(file("ids.json", content), no_tokenizer)
+        assert len(str(raised.value)) < 400

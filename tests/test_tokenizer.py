@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import unicodedata
 from pathlib import Path
@@ -392,8 +393,8 @@ def test_bad_world_lines_name_the_line(tmp_path: Path, line: str, reason: str) -
         (b"", "no vocabulary lines"),
         (b"\n \n", "no vocabulary lines"),
         (b"PK\x03\x04\xff\xfe", "not UTF-8 text"),
-        (b"{", "not a tokenizer.json: "),
-        (b"{}", "not a tokenizer.json: "),
+        (b"{", "not a usable tokenizer.json: "),
+        (b"{}", "not a usable tokenizer.json: "),
         (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "the vocabulary is empty"),
     ],
 )
@@ -471,3 +472,39 @@ def test_the_override_wins(tmp_path: Path) -> None:
         find_tokenizer(vocab_size=100, override=tmp_path / "my_vocab.txt")
     with pytest.raises(TokenizerError, match="No such file"):
         find_tokenizer(vocab_size=65536, override=tmp_path / "missing")
+
+
+def tokenizer_json(**changes: Any) -> str:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    whole |= {"pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model}
+    return json.dumps({**whole, **changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        tokenizer_json(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}),
+        tokenizer_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        tokenizer_json(model={"type": "BPE", "vocab": {"a": 2**40}, "merges": []}),
+        "{" * 10000,
+        '{"a": 1}',
+    ],
+)
+def test_a_tokenizer_json_that_breaks_the_library_is_refused(tmp_path: Path, text: str) -> None:
+    """Some end in a panic, which is no Exception: the file is tried in a process of its own."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text)
+    with pytest.raises(TokenizerError, match="not a usable tokenizer.json") as raised:
+        load_tokenizer(path)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_tokenizer_json_that_needs_too_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_npu.text.tokenizer._TRIAL_MEMORY", 1 << 20)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_json())
+    with pytest.raises(TokenizerError, match="reading it takes more than|not a usable"):
+        load_tokenizer(path)

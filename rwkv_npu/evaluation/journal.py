@@ -109,7 +109,7 @@ class Journal:
             raise UsageError(f"{path} is not from an evaluation that was interrupted: name another file")
         try:
             theirs, done = dict(json.loads(metadata["identity"])), int(metadata["done"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{path} is damaged ({error!r:.80}): name another file") from None
         if theirs.keys() != self.identity.keys():
             raise UsageError(f"{path} is of another kind of evaluation: name another file")

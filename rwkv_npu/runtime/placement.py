@@ -129,7 +129,7 @@ def _read(folder: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise BundleError(f"cannot read {folder / TUNED}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damaged(folder, error) from error
 
 

@@ -7,7 +7,9 @@ tokenizer comes as a function `encode`; this module knows none.
 from __future__ import annotations
 
 import importlib.resources
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_npu.errors import UsageError, first_line
+from rwkv_npu.formats.files import os_reason
 
 Encode = Callable[[str], Sequence[int]]
 
 IDS = (".json", ".npy")  # how the names of files with ids end
+_MOST_AXES = 8
 _BYTEWISE = 0.8  # tokens a byte from which on a vocabulary is taken to have nothing but bytes for a text
 
 
@@ -92,20 +96,12 @@ def read_text(path: str) -> str:
 
 def _read_ids(path: str) -> np.ndarray:
     """(M,) int64."""
+    data = _read_bytes(path)
     try:
-        if path.lower().endswith(".npy"):
-            ids = np.load(path, allow_pickle=False)
-        else:
-            ids = np.array(json.loads(_read_bytes(path)))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, RecursionError, OverflowError) as error:
-        if path.lower().endswith(".npy"):  # what NumPy says is advice to be less careful
-            raise UsageError(
-                f"{path} holds no token ids: it is no .npy file of numbers, as numpy.save writes it"
-            ) from error
+        ids = _parse_npy(data) if path.lower().endswith(".npy") else np.array(json.loads(data))
+    except (ValueError, RecursionError, OverflowError) as error:
         raise UsageError(f"{path} holds no token ids: {first_line(error)}") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 1:
+    if ids.ndim != 1:
         raise UsageError(f"{path} holds no token ids: it takes one list of whole numbers")
     if not ids.size:
         raise UsageError(f"{path} is empty: there is nothing to read")
@@ -114,11 +110,28 @@ def _read_ids(path: str) -> np.ndarray:
     return ids.astype(np.int64)
 
 
+def _parse_npy(data: bytes) -> np.ndarray:
+    """The array of a .npy file. Nothing is allocated beyond the bytes that are there. Raises ValueError."""
+    file, damaged = io.BytesIO(data), ValueError("it is no .npy file of numbers, as numpy.save writes it")
+    try:
+        major, _ = np.lib.format.read_magic(file)
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
+        shape, _, dtype = read_header(file)
+    except Exception:  # NumPy raises a dozen types for damaged headers, and advises to be less careful
+        raise damaged from None
+    count, body = math.prod(shape), data[file.tell() :]
+    if dtype.hasobject or dtype.itemsize == 0 or len(shape) > _MOST_AXES or min(shape, default=0) < 0:
+        raise damaged
+    if count * dtype.itemsize != len(body):
+        raise ValueError(f"its header makes {count * dtype.itemsize} bytes of numbers, it has {len(body)}")
+    return np.frombuffer(body, dtype).reshape(shape)
+
+
 def _read_bytes(path: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {_name(path)}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {_name(path)}: {os_reason(error)}") from error
 
 
 def _name(path: str) -> str:

@@ -12,7 +12,10 @@ import functools
 import gzip
 import hashlib
 import importlib.resources
+import os
 import re
+import subprocess
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.errors import TokenizerError
+from rwkv_npu.errors import LONGEST, TokenizerError, first_line
+from rwkv_npu.formats.files import os_reason
 
 END_OF_TEXT = 0
 WORLD, PILE = "world", "pile"
@@ -249,6 +253,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     text = _read_text(path)
     if text.lstrip().startswith("{"):
+        _try_tokenizer_json(text, str(path))
         return PileTokenizer(text, name=path.name, source=path)
     return WorldTokenizer(parse_world_vocab(text, str(path)), name=path.name, source=path)
 
@@ -383,6 +388,53 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+# Reads and uses a tokenizer.json within limits: parsing one can panic, or take gigabytes and minutes.
+_TRIAL = """
+import sys
+memory, seconds = map(int, sys.argv[1:])
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except ImportError:  # Windows has no limits
+    pass
+import tokenizers
+try:
+    tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
+    ids = tokenizer.encode("A few words,\\n\\n 12 \\u00fc \\u4e2d", add_special_tokens=False).ids
+    tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+except BaseException as error:
+    print(error)
+    sys.exit(1)
+"""
+_TRIAL_SECONDS = 20
+_TRIAL_MEMORY = 2 << 30  # bytes, and forty times the file
+
+
+def _try_tokenizer_json(json_text: str, where: str) -> None:
+    """Raises TokenizerError for a file that the `tokenizers` package cannot read, or not within the limits."""
+    data = json_text.encode()
+    command = [sys.executable, "-c", _TRIAL, str(_TRIAL_MEMORY + 40 * len(data)), str(_TRIAL_SECONDS)]
+    # One thread: those of 64 cores would reserve more addresses than the limit allows.
+    alone = {
+        **os.environ,
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_ARENA_MAX": "2",
+    }
+    limit = 10 * _TRIAL_SECONDS
+    try:
+        trial = subprocess.run(command, input=data, capture_output=True, timeout=limit, env=alone)
+    except subprocess.TimeoutExpired:
+        raise TokenizerError(f"{where}: not a usable tokenizer.json: reading it does not end") from None
+    if trial.returncode == 0:
+        return
+    reason = " ".join(trial.stdout.decode(errors="replace").split())[:LONGEST]
+    reason = reason or f"reading it takes more than {_TRIAL_SECONDS} s or {_TRIAL_MEMORY >> 30} GiB, or fails"
+    raise TokenizerError(f"{where}: not a usable tokenizer.json: {reason}")
+
+
 def _parse_tokenizer_json(json_text: str, where: str) -> Any:
     try:
         from tokenizers import Tokenizer as HfTokenizer
@@ -391,8 +443,7 @@ def _parse_tokenizer_json(json_text: str, where: str) -> Any:
     try:
         return HfTokenizer.from_str(json_text)
     except Exception as error:  # the package raises nothing narrower
-        reason = " ".join(str(error).split())
-        raise TokenizerError(f"{where}: not a tokenizer.json: {reason}") from None
+        raise TokenizerError(f"{where}: not a tokenizer.json: {first_line(error)}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -400,10 +451,10 @@ def _read_text(path: Path) -> str:
         if path.stat().st_size > _LARGEST_FILE:
             raise TokenizerError(f"{path}: too large for a vocabulary (over {_LARGEST_FILE >> 20} MiB)")
         return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise TokenizerError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise TokenizerError(f"{path}: not a vocabulary: it is not UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: {os_reason(error)}") from None
 
 
 def _digest(text: str) -> str:
