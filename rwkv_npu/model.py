@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib.resources
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
-from rwkv_npu.errors import StateError, TokenizerError, UsageError
+from rwkv_npu.errors import TokenizerError, UsageError
 from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
-from rwkv_npu.formats.checkpoint import open_checkpoint, read_tensors
-from rwkv_npu.formats.state import State, new_state
+from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.formats.state import State
 from rwkv_npu.formats.state import load_state as _load_state
-from rwkv_npu.models.spec import Spec, check_fusion, state_shapes
+from rwkv_npu.models.spec import Spec, check_fusion
 from rwkv_npu.runtime.engine import Engine
 from rwkv_npu.runtime.loading import CPU_BACKEND, Options, measured_plan, open_automatically, open_engine
 from rwkv_npu.runtime.placement import Plan, parse
@@ -133,26 +132,12 @@ class Model:
             )
         return self.tokenizer.encode(text)
 
-    def load_state(self, path: str | os.PathLike[str]) -> State:
-        """Read a state file, or the `time_state` of a state-tuned `.pth`.
+    def load_state(self, path: str | os.PathLike[str], layout: str | None = None) -> State:
+        """Read a state file, or the `time_state` of a state-tuned file; `layout` as in `load`.
 
         Raises StateError if it is of another generation or shape, CheckpointError for a damaged `.pth`.
         """
-        if zipfile.is_zipfile(path):
-            return self._tuned_state(Path(path))
-        return _load_state(path, self.spec, self.fingerprint)
-
-    def _tuned_state(self, path: Path) -> State:
-        tensors = read_tensors(path)
-        shape = state_shapes(self.spec).get("att.wkv")
-        tuned = {}
-        for layer in range(self.spec.L):
-            found = tensors.get(f"blocks.{layer}.att.time_state")
-            if shape is None or found is None or found.shape != shape:
-                what = "nothing" if found is None else f"{found.shape}"
-                raise StateError(f"{path}: blocks.{layer}.att.time_state is {what}, the model needs {shape}")
-            tuned[layer] = found.astype(np.float32)
-        return new_state(self.spec, self.fingerprint, tuned)
+        return _load_state(path, self.spec, self.fingerprint, layout)
 
     def describe(self) -> str:
         """The plan in a few words: backends and fusion."""
@@ -179,6 +164,7 @@ def load(
     tokenizer: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     npu_cores: str = "auto",
+    layout: str | None = None,
 ) -> Model:
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
@@ -193,6 +179,8 @@ def load(
         OPENBLAS_NUM_THREADS). Where they run is the caller's affair. ONNX Runtime's are one pool for the process, made
         at the first load: other sessions in the process must set `SessionOptions.use_per_session_threads = False`.
     npu_cores: of rknn and rknn-matmul, one of auto, 0, 1, 2, "0,1", "0,1,2".
+    layout: of a checkpoint that can be read in two ways, "blinkdl" or "web-rwkv" (RWKV-5's `.st` files); None tells it
+        from the tensors, and refuses where these do not tell.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     if fusion is not None:
@@ -214,7 +202,7 @@ def load(
         words = _bundle_tokenizer(bundle, tokenizer)
     else:
         present = {"fp32"}
-        checkpoint = open_checkpoint(where)
+        checkpoint = open_checkpoint(where, layout)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
         source = CheckpointSource(checkpoint, fusion, precision)

@@ -127,7 +127,6 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "graph_errors": lambda m: m.update(graph_errors={"x": "small"}),
     "int8": lambda m: m.update(int8={"w8a8": {"projections": ["emb.weight"], "share": 1.0, "kl": 0.0}}),
     "sensitivity": lambda m: m.update(sensitivity=[{"name": "head.weight"}]),
-    "int8_inputs": lambda m: m.update(int8_inputs={"first": {"x": [1.0]}}),
     "lists": lambda m: m["files"].update({"../victim": m["files"][HOST]}),
 }
 

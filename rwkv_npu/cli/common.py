@@ -31,7 +31,13 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--plan", metavar="PLAN", help="backends by use or group, such as prefill=rknn,decode=ort")
     p.add_argument("--npu-cores", default="auto", metavar="CORES", choices=NPU_CORES, help=NPU_CORES_HELP)
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary file (or world, pile)")
+    add_layout_flag(p)
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+
+
+def add_layout_flag(p: argparse.ArgumentParser) -> None:
+    layout = "of a checkpoint or tuned state that can be read in two ways: blinkdl, or web-rwkv (.st files)"
+    p.add_argument("--layout", choices=("blinkdl", "web-rwkv"), help=layout)
 
 
 def use_big_cores(threads: int | None) -> str:
@@ -74,6 +80,7 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
         tokenizer=arguments.tokenizer,
         threads=arguments.threads,
         npu_cores=arguments.npu_cores,
+        layout=arguments.layout,
     )
     if verbose:
         spec, seconds = model.spec, time.perf_counter() - begin

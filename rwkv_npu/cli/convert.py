@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from rwkv_npu.cli.common import add_layout_flag
 from rwkv_npu.errors import UsageError
 
 
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--toolkit", metavar="X.Y.Z", help="version of the compiler, for a board with an older runtime"
     )
+    add_layout_flag(p)
     texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace whatever is at the output")
@@ -71,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             verify=arguments.verify,
             tokenizer=arguments.tokenizer,
             toolkit=arguments.toolkit,
+            layout=arguments.layout,
             calibrate=arguments.calibrate,
             precision_map=arguments.precision_map,
             max_kl=arguments.max_kl,

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_kl=arguments.max_kl,
         remedies=arguments.remedies,
     )
-    checkpoint = open_checkpoint(arguments.checkpoint)
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.layout)
     there = _bundle_there(arguments, checkpoint)
     # What `mixed` has in int8: what a map says, or the bundle; None where neither is there.
     chosen: Collection[str] | None = mapped_projections(arguments.precision_map, request, checkpoint.spec)

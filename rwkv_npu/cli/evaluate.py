@@ -150,6 +150,7 @@ def _reference(arguments: argparse.Namespace) -> Model:
         tokenizer=arguments.tokenizer,
         threads=arguments.threads,
         npu_cores=arguments.npu_cores,
+        layout=arguments.layout,
     )
 
 

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ids:
         _parse_ids(prompt)
     _check(arguments)
-    state_file = _state_file(arguments)
+    state_file, tuned = _state_file(arguments)
     start = _start_file(arguments, state_file)
     if start is None and not prompt.strip(" ," if arguments.ids else ""):
         raise UsageError("the prompt is empty and there is no state to continue: give one of them")
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     model = load_model(arguments, verbose=arguments.verbose)
     with model, Interrupt() as interrupt:
-        state = model.new_state() if start is None else model.load_state(start)
+        state = model.new_state() if start is None else model.load_state(start, arguments.layout)
         ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt)
         if not len(ids) and state.logits is None:
             raise UsageError(
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(prompt, end=" " if arguments.ids else "", flush=True)
 
         # 3. Read the prompt, then generate.
-        unfinished = Unfinished(state_file, start, model, ids)
+        unfinished = Unfinished(state_file, start, model, ids, state.tokens_seen)
         begin = time.perf_counter()
         complete, state = _read(model, ids, state, unfinished, interrupt, statistics)
         ends_line = True
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not complete:
             note = unfinished.save(state)
             print(f"rwkv-npu: interrupted{note}", file=sys.stderr)
-        elif state_file and state_file.suffix == ".pth":
+        elif tuned:
             print(f"{state_file} is a tuned state and stays as it is", file=sys.stderr)
         elif state_file:
             state.save(state_file)
@@ -160,10 +160,12 @@ class Unfinished:
     finds it, and another command does not.
     """
 
-    def __init__(self, state_file: Path | None, start: Path | None, model: Model, ids: Sequence[int]):
+    def __init__(
+        self, state_file: Path | None, start: Path | None, model: Model, ids: Sequence[int], before: int
+    ):
         self._model, self._ids = model, ids
         self.path: Path | None = None
-        self._before = model.load_state(start).tokens_seen if start else 0
+        self._before = before  # tokens that the state before the prompt has read
         if state_file is not None:
             digest = hashlib.sha256(f"{model.fingerprint} {list(ids)}".encode())
             digest.update(start.read_bytes() if start else b"")
@@ -409,18 +411,32 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _state_file(arguments: argparse.Namespace) -> Path | None:
-    """The file of --state. Raises UsageError where the state could not be saved at the end."""
+def _state_file(arguments: argparse.Namespace) -> tuple[Path | None, bool]:
+    """The file of --state, and whether it holds a tuned state, which is only read. Raises UsageError where the state
+    could not be saved at the end."""
+    from rwkv_npu.formats.state import is_tuned
+
     if not arguments.state:
-        return None
+        return None, False
     path = Path(arguments.state)
-    if path.is_dir():
-        raise UsageError(f"--state {path} is a folder: name a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--state {path}: {path.parent} is no folder that can be written to")
-    if path.exists() and path.suffix != ".pth" and not os.access(path, os.W_OK):
-        raise UsageError(f"--state {path} may not be written: --state-in {path} only reads it")
-    return path
+    try:
+        target = Path(os.path.realpath(path))  # a link stays a link
+        if target.is_dir():
+            raise UsageError(f"--state {path} is a folder: name a file")
+        if target.exists() and not target.is_file():
+            raise UsageError(f"--state {path} is no plain file: a state cannot be saved there")
+        if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+            raise UsageError(f"--state {path}: {target.parent} is no folder that can be written to")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise UsageError(f"--state {path} may not be written: --state-in {path} only reads it")
+        tuned = target.exists() and is_tuned(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--state {path}: {getattr(error, 'strerror', None) or error}") from error
+    if tuned and arguments.max_tokens == 0:
+        raise UsageError(
+            f"--state {path} is a tuned state, which is never written: name another file to save to"
+        )
+    return path, tuned
 
 
 def _start_file(arguments: argparse.Namespace, state_file: Path | None) -> Path | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.cli.common import size
+from rwkv_npu.cli.common import add_layout_flag, size
 
 if TYPE_CHECKING:
     from rwkv_npu.formats.bundle import Bundle, Manifest
@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
     )
+    add_layout_flag(p)
     p.set_defaults(run=run)
 
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"all {count} files are as they were written", file=sys.stderr)
         facts = _bundle_facts(bundle)
     else:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, arguments.layout)
         if arguments.check:
             check_finite(checkpoint)
             print(f"all {len(checkpoint.names)} tensors hold finite numbers", file=sys.stderr)

@@ -69,6 +69,7 @@ def convert(
     precision_map: str | os.PathLike[str] | None = None,
     max_kl: float = MAX_KL,
     remedies: str = "all",
+    layout: str | None = None,
     say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
@@ -87,13 +88,14 @@ def convert(
         text that ships with the package. What is meant for the CPU alone needs none.
     remedies: against the error of int8: all, or for comparison none, ranges (chosen by error, not as wide as all that
         was seen) or smoothing (of channels that stand out).
+    layout: of a checkpoint that can be read in two ways, blinkdl or web-rwkv; None tells it from the tensors.
     say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
     anything is written where the input is at fault.
     """
     request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl, remedies)
     source = Path(checkpoint)
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, layout)
     override = None if tokenizer is None else os.fspath(tokenizer)
     words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
     place = bundle_place(source, out)

@@ -50,10 +50,11 @@ def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None) -> Path:
 
 
 def _stem(checkpoint: Path) -> str:
-    resolved = checkpoint.resolve()
-    if resolved.name.endswith(".index.json"):  # of a sharded model: its folder has the better name
-        resolved = resolved.parent
-    return resolved.name if resolved.is_dir() else resolved.stem
+    """The name as given: a snapshot's file may be a link to one that is named by a hash."""
+    path = checkpoint.absolute() if checkpoint.name not in ("", "..") else checkpoint.resolve()
+    if path.name.endswith(".index.json"):  # of a sharded model: its folder has the better name
+        path = path.parent
+    return path.name if path.is_dir() else path.stem
 
 
 def check_place(place: Path, checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from rwkv_npu.formats.huggingface import (
     to_blinkdl,
     weight_files,
 )
+from rwkv_npu.formats.layout import BLINKDL, check_layout, strip_prefixes, to_one_layout
 from rwkv_npu.formats.pth import read_pth
 from rwkv_npu.formats.safetensors import TensorFile, map_file
 from rwkv_npu.models.spec import Kind, Spec, Tensor
@@ -109,21 +110,25 @@ def _sample_starts(size: int) -> list[int]:
 # -- opening -----------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Opens a checkpoint: BlinkDL's `.pth` or `.safetensors`, or a Hugging Face file or folder.
+def open_checkpoint(path: Path | str, layout: str | None = None) -> Checkpoint:
+    """Open a checkpoint: BlinkDL's `.pth` or `.safetensors`, web-rwkv's `.st`, or a Hugging Face file or folder.
 
-    Raises CheckpointError, in one line, for whatever is wrong: no such file, a damaged one, code in a pickle,
-    another kind of model, an unsupported generation, or a tensor that is missing, surplus or misshapen.
+    layout: of layout.LAYOUTS, for a file that can be read in two ways; None tells it from the tensors.
+    Raises UsageError for an unknown layout, CheckpointError, in one line, for whatever is wrong: no such file, a
+    damaged one, code in a pickle, another kind of model, an unsupported generation, or a tensor that is missing,
+    surplus or misshapen.
     """
     path = Path(path)
+    check_layout(layout)
     stored = read_tensors(path)
     try:
-        return _open(path, stored)
+        return _open(path, stored, layout)
     except CheckpointError as e:
         raise e if str(path) in str(e) else CheckpointError(f"{path}: {e}") from None
 
 
-def _open(path: Path, stored: dict[str, Any]) -> Checkpoint:
+def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
+    stored = strip_prefixes(stored)
     refuse_unsupported(stored)
     for name, value in stored.items():
         if not isinstance(value, np.ndarray):
@@ -133,7 +138,8 @@ def _open(path: Path, stored: dict[str, Any]) -> Checkpoint:
     config = read_config(folder) if foreign or is_folder(path) else {}
     arrays = to_blinkdl(stored, tied=config.get("tie_word_embeddings") is True)
     refuse_unsupported(arrays)
-    arrays, logarithmic = _canonical(arrays)
+    pickled = any(_is_zip(file) for file in weight_files(path))
+    arrays, logarithmic = _canonical(arrays, BLINKDL if foreign and layout is None else layout, pickled)
     checkpoint = Checkpoint(path, arrays, logarithmic)
     every = config.get("rescale_every", 6)
     if foreign and checkpoint.spec.generation[0] in "456" and type(every) is int:
@@ -145,20 +151,16 @@ def _open(path: Path, stored: dict[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def _canonical(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """Names that are the same in all files of a generation, and which of them are stored as logarithms."""
+def _canonical(
+    arrays: dict[str, np.ndarray], layout: str | None, pickled: bool
+) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+    """Tensors that mean the same in all files of a generation, and which of them are stored as logarithms."""
+    arrays, logarithmic = to_one_layout(arrays, layout, pickled=pickled)
     if "blocks.0.att.r_k" in arrays:
         # Layer 0 has no earlier value to mix with: some files have these tensors, none uses them.
         unused = {f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")}
-        return {name: array for name, array in arrays.items() if name not in unused}, frozenset()
-    if "blocks.0.att.ln_x.weight" not in arrays:
-        return arrays, frozenset()
-    # RWKV-5 and -6: `time_faaaa` is the bonus u, `time_first` its logarithm.
-    renamed = {name: name.replace(".att.time_first", ".att.time_faaaa") for name in arrays}
-    result = {renamed[name]: array for name, array in arrays.items()}
-    if len(result) != len(arrays):
-        raise CheckpointError("the checkpoint has both time_first and time_faaaa")
-    return result, frozenset(new for old, new in renamed.items() if old != new)
+        arrays = {name: array for name, array in arrays.items() if name not in unused}
+    return arrays, logarithmic
 
 
 def read_tensors(path: Path | str) -> dict[str, Any]:
@@ -178,6 +180,7 @@ def read_tensors(path: Path | str) -> dict[str, Any]:
     return result
 
 
+_ZIP = b"PK\x03\x04"
 _FOREIGN = (
     (b"GGUF", "a GGUF file"),
     (b"fmgg", "an rwkv.cpp file"),
@@ -186,10 +189,18 @@ _FOREIGN = (
 )
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _start(path: Path) -> bytes:
     with map_file(path) as data:
-        start = data[:64]
-    if start.startswith(b"PK\x03\x04"):
+        return data[:64]
+
+
+def _is_zip(path: Path) -> bool:
+    return _start(path).startswith(_ZIP)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    start = _start(path)
+    if start.startswith(_ZIP):
         return read_pth(path)
     if start[8:9] == b"{":
         file = TensorFile(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,19 @@ from typing import Any, overload
 
 import numpy as np
 
-from rwkv_npu.errors import StateError
-from rwkv_npu.formats.files import write_atomically
+from rwkv_npu.errors import StateError, first_line
+from rwkv_npu.formats.detect import FLOATS
+from rwkv_npu.formats.files import is_file, os_reason, write_atomically
+from rwkv_npu.formats.layout import (
+    BLINKDL,
+    NAME_IT,
+    WEB_RWKV,
+    check_layout,
+    strip_prefixes,
+    transposed_state,
+)
+from rwkv_npu.formats.pth import read_pth
+from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"
@@ -61,9 +73,10 @@ class State:
             "tokens_seen": str(self.tokens_seen),
         }
         try:
-            write_atomically(Path(path), save(tensors, metadata))
-        except OSError as error:
-            raise StateError(f"cannot write the state to {path}: {error.strerror}") from error
+            # A link stays a link: the file that it names is replaced.
+            write_atomically(Path(os.path.realpath(path)), save(tensors, metadata))
+        except (OSError, ValueError) as error:
+            raise StateError(f"cannot write the state to {path}: {os_reason(error)}") from error
 
 
 class Batch(Sequence[State]):
@@ -115,27 +128,66 @@ def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> S
     return State(spec, fingerprint, parts)
 
 
-def load_state(path: str | os.PathLike[str], spec: Spec, fingerprint: str) -> State:
-    """Read a state for a model of this spec.
+def is_tuned(path: Path) -> bool:
+    """True if an existing file holds a tuned state, which is read but never written over. The content decides, never
+    the name. Raises StateError for a file that holds no state."""
+    return _is_zip(path) or _ours(path) is None
 
-    Raises StateError for a file that is no state, or one of another generation or shape; warns when it comes
-    from other weights.
+
+def load_state(
+    path: str | os.PathLike[str], spec: Spec, fingerprint: str, layout: str | None = None
+) -> State:
+    """Read a state for a model of this spec: one of ours, or a tuned one, told apart by content.
+
+    layout: of a tuned state in safetensors, blinkdl or web-rwkv; nothing in such a file tells.
+    Raises StateError for a file that is no state, or one of another generation or shape; CheckpointError for a damaged
+    `.pth`; warns when it comes from other weights.
     """
+    check_layout(layout)
+    path = Path(path)
+    if _is_zip(path):
+        return _tuned(path, spec, fingerprint, read_pth(path), layout or BLINKDL)
+    if (found := _ours(path)) is not None:
+        return _checked(path, spec, fingerprint, *found)
+    with TensorFile(path, error=StateError) as file:
+        tensors = {name: file.array(name) for name in file.names}
+    if layout is None:
+        raise StateError(f"{path} is a tuned state in safetensors, whose layout cannot be told: {NAME_IT}")
+    return _tuned(path, spec, fingerprint, tensors, layout)
+
+
+def _is_zip(path: Path) -> bool:
+    """True for a file as torch.save writes it. Raises StateError for a pipe or a folder, which would block."""
+    if path.exists() and not path.is_file():
+        raise StateError(f"cannot read the state {path}: it is not a regular file")
+    return is_file(path) and zipfile.is_zipfile(path)
+
+
+def _ours(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]] | None:
+    """Metadata and tensors of a state file of ours, None for a tuned state. Raises StateError for anything else."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") == FORMAT:
+                return metadata, {name: file.get_tensor(name) for name in names}
     except OSError as error:
-        raise StateError(f"cannot read the state {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise StateError(f"{path} is no state file, or is cut short ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise StateError(f"{path} is not a state file of rwkv_npu")
+        raise StateError(f"cannot read the state {path}: {os_reason(error)}") from error
+    except Exception as error:  # SafetensorError, and what NumPy says of a dtype that it does not have
+        kind = first_line(error) if isinstance(error, SafetensorError) else type(error).__name__
+        raise StateError(f"{path} is no state file, or is cut short ({kind})") from error
+    if names and all(name.endswith(".time_state") for name in names):
+        return None
+    raise StateError(f"{path} is not a state file of rwkv_npu, nor a tuned state")
+
+
+def _checked(
+    path: Path, spec: Spec, fingerprint: str, metadata: dict[str, str], tensors: dict[str, np.ndarray]
+) -> State:
     if metadata.get("generation") != spec.generation:
         raise StateError(
-            f"state {path} is of RWKV-{metadata.get('generation')}, the model is RWKV-{spec.generation}"
+            f"state {path} is of RWKV-{metadata.get('generation', '?'):.20}, the model is RWKV-{spec.generation}"
         )
     parts = {
         name: np.stack([_part(path, tensors, f"blocks.{layer}.{name}", shape) for layer in range(spec.L)])
@@ -145,8 +197,34 @@ def load_state(path: str | os.PathLike[str], spec: Spec, fingerprint: str) -> St
         raise StateError(f"state {path} has more layers than the model's {spec.L}")
     logits = _part(path, tensors, "logits", (spec.V,)) if "logits" in tensors else None
     if metadata.get("fingerprint") != fingerprint:
-        warnings.warn(f"state {path} was made with other weights than this model's", stacklevel=2)
+        warnings.warn(f"state {path} was made with other weights than this model's", stacklevel=3)
     return State(spec, fingerprint, parts, logits, _count(path, metadata))
+
+
+def _tuned(path: Path, spec: Spec, fingerprint: str, tensors: dict[str, Any], layout: str) -> State:
+    """The state before the first token that a state-tuned file gives: `blocks.N.att.time_state` (H, N, N)."""
+    shape = state_shapes(spec).get("att.wkv")
+    if shape is None:
+        raise StateError(f"{path} is a tuned state, and RWKV-{spec.generation} has none")
+    tensors = strip_prefixes(tensors)
+    expected = [f"blocks.{layer}.att.time_state" for layer in range(spec.L)]
+    if surplus := sorted(tensors.keys() - set(expected)):
+        what = "more layers than" if surplus[0].endswith(".att.time_state") else "other tensors than"
+        raise StateError(
+            f"{path} has {what} a tuned state of the model's {spec.L} layers: {surplus[0]!r:.80}"
+        )
+    tuned = {}
+    for layer, name in enumerate(expected):
+        found = tensors.get(name)
+        if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype not in FLOATS:
+            what = (
+                f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else f"{type(found).__name__}"
+            )
+            what = "missing" if found is None else what
+            raise StateError(f"{path}: {name} is {what}, the model needs {shape}")
+        array = found.astype(np.float32)
+        tuned[layer] = transposed_state(array) if layout == WEB_RWKV else array
+    return new_state(spec, fingerprint, tuned)
 
 
 def _part(path: Any, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
