@@ -427,9 +427,9 @@ def _state_file(arguments: argparse.Namespace) -> tuple[Path | None, bool]:
             raise UsageError(f"--state {path} is no plain file: a state cannot be saved there")
         if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
             raise UsageError(f"--state {path}: {target.parent} is no folder that can be written to")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise UsageError(f"--state {path} may not be written: --state-in {path} only reads it")
         tuned = target.exists() and is_tuned(path)
+        if target.exists() and not tuned and not os.access(target, os.W_OK):
+            raise UsageError(f"--state {path} may not be written: --state-in {path} only reads it")
     except (OSError, ValueError) as error:
         raise UsageError(f"--state {path}: {getattr(error, 'strerror', None) or error}") from error
     if tuned and arguments.max_tokens == 0:
