@@ -4,6 +4,7 @@
     recorder.py        groups, and the way through all of them, as instructions; tape.py gives them memory,
                        machine.py executes them, pool.py on several threads
     products.py        matrices times rows, in the tiles of tiles.py and the vectors of simd.py
+    instruction_sets.py    products of bytes for each kind of processor; processor.py reads which this one is
 
 numba is imported when one of them is loaded. What it compiles is kept in the cache folder, in a folder named after the
 sources, the processor and numba, so that no other machine or version ever reads it.
@@ -54,16 +55,16 @@ def load(module: str, what: str) -> ModuleType:
 
 def _identity() -> str:
     """Names all that a compiled kernel depends on."""
-    import llvmlite.binding
     import numba
+
+    from rwkv_npu.kernels import processor
 
     digest = hashlib.sha256()
     here = Path(__file__).parent
     used = [*here.glob("*.py"), *(here.parent / "models").glob("*.py"), here.parent / "quant" / "cpu.py"]
     for file in sorted(used):
         digest.update(file.read_bytes())
-    features = llvmlite.binding.get_host_cpu_features().flatten()
-    digest.update(f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__}".encode())
+    digest.update(f"{processor.name()} {sorted(processor.features())} {numba.__version__}".encode())
     return digest.hexdigest()[:16]
 
 

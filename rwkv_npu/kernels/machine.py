@@ -33,18 +33,19 @@ from rwkv_npu.kernels.instructions import (
     TANH,
 )
 from rwkv_npu.kernels.products import (
-    FEW,
+    GEMV_ROWS,
     ROWS,
-    few_rows_bf16,
-    few_rows_fp16,
-    few_rows_fp32,
-    few_rows_int4,
-    few_rows_int8,
+    gemm_bf16,
+    gemm_fp16,
+    gemm_fp32,
+    gemm_int4,
+    gemm_int8,
+    gemv_bf16,
+    gemv_fp16,
+    gemv_fp32,
+    gemv_int4,
+    gemv_int8,
     quantise_rows,
-    rows_times_bf16,
-    rows_times_fp16,
-    rows_times_fp32,
-    rows_times_quantised,
 )
 from rwkv_npu.kernels.simd import (
     add,
@@ -209,24 +210,24 @@ def _quantise(t, first, last):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _few_rows(t, thread, threads):  # type: ignore[no-untyped-def]
+def _gemv(t, thread, threads):  # type: ignore[no-untyped-def]
     """A few rows times this thread's columns of a matrix."""
     strips, rows, stride = t.n // 16, t.rows, t.stride
     first, last = strips * thread // threads, strips * (thread + 1) // threads
     if t.format == INT4:
-        few_rows_int4(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
+        gemv_int4(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
     elif t.format == INT8:
-        few_rows_int8(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
+        gemv_int8(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
     elif t.format == FP16:
-        few_rows_fp16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
+        gemv_fp16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
     elif t.format == BF16:
-        few_rows_bf16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
+        gemv_bf16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
     else:
-        few_rows_fp32(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
+        gemv_fp32(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
 
 
 @njit(nogil=True)
-def _many_rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
+def _gemm(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
     """All rows times this thread's panels; where there are fewer panels than threads, they share the rows too."""
     panels, tiles = -(-t.n // PANEL), -(-t.rows // ROWS)
     pieces = 1 if panels >= threads else min(tiles, -(-threads // panels))
@@ -234,17 +235,20 @@ def _many_rows(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
     for job in range(jobs * thread // threads, jobs * (thread + 1) // threads):
         panel, piece = job // pieces, job % pieces
         first, last = tiles * piece // pieces * ROWS, tiles * (piece + 1) // pieces * ROWS
-        if t.format in (INT4, INT8):
-            bits = 4 if t.format == INT4 else 8
-            rows_times_quantised(
-                bits, t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
+        if t.format == INT4:
+            gemm_int4(
+                t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
+            )
+        elif t.format == INT8:
+            gemm_int8(
+                t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
             )
         elif t.format == FP16:
-            rows_times_fp16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+            gemm_fp16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
         elif t.format == BF16:
-            rows_times_bf16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+            gemm_bf16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
         else:
-            rows_times_fp32(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
+            gemm_fp32(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
 
 
 @njit(nogil=True)
@@ -262,10 +266,10 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
             if thread == 0:
                 since, clock = _charge(clock, since, scratch), t.clock
         if t.op == LINEAR:
-            if t.rows <= FEW:
-                _few_rows(t, thread, threads)
+            if t.rows <= GEMV_ROWS:
+                _gemv(t, thread, threads)
             else:
-                _many_rows(t, thread, threads, scratch)
+                _gemm(t, thread, threads, scratch)
         elif t.op == RECUR:
             call_code(t.weights, t.vector, t.n * thread // threads, t.n * (thread + 1) // threads)
         else:

@@ -1,16 +1,14 @@
-"""Vectors of 64 bytes as a type of numba's: what its own loops cannot say, such as products of four bytes at once.
+"""Vectors of 64 bytes as types of numba, and LLVM code for what its own loops cannot express.
 
-A vector is a value like a number; memory is an address (an integer, in bytes). The operations become single LLVM
-instructions of the full width, and LLVM cuts them to the registers that the machine has: one on AVX-512, two on
-AVX2, four on NEON. Only the dot product of bytes is chosen by hand.
+A vector is a value like a number; memory is an address (an integer, in bytes). An operation becomes one LLVM
+instruction of the full width, which LLVM cuts to the registers of the processor: one on AVX-512, two on AVX2, four on
+NEON. Products of bytes are chosen by hand, in `instruction_sets.py`.
 
-    Bytes   64 unsigned bytes         Ints   16 int32         Floats   16 float32
-    lane    one of 16 places; a lane of Bytes holds four of them
+    Ints   16 int32         Floats   16 float32         lane   one of the 16
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,7 +19,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from rwkv_npu.kernels import processor
 from rwkv_npu.quant.cpu import LANES
+
+processor.configure()
 
 VECTOR_BYTES = 64
 
@@ -44,27 +45,12 @@ class _VectorModel(models.PrimitiveModel):
 
 register_model(Vector)(_VectorModel)
 
-Bytes = Vector("Bytes", _I8, VECTOR_BYTES)
 Ints = Vector("Ints", _I32, LANES)
 Floats = Vector("Floats", _F32, LANES)
 ADDRESS = types.intp
 
-
-def _cpu_features() -> dict[str, bool]:
-    """What numba compiles for: this machine, unless NUMBA_CPU_FEATURES says otherwise."""
-    config: Any = importlib.import_module("numba.core.config")
-    named: str | None = config.CPU_FEATURES
-    if named is None:
-        return dict(llvmlite.binding.get_host_cpu_features())
-    return {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
-
-
-_features = _cpu_features()
 _triple = llvmlite.binding.get_process_triple()
-
-# The dot product of bytes wants both sides signed on Arm, and weights unsigned on x86.
-SIGNED_DOT = _triple.startswith("aarch64")
-WIDE = bool(_features.get("avx512f"))  # 32 registers of the full width
+WIDE = "avx512f" in processor.features()  # 32 registers of the full width
 
 
 def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -79,8 +65,10 @@ def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], An
             return result(*arguments), code
 
         typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
-        # numba binds the arguments of a call by the names of `emit`'s.
-        typed.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
+        # numba binds the arguments of a call by the names in a signature.
+        names = ["context", *(f"argument{i}" for i in range(len(arguments)))]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return intrinsic(typed)
 
     return decorate
@@ -130,47 +118,44 @@ def read_bfloats(builder: Any, address: Any) -> Any:
     return builder.bitcast(builder.shl(wide, constant(Ints, 16)), Floats.llvm)
 
 
-def emit_dot(builder: Any, total: Any, weights: Any, x: Any) -> Any:
-    """total + the four products of each lane, added up: weights are unsigned (signed if SIGNED_DOT), x is signed."""
-    if _features.get("avx512vnni"):
-        return call(builder, "llvm.x86.avx512.vpdpbusd.512", Ints.llvm, total, weights, x)
-    if SIGNED_DOT and _features.get("dotprod"):
-        parts = [
-            call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", ir.VectorType(_I32, 4), *operands)
-            for operands in zip(*(_quarters(builder, v) for v in (total, weights, x)), strict=True)
-        ]
-        halves = [_join(builder, *parts[:2]), _join(builder, *parts[2:])]
-        return _join(builder, *halves)
-    widen = builder.sext if SIGNED_DOT else builder.zext
-    for place in range(4):
-        mask = _mask(range(place, VECTOR_BYTES, 4))
-        a, b = (builder.shuffle_vector(v, v, mask) for v in (weights, x))
-        total = builder.add(total, builder.mul(widen(a, Ints.llvm), builder.sext(b, Ints.llvm)))
-    return total
+def take(builder: Any, v: Any, places: Iterable[int], other: Any = None) -> Any:
+    """Elements of a vector, or of two: those of `other` have the numbers after those of v."""
+    return builder.shuffle_vector(v, v if other is None else other, _mask(places))
 
 
-def _quarters(builder: Any, v: Any) -> list[Any]:
-    size = v.type.count // 4
-    masks = [range(start, start + size) for start in range(0, v.type.count, size)]
-    return [builder.shuffle_vector(v, v, _mask(mask)) for mask in masks]
+def concatenate(builder: Any, parts: list[Any]) -> Any:
+    """Vectors one after the other, as one. There are 1, 2, 4, ..."""
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [take(builder, v, range(2 * v.type.count), w) for v, w in pairs]
+    return parts[0]
 
 
-def _join(builder: Any, a: Any, b: Any) -> Any:
-    count = 2 * a.type.count
-    return builder.shuffle_vector(a, b, _mask(range(count)))
+def hidden(builder: Any, value: Any) -> Any:
+    """A value that LLVM does not know."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
+
+
+def loop(
+    builder: Any, count: int, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Values after `count` rounds, an int64 of 1 or more, of values = body(round, values)."""
+    before = builder.block
+    head, after = builder.append_basic_block("round"), builder.append_basic_block("after")
+    builder.branch(head)
+    builder.position_at_end(head)
+    number, phis = builder.phi(_I64), [builder.phi(value.type) for value in values]
+    results = body(number, phis)
+    following = builder.add(number, _I64(1))
+    for phi, first, again in zip([number, *phis], [_I64(0), *values], [following, *results], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), head, after)
+    builder.position_at_end(after)
+    return results
 
 
 # -- operations --------------------------------------------------------------------------------------------
-
-
-@operation(Bytes, ADDRESS)
-def load_bytes(b: Any, address: Any) -> Any:
-    return read(b, address, Bytes.llvm)
-
-
-@operation(types.void, Bytes, ADDRESS)
-def store_bytes(b: Any, v: Any, address: Any) -> None:
-    write(b, address, v)
 
 
 @operation(Floats, ADDRESS)
@@ -223,25 +208,6 @@ def store_long(b: Any, value: Any, address: Any) -> None:
 @operation(Floats, types.float32)
 def floats(b: Any, x: Any) -> Any:
     return spread(b, x)
-
-
-@operation(Bytes, Bytes)
-def low_nibbles(b: Any, v: Any) -> Any:
-    return b.and_(v, constant(Bytes, 15))
-
-
-@operation(Bytes, Bytes)
-def high_nibbles(b: Any, v: Any) -> Any:
-    # Shifted in pairs: there is no shift of single bytes.
-    pairs = ir.VectorType(_I16, VECTOR_BYTES // 2)
-    shifted = b.lshr(b.bitcast(v, pairs), ir.Constant(pairs, [4] * pairs.count))
-    return b.and_(b.bitcast(shifted, Bytes.llvm), constant(Bytes, 15))
-
-
-@operation(Bytes, Bytes)
-def operand(b: Any, v: Any) -> Any:
-    """Weights stored with a zero of 128, as `dot` takes them."""
-    return b.xor(v, constant(Bytes, 128)) if SIGNED_DOT else v
 
 
 @operation(Floats, Floats, Floats)
@@ -387,7 +353,7 @@ def write_atomically(b: Any, address: Any, number: Any) -> None:
 @operation(types.void)
 def pause(b: Any) -> None:
     """Tell the processor that this is a loop that waits."""
-    if SIGNED_DOT:
+    if _triple.startswith(("aarch64", "arm64")):
         call(b, "llvm.aarch64.hint", ir.VoidType(), _I32(1))
     elif _triple.startswith("x86_64"):
         call(b, "llvm.x86.sse2.pause", ir.VoidType())

@@ -1,57 +1,32 @@
-"""Tiles: some rows of x by some strips of a matrix, whose sums are kept in registers. Operations by size of the tile.
+"""Tiles: some rows of x times some strips of a matrix, whose sums lie in registers. Operations by size of the tile.
 
-A tile is a value of numba's, rows x span vectors. Strides are bytes from one row, or strip, to the next.
+A tile is a value of numba's, rows x strips vectors. Strides are bytes from one row, or strip, to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 
 from rwkv_npu.kernels import simd
-from rwkv_npu.kernels.simd import ADDRESS, Bytes, Floats, Ints, operation
+from rwkv_npu.kernels.instruction_sets import Dots
+from rwkv_npu.kernels.simd import ADDRESS, Floats, Ints, operation
+from rwkv_npu.quant.cpu import BLOCK
 
-_I32, _F32 = ir.IntType(32), ir.FloatType()
+UNPACKED = 16  # rows of a matrix that are unpacked at a time
 
-
-class IntTile(NamedTuple):
-    """Sums of products of bytes."""
-
-    zeros_of: Any
-    add_dots: Any
-    add_dots_of: Any
-    plus: Any
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
-class FloatTile(NamedTuple):
-    """Sums of floats."""
+class Tile:
+    """Emits operations on the sums of `rows` rows of x and `strips` strips."""
 
-    zeros: Any
-    load: Any
-    store: Any
-    add_products: Any
-    add_products_of: Any
-    add_scaled: Any
-    add_scaled_to: Any
-    plus: Any
-
-
-def _at(b: Any, address: Any, stride: Any, index: int) -> Any:
-    return b.add(address, b.mul(stride, stride.type(index)))
-
-
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    return simd.call(b, "llvm.fma.v16f32", Floats.llvm, x, y, z)
-
-
-class _Size:
-    """Emits what operations on a tile of this size have in common."""
-
-    def __init__(self, rows: int, span: int):
-        self.rows, self.span, self.count = rows, span, rows * span
+    def __init__(self, rows: int, strips: int):
+        self.rows, self.strips, self.count = rows, strips, rows * strips
+        self.type = types.UniTuple(Floats, self.count)
 
     def pack(self, b: Any, values: list[Any]) -> Any:
         tile = ir.Constant(ir.ArrayType(values[0].type, self.count), ir.Undefined)
@@ -59,129 +34,182 @@ class _Size:
             tile = b.insert_value(tile, value, i)
         return tile
 
-    def added(self, b: Any, tile: Any, other: Any, add: Callable[[Any, Any], Any]) -> Any:
-        pairs = ((b.extract_value(tile, i), b.extract_value(other, i)) for i in range(self.count))
-        return self.pack(b, [add(*pair) for pair in pairs])
+    def unpack(self, b: Any, tile: Any) -> list[Any]:
+        return [b.extract_value(tile, i) for i in range(self.count)]
 
     def places(self, b: Any, y: Any, stride: Any) -> Iterator[Any]:
         """Addresses of the vectors of a tile in memory."""
         for r in range(self.rows):
-            row = _at(b, y, stride, r)
-            yield from (b.add(row, row.type(simd.VECTOR_BYTES * s)) for s in range(self.span))
+            row = at(b, y, stride, r)
+            yield from (b.add(row, row.type(simd.VECTOR_BYTES * s)) for s in range(self.strips))
 
-    def combine(self, b: Any, tile: Any, strips: list[Any], each: Callable[[int], Any], add: Any) -> Any:
-        """Every sum, with what a strip and a row make added: add(sum, strip, each(row))."""
-        values = []
+    def load(self, b: Any, y: Any, stride: Any) -> list[Any]:
+        return [simd.read(b, place, Floats.llvm) for place in self.places(b, y, stride)]
+
+    def store(self, b: Any, values: list[Any], y: Any, stride: Any) -> None:
+        for value, place in zip(values, self.places(b, y, stride), strict=True):
+            simd.write(b, place, value)
+
+    def products(self, b: Any, sums: list[Any], strips: list[Any], x: Any, x_stride: Any) -> list[Any]:
+        """sums + one float of each row of x times a vector of each strip."""
+        sums = list(sums)
         for r in range(self.rows):
-            of_row = each(r)
-            sums = (b.extract_value(tile, r * self.span + s) for s in range(self.span))
-            values += [add(so_far, strip, of_row) for so_far, strip in zip(sums, strips, strict=True)]
-        return self.pack(b, values)
+            one = simd.spread(b, simd.read(b, at(b, x, x_stride, r), _F32))
+            for s, strip in enumerate(strips, r * self.strips):
+                sums[s] = fma(b, one, strip, sums[s])
+        return sums
 
 
-def int_tile(rows: int, span: int) -> tuple[Any, IntTile]:
-    """The type and its operations."""
-    size = _Size(rows, span)
-    tile_type = types.UniTuple(Ints, size.count)
+class FloatTile(NamedTuple):
+    """Operations on sums of floats."""
 
-    def dots(b: Any, tile: Any, strips: list[Any], x: Any, x_stride: Any) -> Any:
-        def four(r: int) -> Any:
-            return b.bitcast(simd.spread(b, simd.read(b, _at(b, x, x_stride, r), _I32)), Bytes.llvm)
-
-        return size.combine(b, tile, strips, four, lambda so_far, w, v: simd.emit_dot(b, so_far, w, v))
-
-    @operation(tile_type, ADDRESS, ADDRESS, types.int32)
-    def zeros_of(b: Any, sums: Any, stride: Any, zero: Any) -> Any:
-        """Tile to begin with: what the zero of the weights adds to the sum of each row, taken off."""
-        values = []
-        for r in range(rows):
-            of_row = simd.read(b, _at(b, sums, stride, r), _I32)
-            values += [simd.spread(b, b.neg(b.mul(of_row, zero)))] * span
-        return size.pack(b, values)
-
-    @operation(tile_type, tile_type, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    def add_dots(b: Any, tile: Any, weights: Any, weights_stride: Any, x: Any, x_stride: Any) -> Any:
-        """Four rows of the matrix, a strip after the other, and four bytes of each row of x."""
-        strips = [simd.read(b, _at(b, weights, weights_stride, s), Bytes.llvm) for s in range(span)]
-        return dots(b, tile, strips, x, x_stride)
-
-    @operation(tile_type, tile_type, Bytes, ADDRESS, ADDRESS)
-    def add_dots_of(b: Any, tile: Any, strip: Any, x: Any, x_stride: Any) -> Any:
-        """The same of one strip, in a register."""
-        return dots(b, tile, [strip], x, x_stride)
-
-    @operation(tile_type, tile_type, tile_type)
-    def plus(b: Any, tile: Any, other: Any) -> Any:
-        return size.added(b, tile, other, b.add)
-
-    return tile_type, IntTile(zeros_of, add_dots, add_dots_of, plus)
+    zeros: Any
+    load: Any
+    store: Any
+    add_products: Any
+    add_products_of: Any
+    plus: Any
 
 
-def float_tile(rows: int, span: int) -> FloatTile:
-    size = _Size(rows, span)
-    tile_type, ints_type = types.UniTuple(Floats, size.count), int_tile(rows, span)[0]
+def float_tile(rows: int, strips: int) -> FloatTile:
+    tile = Tile(rows, strips)
 
-    def products(b: Any, tile: Any, strips: list[Any], x: Any, x_stride: Any) -> Any:
-        def one(r: int) -> Any:
-            return simd.spread(b, simd.read(b, _at(b, x, x_stride, r), _F32))
-
-        return size.combine(b, tile, strips, one, lambda so_far, w, v: _fma(b, v, w, so_far))
-
-    @operation(tile_type)
+    @operation(tile.type)
     def zeros(b: Any) -> Any:
-        return size.pack(b, [simd.constant(Floats, 0.0)] * size.count)
+        return tile.pack(b, [simd.constant(Floats, 0.0)] * tile.count)
 
-    @operation(tile_type, ADDRESS, ADDRESS)
+    @operation(tile.type, ADDRESS, ADDRESS)
     def load(b: Any, y: Any, y_stride: Any) -> Any:
-        return size.pack(b, [simd.read(b, place, Floats.llvm) for place in size.places(b, y, y_stride)])
+        return tile.pack(b, tile.load(b, y, y_stride))
 
-    @operation(types.void, tile_type, ADDRESS, ADDRESS)
-    def store(b: Any, tile: Any, y: Any, y_stride: Any) -> None:
-        for i, place in enumerate(size.places(b, y, y_stride)):
-            simd.write(b, place, b.extract_value(tile, i))
+    @operation(types.void, tile.type, ADDRESS, ADDRESS)
+    def store(b: Any, sums: Any, y: Any, y_stride: Any) -> None:
+        tile.store(b, tile.unpack(b, sums), y, y_stride)
 
-    @operation(tile_type, tile_type, ADDRESS, ADDRESS, ADDRESS)
-    def add_products(b: Any, tile: Any, weights: Any, x: Any, x_stride: Any) -> Any:
-        """One row of the matrix, a strip beside the other, and one float of each row of x."""
-        places = [b.add(weights, weights.type(simd.VECTOR_BYTES * s)) for s in range(span)]
-        return products(b, tile, [simd.read(b, place, Floats.llvm) for place in places], x, x_stride)
+    @operation(tile.type, tile.type, ADDRESS, ADDRESS, ADDRESS)
+    def add_products(b: Any, sums: Any, weights: Any, x: Any, x_stride: Any) -> Any:
+        """One row of the matrix, a strip beside the other, times one float of each row of x."""
+        places = [b.add(weights, weights.type(simd.VECTOR_BYTES * s)) for s in range(strips)]
+        vectors = [simd.read(b, place, Floats.llvm) for place in places]
+        return tile.pack(b, tile.products(b, tile.unpack(b, sums), vectors, x, x_stride))
 
-    @operation(tile_type, tile_type, Floats, ADDRESS, ADDRESS)
-    def add_products_of(b: Any, tile: Any, strip: Any, x: Any, x_stride: Any) -> Any:
-        """The same of one strip, in a register."""
-        return products(b, tile, [strip], x, x_stride)
+    @operation(tile.type, tile.type, Floats, ADDRESS, ADDRESS)
+    def add_products_of(b: Any, sums: Any, strip: Any, x: Any, x_stride: Any) -> Any:
+        """The same for one strip, in a register."""
+        return tile.pack(b, tile.products(b, tile.unpack(b, sums), [strip], x, x_stride))
 
-    @operation(types.void, ints_type, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
-    def add_scaled(
-        b: Any,
-        tile: Any,
-        x_scales: Any,
-        x_stride: Any,
-        scales: Any,
-        scales_stride: Any,
-        y: Any,
-        y_stride: Any,
-    ) -> None:
-        """y += tile * scale of the block of the row * scales of the block of the columns."""
-        columns = [simd.read_bfloats(b, _at(b, scales, scales_stride, s)) for s in range(span)]
-        for i, place in enumerate(size.places(b, y, y_stride)):
-            r, s = divmod(i, span)
-            scale = simd.spread(b, simd.read(b, _at(b, x_scales, x_stride, r), _F32))
-            value = b.fmul(b.sitofp(b.extract_value(tile, i), Floats.llvm), scale)
-            simd.write(b, place, _fma(b, value, columns[s], simd.read(b, place, Floats.llvm)))
+    @operation(tile.type, tile.type, tile.type)
+    def plus(b: Any, sums: Any, others: Any) -> Any:
+        pairs = zip(tile.unpack(b, sums), tile.unpack(b, others), strict=True)
+        return tile.pack(b, [b.fadd(*pair) for pair in pairs])
 
-    @operation(tile_type, tile_type, ints_type, ADDRESS, ADDRESS, ADDRESS)
-    def add_scaled_to(b: Any, sums: Any, tile: Any, x_scales: Any, x_stride: Any, scales: Any) -> Any:
-        """The same of one strip, where y is in registers."""
-        columns, values = simd.read_bfloats(b, scales), []
-        for r in range(rows):
-            scale = simd.spread(b, simd.read(b, _at(b, x_scales, x_stride, r), _F32))
-            dots = b.sitofp(b.extract_value(tile, r), Floats.llvm)
-            values.append(_fma(b, dots, b.fmul(scale, columns), b.extract_value(sums, r)))
-        return size.pack(b, values)
+    return FloatTile(zeros, load, store, add_products, add_products_of, plus)
 
-    @operation(tile_type, tile_type, tile_type)
-    def plus(b: Any, tile: Any, other: Any) -> Any:
-        return size.added(b, tile, other, b.fadd)
 
-    return FloatTile(zeros, load, store, add_products, add_products_of, add_scaled, add_scaled_to, plus)
+# -- quantised ---------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Addresses of a block of weights and rows, with the bytes from a strip, or a row, to the next.
+
+    scales: of a strip 16 bfloat16 as they are stored, or float32 beside unpacked weights.
+    """
+
+    weights: Any
+    weights_stride: Any
+    scales: Any
+    scales_stride: Any
+    q: Any
+    q_stride: Any
+    q_scales: Any  # of a row one float32
+    offsets: Any  # of a row one int32
+    q_parameters_stride: Any  # of both
+
+
+_BLOCK = (ADDRESS,) * len(Block._fields)
+
+
+class QuantisedTile(Tile):
+    """unpacked: weights are operands already, as `unpack_rows` stores them, and their scales float32."""
+
+    def __init__(self, dots: Dots, rows: int, strips: int, bits: int, unpacked: bool):
+        super().__init__(rows, strips)
+        self.dots, self.bits, self.unpacked = dots, bits, unpacked
+
+    def add_block(self, b: Any, sums: list[Any], block: Block) -> list[Any]:
+        """sums + the products of a block. For a row these are the same bits in a tile of any size and of any set:
+
+        integers are exact, and blocks are added one after the other.
+        """
+        products, found = self._products(b, block), []
+        columns = [self._scales(b, at(b, block.scales, block.scales_stride, s)) for s in range(self.strips)]
+        for r in range(self.rows):
+            place = at(b, block.q_scales, block.q_parameters_stride, r)
+            scale = simd.spread(b, simd.read(b, place, _F32))
+            for s, column in enumerate(columns):
+                i = r * self.strips + s
+                found.append(fma(b, products[i], b.fmul(scale, column), sums[i]))
+        return found
+
+    def _products(self, b: Any, block: Block) -> list[Any]:
+        fours = self.dots.fours(self.count, self.bits)
+        stored = fours * (64 if self.unpacked else 8 * self.bits)  # bytes of a strip
+
+        def step(number: Any, totals: list[Any]) -> list[Any]:
+            weights = b.add(block.weights, b.mul(number, _I64(stored)))
+            q = b.add(block.q, b.mul(number, _I64(4 * fours)))
+            places = [at(b, weights, block.weights_stride, s) for s in range(self.strips)]
+            if self.unpacked:
+                strips = [self.dots.stored(b, place, fours) for place in places]
+            else:
+                strips = [self.dots.unpacked(b, place, fours, self.bits) for place in places]
+            rows = [at(b, q, block.q_stride, r) for r in range(self.rows)]
+            return self.dots.step(b, totals, strips, rows, self.bits)
+
+        places = [at(b, block.offsets, block.q_parameters_stride, r) for r in range(self.rows)]
+        offsets = [simd.read(b, place, _I32) for place in places]
+        totals = self.dots.begin(b, offsets, self.strips, self.bits)
+        # A loop that LLVM unrolls would move some of the sums to the stack.
+        count = simd.hidden(b, _I64(BLOCK // (4 * fours)))
+        totals = simd.loop(b, count, totals, step)
+        return self.dots.end(b, totals, self.rows, self.bits)
+
+    def _scales(self, b: Any, place: Any) -> Any:
+        return simd.read(b, place, Floats.llvm) if self.unpacked else simd.read_bfloats(b, place)
+
+
+def add_block_to(tile: QuantisedTile) -> Any:
+    @operation(tile.type, tile.type, *_BLOCK)
+    def add_block(b: Any, sums: Any, *block: Any) -> Any:
+        return tile.pack(b, tile.add_block(b, tile.unpack(b, sums), Block(*block)))
+
+    return add_block
+
+
+def unpack_rows(dots: Dots, bits: int) -> Any:
+    @operation(types.void, ADDRESS, ADDRESS)
+    def unpack(b: Any, weights: Any, target: Any) -> None:
+        """UNPACKED rows of a strip, in the order in which products of many rows read them."""
+        fours = dots.arranged(b, dots.unpacked(b, weights, UNPACKED // 4, bits))
+        for i, register in enumerate(register for four in fours for register in four):
+            simd.write(b, b.add(target, _I64(i * dots.width)), register)
+
+    return unpack
+
+
+def store_offset(dots: Dots) -> Any:
+    @operation(types.void, Floats, ADDRESS)
+    def store(b: Any, sums: Any, address: Any) -> None:
+        """The offset of a block of a row. sums: as `Dots.offset` takes them, whole numbers."""
+        ints = simd.call(b, "llvm.fptosi.sat.v16i32.v16f32", Ints.llvm, sums)
+        simd.write(b, address, dots.offset(b, ints))
+
+    return store
+
+
+def at(b: Any, address: Any, stride: Any, index: int) -> Any:
+    return b.add(address, b.mul(stride, stride.type(index)))
+
+
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    return simd.call(b, "llvm.fma.v16f32", Floats.llvm, x, y, z)
