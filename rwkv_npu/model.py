@@ -87,7 +87,7 @@ class Model:
         prompt: str | Sequence[int],
         state: State | None = None,
         stop: str | Sequence[str] = (),
-        max_tokens: int | None = 64,
+        max_tokens: int | None = 256,
         temperature: float = 1.0,
         top_p: float = 0.85,
         top_k: int = 0,
@@ -142,6 +142,10 @@ class Model:
     def describe(self) -> str:
         """The plan in a few words: backends and fusion."""
         return self.engine.describe()
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"Model(RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters, {self.describe()})"
 
     def close(self) -> None:
         """Give back what the backend holds. The model cannot be used after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 
 import rwkv_npu
+from rwkv_npu.bench.shapes import OFFICIAL, official_spec
 from rwkv_npu.board import hardware
 from rwkv_npu.cli import main, parser
+from rwkv_npu.conversion.forecast import Graphs, _share, _variant
+from rwkv_npu.conversion.request import Request
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import Model
+from rwkv_npu.models.network import Program
+from rwkv_npu.models.spec import default_scaling
 from tests.tiny import PROMPT, Run, continuation, error_line, run_main
 
 
@@ -34,6 +40,38 @@ def test_every_flag_is_explained() -> None:
     for name, command_parser in commands.items():
         unexplained = [action.dest for action in command_parser._actions if not action.help]
         assert set(unexplained) <= {"action"}, name
+
+
+def test_what_is_printed_is_one_line(model: Model) -> None:
+    state = model.new_state()
+    assert str(state) == repr(state) == "State(RWKV-7, 2 layers, 0 tokens seen)"
+    assert repr(model).startswith("Model(RWKV-7, 0.1 M parameters, ") and "\n" not in repr(model)
+
+
+def test_defaults_of_flags_are_those_of_python() -> None:
+    """One default each for what both have."""
+    python = inspect.signature(Model.generate).parameters
+    flags = vars(parser().parse_args(["generate"]))
+    flags["temperature"] = flags.pop("temp")
+    shared = [name for name in python if name in flags and name not in ("prompt", "state", "stop")]
+    assert {"max_tokens", "temperature", "top_p", "penalty_decay", "seed"} <= set(shared)
+    assert {name: flags[name] for name in shared} == {name: python[name].default for name in shared}
+
+
+def test_models_fit_as_the_dry_run_says(run: Run) -> None:
+    status, out, err = run("models")
+    assert (status, err) == (0, "") and all(len(line) <= 80 for line in out.splitlines())
+    sizes = json.loads(run("models", "--json")[1])
+    assert sizes.keys() == OFFICIAL.keys() and all(name in out for name in sizes)
+    for name in ("v7-0.1b", "v7-1.5b"):
+        program = Program(official_spec(name), "layer", default_scaling(official_spec(name)))
+        request = Request("rk3588", "fp16", "layer", None, "int8", jobs=None, verify=False, force=False)
+        for precision in ("fp16", "w8a8"):
+            share = _share(program.spec, precision, None)
+            exact = _variant(Graphs(program), request, precision, share, 0, False, ())
+            ours = sizes[name]["npu"][precision]
+            assert ours["bytes"] == pytest.approx(exact.memory.weights, rel=0.01)
+            assert ours["copies"] == len(exact.rows)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +120,9 @@ def test_convert_and_info_of_the_bundle(
     monkeypatch.chdir(tmp_path)
     status, out, err = run("convert", checkpoint, "--target", "none")
     assert (status, out) == (0, "model.rwkv\n")
+    assert "CPU  weights in int8 (default), fp16" in err and err.endswith(
+        'next: rwkv-npu generate -m model.rwkv -p "Hello"\n'
+    )
     assert "Traceback" not in err and [entry.name for entry in tmp_path.iterdir()] == ["model.rwkv"]
     status, out, err = run("info", "model.rwkv", "--check")
     assert status == 0 and "files are as they were written" in err

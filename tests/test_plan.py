@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -218,6 +219,23 @@ def test_converting_again_keeps_what_was_measured(bundle: Path) -> None:
     rwkv_npu.convert(bundle.parent / "model.pth", bundle, target="none", cpu="fp16")
     with rwkv_npu.load(bundle) as model:
         assert model.describe().startswith("numpy")
+    (bundle / TUNED).unlink()
+
+
+def test_a_plan_whose_backend_is_not_installed_is_warned_of_and_not_used(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(bundle, Plan("torch", (), "layer", "fast"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        loading.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
+    )
+    with pytest.warns(
+        UserWarning, match="needs torch, not installed here.* rwkv-npu tune -m .* measures again"
+    ):
+        model = rwkv_npu.load(bundle)
+    assert "torch" not in model.describe()
+    model.close()
     (bundle / TUNED).unlink()
 
 

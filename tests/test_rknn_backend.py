@@ -301,7 +301,9 @@ def test_auto_takes_the_cpu_and_says_so_where_the_npu_fails(
         (tmp_path / "rwkv_npu.lock").mkdir()
     with pytest.warns(UserWarning, match=f"the NPU is not used: .*{message}"):
         model = load(bundle, backend="auto")
-    assert model.describe().startswith(CPU_BACKEND) and model.reason == f"{CPU_BACKEND}, since the NPU failed"
+    assert model.describe().startswith(CPU_BACKEND) and model.reason.startswith(
+        f"{CPU_BACKEND}, since the NPU: "
+    )
     model.close()
     with pytest.raises(BackendError, match=message):
         load(bundle)

@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         return dry_run.run(arguments)
     if arguments.json:
         raise UsageError("--json is for --dry-run")
+    from rwkv_npu.cli.info import summary
     from rwkv_npu.conversion.converter import convert
+    from rwkv_npu.formats.bundle import open_bundle
 
     try:
         path = convert(
@@ -84,4 +86,5 @@ def run(arguments: argparse.Namespace) -> int:
         print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     print(path)
+    print(summary(open_bundle(path)), file=sys.stderr)
     return 0

@@ -1,9 +1,10 @@
-"""`rwkv-npu info`: what a bundle or a checkpoint is, and what it takes on a board."""
+"""`rwkv-npu info`: describes a bundle or a checkpoint, and what it needs on a board."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,10 @@ def _spec_facts(spec: Spec) -> dict[str, Any]:
 
 
 def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    from rwkv_npu.runtime.weights import BundleSource
+
     manifest = bundle.manifest
+    default = next((artifact.precision for artifact in BundleSource(bundle).artifacts()), None)
     total = sum(record.size for record in manifest.files.values())
     return {
         "path": str(bundle.path),
@@ -76,9 +80,10 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "tokenizer": manifest.tokenizer,
         "fusion": manifest.fusion,
-        "cpu": list(manifest.cpu_precisions),
+        "cpu": list(manifest.cpu_precisions),  # the default first
         "bytes_on_disk": total,
         "graph_error": max(manifest.graph_errors.values(), default=None),
+        "npu_default": default,
         "artifacts": [_artifact_facts(manifest, *key) for key in _kinds(manifest)],
     }
 
@@ -123,32 +128,56 @@ def _table(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['path']} ({facts['kind']})",
         f"  model        RWKV-{spec['generation']}, {facts['parameters'] / 1e6:.1f} M parameters",
-        f"  dimensions   D {spec['D']}, L {spec['L']}, H {spec['H']}, N {spec['N']}, F {spec['F']}, V {spec['V']}"
-        + (f"; ranks {ranks}" if ranks else ""),
+        f"  dimensions   D {spec['D']}, L {spec['L']}, H {spec['H']}, N {spec['N']}, F {spec['F']}, V {spec['V']}",
+        *([f"  low ranks    {ranks}"] if ranks else []),
         f"  tokenizer    {facts['tokenizer'] or 'unknown: give --tokenizer FILE for text'}",
-        f"  calls        {calls['layer']} a token with layer fusion, {calls['projection']} with projection fusion",
+        f"  calls        {calls['layer']} a token with layer fusion, {calls['projection']} with projection",
     ]
     if facts["kind"] == "bundle":
-        lines.append(f"  on disk      {size(facts['bytes_on_disk'])}, CPU weights {', '.join(facts['cpu'])}")
+        lines.append(f"  on disk      {size(facts['bytes_on_disk'])}")
+        lines.append(f"  CPU          weights in {_cpu(facts)}")
         if facts["graph_error"] is not None:
             lines.append(f"  graphs       verified against NumPy: worst error {facts['graph_error']:.1e}")
         for artifact in facts["artifacts"]:
-            lines += _artifact_lines(artifact)
+            lines += _artifact_lines(artifact, _is_default(facts, artifact))
         if not facts["artifacts"]:
             lines.append("  NPU          no artifacts: convert with --target rk3588")
     return "\n".join(lines)
 
 
-def _artifact_lines(facts: dict[str, Any]) -> list[str]:
+def summary(bundle: Bundle) -> str:
+    """Describe a bundle that was just made, in a few lines, and the command to go on with."""
+    facts = _bundle_facts(bundle)
+    lines = [f"{facts['path']}: {size(facts['bytes_on_disk'])}", f"  CPU  weights in {_cpu(facts)}"]
+    for artifact in facts["artifacts"]:
+        mark = " (default)" if _is_default(facts, artifact) else ""
+        lines.append(
+            f"  NPU  {artifact['target']} {artifact['precision']}{mark}, {size(artifact['npu_bytes'])} of its memory, "
+            f"{facts['calls_per_token'][artifact['fusion']]} calls a token"
+        )
+    return "\n".join([*lines, f'next: rwkv-npu generate -m {shlex.quote(facts["path"])} -p "Hello"'])
+
+
+def _cpu(facts: dict[str, Any]) -> str:
+    default, *others = facts["cpu"]
+    return ", ".join([f"{default} (default)", *others])
+
+
+def _is_default(facts: dict[str, Any], artifact: dict[str, Any]) -> bool:
+    return bool(artifact["precision"] == facts["npu_default"] and artifact["fusion"] == facts["fusion"])
+
+
+def _artifact_lines(facts: dict[str, Any], default: bool) -> list[str]:
     rows = ", ".join(map(str, facts["rows"]))
     verified = f"worst error {facts['worst_error']:.1e}" if facts["verified"] else "not verified"
     left = "; ".join(facts["left_on_cpu"]) or "nothing"
     int8 = f"{100 * facts['int8_share']:.1f} % of the weights"
     if facts["int8_kl"] is not None:
-        int8 += f", KL {facts['int8_kl']:.2g} nats a token in NumPy"
+        int8 += f", KL {facts['int8_kl']:.2g} nats a token (NumPy)"
     return [
-        f"  NPU          {facts['target']} {facts['precision']}, {facts['fusion']} fusion, rows {rows}: "
-        f"{facts['count']} artifacts by toolkit {', '.join(facts['toolkit'])}",
+        f"  NPU          {facts['target']} {facts['precision']}{' (default)' if default else ''}, {facts['fusion']} "
+        f"fusion, rows {rows}",
+        f"    artifacts  {facts['count']}, by toolkit {', '.join(facts['toolkit'])}",
         f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
         f"    estimate   {_estimate(facts['estimated_ms_per_token'], facts['estimated_ms_per_prefill'])}",
         f"    in int8    {int8}",
@@ -159,8 +188,9 @@ def _artifact_lines(facts: dict[str, Any]) -> list[str]:
 
 def _estimate(token_ms: float | None, prefill_ms: float | None) -> str:
     if token_ms is None or prefill_ms is None:
-        return "none: the compiler gives no cycles for this chip"
+        return "none: the compiler prints no cycles for this chip"
     return (
         f"{token_ms:.2f} ms a token, {prefill_ms:.2f} ms for {PREFILL_TOKENS} tokens\n"
-        "               (the compiler's cycles on one core: no measurement; calls and recurrence come on top)"
+        "               (by the compiler's cycles on one core, not measured; calls and\n"
+        "               recurrence come on top)"
     )

@@ -114,7 +114,8 @@ class Journal:
         if theirs.keys() != self.identity.keys():
             raise UsageError(f"{path} is of another kind of evaluation: name another file")
         if other := [name for name, value in self.identity.items() if theirs[name] != value]:
-            raise UsageError(f"{path} belongs to an evaluation with another {other[0]}: name another file")
+            another = "text or another number of its tokens" if other[0] == "text" else other[0]
+            raise UsageError(f"{path} belongs to an evaluation with another {another}: name another file")
         if not 0 <= done <= len(next(iter(self.scores.values()))):
             raise UsageError(f"{path} is damaged (it has {done} scores): name another file")
         return done

@@ -48,6 +48,9 @@ class State:
     logits: np.ndarray | None = None
     tokens_seen: int = 0
 
+    def __repr__(self) -> str:
+        return f"State(RWKV-{self.spec.generation}, {self.spec.L} layers, {self.tokens_seen} tokens seen)"
+
     def copy(self) -> State:
         return replace(self, parts={name: part.copy() for name, part in self.parts.items()})
 

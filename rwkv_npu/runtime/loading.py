@@ -12,7 +12,7 @@ from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
 from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
 from rwkv_npu.board import hardware
-from rwkv_npu.errors import RwkvNpuError, UsageError
+from rwkv_npu.errors import RwkvNpuError, UsageError, first_line
 from rwkv_npu.formats.bundle import Bundle, artifacts_digest
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
@@ -25,6 +25,7 @@ from rwkv_npu.runtime.weights import ModelSource
 # installed.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
 NPU_BACKEND, SIMULATOR = "rknn", "rknn-sim"
+PACKAGES = {"numba": "numba", "torch": "torch"}  # that a backend needs and an installation may lack
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
     if not _serves(plan, source):
         raise UsageError(
             f"{', '.join(plan.backends(groups))} cannot multiply in {source.precision}: --backend numpy computes it, "
-            f"{SIMULATOR} simulates it, and a board's NPU has it"
+            f"and {NPU_BACKEND} and {SIMULATOR} run artifacts that were converted with --precision {source.precision}"
         )
     opened: dict[str, Backend] = {}
     guards: list[Guard] = []
@@ -122,13 +123,24 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
             raise
         warnings.warn(f"the NPU is not used: {error}", stacklevel=3)
         steps_in = source if _serves(on_cpu, source) else source.unquantised()
-        return open_engine(steps_in, on_cpu, options), f"{CPU_BACKEND}, since the NPU failed"
+        return open_engine(steps_in, on_cpu, options), f"{CPU_BACKEND}, since the NPU: {first_line(error)}"
 
 
 def measured_plan(bundle: Bundle) -> Plan | None:
     """What `rwkv-npu tune` found on this machine."""
     plan = tuned(bundle.path, machine_key(), artifacts_digest(bundle.manifest))
-    return plan if plan and plan.names <= BACKENDS.keys() else None  # of another version, with other backends
+    if plan is None or not plan.names <= BACKENDS.keys():  # of another version, with other backends
+        return None
+    packages = {name: PACKAGES[name] for name in sorted(plan.names & PACKAGES.keys())}
+    missing = [name for name in packages.values() if importlib.util.find_spec(name) is None]
+    if missing:
+        warnings.warn(
+            f"the plan that rwkv-npu tune kept in {bundle.path} needs {' and '.join(missing)}, not installed here: "
+            f"without a plan now; rwkv-npu tune -m {bundle.path} measures again",
+            stacklevel=3,
+        )
+        return None
+    return plan
 
 
 def machine_key() -> str:
@@ -145,7 +157,8 @@ def why_absent(backend: str, source: ModelSource) -> str | None:
         return "this machine has no Rockchip NPU"
     if backend == "rknn":
         if not any(artifact.target == chip for artifact in source.artifacts()):
-            return f"there are no artifacts for the {chip}, {source.program.fusion} fusion"
+            in_precision = f", in {source.precision}" if source.precision else ""
+            return f"there are no artifacts for the {chip}, {source.program.fusion} fusion{in_precision}"
         if importlib.util.find_spec("rknnlite") is None:
             return "rknn-toolkit-lite2 is not installed (pip install rknn-toolkit-lite2)"
     if hardware.runtime_library() is None:
