@@ -240,6 +240,9 @@ class Sdot(Dots):
     width = 16
     magic = 0x4B400000
 
+    def fours(self, tile: int, bits: int) -> int:
+        return 16 if tile == 1 and bits == 4 else 4
+
     def offset(self, b: Any, sums: Any) -> Any:
         return b.add(super().offset(b, sums), _I32(self.magic))
 
@@ -247,9 +250,9 @@ class Sdot(Dots):
         return spread(b, offset, 4) if bits == 4 else ir.Constant(self.ints, [self.magic] * 4)
 
     def repeated(self, b: Any, x: Any, fours: int) -> Values:
-        """One register of 16 bytes, of which `sdot` takes four by their number."""
-        whole = read(b, x, self.ints)
-        return [b.bitcast(take(b, whole, [four] * 4), self.bytes) for four in range(fours)]
+        """Registers of 16 bytes, of which `sdot` takes four by their number."""
+        whole = [read(b, b.add(x, _I64(start)), self.ints) for start in range(0, 4 * fours, 16)]
+        return [b.bitcast(take(b, whole[four // 4], [four % 4] * 4), self.bytes) for four in range(fours)]
 
     def dot(self, b: Any, total: Any, w: Any, x: Any, bits: int) -> Any:
         return call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", self.ints, total, w, x)

@@ -232,8 +232,8 @@ def div(b: Any, x: Any, y: Any) -> Any:
 
 @operation(Floats, Floats, Floats, Floats)
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z."""
-    return call(b, "llvm.fma.v16f32", Floats.llvm, x, y, z)
+    """x * y + z, rounded once where the processor can."""
+    return call(b, "llvm.fmuladd.v16f32", Floats.llvm, x, y, z)
 
 
 @operation(Floats, Floats)

@@ -169,9 +169,11 @@ class QuantisedTile(Tile):
         places = [at(b, block.offsets, block.q_parameters_stride, r) for r in range(self.rows)]
         offsets = [simd.read(b, place, _I32) for place in places]
         totals = self.dots.begin(b, offsets, self.strips, self.bits)
-        # A loop that LLVM unrolls would move some of the sums to the stack.
-        count = simd.hidden(b, _I64(BLOCK // (4 * fours)))
-        totals = simd.loop(b, count, totals, step)
+        rounds = BLOCK // (4 * fours)
+        if rounds == 1:
+            totals = step(_I64(0), totals)
+        else:  # a loop that LLVM unrolls would move some of the sums to the stack
+            totals = simd.loop(b, simd.hidden(b, _I64(rounds)), totals, step)
         return self.dots.end(b, totals, self.rows, self.bits)
 
     def _scales(self, b: Any, place: Any) -> Any:
@@ -212,4 +214,4 @@ def at(b: Any, address: Any, stride: Any, index: int) -> Any:
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    return simd.call(b, "llvm.fma.v16f32", Floats.llvm, x, y, z)
+    return simd.call(b, "llvm.fmuladd.v16f32", Floats.llvm, x, y, z)

@@ -1,0 +1,117 @@
+"""The kernels' loop over blocks, compiled for any processor, as assembly: the code that products of bytes emit, alone.
+
+A function has the sums of a tile in registers and adds one block after the other, as `rwkv_npu.kernels.products` does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from rwkv_npu.kernels import simd
+from rwkv_npu.kernels.instruction_sets import InstructionSet
+from rwkv_npu.kernels.simd import Floats
+from rwkv_npu.kernels.tiles import Block, QuantisedTile
+from rwkv_npu.quant.cpu import BLOCK
+
+TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+_I64 = ir.IntType(64)
+
+
+class Kernel(NamedTuple):
+    """A loop. rows, strips: of its tile; gemm: weights are unpacked."""
+
+    set: InstructionSet
+    bits: int
+    gemm: bool
+    rows: int
+    strips: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits} {'gemm' if self.gemm else 'gemv'}, {self.rows} x {16 * self.strips}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a block, as it is stored, with its scales."""
+        return self.strips * 16 * (BLOCK * self.bits // 8 + 2)
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of a block."""
+        return self.rows * self.strips * 16 * BLOCK
+
+
+def kernels(one: InstructionSet) -> list[Kernel]:
+    """Those that decode and read prompts."""
+    found = [Kernel(one, bits, False, rows) for bits in (8, 4) for rows in (1, 4)]
+    return found + [Kernel(one, bits, True, one.rows, one.strips) for bits in (8, 4)]
+
+
+def assembly(kernel: Kernel, cpu: str, features: str = "") -> str:
+    """Of a function that runs the loop on `cpu`, a name of LLVM's, optimised as numba does."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple = TRIPLES.get(kernel.set.architecture, TRIPLES["x86_64"])
+    target = llvm.Target.from_triple(triple)
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="default")
+    module = llvm.parse_assembly(str(_module(kernel, triple, str(machine.target_data))))
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return str(machine.emit_assembly(module))
+
+
+def _module(kernel: Kernel, triple: str, layout: str) -> ir.Module:
+    dots = kernel.set.gemm if kernel.gemm else kernel.set.gemv
+    tile = QuantisedTile(dots, kernel.rows, kernel.strips, kernel.bits, unpacked=kernel.gemm)
+    module = ir.Module("kernel")
+    module.triple, module.data_layout = triple, layout
+    # y, its stride, blocks, and the fields of Block
+    function = ir.Function(
+        module, ir.FunctionType(ir.VoidType(), [_I64] * (3 + len(Block._fields))), "kernel"
+    )
+    y, y_stride, blocks, *rest = function.args
+    start = Block(*rest)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    scale_bytes = 64 if kernel.gemm else 32
+    weight_bytes = BLOCK * 16 if kernel.gemm else BLOCK * 2 * kernel.bits
+    if not kernel.gemm:  # one strip after the other, its blocks side by side
+        start = start._replace(weights_stride=_I64(0), scales_stride=_I64(0))
+    zeros = [simd.constant(Floats, 0.0)] * tile.count
+
+    def add(number, sums):  # type: ignore[no-untyped-def]
+        here = start._replace(
+            weights=b.add(start.weights, b.mul(number, _I64(weight_bytes))),
+            scales=b.add(start.scales, b.mul(number, _I64(scale_bytes))),
+            q=b.add(start.q, b.mul(number, _I64(BLOCK))),
+            q_scales=b.add(start.q_scales, b.mul(number, _I64(4))),
+            offsets=b.add(start.offsets, b.mul(number, _I64(4))),
+        )
+        return tile.add_block(b, sums, here)
+
+    tile.store(b, simd.loop(b, blocks, zeros, add), y, y_stride)
+    b.ret_void()
+    return module
+
+
+def inner_loop(text: str) -> list[str]:
+    """Instructions of the innermost loop that is longest: between a label and the jump to it, with no label between."""
+    loops, label, body = [[]], "", []  # type: list[list[str]], str, list[str]
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith(".L") and line.endswith(":"):
+            label, body = line[:-1], []
+        elif line and not line.startswith((".", "#", "//")):
+            body.append(line)
+            if label and line.split()[-1] == label:
+                loops.append(list(body))
+                label = ""
+    return max(loops, key=len)
+
+
+def uses_stack(lines: list[str]) -> bool:
+    return any("(%rsp" in line or "[sp" in line for line in lines)
