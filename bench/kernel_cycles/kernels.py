@@ -11,7 +11,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from rwkv_npu.kernels import simd
-from rwkv_npu.kernels.instruction_sets import InstructionSet
+from rwkv_npu.kernels.instruction_sets import Dots, InstructionSet
 from rwkv_npu.kernels.simd import Floats
 from rwkv_npu.kernels.tiles import Block, QuantisedTile
 from rwkv_npu.quant.cpu import BLOCK
@@ -34,6 +34,15 @@ class Kernel(NamedTuple):
         return f"int{self.bits} {'gemm' if self.gemm else 'gemv'}, {self.rows} x {16 * self.strips}"
 
     @property
+    def dots(self) -> Dots:
+        return self.set.gemm if self.gemm else self.set.gemv
+
+    @property
+    def rounds(self) -> int:
+        """Of the loop within a block."""
+        return BLOCK // (4 * self.dots.fours(self.rows * self.strips, self.bits))
+
+    @property
     def weight_bytes(self) -> int:
         """Of a block, as it is stored, with its scales."""
         return self.strips * 16 * (BLOCK * self.bits // 8 + 2)
@@ -46,7 +55,7 @@ class Kernel(NamedTuple):
 
 def kernels(one: InstructionSet) -> list[Kernel]:
     """Those that decode and read prompts."""
-    found = [Kernel(one, bits, False, rows) for bits in (8, 4) for rows in (1, 4)]
+    found = [Kernel(one, bits, False, rows) for bits in (8, 4) for rows in sorted({1, one.rows})]
     return found + [Kernel(one, bits, True, one.rows, one.strips) for bits in (8, 4)]
 
 
@@ -66,8 +75,7 @@ def assembly(kernel: Kernel, cpu: str, features: str = "") -> str:
 
 
 def _module(kernel: Kernel, triple: str, layout: str) -> ir.Module:
-    dots = kernel.set.gemm if kernel.gemm else kernel.set.gemv
-    tile = QuantisedTile(dots, kernel.rows, kernel.strips, kernel.bits, unpacked=kernel.gemm)
+    tile = QuantisedTile(kernel.dots, kernel.rows, kernel.strips, kernel.bits, unpacked=kernel.gemm)
     module = ir.Module("kernel")
     module.triple, module.data_layout = triple, layout
     # y, its stride, blocks, and the fields of Block
@@ -98,19 +106,27 @@ def _module(kernel: Kernel, triple: str, layout: str) -> ir.Module:
     return module
 
 
-def inner_loop(text: str) -> list[str]:
-    """Instructions of the innermost loop that is longest: between a label and the jump to it, with no label between."""
-    loops, label, body = [[]], "", []  # type: list[list[str]], str, list[str]
-    for line in text.splitlines():
-        line = line.strip()
+def loops(text: str) -> tuple[list[str], list[str], list[str]]:
+    """Instructions of the loop over blocks: those before the loop within a block, of that loop, and after it.
+
+    A block that is multiplied without a loop is all before it.
+    """
+    places, lines = {}, []
+    for line in map(str.strip, text.splitlines()):
         if line.startswith(".L") and line.endswith(":"):
-            label, body = line[:-1], []
-        elif line and not line.startswith((".", "#", "//")):
-            body.append(line)
-            if label and line.split()[-1] == label:
-                loops.append(list(body))
-                label = ""
-    return max(loops, key=len)
+            places[line[:-1]] = len(lines)
+        elif line and not line.startswith((".", "#", "//")) and not line.endswith(":"):
+            lines.append(line)
+    spans = [(places[line.split()[-1]], end) for end, line in enumerate(lines) if line.split()[-1] in places]
+    spans = [(start, end) for start, end in spans if start <= end]
+    (outer, end), (start, stop) = max(spans, key=_length), min(spans, key=_length)
+    if len(spans) == 1:
+        return lines[outer : end + 1], [], []
+    return lines[outer:start], lines[start : stop + 1], lines[stop + 1 : end + 1]
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
 
 
 def uses_stack(lines: list[str]) -> bool:
