@@ -1,10 +1,10 @@
-"""The one family of errors that a user sees as a single line.
+"""The errors that a user sees as a single line.
 
-Whatever the user can cause (a bad file, a flag out of range, a full disk) is raised as one of these, with a
-message that says what was wrong, where, and what to do. Everything else is a bug and keeps its traceback.
+An error that the user can cause (a bad file, a flag out of range, a full disk) is one of these. Its message says what
+was wrong, where, and what to do. Any other exception is a bug and keeps its traceback.
 """
 
-LONGEST = 200  # characters of somebody else's words in a line of ours
+LONGEST = 200  # characters of another library's message in one of ours
 _LONGEST_LINE = 1200  # characters of a whole message
 
 
@@ -57,7 +57,6 @@ class UsageError(RwkvNpuError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not blank, LONGEST at most; the name of its type where there is
-    none."""
+    """Return the first line of an exception's message, at most LONGEST characters; its type where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:LONGEST] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""How far something long is: a bar on a terminal, and elsewhere, in a log or under nohup, a line now and then."""
+"""Progress of long work: a bar on a terminal; in a log, a line now and then."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-LINE_S = 15.0  # between two lines, and before the first: what is short says nothing
+LINE_S = 15.0  # seconds between two lines, and before the first: short work prints none
 
 Progress: TypeAlias = "tqdm[Any]"
 
 
 class _Lines:
-    """stderr for a bar that is written anew again and again: a line each time that there is anything in it."""
+    """A file for tqdm that turns each state of the bar into a line on stderr."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -27,7 +27,7 @@ class _Lines:
 def progress(
     desc: str, unit: str, *, over: Iterable[Any] | None = None, total: int | None = None, initial: int = 0
 ) -> Progress:
-    """A bar on stderr that counts what `over` yields, or what it is told by `update`."""
+    """Make a bar on stderr. It counts the items of `over`, or those that `update` reports."""
     shown: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial, "leave": False}
     if not sys.stderr.isatty():
         shown |= {"file": _Lines(), "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed}"}

@@ -24,13 +24,13 @@ COMMANDS = (models, convert, generate, evaluate, info, tune, doctor, bench, tool
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line, without the usage."""
+    """Prints an error as one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        sys.stdout.flush()  # the help: `main` meets a closed pipe here, and not Python on its way out
+        sys.stdout.flush()  # so that a pipe that was closed is noticed in `main`, not when Python exits
         super().exit(status, message)
 
 
@@ -77,7 +77,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _give_up_stdout() -> None:
-    """Python would complain once more when it closes stdout."""
+    """Point stdout at nothing, since Python would report the same error once more when it closes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -96,7 +96,7 @@ def entry() -> NoReturn:
 
 
 def _keep_stdout() -> None:
-    """Whatever C libraries print (Rockchip's print to stdout) goes to stderr: stdout is for what was asked for."""
+    """Send to stderr what C libraries print to stdout, as Rockchip's do: stdout is for the result alone."""
     with contextlib.suppress(OSError, ValueError):  # closed by the shell
         ours = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), 1)

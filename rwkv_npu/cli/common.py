@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rwkv_npu.model import Model
 
 BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
+BACKENDS_HELP = f"what runs the matrix products: {', '.join(BACKENDS)} (default: auto)"
 NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
 NPU_CORES_HELP = "of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
 
@@ -25,14 +26,18 @@ NPU_CORES_HELP = "of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that choose a model, its backends and its precision."""
     p.add_argument("-m", "--model", metavar="PATH", help="bundle or checkpoint (default: the demo model)")
-    p.add_argument("--backend", default="auto", choices=BACKENDS, help="what multiplies (default: auto)")
-    p.add_argument("--precision", help="of the weights, where the bundle has a choice")
+    p.add_argument("--backend", default="auto", metavar="NAME", choices=BACKENDS, help=BACKENDS_HELP)
+    p.add_argument("--precision", help="of the weights: one that the bundle has (info lists them)")
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
-    p.add_argument("--plan", metavar="PLAN", help="backends by use or group, such as prefill=rknn,decode=ort")
+    p.add_argument(
+        "--plan", metavar="PLAN", help="a backend for each use or group, such as prefill=rknn,decode=numba"
+    )
     p.add_argument("--npu-cores", default="auto", metavar="CORES", choices=NPU_CORES, help=NPU_CORES_HELP)
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary file (or world, pile)")
     add_layout_flag(p)
-    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+    p.add_argument(
+        "-t", "--threads", type=int, metavar="N", help="threads on the CPU (default: one a large core)"
+    )
 
 
 def add_layout_flag(p: argparse.ArgumentParser) -> None:
@@ -41,9 +46,10 @@ def add_layout_flag(p: argparse.ArgumentParser) -> None:
 
 
 def use_big_cores(threads: int | None) -> str:
-    """Keep this process, and those it starts, on the large cores where there are small ones too: what they share a
-    product with waits for them. Returns the line that says so, "" where nothing was done: nor is it for more threads
-    than there are large cores.
+    """Keep this process and its children on the large cores of a machine that has small ones too.
+
+    Threads that share a product wait for the slowest of them. Returns a line for -v; "" where nothing was done: all
+    cores are alike, or more threads are asked for than there are large cores.
     """
     big = hardware.big_cores()
     if len(big) == len(os.sched_getaffinity(0)) or (threads or 0) > len(big):
@@ -55,7 +61,7 @@ def use_big_cores(threads: int | None) -> str:
 
 
 def bundle_at(path: str) -> Bundle:
-    """Open the bundle at `path`. Raises UsageError for what is no bundle, BundleError for a damaged one."""
+    """Open the bundle at `path`. Raises UsageError if it is none, BundleError if it is damaged."""
     from rwkv_npu.formats.bundle import is_bundle, open_bundle
 
     if not is_bundle(Path(path)):
@@ -90,13 +96,17 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
             file=sys.stderr,
         )
         print(f"backend: {model.reason}", file=sys.stderr)
+        if "numba" in model.describe():
+            from rwkv_npu.kernels import instruction_sets
+
+            print(instruction_sets.describe(), file=sys.stderr)
         if cores:
             print(f"threads: {cores}", file=sys.stderr)
     return model
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.5 GB."""
+    """Format a number of bytes: 1.50 GB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

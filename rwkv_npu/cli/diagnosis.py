@@ -224,10 +224,13 @@ def _packages(chip: str | None) -> Iterator[Finding]:
 def _numba() -> Finding:
     """The fast CPU backend: numba compiles it for the processor at hand."""
     try:
-        return Finding(OK, "numba", f"{importlib.metadata.version('numba')}: the CPU runs compiled code")
+        version = importlib.metadata.version("numba")
     except importlib.metadata.PackageNotFoundError:
         slower = "not installed: the CPU runs through ONNX Runtime, which is slower"
         return Finding(NOTE, "numba", slower, "in the clone of rwkv_npu: pip install '.[fast]'")
+    from rwkv_npu.kernels import instruction_sets
+
+    return Finding(OK, "numba", f"{version}: the CPU runs compiled code, {instruction_sets.describe()}")
 
 
 def _toolkit() -> Iterator[Finding]:

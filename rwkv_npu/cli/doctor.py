@@ -21,7 +21,7 @@ WIDTH = 80  # columns
 def add(commands: Any) -> None:
     p = commands.add_parser(
         "doctor",
-        help="say what a board lacks, and how to mend it",
+        help="find what a board lacks, and the command that mends it",
         description="Look at board, NPU, clocks and software. Nothing is changed.",
     )
     p.add_argument("-m", "--model", metavar="PATH", help="a bundle that has to fit the board")

@@ -1,4 +1,4 @@
-"""`rwkv-npu eval`: figures to stdout, as lines or as JSON."""
+"""`rwkv-npu eval`: how well a model predicts a text; figures to stdout, as lines or as JSON."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def add(commands: Any) -> None:
     p = commands.add_parser(
         "eval",
         help="measure quality on a text",
-        description="How well a model predicts a text, and with --against how far it is from a reference: the KL "
+        description="Measure how well a model predicts a text. --against compares it with a reference: the KL "
         "divergence of its predictions, by position in the context. The reference runs on the CPU, in fp32 arithmetic "
-        "on weights that are not quantised, unless --against-backend or --against-precision say otherwise. For exact "
+        "on weights that are not quantized, unless --against-backend or --against-precision say otherwise. For exact "
         "fp32 name the checkpoint: a bundle holds its weights in fp16, unless made with --cpu fp32.",
     )
     add_model_flags(p)
@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
     p.add_argument("-n", "--max-tokens", type=int, metavar="N", help="read no more than so many tokens")
     same = "(default: the model itself, where one of the other two is given)"
     p.add_argument("--against", metavar="PATH", help=f"bundle or checkpoint to compare with {same}")
-    p.add_argument("--against-backend", choices=BACKENDS, help="of the reference (default: numba or ort)")
+    p.add_argument(
+        "--against-backend", metavar="NAME", choices=BACKENDS, help="of the reference (default: numba or ort)"
+    )
     p.add_argument("--against-precision", metavar="P", help="of the reference (default: not quantised)")
     resume = "keep in this file what is done; if it exists, go on from there"
     p.add_argument("--resume", metavar="FILE", help=resume)
@@ -86,7 +88,7 @@ def _measure_text(
     def encode(text: str) -> list[int]:
         return models()[0].encode(text)
 
-    # What is wrong with a file is said before a model is loaded, if ids need none.
+    # A file of ids needs no model: an error in it is reported before one is loaded.
     tokens = read_tokens(arguments.text, encode) if arguments.text is not None else held_out_text(encode)
     model, reference = models()
     ids = tokens.ids[: arguments.max_tokens]
@@ -132,7 +134,7 @@ def _models(arguments: argparse.Namespace, opened: contextlib.ExitStack) -> tupl
 
 
 def _reference(arguments: argparse.Namespace) -> Model:
-    """What to compare with: unless told otherwise, fp32 arithmetic on the CPU, on weights that are not quantised."""
+    """Load the model to compare with. By default it runs on the CPU in fp32, on weights that are not quantized."""
     from rwkv_npu.backends import COMPILED, MADE_PRECISIONS
     from rwkv_npu.formats.bundle import is_bundle, read_manifest
     from rwkv_npu.model import demo_model, load
@@ -183,7 +185,7 @@ def _text_table(result: Evaluation, model: Model, reference: Model | None) -> st
 
 
 def _positions(result: Evaluation) -> list[str]:
-    """A line for every stretch of positions: what drifts grows from one to the next."""
+    """Format a line for every range of positions. Drift shows as growth from one to the next."""
     compared = result.kl_mean is not None
     title = f"{'position':>10}{'tokens':>9}{'bits/token':>12}{'perplexity':>12}"
     lines = [title + (f"{'KL mean':>11}{'KL p99':>11}{'top-1':>9}" if compared else "")]

@@ -1,4 +1,4 @@
-"""`rwkv-npu toolkit install | status | remove`: Rockchip's compiler."""
+"""`rwkv-npu toolkit install | status | remove`: Rockchip's compiler, in an environment of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     p = commands.add_parser(
         "toolkit",
         help="install Rockchip's compiler",
-        description="Rockchip's compiler in an environment of its own.",
+        description="Install, show or remove Rockchip's compiler. It has an environment of its own.",
     )
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     install = actions.add_parser("install", help="install it in the user's cache folder")
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: the newest known)"
     )
     install.add_argument("--python", metavar="PATH", help="a Python 3.10 to 3.12 (default: looked for)")
-    actions.add_parser("status", help="say what is installed")
+    actions.add_parser("status", help="show what is installed")
     remove = actions.add_parser("remove", help="remove it")
     remove.add_argument("--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: all)")
     p.set_defaults(run=run)

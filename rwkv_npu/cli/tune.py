@@ -1,4 +1,4 @@
-"""`rwkv-npu tune`: the fastest plan for this machine, kept beside the bundle."""
+"""`rwkv-npu tune`: measures every backend, and keeps the fastest plan for this machine in the bundle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     p = commands.add_parser(
         "tune",
         help="find the fastest backends for this machine",
-        description="Measure a bundle on every backend that is here, and keep the fastest plan in the bundle.",
+        description="Measure a bundle on every backend that works here, and keep the fastest plan in the bundle.",
     )
     p.add_argument("-m", "--model", metavar="PATH", required=True, help="the bundle")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _milliseconds(measured: Measured, use: str) -> dict[str, Any]:
-    """Of a pass over `rows` tokens: what all groups of a role took, their calls' overhead in it, and the host."""
+    """Milliseconds of a pass over `rows` tokens, by role of group (calls included), and the host's part."""
     taken = {**measured.calls[use], "host": measured.host[use]}
     return {
         "rows": measured.rows(use),
@@ -68,7 +68,7 @@ def _milliseconds(measured: Measured, use: str) -> dict[str, Any]:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    """A line for every backend, use and fusion; columns are roles of groups."""
+    """Format a line for every backend, use and fusion. Columns are roles of groups."""
     lines: list[str] = []
     fusions = dict.fromkeys(name.split(" ")[0] for name in facts["measured"])
     for fusion in fusions:
@@ -80,7 +80,7 @@ def _table(facts: dict[str, Any]) -> str:
         ]
         columns = list(rows[0]) if rows else []  # of decoding, which has every role
         lines += [_line(row, columns) for row in ({name: name for name in columns}, *rows) if row]
-    lines.append("Milliseconds of a pass over so many rows, the last column of a token.")
+    lines.append("Milliseconds of a pass over so many rows; the last column is for one token.")
     lines += [f"plan         {facts['plan']}, {facts['fusion']} fusion", f"machine      {facts['machine']}"]
     return "\n".join([*lines, f"kept in      {facts['file']}"])
 
