@@ -107,16 +107,37 @@ def compiler_model(
 ) -> onnx.ModelProto:
     """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32.
 
-    The weights of projections that are `quantised`, by label, are what their int8 numbers stand for.
+    The weights of projections that are `quantised`, by label, are what their int8 numbers stand for. Constants of zeros
+    are left out.
     """
-    trace = compiler_trace(program, group, rows, {label: q.ranges for label, q in quantised.items()})
+    int8 = {label: q.ranges for label, q in quantised.items()}
+    trace = compiler_trace(program, group, rows, int8, zeros_in(tensor))
+    return traced_model(trace, group.name, tensor, quantised)
+
+
+def zeros_in(tensor: Tensors) -> Callable[[Constant], bool]:
+    """Tells constants that are zero in fp16, in which Rockchip's compiler has them."""
+
+    def is_zero(constant: Constant) -> bool:
+        array = constant.of(tensor(constant.name))
+        with np.errstate(over="ignore", under="ignore"):
+            # Most have something in their first rows.
+            return not any(part.astype(np.float16, copy=False).any() for part in (array[:4], array))
+
+    return is_zero
+
+
+def traced_model(
+    trace: Trace, name: str, tensor: Tensors, quantised: Mapping[str, Quantised] = MappingProxyType({})
+) -> onnx.ModelProto:
+    """As `compiler_model`, of a graph that was traced already."""
 
     def values(constant: Constant) -> np.ndarray:
         whole = quantised.get(constant.whole.label)
         return constant.of(tensor(constant.name)) if whole is None else constant.cut(whole.values())
 
-    projections = [_initialiser(name, values(c), np.float32) for name, c in trace.projections.items()]
-    return _model(trace, group.name, tensor, projections)
+    projections = [_initialiser(label, values(c), np.float32) for label, c in trace.projections.items()]
+    return _model(trace, name, tensor, projections)
 
 
 def _model(trace: Trace, name: str, tensor: Tensors, projections: list[TensorProto]) -> onnx.ModelProto:

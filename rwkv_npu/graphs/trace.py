@@ -10,9 +10,9 @@ Rockchip's compiler, and matrices wider than `split` are cut into parts that the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -57,12 +57,13 @@ class Constant:
 
 
 class Value:
-    """A symbolic array (M, sum of widths): one tensor of the graph, or several side by side."""
+    """A symbolic array (M, sum of widths): one tensor of the graph, or several side by side. None stands for a part
+    that is zero for every input."""
 
     # Without this NumPy scalars would try to broadcast over a Value.
     __array_ufunc__ = None
 
-    def __init__(self, tracer: Tracer, names: Sequence[str], widths: Sequence[int]):
+    def __init__(self, tracer: Tracer, names: Sequence[str | None], widths: Sequence[int]):
         self.tracer, self.names, self.widths = tracer, tuple(names), tuple(widths)
 
     def __add__(self, other: Any) -> Value:
@@ -90,7 +91,12 @@ class Trace:
 
 
 class Tracer:
-    """`maths.Maths` over `Value`s. `shape_of(name)` is the shape of a tensor as the maths uses it."""
+    """`maths.Maths` over `Value`s. `shape_of(name)` is the shape of a tensor as the maths uses it.
+
+    is_zero: tells constants of zeros, which Rockchip's compiler cannot build. Their products are left out, exactly, and
+    what follows from them. rows_of: name and width of an input with a row a token, from which zeros are made where a
+    graph has to have them.
+    """
 
     def __init__(
         self,
@@ -99,11 +105,13 @@ class Tracer:
         rows: int | None,
         split: int | None = None,
         int8: Mapping[str, Ranges] = MappingProxyType({}),
+        is_zero: Callable[[Constant], bool] = lambda constant: False,
+        rows_of: tuple[str, int] = ("", 0),
         trace: Trace | None = None,
         prefix: str = "",
     ):
         self._shape_of, self._rows, self._split, self._prefix = shape_of, rows, split, prefix
-        self._int8 = int8
+        self._int8, self._is_zero, self._rows_of = int8, is_zero, rows_of
         self.trace = trace if trace is not None else Trace()
 
     def block(self, layer: int) -> Tracer:
@@ -112,6 +120,8 @@ class Tracer:
             rows=self._rows,
             split=self._split,
             int8=self._int8,
+            is_zero=self._is_zero,
+            rows_of=self._rows_of,
             trace=self.trace,
             prefix=f"blocks.{layer}.",
         )
@@ -126,15 +136,17 @@ class Tracer:
         inputs = self._cut(x, int8_parts(K) if ranges else self._part_widths(K))
         if ranges and ranges.smoothing is not None:
             inputs = self._smoothed(inputs, ranges)
-        outputs = []
+        outputs: list[str | None] = []
         for columns in _spans(widths):
             products = []
             for part, (x_k, rows) in enumerate(zip(inputs.names, _spans(inputs.widths), strict=True)):
                 constant = Constant(full, index, rows, columns)
+                if x_k is None or self._is_zero(constant):
+                    continue
                 products.append(self._product(x_k, constant))
                 if ranges:
                     self.trace.int8[constant.label] = ranges.input, ranges.outputs[part]
-            outputs.append(reduce(lambda total, product: self.node("Add", [total, product]), products))
+            outputs.append(self._sum(products) if products else None)
         return Value(self, outputs, widths)
 
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
@@ -147,13 +159,13 @@ class Tracer:
         return self._like(x, self.node("LayerNormalization", inputs, label, axis=-1, epsilon=eps))
 
     def tanh(self, x: Value) -> Value:
-        return self._unary("Tanh", x)
+        return self._unary("Tanh", x, zero_at_zero=True)
 
     def sigmoid(self, x: Value) -> Value:
-        return self._unary("Sigmoid", x)
+        return self._unary("Sigmoid", x, zero_at_zero=False)
 
     def relu(self, x: Value) -> Value:
-        return self._unary("Relu", x)
+        return self._unary("Relu", x, zero_at_zero=True)
 
     def shift(self, h: Value, last: Value) -> Value:
         if self._rows == 1:
@@ -169,7 +181,9 @@ class Tracer:
     def row_matmul(self, x: Value, s: Value) -> Value:
         # As products of two axes only, which stay on the NPU: repeat x along the rows of each matrix,
         # multiply, and add up the columns with a matrix of ones.
-        R = x.widths[0]
+        R = sum(x.widths)
+        if x.names == (None,):
+            return x
         repeat = np.repeat(np.eye(R, dtype=np.float32), R, axis=1)
         collect = np.tile(np.eye(R, dtype=np.float32), (R, 1))
         spread = self.node("MatMul", [self.whole(x), self._literal(repeat)])
@@ -178,16 +192,37 @@ class Tracer:
 
     def binary(self, op: str, a: Value, b: Any) -> Value:
         """Elementwise, part by part; b may be a Value, a Constant vector or a number."""
+        others: list[str | None]  # None where b is zero
         if isinstance(b, Value):
             finest = max(a.widths, b.widths, key=len)
             a, b = self._cut(a, finest), self._cut(b, finest)
             others = list(b.names)
         elif isinstance(b, Constant):
-            others = [self._constant(replace(b, columns=columns)) for columns in _spans(a.widths)]
+            parts = [replace(b, columns=columns) for columns in _spans(a.widths)]
+            others = [None if self._is_zero(part) else self._constant(part) for part in parts]
         else:
             others = [self._literal(np.array([b], np.float32))] * len(a.names)
-        names = [self.node(op, list(pair)) for pair in zip(a.names, others, strict=True)]
+        names: list[str | None] = []
+        for name, other, width in zip(a.names, others, a.widths, strict=True):
+            if op == "Mul" and (name is None or other is None):
+                names.append(None)
+            elif other is None:  # x + 0, x - 0
+                names.append(name)
+            elif name is None and op == "Add" and isinstance(b, Value):
+                names.append(other)
+            else:
+                names.append(self.node(op, [self._zeros(width) if name is None else name, other]))
         return Value(self, names, a.widths)
+
+    def _zeros(self, width: int) -> str:
+        """Zeros (M, width) as a tensor of the graph: some rows less themselves, which the compiler builds."""
+        return self.zeros_from(*self._rows_of, width)
+
+    def zeros_from(self, rows: str, wide: int, width: int) -> str:
+        """Zeros (M, width) that depend on the tensor `rows` (M, wide)."""
+        pieces = [rows if count == wide else self._columns(rows, 0, count) for count in _pieces(width, wide)]
+        zeros = [self.node("Sub", [piece, piece]) for piece in pieces]
+        return zeros[0] if len(zeros) == 1 else self.node("Concat", zeros, axis=1)
 
     def node(self, op: str, inputs: list[str], label: str = "", **attributes: Any) -> str:
         name = label or f"{self._prefix}{op.lower()}.{len(self.trace.nodes)}"
@@ -196,7 +231,9 @@ class Tracer:
 
     def whole(self, x: Value) -> str:
         """x as one tensor."""
-        return x.names[0] if len(x.names) == 1 else self.node("Concat", list(x.names), axis=1)
+        parts = zip(x.names, x.widths, strict=True)
+        names = [self._zeros(width) if name is None else name for name, width in parts]
+        return names[0] if len(names) == 1 else self.node("Concat", names, axis=1)
 
     def _smoothed(self, x: Value, ranges: Ranges) -> Value:
         """x by what smooths its channels, and within the range of int8.
@@ -207,15 +244,24 @@ class Tracer:
         assert ranges.smoothing is not None
         factors = reciprocal(ranges.smoothing)
         literals = [self._literal(factors[slice(*span)] if span else factors) for span in _spans(x.widths)]
-        smoothed = [self.node("Mul", list(pair)) for pair in zip(x.names, literals, strict=True)]
         bounds = [self._literal(np.array(bound, np.float32)) for bound in ranges.input.span]
-        return Value(self, [self.node("Clip", [name, *bounds]) for name in smoothed], x.widths)
+        pairs = list(zip(x.names, literals, strict=True))
+        smoothed = [name and self.node("Mul", [name, literal]) for name, literal in pairs]
+        return Value(self, [name and self.node("Clip", [name, *bounds]) for name in smoothed], x.widths)
 
     def _like(self, x: Value, name: str) -> Value:
         return Value(self, [name], [sum(x.widths)])
 
-    def _unary(self, op: str, x: Value) -> Value:
-        return Value(self, [self.node(op, [name]) for name in x.names], x.widths)
+    def _unary(self, op: str, x: Value, *, zero_at_zero: bool) -> Value:
+        names: list[str | None] = []
+        for name, width in zip(x.names, x.widths, strict=True):
+            if name is None and not zero_at_zero:
+                name = self._zeros(width)
+            names.append(name and self.node(op, [name]))
+        return Value(self, names, x.widths)
+
+    def _sum(self, names: list[str]) -> str:
+        return reduce(lambda total, name: self.node("Add", [total, name]), names)
 
     def _product(self, x: str, constant: Constant) -> str:
         self.trace.projections[constant.label] = constant
@@ -241,7 +287,7 @@ class Tracer:
 
     def _cut(self, x: Value, widths: Sequence[int]) -> Value:
         """x in parts of `widths`, each of which lies in one of those that it has."""
-        names = []
+        names: list[str | None] = []
         for begin, end in spans(widths):
             ((name, start, stop),) = [
                 (name, start, stop)
@@ -249,12 +295,17 @@ class Tracer:
                 if start <= begin and end <= stop
             ]
             whole = (begin, end) == (start, stop)
-            names.append(name if whole else self._columns(name, begin - start, end - start))
+            names.append(name if whole or name is None else self._columns(name, begin - start, end - start))
         return Value(self, names, widths)
 
     def _columns(self, x: str, start: int, stop: int) -> str:
         bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
         return self.node("Slice", [x, *bounds])
+
+
+def _pieces(width: int, wide: int) -> list[int]:
+    """`width` as parts of `wide` and a rest."""
+    return [wide] * (width // wide) + ([width % wide] if width % wide else [])
 
 
 def _spans(widths: Sequence[int]) -> Sequence[tuple[int, int] | None]:
@@ -269,11 +320,19 @@ def trace_group(
     rows: int | None = None,
     split: int | None = None,
     int8: Mapping[str, Ranges] = MappingProxyType({}),
+    is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
     """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece. Projections in
-    `int8`, by label, are cut as that wants it, and their inputs smoothed."""
-    shapes = {tensor.name: tensor.used_shape for tensor in tensors(program.spec)}
-    tracer = Tracer(shapes.__getitem__, rows=rows, split=split, int8=int8)
+    `int8`, by label, are cut as that wants it, and their inputs smoothed. Constants that `is_zero` are left out."""
+    rows_of = max(((p.name, p.width) for p in group.inputs if not p.per_sequence), key=lambda port: port[1])
+    tracer = Tracer(
+        _shapes(program.spec).__getitem__,
+        rows=rows,
+        split=split,
+        int8=int8,
+        is_zero=is_zero or (lambda constant: False),
+        rows_of=rows_of,
+    )
     inputs = {port.name: Value(tracer, [port.name], [port.width]) for port in group.inputs}
     values = program.evaluate(group, tracer, inputs)
     results = {port.name: tracer.whole(values[port.name]) for port in group.outputs}
@@ -285,9 +344,49 @@ def trace_group(
     for new, old in results.items():
         if renamed.get(old) != new:  # an input handed on, or one value under two names
             trace.nodes.append(helper.make_node("Identity", [renamed.get(old, old)], [new], name=new))
+    if is_zero is not None:
+        _remove_unused(trace, results.keys())
+        _use_inputs(tracer, group)
     trace.inputs = [_value_info(port, rows) for port in group.inputs]
     trace.outputs = [_value_info(port, rows) for port in group.outputs]
     return trace
+
+
+@lru_cache(maxsize=4)
+def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors as the maths uses them, by name."""
+    return {tensor.name: tensor.used_shape for tensor in tensors(spec)}
+
+
+def _remove_unused(trace: Trace, outputs: Collection[str]) -> None:
+    """Remove the nodes that no output follows from: those before a product that was left out."""
+    used, kept = set(outputs), []
+    for node in reversed(trace.nodes):
+        if used.intersection(node.output):
+            used.update(node.input)
+            kept.append(node)
+    trace.nodes[:] = kept[::-1]
+    tables: list[dict[str, Any]] = [trace.projections, trace.int8, trace.vectors, trace.literals]
+    for constants in tables:
+        for name in set(constants) - used:
+            del constants[name]
+
+
+def _use_inputs(tracer: Tracer, group: Group) -> None:
+    """Add zeros that depend on each input that no node reads: the compiler would drop it from the artifact, and its
+    callers fill all of a group's inputs."""
+    nodes = tracer.trace.nodes
+    used = {name for node in nodes for name in node.input}
+    output = group.outputs[0]
+    for port in group.inputs:
+        if port.name in used:
+            continue
+        inner = f"{output.name}.without.{port.name}"
+        for node in nodes:
+            for names in (node.input, node.output):
+                names[:] = [inner if name == output.name else name for name in names]
+        zeros = tracer.zeros_from(port.name, port.width, output.width)
+        nodes.append(helper.make_node("Add", [inner, zeros], [output.name], name=output.name))
 
 
 def _value_info(port: Port, rows: int | None) -> onnx.ValueInfoProto:
@@ -297,11 +396,15 @@ def _value_info(port: Port, rows: int | None) -> onnx.ValueInfoProto:
 
 
 def compiler_trace(
-    program: Program, group: Group, rows: int, int8: Mapping[str, Ranges] = MappingProxyType({})
+    program: Program,
+    group: Group,
+    rows: int,
+    int8: Mapping[str, Ranges] = MappingProxyType({}),
+    is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
     """The graph as Rockchip's compiler reads it, without its numbers."""
     split = NPU_WIDTH if rows > 1 else None
-    return trace_group(program, group, rows=rows, split=split, int8=int8)
+    return trace_group(program, group, rows=rows, split=split, int8=int8, is_zero=is_zero)
 
 
 class Matrix(NamedTuple):
@@ -314,7 +417,7 @@ class Matrix(NamedTuple):
 
 def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
     """The projections of a graph, from shapes alone."""
-    shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
+    shapes = _shapes(spec)
 
     def length(part: tuple[int, int] | None, whole: int) -> int:
         return part[1] - part[0] if part else whole
