@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
 import pytest
 
+from rwkv_npu.cli import main
 from rwkv_npu.errors import LONGEST, first_line
 
 
@@ -19,3 +23,22 @@ from rwkv_npu.errors import LONGEST, first_line
 )
 def test_the_first_line_that_says_something(message: str, line: str) -> None:
     assert first_line(ValueError(message)) == line
+
+
+def test_only_errors_of_stdout_are_reported_as_errors_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """stdout's full disk is tested in test_cli_processes."""
+
+    def failing(error: OSError) -> Callable[..., int]:
+        def run(arguments: object) -> int:
+            raise error
+
+        return run
+
+    monkeypatch.setattr("rwkv_npu.cli.doctor.run", failing(OSError(errno.ECONNREFUSED, "Connection refused")))
+    with pytest.raises(ConnectionRefusedError):  # a bug, which keeps its traceback
+        main(["doctor"])
+    monkeypatch.setattr("rwkv_npu.cli.doctor.run", failing(OSError(errno.ENOSPC, "No space left on device")))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "rwkv-npu: error: No space left on device\n"

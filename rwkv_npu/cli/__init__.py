@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -21,6 +22,9 @@ from rwkv_npu.errors import RwkvNpuError
 
 # In the order of --help. Each has `add`, its flags and help, and `run`, which imports what it needs when it is called.
 COMMANDS = (models, convert, generate, evaluate, info, tune, doctor, bench, toolkit)
+
+STDOUT = "<stdout>"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,10 +67,13 @@ def _run(argv: Sequence[str] | None) -> int:
         _give_up_stdout()
         return 0
     except OSError as error:
-        if error.filename is not None:
+        if error.filename == STDOUT:
+            _give_up_stdout()
+            print(f"rwkv-npu: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        elif error.filename is None and error.errno in FULL:
+            print(f"rwkv-npu: error: {error.strerror}", file=sys.stderr)
+        else:
             raise
-        _give_up_stdout()  # it is the one file that commands write to without looking: a full disk, say
-        print(f"rwkv-npu: error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("rwkv-npu: interrupted", file=sys.stderr)
@@ -100,8 +107,19 @@ def _keep_stdout() -> None:
     with contextlib.suppress(OSError, ValueError):  # closed by the shell
         ours = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), 1)
-        buffering = 1 if os.isatty(ours) else -1
-        sys.stdout = os.fdopen(ours, "w", buffering, encoding=sys.stdout.encoding)
+        file = io.BufferedWriter(_Stdout(ours, "w"))
+        sys.stdout = io.TextIOWrapper(file, encoding=sys.stdout.encoding, line_buffering=os.isatty(ours))
+
+
+class _Stdout(io.FileIO):
+    """stdout. Its errors bear its name, which tells them from those of other files."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = STDOUT
+            raise
 
 
 if __name__ == "__main__":
