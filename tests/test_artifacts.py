@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import rwkv_npu
@@ -13,9 +15,10 @@ from rwkv_npu.conversion.artifacts import Build
 from rwkv_npu.errors import ToolkitError, UsageError
 from rwkv_npu.formats.bundle import MANIFEST, open_bundle
 from rwkv_npu.models.spec import groups
+from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import Environment, Job, schedule
 from tests.fake_compiler import Compiler, stand_in
-from tests.tiny import write_model
+from tests.tiny import V, write_model
 
 
 @pytest.fixture
@@ -130,3 +133,70 @@ def test_what_an_interrupted_conversion_left_does_not_stay(checkpoint: Path, com
     out = convert(checkpoint, rows="16")
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert there == {MANIFEST, *open_bundle(out).manifest.files}
+
+
+# -- another choice of int8, and defaults ----------------------------------------------------------------
+
+
+def write_map(path: Path, *patterns: str) -> Path:
+    path.write_text(json.dumps(dict.fromkeys(patterns, "w8a8")))
+    return path
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(1, V, 64))
+    return tmp_path / "ids.npy"
+
+
+def test_another_choice_leaves_no_artifacts_of_the_first_at_other_row_counts(
+    checkpoint: Path, compiler: Compiler, ids: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rwkv_npu")
+    options = {"precision": "mixed", "calibrate": ids}
+    head = write_map(checkpoint.parent / "head.json", "head")
+    more = write_map(checkpoint.parent / "more.json", "head", "blocks.*.ffn.key.weight")
+    convert(checkpoint, rows="1,16", precision_map=head, **options)
+    bundle = open_bundle(convert(checkpoint, rows="4", precision_map=more, **options))
+    assert {(a.group == "head", a.rows) for a in bundle.manifest.artifacts} == {(True, 1), (False, 4)}
+    assert len(list(bundle.path.glob("rknn/*/*.rknn"))) == len(bundle.manifest.artifacts)
+    assert any("rows 1, 16, go" in line for line in caplog.messages)
+    # The head is the same in both choices: it was not built again.
+    assert sum("head" in name for name in compiler.built) == 1
+
+
+def test_mixed_that_equals_w8a8_is_stored_once(checkpoint: Path, compiler: Compiler, ids: Path) -> None:
+    convert(checkpoint, rows="16", precision="w8a8", calibrate=ids)
+    built = list(compiler.built)
+    everything = write_map(checkpoint.parent / "all.json", "*")
+    options = {"precision": "mixed", "calibrate": ids, "precision_map": everything}
+    bundle = open_bundle(convert(checkpoint, rows="16", **options))
+    assert compiler.built == built
+    paths = {p: {a.path for a in bundle.manifest.artifacts if a.precision == p} for p in ("w8a8", "mixed")}
+    assert paths["mixed"] == paths["w8a8"] and len(paths["mixed"]) == len(built)
+    # Built again for another compiler it is still shared, and another choice of mixed leaves w8a8 its files.
+    bundle = open_bundle(convert(checkpoint, rows="16", toolkit="2.3.2", **options))
+    assert {(a.precision, a.toolkit) for a in bundle.manifest.artifacts} == {
+        ("w8a8", "2.3.2"),
+        ("mixed", "2.3.2"),
+    }
+    assert len(compiler.built) == 2 * len(built)
+    options["precision_map"] = write_map(checkpoint.parent / "head.json", "head")
+    bundle = open_bundle(convert(checkpoint, rows="16", toolkit="2.3.2", **options))
+    assert {a.path for a in bundle.manifest.artifacts if a.precision == "w8a8"} == paths["w8a8"]
+    assert len(compiler.built) == 3 * len(built) - 1  # but for the head
+
+
+def test_the_default_precision_does_not_hang_on_order(
+    checkpoint: Path, compiler: Compiler, ids: Path
+) -> None:
+    convert(checkpoint, rows="16")
+    convert(checkpoint, rows="16", precision="w8a8", calibrate=ids)
+    out = convert(checkpoint, rows="16", toolkit="2.3.2")  # fp16 again: behind w8a8 in the list
+    bundle = open_bundle(out)
+    assert bundle.manifest.npu_default == "fp16" and bundle.manifest.artifacts[0].precision == "w8a8"
+    assert BundleSource(bundle).precision_on("rknn-sim") == "fp16"
+    assert BundleSource(bundle).artifacts()[0].precision == "fp16"
+    assert {a.precision for a in BundleSource(bundle, precision="w8a8").artifacts()} == {"w8a8"}
+    bundle.manifest.npu_default = ""  # as in bundles of before
+    assert BundleSource(bundle).precision_on("rknn-sim") == "w8a8"

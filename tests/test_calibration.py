@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.conversion import calibration
-from rwkv_npu.conversion.calibration import Calibration, Reservoir, calibrate, contexts
+from rwkv_npu.conversion.calibration import Reservoir, Statistics, calibrate, contexts
 from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state
@@ -47,7 +47,7 @@ def some_ids(count: int = 200) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def seven(folder: Path) -> Calibration:
+def seven(folder: Path) -> Statistics:
     return calibrate(source_of(folder, "7"), some_ids(), rows=ROWS)
 
 
@@ -85,10 +85,10 @@ def test_rows_are_what_a_pass_gives_the_groups(folder: Path) -> None:
     np.testing.assert_allclose(rows, np.concatenate(keys), rtol=1e-5, atol=1e-5)
 
 
-def test_extremes_are_those_of_all_rows(folder: Path, seven: Calibration) -> None:
+def test_extremes_are_those_of_all_rows(folder: Path, seven: Statistics) -> None:
     few = calibrate(source_of(folder, "7"), some_ids(), rows=ROWS, keep=10)
     for label, samples in seven.projections.items():
-        assert samples.seen == len(samples.rows) == 200 + CONTEXTS
+        assert len(samples.rows) == 200 + CONTEXTS
         np.testing.assert_array_equal(samples.low, samples.rows.min(0))
         np.testing.assert_array_equal(samples.absmax, np.abs(samples.rows).max(0))
         assert few.projections[label].rows.shape == (10, samples.rows.shape[1])
@@ -102,7 +102,7 @@ def test_rows_of_all_projections_are_the_same_tokens(folder: Path) -> None:
     np.testing.assert_array_equal(few["blocks.1.att.v1"].rows, few["blocks.1.att.value.weight"].rows)
 
 
-def test_peaks_hold_products_and_norms(folder: Path, seven: Calibration) -> None:
+def test_peaks_hold_products_and_norms(folder: Path, seven: Statistics) -> None:
     source = source_of(folder, "7")
     for label, samples in seven.projections.items():
         products = samples.rows @ source.tensor(label).astype(np.float32)
@@ -110,7 +110,7 @@ def test_peaks_hold_products_and_norms(folder: Path, seven: Calibration) -> None
     assert seven.peaks["blocks.1.ln1"] > 0 and seven.peaks["ln_out"] > 0 and seven.peaks["mid.0.y"] > 0
 
 
-def test_partial_sums_count(folder: Path, monkeypatch: pytest.MonkeyPatch, seven: Calibration) -> None:
+def test_partial_sums_count(folder: Path, monkeypatch: pytest.MonkeyPatch, seven: Statistics) -> None:
     """They can be larger than what they add up to, and are never smaller at their largest."""
     monkeypatch.setattr(calibration, "SLICE", 4)
     sliced = calibrate(source_of(folder, "7"), some_ids(), rows=ROWS).peaks
@@ -118,7 +118,7 @@ def test_partial_sums_count(folder: Path, monkeypatch: pytest.MonkeyPatch, seven
     assert any(sliced[label] > seven.peaks[label] * 1.01 for label in seven.projections)
 
 
-def test_rows_are_in_the_order_of_the_text(folder: Path, seven: Calibration) -> None:
+def test_rows_are_in_the_order_of_the_text(folder: Path, seven: Statistics) -> None:
     few = calibrate(source_of(folder, "7"), some_ids(), rows=ROWS, keep=50).projections["head.weight"].rows
     everything = [row.tobytes() for row in seven.projections["head.weight"].rows]
     # But for the first tokens of contexts, which are the same.

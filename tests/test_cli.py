@@ -65,7 +65,7 @@ def test_models_fit_as_the_dry_run_says(run: Run) -> None:
     assert sizes.keys() == OFFICIAL.keys() and all(name in out for name in sizes)
     for name in ("v7-0.1b", "v7-1.5b"):
         program = Program(official_spec(name), "layer", default_scaling(official_spec(name)))
-        request = Request("rk3588", "fp16", "layer", None, "int8", jobs=None, verify=False, force=False)
+        request = Request(Path(name), cpu="int8")
         for precision in ("fp16", "w8a8"):
             share = _share(program.spec, precision, None)
             exact = _variant(Graphs(program), request, precision, share, 0, False, ())

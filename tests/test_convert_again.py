@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -205,25 +206,56 @@ def test_other_weights_need_force(checkpoint: Path, other: Path, whole: Path, ou
     assert names(out.parent) == ["out.rwkv"]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "link", "dangling link"])
-def test_what_is_no_bundle_needs_force(checkpoint: Path, whole: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "link", "dangling link", "other's mark"])
+def test_what_is_no_bundle_is_never_replaced(
+    checkpoint: Path, tmp_path: Path, kind: str, force: bool
+) -> None:
     out, real = tmp_path / "out", tmp_path / "real"
     real.mkdir()
     (real / "notes.txt").write_text("mine")
+    (real / "manifest.json").write_text('{"name": "an application"}')
     if kind == "file":
         out.write_text("mine")
     elif kind == "folder":
         shutil.copytree(real, out)
     elif kind == "empty folder":
         out.mkdir()
+    elif kind == "other's mark":
+        out.mkdir()
+        (out / "conversion").write_text("of miles to kilometres")
     else:
         out.symlink_to(real if kind == "link" else tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="no bundle.*--force"):
+    before = names(tmp_path), contents(tmp_path)
+    with pytest.raises(
+        BundleError, match="is no bundle|is an unfinished|damaged" if not force else "is no bundle"
+    ):
+        convert(checkpoint, out, force=force)
+    assert (names(tmp_path), contents(tmp_path)) == before and out.is_symlink() == ("link" in kind)
+
+
+@pytest.mark.parametrize("left", ["link", "of another version", "without a manifest", "unfinished"])
+def test_what_was_a_bundle_is_replaced_by_force(
+    checkpoint: Path, whole: Path, tmp_path: Path, left: str
+) -> None:
+    out, real = tmp_path / "out", tmp_path / "real"
+    shutil.copytree(whole, real if left == "link" else out)
+    if left == "link":
+        out.symlink_to(real)
+    elif left == "of another version":
+        text = (out / MANIFEST).read_text().replace('"format": [\n  1,', '"format": [\n  9,')
+        (out / MANIFEST).write_text(text)
+    elif left == "without a manifest":
+        (out / MANIFEST).unlink()
+    else:
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "conversion").write_text('{"key": "rwkv_npu 0.1", "stages": {}}')
+    with pytest.raises(BundleError) if left != "link" else contextlib.nullcontext():
         convert(checkpoint, out)
-    assert out.is_symlink() == ("link" in kind) and names(tmp_path) == ["out", "real"]
     convert(checkpoint, out, force=True)
     assert contents(out) == contents(whole) and not out.is_symlink()
-    assert contents(real) == {"notes.txt": b"mine"} and names(tmp_path) == ["out", "real"]
+    assert names(tmp_path) == (["out", "real"] if left == "link" else ["out"])
 
 
 def test_what_is_replaced_is_there_until_the_new_one_is(
@@ -296,9 +328,9 @@ def test_what_is_damaged_and_not_made_again_is_forgotten(
     int8 = ("--precision", "w8a8", "--calibrate", ids)
     for options in (("--cpu", "int8", *int8), ("--cpu", "int4")):
         assert run_main(capsys, "convert", checkpoint, "-o", out, "--target", "none", *options)[0] == 0
-    for name, again in (("cpu/int4.safetensors", ("--cpu", "int4")), (INT8, int8)):
+    for name, again, cpu in (("cpu/int4.safetensors", ("--cpu", "int4"), "int8"), (INT8, int8, "int4")):
         (out / name).write_bytes(b"damaged")
-        status, _, err = run_main(capsys, "convert", checkpoint, "-o", out, "--target", "none")
+        status, _, err = run_main(capsys, "convert", checkpoint, "-o", out, "--target", "none", "--cpu", cpu)
         assert (
             status == 0
             and f"{name} is missing or damaged: convert with {again[0]} {again[1]} to have it" in err
@@ -316,17 +348,17 @@ def test_what_is_damaged_and_not_made_again_is_forgotten(
 def test_a_bundle_is_held_also_when_its_manifest_was_replaced(whole: Path, out: Path) -> None:
     shutil.copytree(whole, out)
     manifest = open_bundle(out).manifest
-    with workspace.workspace(out, manifest, True, workspace.stamp(out)):
+    with workspace.workspace(out, "key", adding=True, before=workspace.stamp(out)):
         write_atomically(out / MANIFEST, manifest.to_json().encode())
         with pytest.raises(BundleError, match="another conversion is writing"):
-            with workspace.workspace(out, manifest, True, workspace.stamp(out)):
+            with workspace.workspace(out, "key", adding=True, before=workspace.stamp(out)):
                 pass
 
 
 def test_a_bundle_that_is_written_to_is_not_replaced(checkpoint: Path, whole: Path, out: Path) -> None:
     """Nor removed under who writes to it, with --force."""
     shutil.copytree(whole, out)
-    with workspace.workspace(out, open_bundle(out).manifest, True, workspace.stamp(out)):
+    with workspace.workspace(out, "key", adding=True, before=workspace.stamp(out)):
         with pytest.raises(BundleError, match="another conversion is writing"):
             convert(checkpoint, out, force=True)
         assert contents(out) == contents(whole) and names(out.parent) == ["out.rwkv"]
@@ -340,14 +372,14 @@ def test_what_another_conversion_made_meanwhile_is_not_lost(
     """It ends between the moment in which this one looks at the output and the one in which it takes it."""
     if adding:
         shutil.copytree(whole, out)
-    checked = converter.check_finite
+    read_ids = converter.read_ids
 
-    def meanwhile(*arguments: Any, **options: Any) -> str:
-        monkeypatch.setattr(converter, "check_finite", checked)
+    def meanwhile(*arguments: Any) -> np.ndarray | None:
+        monkeypatch.setattr(converter, "read_ids", read_ids)
         convert(checkpoint, out, cpu="int4")
-        return checked(*arguments, **options)
+        return read_ids(*arguments)
 
-    monkeypatch.setattr(converter, "check_finite", meanwhile)
+    monkeypatch.setattr(converter, "read_ids", meanwhile)
     with pytest.raises(BundleError, match="meanwhile: run the command again"):
         convert(checkpoint, out, cpu="int8")
     assert names(out.parent) == ["out.rwkv"]

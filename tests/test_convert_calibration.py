@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rwkv_npu.conversion import fp16_range
-from rwkv_npu.conversion.calibration_ids import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
+from rwkv_npu.conversion.calibration import SAMPLED, TOKENS, default_ids, read_ids, sample_ids
 from rwkv_npu.formats.bundle import Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import GENERATIONS, Scaling
@@ -61,7 +61,7 @@ def test_several_files_share(tmp_path: Path) -> None:
     for number, count in ((1, 20_000), (2, 100), (3, 20_000)):
         np.save(tmp_path / f"{number}.npy", np.full(count, number))
     files = [str(tmp_path / f"{number}.npy") for number in (1, 2, 3)]
-    ids = read_ids(files, None, spec, print, at_least=16)
+    ids = read_ids(files, None, spec)
     assert ids is not None and len(ids) == TOKENS
     assert [(ids == number).sum() for number in (1, 2, 3)] == [4046, 100, 4046]
 
@@ -105,7 +105,7 @@ def test_sampled_ids_follow_the_model(tmp_path: Path) -> None:
 
     source.tensor = certain  # type: ignore[method-assign]
     assert (sample_ids(source, 40) == 7).all()
-    assert len(default_ids(None, source, lambda line: None, at_least=16)) == SAMPLED
+    assert len(default_ids(None, source)) == SAMPLED
 
 
 def test_a_language_of_bytes_is_said_and_read(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
@@ -180,8 +180,8 @@ def test_the_other_fusion_is_advised_to_who_does_not_use_it(
         ("c.txt", b"", "is empty"),
         ("c.txt", b"\x00\x01\x02binary", "zero bytes"),
         ("c.txt", b"\xff\xfe\xfd", "not UTF-8"),
-        ("c.txt", b"the the the ", "has 3 tokens: it takes at least 16"),
-        ("c.json", b"[1, 2, 3]", "has 3 tokens: it takes at least 16"),
+        ("c.txt", b"the the the ", "has 3 tokens: it takes at least 8"),
+        ("c.json", b"[1, 2, 3]", "has 3 tokens: it takes at least 8"),
         ("c.json", json.dumps([V] * 20).encode(), f"hold {V}, which is outside"),
         ("c.json", b"{}", "one list of whole numbers"),
         ("c.npy", b"no array", "holds no token ids"),

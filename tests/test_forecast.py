@@ -53,7 +53,7 @@ SIZES = {
 def request(
     target: str = "rk3588", fusion: str = "layer", rows: tuple[int, ...] | None = None, cpu: str = "int8"
 ) -> Request:
-    return Request(target, "fp16", fusion, rows, cpu, None, False, False)
+    return Request(Path("m.pth"), target=target, fusion=fusion, rows=rows, cpu=cpu)
 
 
 def hollow(path: Path, spec: Spec) -> Path:

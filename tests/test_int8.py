@@ -36,7 +36,7 @@ def normal(*shape: int) -> np.ndarray:
 def samples_of(rows: np.ndarray, weight: np.ndarray) -> Samples:
     products = [rows[:, k0:k1] @ weight[k0:k1] for k0, k1 in spans(int8_parts(len(weight)))]
     made = np.array([[product.min(), product.max()] for product in products])
-    return Samples(rows, rows.min(0), rows.max(0), made, len(rows))
+    return Samples(rows, rows.min(0), rows.max(0), made)
 
 
 @given(NUMBERS, NUMBERS, arrays(np.float32, 20, elements=NUMBERS))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.precision_study import __main__ as study
-from rwkv_npu.conversion import calibration_ids
+from rwkv_npu.conversion import calibration
 from rwkv_npu.conversion.quantise import REMEDIES
 
 
@@ -22,7 +22,7 @@ def run(checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:
 def test_a_row_for_each_remedy_in_numpy(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_ids, "TOKENS", 512)
+    monkeypatch.setattr(calibration, "TOKENS", 512)
     found = run(checkpoint, tmp_path / "o")
     rows = found["rows"]
     assert len(rows) == len(REMEDIES) + 2 and all(name.startswith("numpy: ") for name in rows)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.board import hardware
-from rwkv_npu.conversion import quantise, sensitivity
-from rwkv_npu.conversion.precision_map import resolve
+from rwkv_npu.conversion import converter, quantise, sensitivity
 from rwkv_npu.conversion.quantise import NOTES, sizes
-from rwkv_npu.conversion.sensitivity import Judge, select
+from rwkv_npu.conversion.request import resolve
+from rwkv_npu.conversion.sensitivity import KLEvaluator, select
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
@@ -91,9 +91,9 @@ def test_what_comes_before_a_projection_is_not_computed_again(
     bundle = open_bundle(out)
     source = BundleSource(bundle, fusion)
     tokens = np.random.default_rng(1).integers(1, V, 80)
-    quick = Judge(source, tokens)
+    quick = KLEvaluator(source, tokens)
     monkeypatch.setattr(sensitivity, "KEPT", 0)
-    whole = Judge(source, tokens)
+    whole = KLEvaluator(source, tokens)
     assert quick.together({}) == 0
     for name in sizes(bundle.spec):
         chosen = {name: bundle.quantised(name)}
@@ -188,8 +188,8 @@ def test_mixed_is_measured_once(
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("it was there")
 
-    monkeypatch.setattr(quantise, "calibrate", never)
-    monkeypatch.setattr(quantise, "Judge", never)
+    monkeypatch.setattr(converter, "calibrate", never)
+    monkeypatch.setattr(quantise, "KLEvaluator", never)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.rknn")}
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed", "--max-kl", "1e-4")[0] == 0
     assert manifest_of(out).int8 == manifest.int8
@@ -238,7 +238,7 @@ def test_a_bundle_has_one_choice_for_all_chips(
         options = ("--target", target, "--precision", "mixed", "--precision-map", tmp_path / "map.json")
         status, _, err = convert(capsys, checkpoint, out, ids, *options)
         assert status == 0
-    assert "the artifacts for rk3588, layer fusion, go" in err
+    assert "the artifacts for rk3588, layer fusion, rows 1, 16, go" in err
     assert {artifact.target for artifact in manifest_of(out).artifacts} == {"rk3576"}
     assert run_main(capsys, "info", out, "--check")[0] == 0 and not list(out.glob("rknn/rk3588/*"))
 
@@ -283,19 +283,19 @@ def test_another_text_makes_all_of_int8_anew(
 def test_an_interrupted_measurement_goes_on(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, measured = tmp_path / "o", Judge.alone
+    out, measured = tmp_path / "o", KLEvaluator.alone
     labels: list[str] = []
 
-    def interrupted(self: Judge, label: str, quantised: Quantised) -> float:
+    def interrupted(self: KLEvaluator, label: str, quantised: Quantised) -> float:
         labels.append(label)
         if len(labels) == 3:
             raise KeyboardInterrupt
         return measured(self, label, quantised)
 
-    monkeypatch.setattr(Judge, "alone", interrupted)
+    monkeypatch.setattr(KLEvaluator, "alone", interrupted)
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 130
     assert not out.exists()
-    monkeypatch.setattr(quantise, "calibrate", None)  # not again
+    monkeypatch.setattr(converter, "calibrate", None)  # not again
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 0
     assert len(labels) == len(sizes(manifest_of(out).spec)) + 1
 
@@ -346,7 +346,7 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
             logits[precision] = model.forward(tokens, all_logits=True)[0]
     bundle = open_bundle(out)
     source = BundleSource(bundle, precision="fp16")
-    judged = Judge(source, tokens)
+    judged = KLEvaluator(source, tokens)
     expected = judged.together({name: bundle.quantised(name) for name in sizes(bundle.spec)})
     p, q = (log_softmax(logits[precision]) for precision in ("fp16", "w8a8"))
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)

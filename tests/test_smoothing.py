@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def samples_of(rows: np.ndarray) -> Samples:
-    return Samples(rows, rows.min(0), rows.max(0), np.zeros((1, 2)), len(rows))
+    return Samples(rows, rows.min(0), rows.max(0), np.zeros((1, 2)))
 
 
 def normal(*shape: int) -> np.ndarray:

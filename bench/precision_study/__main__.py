@@ -16,22 +16,27 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from tqdm import tqdm
 
 import rwkv_npu
 from bench.saving import save
-from rwkv_npu.conversion.calibration_ids import default_ids
+from rwkv_npu.backends import rknn_sim
+from rwkv_npu.backends.rknn_graph import BundleModel, CompilerGraph, compiler_graph
+from rwkv_npu.cli.common import log_to_stderr
+from rwkv_npu.conversion.calibration import default_ids
 from rwkv_npu.conversion.quantise import MAX_KL
 from rwkv_npu.evaluation import count_bytes, evaluate
 from rwkv_npu.formats.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.model import Model
+from rwkv_npu.quant.npu import Ranges
 from rwkv_npu.runtime.loading import Options, open_engine
 from rwkv_npu.runtime.placement import Plan
 from rwkv_npu.runtime.selftest import passes
@@ -53,17 +58,18 @@ BUNDLES = [
 ]
 
 
-class ByTheCompiler(BundleSource):
-    """A bundle's fp16 graphs, quantised by the compiler alone: every tensor in them has one range of int8."""
+def by_the_compiler(ids: np.ndarray, bundle: Bundle) -> Callable[..., CompilerGraph]:
+    """In place of `compiler_graph`: the fp16 graphs of a bundle, quantised by the compiler alone. Every tensor in them
+    has one range of int8."""
+    chunks = np.split(ids[: STEPS * ROWS], range(ROWS, STEPS * ROWS, ROWS))
+    steps = list(passes(BundleSource(bundle), chunks))
 
-    def __init__(self, bundle: Bundle, ids: np.ndarray):
-        super().__init__(bundle, precision="fp16")
-        chunks = np.split(ids[: STEPS * ROWS], range(ROWS, STEPS * ROWS, ROWS))
-        self._steps = list(passes(BundleSource(bundle), chunks))
+    def graph(source: BundleModel, artifact: Artifact, parameters: Mapping[str, Ranges]) -> CompilerGraph:
+        rows = [step[artifact.group].inputs for step in steps]
+        options = CompileOptions(artifact.target, "w8a8", calibration=rows)
+        return replace(compiler_graph(source, artifact, parameters), options=options)
 
-    def compile_options(self, artifact: Artifact) -> CompileOptions:
-        rows = [step[artifact.group].inputs for step in self._steps]
-        return CompileOptions(artifact.target, "w8a8", calibration=rows)
+    return graph
 
 
 class Study:
@@ -129,9 +135,11 @@ class Study:
         if name in self.result["rows"]:
             return
         bundle = open_bundle(self._convert(folder, "fp16", True))
-        ids = default_ids(self._reference.tokenizer, BundleSource(bundle), say, at_least=ROWS)
-        source = ByTheCompiler(bundle, ids)
-        self.measure(name, lambda: Model(open_engine(source, Plan("rknn-sim"), Options()), None, source), 1.0)
+        source = BundleSource(bundle, precision="fp16")
+        graph = by_the_compiler(default_ids(self._reference.tokenizer, source), bundle)
+        with mock.patch.object(rknn_sim, "compiler_graph", graph):
+            engine = open_engine(source, Plan("rknn-sim"), Options())
+        self.measure(name, lambda: Model(engine, None, source), 1.0)
 
     def _convert(
         self, folder: Path, precision: str, simulate: bool, remedies: str = "all", max_kl: float = MAX_KL
@@ -145,7 +153,6 @@ class Study:
             max_kl=max_kl,
             rows=ROWS,
             cpu="fp16",
-            say=say,
         )
 
 
@@ -153,10 +160,6 @@ def _table_of(bundle: Path) -> dict[str, Any]:
     manifest = open_bundle(bundle).manifest
     sensitivity = [asdict(row) for row in manifest.sensitivity]
     return {**asdict(manifest.int8["mixed"]), "sensitivity": sensitivity}
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--simulate", action="store_true", help="Rockchip's simulator as well")
     arguments = parser.parse_args(argv)
     study = Study(arguments, f"python -m bench.precision_study {shlex.join(argv)}")
-    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder, log_to_stderr():
         study.bundles(Path(folder), arguments.simulate)
         if arguments.simulate:
             study.by_the_compiler(Path(folder))

@@ -15,25 +15,20 @@ from typing import Protocol
 import numpy as np
 
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.backends.rknn_graph import BundleModel, compiler_graph, int8_parameters
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Group
 from rwkv_npu.progress import progress
-from rwkv_npu.toolkit import CompileOptions, Job, Simulator, available_memory, require
+from rwkv_npu.toolkit import Job, Simulator, available_memory, require
 
 SHARE = 0.8  # of the memory that is there, for all simulators together
 
 
-class CompiledSource(Source, Protocol):
+class CompiledSource(BundleModel, Source, Protocol):
     """A model with artifacts."""
 
     def artifacts(self) -> list[Artifact]: ...
-
-    def compile_options(self, artifact: Artifact) -> CompileOptions: ...
-
-    def compiler_onnx(self, artifact: Artifact) -> bytes: ...
-
-    def compiler_bytes(self, artifact: Artifact) -> int: ...
 
 
 class SimulatorRunner:
@@ -60,23 +55,28 @@ class RknnSimBackend:
         chosen = artifacts[0].target, artifacts[0].precision
         if len({a.target for a in artifacts}) > 1:
             warnings.warn(f"simulating the artifacts for {chosen[0]}, of several targets", stacklevel=3)
-        self._artifacts = {(a.group, a.rows): a for a in artifacts if (a.target, a.precision) == chosen}
-        self._source, self._environment = source, require()
+        parameters = int8_parameters(source.bundle, chosen[1])
+        self._graphs = {
+            (a.group, a.rows): compiler_graph(source, a, parameters)
+            for a in artifacts
+            if (a.target, a.precision) == chosen
+        }
+        self._environment = require()
         self._simulators: dict[tuple[str, int], Simulator] = {}
-        _check_memory([source.compiler_bytes(artifact) for artifact in self._artifacts.values()])
-        self._bar = progress("build simulators", "graph", total=len(self._artifacts))
+        _check_memory([graph.weight_bytes for graph in self._graphs.values()])
+        self._bar = progress("build simulators", "graph", total=len(self._graphs))
 
     def row_counts(self, group: Group) -> tuple[int, ...]:
-        return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
+        return tuple(sorted(rows for name, rows in self._graphs if name == group.name))
 
     def open(self, group: Group, rows: int, batch: int = 1) -> SimulatorRunner:
         key = group.name, rows
-        if batch != 1 or key not in self._artifacts:
+        if batch != 1 or key not in self._graphs:
             raise BackendError(f"there is no artifact of {group.name} for {rows} rows and {batch} sequences")
         if key not in self._simulators:
-            self._simulators[key] = self._build(group, self._artifacts[key])
+            self._simulators[key] = self._build(group, rows)
             self._bar.update()
-            if len(self._simulators) == len(self._artifacts):
+            if len(self._simulators) == len(self._graphs):
                 self._bar.close()
         return SimulatorRunner(self._simulators[key], group, rows)
 
@@ -85,13 +85,13 @@ class RknnSimBackend:
         while self._simulators:
             self._simulators.popitem()[1].close()
 
-    def _build(self, group: Group, artifact: Artifact) -> Simulator:
-        self._bar.set_postfix_str(f"{group.name} m{artifact.rows}", refresh=False)
-        options = self._source.compile_options(artifact)
+    def _build(self, group: Group, rows: int) -> Simulator:
+        self._bar.set_postfix_str(f"{group.name} m{rows}", refresh=False)
+        graph = self._graphs[group.name, rows]
         with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
             path = Path(folder) / f"{group.name}.onnx"
-            path.write_bytes(self._source.compiler_onnx(artifact))
-            return Simulator(self._environment, path, options)
+            path.write_bytes(graph.onnx())
+            return Simulator(self._environment, path, graph.options)
 
 
 def _check_memory(weights: list[int]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +105,25 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
         if cores:
             print(f"threads: {cores}", file=sys.stderr)
     return model
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the package logs, a line for each stage of long work."""
+    logger, handler = logging.getLogger("rwkv_npu"), _Stderr()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def size(count: float) -> str:

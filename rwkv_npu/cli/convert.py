@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
-from rwkv_npu.cli.common import add_layout_flag
+from rwkv_npu.cli.common import add_layout_flag, log_to_stderr
 from rwkv_npu.errors import UsageError
 
 
@@ -33,7 +34,8 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
-    p.add_argument("--cpu", default="int8", help="of the CPU's weights: int8 (default), int4, fp16 or fp32")
+    cpu = "of the CPU's weights: int8, int4, fp16 or fp32 (default: the bundle's, int8 for a new one)"
+    p.add_argument("--cpu", help=cpu)
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
@@ -43,7 +45,7 @@ def add(commands: Any) -> None:
     add_layout_flag(p)
     texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
-    p.add_argument("--force", action="store_true", help="replace whatever is at the output")
+    p.add_argument("--force", action="store_true", help="replace the bundle at the output")
     dry = "say what it would make in each precision: sizes, memory, estimated speed; nothing is compiled or written"
     p.add_argument("--dry-run", action="store_true", help=dry)
     p.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
@@ -51,40 +53,42 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.dry_run:
-        from rwkv_npu.cli import dry_run
-
-        return dry_run.run(arguments)
-    if arguments.json:
-        raise UsageError("--json is for --dry-run")
     from rwkv_npu.cli.info import summary
-    from rwkv_npu.conversion.converter import convert
+    from rwkv_npu.conversion import converter
+    from rwkv_npu.conversion.request import Request, parse_rows
     from rwkv_npu.formats.bundle import open_bundle
 
-    try:
-        path = convert(
-            arguments.checkpoint,
-            arguments.out,
-            target=arguments.target,
-            precision=arguments.precision,
-            fusion=arguments.fusion,
-            rows=arguments.rows,
-            cpu=arguments.cpu,
-            force=arguments.force,
-            jobs=arguments.jobs,
-            verify=arguments.verify,
-            tokenizer=arguments.tokenizer,
-            toolkit=arguments.toolkit,
-            layout=arguments.layout,
-            calibrate=arguments.calibrate,
-            precision_map=arguments.precision_map,
-            max_kl=arguments.max_kl,
-            remedies=arguments.remedies,
-            say=lambda line: print(line, file=sys.stderr),
-        )
-    except KeyboardInterrupt:
-        print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    if arguments.json and not arguments.dry_run:
+        raise UsageError("--json is for --dry-run")
+    request = Request(
+        checkpoint=Path(arguments.checkpoint),
+        out=None if arguments.out is None else Path(arguments.out),
+        target=arguments.target,
+        precision=arguments.precision,
+        fusion=arguments.fusion,
+        rows=parse_rows(arguments.rows),
+        cpu=arguments.cpu,
+        force=arguments.force,
+        jobs=arguments.jobs,
+        verify=arguments.verify,
+        tokenizer=arguments.tokenizer,
+        toolkit=arguments.toolkit,
+        layout=arguments.layout,
+        calibrate=tuple(arguments.calibrate),
+        precision_map=arguments.precision_map,
+        max_kl=arguments.max_kl,
+        remedies=arguments.remedies,
+    )
+    with log_to_stderr():
+        if arguments.dry_run:
+            from rwkv_npu.cli import dry_run
+
+            return dry_run.run(request, arguments.json)
+        try:
+            path = converter.run(request)
+        except KeyboardInterrupt:
+            print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
+            return 130
     print(path)
     print(summary(open_bundle(path)), file=sys.stderr)
     return 0

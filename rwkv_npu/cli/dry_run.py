@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
 
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS
 from rwkv_npu.cli.common import size
+from rwkv_npu.conversion.converter import prepare
 from rwkv_npu.conversion.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
-from rwkv_npu.conversion.request import Request, mapped_projections, parse_rows
-from rwkv_npu.conversion.workspace import bundle_place
-from rwkv_npu.formats.bundle import Manifest, is_bundle, read_manifest
-from rwkv_npu.formats.checkpoint import Checkpoint, open_checkpoint
+from rwkv_npu.conversion.request import Request
 from rwkv_npu.runtime.estimate import CALL_OVERHEAD_US, Rate
 
 WIDTH, COLUMN = 80, 12  # characters of a line, and of a figure in it
 
 
-def run(arguments: argparse.Namespace) -> int:
-    request = Request(
-        target=arguments.target,
-        precision=arguments.precision,
-        fusion=arguments.fusion,
-        rows=parse_rows(arguments.rows),
-        cpu=arguments.cpu,
-        jobs=arguments.jobs,
-        verify=arguments.verify,
-        force=arguments.force,
-        max_kl=arguments.max_kl,
-        remedies=arguments.remedies,
-    )
-    checkpoint = open_checkpoint(arguments.checkpoint, arguments.layout)
-    there = _bundle_there(arguments, checkpoint)
-    # What `mixed` has in int8: what a map says, or the bundle; None where neither is there.
-    chosen: Collection[str] | None = mapped_projections(arguments.precision_map, request, checkpoint.spec)
+def run(request: Request, as_json: bool) -> int:
+    """Print what `request` would make. Raises RwkvNpuError where a conversion would, but for memory, which is in the
+    table, and for the compiler, which a dry run does without."""
+    prepared = prepare(request)
+    there = prepared.manifest if prepared.adding else None
+    # The projections of `mixed` in int8: a map's, or the bundle's; None where there is neither.
+    chosen: Collection[str] | None = prepared.mapped
     if chosen is None and there and "mixed" in there.int8:
         chosen = there.int8["mixed"].projections
-    found = forecast(checkpoint, request, chosen, there.artifacts if there else ())
-    print(json.dumps(found.to_json(), indent=1) if arguments.json else table(found))
+    found = forecast(prepared.checkpoint, prepared.request, chosen, there.artifacts if there else ())
+    print(json.dumps(found.to_json(), indent=1) if as_json else table(found))
     return 0
-
-
-def _bundle_there(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Manifest | None:
-    """Of the bundle that would be added to, None where there is none."""
-    place = bundle_place(Path(arguments.checkpoint), arguments.out)
-    if arguments.force or not is_bundle(place):
-        return None
-    manifest = read_manifest(place)
-    return manifest if manifest.fingerprint == checkpoint.fingerprint else None
 
 
 def table(found: Forecast) -> str:

@@ -1,29 +1,35 @@
-"""The `.rknn` files of a bundle: which of them there have to be, and having them compiled."""
+"""The compile step: the artifacts that a request needs, and their compilation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from rwkv_npu.backends.base import Recorded, relative_error
 from rwkv_npu.backends.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.backends.ort import OrtBackend
+from rwkv_npu.backends.rknn_graph import CompilerGraph, compiler_graph, int8_parameters
 from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest, artifact_file, graph_file
+from rwkv_npu.formats.bundle import Artifact, Bundle, Manifest, artifact_file, graph_file
 from rwkv_npu.formats.files import write_atomically
-from rwkv_npu.graphs.trace import matrices, trace_group
+from rwkv_npu.graphs.trace import Trace, matrices, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.progress import Progress, progress
+from rwkv_npu.quant.npu import Ranges
 from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
 VERIFY_ROWS = 16
-BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # what `--rows auto` chooses between
+BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # the choices of `--rows auto`
+
+
+# -- the plan --------------------------------------------------------------------------------------------
 
 
 def plan_artifacts(
@@ -34,21 +40,26 @@ def plan_artifacts(
     rows: Sequence[int] | None,
     int8: Collection[str] = (),
 ) -> list[Artifact]:
-    """What there has to be for `target`; `rows` None is `--rows auto`, and what the bundle has already counts. `int8`
-    names the projections of which an element takes one byte.
+    """The artifacts that `target` needs; `rows` None is `--rows auto`. `int8` names the projections in int8.
 
-    auto: decode and prefill have artifacts of their own where the NPU's memory holds the weights twice, else one
-    artifact serves both. Raises UsageError, with the arithmetic, where not even that fits.
+    Artifacts of the same kind that the manifest has count for the memory of the NPU. auto: decode and prefill have
+    artifacts of their own where that memory holds the weights twice, else one artifact serves both. Raises UsageError,
+    with the arithmetic, where not even that fits.
     """
-    traces = {group.name: trace_group(program, group) for group in program.groups}
-    chosen = {name: [one for one in trace.projections if one in int8] for name, trace in traces.items()}
+    traces: dict[str, Trace] = {group.name: trace_group(program, group) for group in program.groups}
 
     def weigh(group: Group) -> int:
-        found = matrices(traces[group.name], program.spec)
-        return sum(matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16) for one in found)
+        return sum(
+            matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16)
+            for one in matrices(traces[group.name], program.spec)
+        )
 
     for artifacts, memory in candidates(manifest, program, target, precision, rows, weigh):
         if memory.fits:
+            chosen = {
+                name: [label for label in trace.projections if label in int8]
+                for name, trace in traces.items()
+            }
             return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
@@ -74,8 +85,8 @@ def candidates(
     rows: Sequence[int] | None,
     weigh: Callable[[Group], int],
 ) -> Iterator[tuple[list[Artifact], MemoryPlan]]:
-    """Sets of artifacts, the best first, each with what it and those of its kind that are there take of the NPU's
-    memory. `weigh` gives the bytes of a group's weights."""
+    """Sets of artifacts, the best first, each with its memory plan: artifacts of its kind that the manifest has count
+    too. `weigh` gives the bytes of a group's weights."""
     sizes = {group.name: weigh(group) for group in program.groups}
     for counts in [rows] if rows else [BOTH_ROWS, ONE_ROWS]:
         artifacts = [
@@ -96,34 +107,100 @@ def candidates(
 
 
 def beside(manifest: Manifest, artifacts: Collection[Artifact]) -> list[Artifact]:
-    """What a bundle has already of the kinds of `artifacts`, and keeps beside them."""
+    """The artifacts of the same target, precision and fusion that a bundle keeps beside `artifacts`."""
     kinds = {(a.target, a.precision, a.fusion) for a in artifacts}
-    paths = {artifact.path for artifact in artifacts}
-    there = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) in kinds]
-    return [artifact for artifact in there if artifact.path not in paths]
+    slots = set(map(slot, artifacts))
+    alike = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) in kinds]
+    return [artifact for artifact in alike if slot(artifact) not in slots]
+
+
+def slot(artifact: Artifact) -> tuple[str, str, str, str, int]:
+    """A bundle has one artifact for each of these."""
+    return artifact.target, artifact.precision, artifact.fusion, artifact.group, artifact.rows
 
 
 def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
-    """Those of the groups that are built for several, the head's one apart."""
+    """Row counts of all groups but the head, which has one of its own."""
     return sorted({artifact.rows for artifact in artifacts if artifact.group != "head"})
 
 
 def _identity(key: str, names: Sequence[str]) -> str:
-    """Of what is in int8, and of what its ranges follow from."""
+    """A digest of the projections of an artifact that are in int8, and of the key of their parameters."""
     return hashlib.blake2b(json.dumps([key, *names]).encode(), digest_size=8).hexdigest() if names else ""
+
+
+# -- compiling -------------------------------------------------------------------------------------------
+
+
+def is_current(artifact: Artifact, planned: Artifact, environment: Environment, verify: bool) -> bool:
+    """Whether an artifact need not be built again: of this int8 and compiler, and verified if that is asked."""
+    verified = artifact.error is not None or not verify
+    return artifact.int8 == planned.int8 and artifact.toolkit == environment.version and verified
+
+
+def build_artifacts(
+    source: BundleSource,
+    planned: Sequence[Artifact],
+    environment: Environment,
+    *,
+    jobs: int | None = None,
+    verify: bool = False,
+) -> list[Artifact]:
+    """Compile those of `planned` that are not in the bundle's manifest, and return them with what was found out.
+
+    Builds run in child processes, `jobs` at a time or as many as memory and cores allow. With `verify` each is run
+    in Rockchip's simulator right after it was built, since a loaded `.rknn` cannot be. Two precisions with the same
+    projections in int8 share a file.
+    """
+    known = {slot(artifact) for artifact in source.bundle.manifest.artifacts}
+    missing = [artifact for artifact in planned if slot(artifact) not in known]
+    finished = []
+    for artifact in missing:
+        twin = _twin(artifact, source.bundle.manifest.artifacts)
+        if twin is not None and is_current(twin, artifact, environment, verify):
+            finished.append(replace(twin, precision=artifact.precision))
+    shared = set(map(slot, finished))
+    inputs = _verify_inputs(source, missing) if verify else {}
+    groups = {group.name: group for group in source.program.groups}
+    parameters = int8_parameters(source.bundle, missing[0].precision) if missing else {}
+    builds = [
+        Build(source, groups[a.group], a, parameters, inputs.get((a.group, a.rows)))
+        for a in missing
+        if slot(a) not in shared
+    ]
+    noted = [(build, build.noted(environment)) for build in builds]
+    finished += [artifact for _, artifact in noted if artifact]
+    waiting = [build for build, artifact in noted if not artifact]
+    with progress("compile", "graph", total=len(planned), initial=len(planned) - len(waiting)) as bar:
+        finished += _run_builds(waiting, environment, jobs, bar)
+    return finished
+
+
+def _twin(artifact: Artifact, others: Iterable[Artifact]) -> Artifact | None:
+    """An artifact of another int8 precision that is the same graph. (fp16 and bf16 graphs are never shared.)"""
+    alike = (a for a in others if a.int8 == artifact.int8 and a.precision != artifact.precision)
+    return next((a for a in alike if a.int8 and _place(a) == _place(artifact)), None)
+
+
+def _place(artifact: Artifact) -> tuple[str, str, str, int]:
+    return artifact.target, artifact.fusion, artifact.group, artifact.rows
+
+
+def _verify_inputs(source: BundleSource, artifacts: Sequence[Artifact]) -> Mapping[tuple[str, int], Recorded]:
+    recorded = {rows: record(source, rows) for rows in {a.rows for a in artifacts}}
+    return {(a.group, a.rows): recorded[a.rows][a.group] for a in artifacts}
 
 
 @dataclass
 class Build:
-    """An artifact on its way: how to make its graph, and where what is known of it afterwards is kept.
-
-    The `.rknn` and a `.json` beside it survive an interruption; both together are a finished build. So notes go before
-    the compiler starts: it may replace the `.rknn`, and be killed before there are notes of the new one.
+    """An artifact on its way. Its `.rknn` and the notes beside it survive an interruption; both together are a finished
+    build. The notes go before the compiler starts: it may replace the `.rknn` and be killed.
     """
 
     source: BundleSource
     group: Group
     artifact: Artifact
+    parameters: Mapping[str, Ranges]
     verify: Recorded | None = None
 
     @property
@@ -134,28 +211,44 @@ class Build:
     def notes(self) -> Path:
         return self.out.with_name(self.out.name + ".json")
 
+    @property
+    def onnx_path(self) -> Path:
+        return self.out.with_suffix(".onnx")
+
+    @cached_property
+    def graph(self) -> CompilerGraph:
+        return compiler_graph(self.source, self.artifact, self.parameters)
+
     def noted(self, environment: Environment) -> Artifact | None:
-        """The artifact of an earlier, interrupted conversion, if it is there and as much is known as is asked."""
+        """The artifact of an interrupted conversion, if it is finished and serves."""
         try:
             artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        same = artifact.int8 == self.artifact.int8
-        good = same and self.out.exists() and _enough(artifact, environment, self.verify is not None)
-        return artifact if good else None
+        current = is_current(artifact, self.artifact, environment, self.verify is not None)
+        return artifact if current and self.out.exists() else None
 
-    @property
-    def graph(self) -> Path:
-        return self.out.with_suffix(".onnx")
+    def job(self) -> Job:
+        return Job(
+            onnx_path=self.onnx_path,
+            out_path=self.out,
+            weight_bytes=self.graph.weight_bytes,
+            options=self.graph.options,
+            verify_inputs=self.verify.inputs if self.verify else None,
+            write_graph=self.write_graph,
+        )
 
     def write_graph(self) -> None:
-        """Write the graph that the compiler reads, which makes what was noted of an earlier build untrue."""
+        """Write the graph for the compiler, and remove the notes of an earlier build."""
         self.notes.unlink(missing_ok=True)
-        self.graph.parent.mkdir(parents=True, exist_ok=True)
-        self.graph.write_bytes(self.source.compiler_onnx(self.artifact))
+        self.onnx_path.parent.mkdir(parents=True, exist_ok=True)
+        self.onnx_path.write_bytes(self.graph.onnx())
 
-    def complete(self, result: CompileResult, error: float | None) -> Artifact:
-        """Write down what the compiler and the verification said."""
+    def complete(self, result: CompileResult) -> Artifact:
+        """Note the results of the compiler and of the verification."""
+        error = None
+        if self.verify and result.verify_outputs is not None:
+            error = relative_error(result.verify_outputs, self.verify.outputs)
         artifact = replace(
             self.artifact,
             cycles=asdict(result.cycles) if result.cycles else {},
@@ -167,81 +260,20 @@ class Build:
         return artifact
 
 
-def build_artifacts(
-    source: BundleSource,
-    planned: Sequence[Artifact],
-    environment: Environment,
-    *,
-    jobs: int | None = None,
-    verify: bool = False,
-) -> None:
-    """Compile what the bundle's manifest lacks of `planned` and add it to the manifest.
-
-    Builds run in child processes, `jobs` at a time or as many as memory and cores allow. With `verify` each is run
-    in Rockchip's simulator right after it was built, since a loaded `.rknn` cannot be. An artifact of another
-    version of the compiler than `environment`'s is built again.
-    """
-    bundle, manifest = source.bundle, source.bundle.manifest
-    wanted = {artifact.path: artifact.int8 for artifact in planned}
-    stale = {
-        a.path
-        for a in manifest.artifacts
-        if a.path in wanted and not (a.int8 == wanted[a.path] and _enough(a, environment, verify))
-    }
-    if stale:  # they leave the manifest before they are replaced, in case of a kill
-        manifest.artifacts = [a for a in manifest.artifacts if a.path not in stale]
-        manifest.files = {name: record for name, record in manifest.files.items() if name not in stale}
-        write_atomically(bundle.path / MANIFEST, manifest.to_json().encode())
-    there = {artifact.path for artifact in manifest.artifacts}
-    builds = _builds(source, [a for a in planned if a.path not in there], verify)
-    finished = [(build, build.noted(environment)) for build in builds]
-    manifest.artifacts += [artifact for _, artifact in finished if artifact]
-    waiting = [build for build, artifact in finished if not artifact]
-    total = len(planned)
-    with progress("compile", "graph", total=total, initial=total - len(waiting)) as bar:
-        manifest.artifacts += _run_builds(waiting, environment, jobs, bar)
-
-
-def _enough(artifact: Artifact, environment: Environment, verify: bool) -> bool:
-    """Whether an artifact need not be built again: of this compiler, and verified if that is asked."""
-    return artifact.toolkit == environment.version and (artifact.error is not None or not verify)
-
-
-def _builds(source: BundleSource, artifacts: Sequence[Artifact], verify: bool) -> list[Build]:
-    groups = {group.name: group for group in source.program.groups}
-    recorded = {rows: record(source, rows) for rows in {a.rows for a in artifacts}} if verify else {}
-    return [
-        Build(source, groups[a.group], a, recorded[a.rows][a.group] if verify else None) for a in artifacts
-    ]
-
-
 def _run_builds(
     builds: Sequence[Build], environment: Environment, jobs: int | None, bar: Progress
 ) -> Iterator[Artifact]:
     by_path = {build.out: build for build in builds}
-    queue = [
-        Job(
-            onnx_path=build.graph,
-            out_path=build.out,
-            weight_bytes=build.source.compiler_bytes(build.artifact),
-            options=build.source.compile_options(build.artifact),
-            verify_inputs=build.verify.inputs if build.verify else None,
-            write_graph=build.write_graph,
-        )
-        for build in builds
-    ]
-    for job, result in compile_many(environment, queue, parallel=jobs):
+    for job, result in compile_many(environment, [build.job() for build in builds], parallel=jobs):
         build = by_path[job.out_path]
-        error = None
-        if build.verify and result.verify_outputs is not None:
-            error = relative_error(result.verify_outputs, build.verify.outputs)
         bar.set_postfix_str(f"{build.group.name} m{build.artifact.rows}", refresh=False)
         bar.update()
-        yield build.complete(result, error)
+        yield build.complete(result)
 
 
-def verify_graphs(bundle: Bundle) -> None:
-    """Run the graphs of both fusions in ONNX Runtime; the errors go into the manifest, by file name."""
+def verify_graphs(bundle: Bundle) -> dict[str, float]:
+    """Run the graphs of both fusions in ONNX Runtime; returns their errors by file name (relative, rms)."""
+    errors = {}
     for fusion in FUSIONS:
         source = BundleSource(bundle, fusion, bundle.manifest.cpu)
         recorded = record(source, VERIFY_ROWS)
@@ -251,4 +283,5 @@ def verify_graphs(bundle: Bundle) -> None:
             for name, array in given.items():
                 runner.inputs[name][:] = array
             error = relative_error(runner.run(), expected)
-            bundle.manifest.graph_errors[graph_file(fusion, group.name)] = error
+            errors[graph_file(fusion, group.name)] = error
+    return errors

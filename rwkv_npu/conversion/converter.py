@@ -1,31 +1,55 @@
 """From a checkpoint to a bundle.
 
-Everything is checked before anything is written. The bundle grows in `OUT.partial/`, where each file appears
-whole: after Ctrl-C, a kill or a full disk the next conversion goes on with what is there. OUT itself appears by
-one rename. A bundle of the same weights that is there already is added to.
+Everything that can be checked quickly is checked before anything is written. The bundle grows in `OUT.partial/`, where
+each file appears whole and each finished stage is noted: after Ctrl-C, a kill or a full disk the next conversion goes
+on from there. OUT itself appears by one rename. A bundle of the same weights that is there already is added to.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import rwkv_npu
 from rwkv_npu.conversion import fp16_range
-from rwkv_npu.conversion.artifacts import build_artifacts, plan_artifacts, verify_graphs
-from rwkv_npu.conversion.calibration_ids import default_ids, read_ids
-from rwkv_npu.conversion.quantise import LEAST, MAX_KL, quantise_bundle, sizes
-from rwkv_npu.conversion.request import Request, Say, mapped_projections, parse_rows
+from rwkv_npu.conversion.artifacts import (
+    build_artifacts,
+    is_current,
+    plan_artifacts,
+    slot,
+    verify_graphs,
+)
+from rwkv_npu.conversion.calibration import KEEP, Statistics, calibrate, default_ids, read_ids
+from rwkv_npu.conversion.fp16_range import scaled_samples
+from rwkv_npu.conversion.quantise import (
+    FEW,
+    MAX_KL,
+    choose_parameters,
+    describe,
+    known_parameters,
+    parameters_key,
+    select_projections,
+    sizes,
+    split_text,
+)
+from rwkv_npu.conversion.request import Request, parse_rows, read_map
 from rwkv_npu.conversion.workspace import (
+    Notes,
     bundle_place,
     check_place,
     drop_damaged,
     existing,
+    keep_if,
     other_weights,
     stamp,
     workspace,
@@ -38,17 +62,30 @@ from rwkv_npu.conversion.writer import (
     write_tokenizer,
     write_weights,
 )
-from rwkv_npu.errors import UsageError
-from rwkv_npu.formats.bundle import MANIFEST, Artifact, Bundle, Manifest
+from rwkv_npu.formats.bundle import (
+    FORMAT,
+    INT8,
+    MANIFEST,
+    MATHS,
+    SELF_TEST,
+    Artifact,
+    Bundle,
+    Manifest,
+)
 from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
-from rwkv_npu.formats.files import remove_unlisted, write_atomically
+from rwkv_npu.formats.files import remove_unlisted, remove_within, write_atomically
 from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import default_scaling
+from rwkv_npu.models.spec import Scaling, default_scaling
+from rwkv_npu.progress import progress
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.runtime.selftest import write_self_test
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
 from rwkv_npu.text.tokenizer import Tokenizer, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
+
+STATISTICS = "calib/statistics.safetensors"  # until the bundle is finished
+
+log = logging.getLogger("rwkv_npu")
 
 
 def convert(
@@ -59,7 +96,7 @@ def convert(
     precision: str = "fp16",
     fusion: str = "layer",
     rows: str | int | Sequence[int] = "auto",
-    cpu: str = "int8",
+    cpu: str | None = None,
     force: bool = False,
     jobs: int | None = None,
     verify: bool = False,
@@ -70,168 +107,345 @@ def convert(
     max_kl: float = MAX_KL,
     remedies: str = "all",
     layout: str | None = None,
-    say: Say = lambda line: None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
 
     target: the chip whose `.rknn` files are built, or `none` for the CPU only.
     precision: of the artifacts: fp16; w8a8, every large matrix in int8 and all between them in fp16; mixed, as many of
         them in int8 as leave the KL divergence of the logits under `max_kl` nats a token; bf16, an experiment.
-    precision_map: a JSON file that says for mixed which are (precision_map.py), instead of a measurement.
+    precision_map: a JSON file that names the projections of mixed in int8 (request.py), instead of a measurement.
     rows: row counts of the artifacts, such as "1,64"; auto chooses by memory.
     cpu: precision in which the CPU multiplies: int8, int4, fp16 or fp32. Beside quantised weights there are those in
-        fp16, which the other backends read.
-    force: replace whatever is at `out`. jobs: builds at a time (None: as memory and cores allow).
+        fp16, which the other backends read. None: the precision of the bundle that is added to, int8 for a new one.
+    force: replace the bundle at `out`. jobs: builds at a time (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
     toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
-    calibrate: texts, or ids as `.json` or `.npy`, that the model reads to find the ranges of its numbers; none is the
-        text that ships with the package. What is meant for the CPU alone needs none.
-    remedies: against the error of int8: all, or for comparison none, ranges (chosen by error, not as wide as all that
-        was seen) or smoothing (of channels that stand out).
+    calibrate: texts, or ids as `.json` or `.npy`, that the model reads for fp16 range scaling and int8; none is the
+        text that ships with the package. A bundle for the CPU alone needs none.
+    remedies: against the error of int8: all, or for comparison none, ranges (calibration methods other than min-max) or
+        smoothing (SmoothQuant).
     layout: of a checkpoint that can be read in two ways, blinkdl or web-rwkv; None tells it from the tensors.
-    say: gets a line for each stage. Progress bars go to stderr when it is a terminal.
-    Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line; before
-    anything is written where the input is at fault.
+    Each stage is logged to the logger "rwkv_npu". Progress bars go to stderr when it is a terminal.
+    Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line.
     """
-    request = Request(target, precision, fusion, parse_rows(rows), cpu, jobs, verify, force, max_kl, remedies)
-    source = Path(checkpoint)
-    opened = open_checkpoint(source, layout)
-    override = None if tokenizer is None else os.fspath(tokenizer)
-    words = find_tokenizer(vocab_size=opened.spec.V, beside=source, override=override)
-    place = bundle_place(source, out)
-    check_place(place, source)
-    before = stamp(place)
-    there = existing(place, opened, request)
-    manifest = there or _new_manifest(opened, request)
-    conversion = _Conversion(request, opened, manifest, there is not None, say)
-    mapped = mapped_projections(precision_map, request, opened.spec)
-    if max_kl != MAX_KL and (precision != "mixed" or mapped is not None):
-        raise UsageError("--max-kl is for --precision mixed without a map: nothing else is chosen by it")
-    compiler = environment.require(toolkit) if request.compiles else None
-    if compiler:
-        request.check_compiler(compiler)
-    # What will be in int8 is not known yet, but by a map: whether as much as can be would fit is.
-    most = sizes(opened.spec) if request.quantises else ()
-    planned = conversion.plan(most if mapped is None else mapped)
-    least = max([LEAST if request.quantises else 1, *(artifact.rows for artifact in planned)])
-    files = [calibrate] if isinstance(calibrate, str | os.PathLike) else calibrate
-    ids = read_ids([os.fspath(file) for file in files], words, opened.spec, say, at_least=least)
-    for note in opened.notes:
-        warnings.warn(note, stacklevel=2)
-    conversion.check_values(place)
-    if request.calibrates:
-        ids = conversion.keep_in_range(ids, words, least)
-    with workspace(place, manifest, conversion.adding, before) as folder:
-        drop_damaged(folder, manifest, request, {artifact.path for artifact in planned}, say)
-        bundle = conversion.write_for_cpu(folder)
-        if tokenizer is not None or not _has_tokenizer(manifest):
-            manifest.tokenizer = write_tokenizer(folder, words)
-            manifest.files.pop(manifest.tokenizer or "", None)
-        if request.verify:
-            say("verifying the graphs in ONNX Runtime")
-            verify_graphs(bundle)
-        if request.quantises:
-            assert ids is not None, "int8 is calibrated"
-            planned = conversion.plan(conversion.quantise(bundle, ids, mapped))
-        if compiler:
-            conversion.compile(bundle, planned, compiler)
-        if request.verify:
-            say(_errors(manifest, planned))
-        _finish(bundle)
-    return place
+    texts = [calibrate] if isinstance(calibrate, str | os.PathLike) else calibrate
+    return run(
+        Request(
+            checkpoint=Path(checkpoint),
+            out=None if out is None else Path(out),
+            target=target,
+            precision=precision,
+            fusion=fusion,
+            rows=parse_rows(rows),
+            cpu=cpu,
+            force=force,
+            jobs=jobs,
+            verify=verify,
+            tokenizer=None if tokenizer is None else os.fspath(tokenizer),
+            toolkit=toolkit,
+            layout=layout,
+            calibrate=tuple(os.fspath(text) for text in texts),
+            precision_map=None if precision_map is None else os.fspath(precision_map),
+            max_kl=max_kl,
+            remedies=remedies,
+        )
+    )
 
 
-@dataclass
-class _Conversion:
-    """What its stages share. `manifest`, of the bundle that is made or added to, learns what they do."""
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked against the checkpoint, the output and the texts that it names.
+
+    request: with the CPU's precision filled in. manifest: of the bundle that is added to, or a new one. mapped: the
+    projections that a precision map puts in int8. ids: of the user's texts, (M,). stamp: the output's, when it was
+    looked at.
+    """
 
     request: Request
     checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    out: Path
+    stamp: bytes | None
     manifest: Manifest
     adding: bool
-    say: Say
+    mapped: list[str] | None
+    ids: np.ndarray | None
 
-    def plan(self, int8: Collection[str]) -> list[Artifact]:
-        """The artifacts that there have to be, with these projections in int8."""
-        request, manifest = self.request, self.manifest
-        if not request.compiles:
-            return []
-        program = Program(manifest.spec, request.fusion, manifest.scaling)
-        return plan_artifacts(manifest, program, request.target, request.precision, request.rows, int8)
 
-    def check_values(self, place: Path) -> None:
-        """Read every value once. Raises CheckpointError for one that cannot be used, BundleError for weights other than
-        those at `place`."""
-        spec, request = self.checkpoint.spec, self.request
-        self.say(f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters: checking every value")
-        digest = check_finite(self.checkpoint, fp16=request.storage == "fp16" or request.compiles)
-        if self.manifest.weights_digest not in ("", digest):
-            raise other_weights(place)
-        self.manifest.weights_digest = digest
+def prepare(request: Request) -> Prepared:
+    """Check all that can be checked quickly; nothing is written. For conversions and for dry runs. Raises
+    RwkvNpuError."""
+    checkpoint = open_checkpoint(request.checkpoint, request.layout)
+    spec = checkpoint.spec
+    tokenizer = find_tokenizer(vocab_size=spec.V, beside=request.checkpoint, override=request.tokenizer)
+    out = bundle_place(request.checkpoint, request.out)
+    check_place(out, request.checkpoint)
+    before = stamp(out)
+    found = existing(out, checkpoint, request)
+    cpu = request.cpu or (found.cpu_precisions[0] if found else request.cpu_precision)
+    request = replace(request, cpu=cpu)
+    mapped = None if request.precision_map is None else read_map(request.precision_map, spec)
+    ids = read_ids(request.calibrate, tokenizer, spec)
+    manifest = found or _new_manifest(checkpoint, request)
+    return Prepared(request, checkpoint, tokenizer, out, before, manifest, found is not None, mapped, ids)
 
-    def keep_in_range(self, ids: np.ndarray | None, words: Tokenizer | None, least: int) -> np.ndarray:
-        """Choose the scales of fp16 by what the model makes of `ids`, or of our own text, whose ids are returned."""
-        unscaled = CheckpointSource(self.checkpoint)
-        enough = fp16_range.TOKENS if ids is None else len(ids)
-        ids = ids if ids is not None else default_ids(words, unscaled, self.say, at_least=least)
-        fp16_range.keep_in_range(self.manifest, unscaled, ids[:enough], self.adding, self.say)
-        return ids
 
-    def write_for_cpu(self, folder: Path) -> Bundle:
-        """What every machine can use: weights, in the CPU's precision too, graphs, and rows for a self-test."""
-        source, manifest, cpu = CheckpointSource(self.checkpoint), self.manifest, self.request.cpu
-        write_weights(folder, source, manifest.cpu, self.say)
-        if cpu in PRECISIONS:
-            write_packed(folder, source, cpu)
-            manifest.packed = list(dict.fromkeys([*manifest.packed, cpu]))
-        manifest.cpu_default = cpu
+def run(request: Request) -> Path:
+    """Convert; as `convert`, for its `Request`."""
+    job = prepare(request)
+    request, manifest = job.request, job.manifest
+    compiler = None
+    if request.compiles:
+        compiler = environment.require(request.toolkit)
+        request.check_toolkit(compiler.version)
+    # The choice of mixed is not known yet: the smallest that it can be must fit.
+    smallest = () if not request.quantises else sizes(manifest.spec) if job.mapped is None else job.mapped
+    planned = _plan(job, smallest)
+    for note in job.checkpoint.notes:
+        warnings.warn(note, stacklevel=3)
+    key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu}"
+    with workspace(job.out, key, adding=job.adding, before=job.stamp) as (folder, notes):
+        # 1. Every value is read.
+        manifest.weights_digest = _check_values(job, notes)
+        if not job.adding:
+            keep_if(notes, folder, "weights", manifest.weights_digest, "*")
+        drop_damaged(folder, manifest, request, {artifact.path for artifact in planned})
+        # 2. Weights, in the CPU's precision too.
+        _write_weights(job, folder)
         bundle = Bundle(folder, manifest)
+        # 3. The model reads a text: for fp16 range scaling, and for int8.
+        ids, text = _read_text(job, bundle, notes) if request.calibrates else (None, None)
+        if text is not None:
+            spec, statistics = manifest.spec, text.statistics
+            if not job.adding:
+                manifest.scaling = fp16_range.choose_scaling(spec, statistics)
+            measured = fp16_range.measure_range(
+                spec, statistics, manifest.scaling, manifest.fusion, adding=job.adding
+            )
+            manifest.headroom = {**measured, "text": text.digest}
+        if not job.adding:
+            stale = ("*.onnx", SELF_TEST, "*.rknn", "*.rknn.json")
+            keep_if(notes, folder, "graphs", str(manifest.scaling), *stale)
+        # 4. Graphs for CPUs, and golden vectors.
         write_graphs(bundle)
         write_self_test(bundle)
-        return bundle
+        if request.tokenizer is not None or not _has_tokenizer(manifest):
+            manifest.tokenizer = write_tokenizer(folder, job.tokenizer)
+            manifest.files.pop(manifest.tokenizer or "", None)
+        if request.verify:
+            log.info("verifying the graphs in ONNX Runtime")
+            manifest.graph_errors |= verify_graphs(bundle)
+        # 5. int8: parameters, and the projections that have it.
+        if request.quantises:
+            assert ids is not None, "int8 is calibrated"
+            planned = _plan(job, _quantise(job, bundle, ids, text))
+        # 6. Artifacts.
+        if compiler:
+            _compile(job, bundle, planned, compiler)
+        if request.verify:
+            log.info(_errors(manifest, planned))
+        _finish(bundle)
+    return job.out
 
-    def quantise(self, bundle: Bundle, ids: np.ndarray, mapped: Collection[str] | None) -> tuple[str, ...]:
-        """Choose what is in int8, and return it. Artifacts for other chips that have another choice go: their precision
-        is the same, and a bundle knows one choice for each."""
-        request, manifest, say = self.request, self.manifest, self.say
-        before = manifest.int8.get(request.precision)
-        how = request.precision, request.max_kl, mapped, request.remedies
-        chosen = quantise_bundle(bundle, ids, *how, say)
-        if before is not None and before.projections != chosen:
-            ours = request.target, request.fusion
-            others = [
-                a
-                for a in manifest.artifacts
-                if a.precision == request.precision and (a.target, a.fusion) != ours
-            ]
-            for target, fusion in sorted({(a.target, a.fusion) for a in others}):
-                say(
-                    f"what {request.precision} has in int8 is another choice now: the artifacts for {target}, {fusion} "
-                    f"fusion, go; convert with --target {target} --precision {request.precision} --fusion {fusion} to "
-                    "have them again"
-                )
-            manifest.artifacts = [a for a in manifest.artifacts if a not in others]
-        return chosen
 
-    def compile(self, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> None:
-        target, precision = self.request.target, self.request.precision
-        self.say(f"{len(planned)} graphs for {target}, {precision}: compiling those not there yet")
-        source = BundleSource(bundle, self.request.fusion)
-        build_artifacts(source, planned, compiler, jobs=self.request.jobs, verify=self.request.verify)
+def _plan(job: Prepared, int8: Collection[str]) -> list[Artifact]:
+    """The artifacts that there have to be, with these projections in int8."""
+    request, manifest = job.request, job.manifest
+    if not request.compiles:
+        return []
+    program = Program(manifest.spec, request.fusion, manifest.scaling)
+    return plan_artifacts(manifest, program, request.target, request.precision, request.rows, int8)
+
+
+def _check_values(job: Prepared, notes: Notes) -> str:
+    """Read every value once, and return their digest. Raises CheckpointError for one that cannot be used, BundleError
+    for weights other than those at the output."""
+    spec, request = job.checkpoint.spec, job.request
+    fp16 = request.storage == "fp16" or request.compiles
+    follows_from = [_file_stamps(job.checkpoint.path), fp16]
+    digest = notes.get("checked", follows_from)
+    if digest is None:
+        log.info(f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters: checking every value")
+        digest = check_finite(job.checkpoint, fp16=fp16)
+        if job.manifest.weights_digest not in ("", digest):
+            raise other_weights(job.out)
+        notes.keep("checked", follows_from, digest)
+    return str(digest)
+
+
+def _file_stamps(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a checkpoint's files: the same tell that nobody has written to it."""
+    folder = path if path.is_dir() else path.parent
+    files = [path] if path.is_file() and path.suffix != ".json" else sorted(folder.iterdir())
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino] for file, stat in stats]
+
+
+def _write_weights(job: Prepared, folder: Path) -> None:
+    source, manifest, cpu = CheckpointSource(job.checkpoint), job.manifest, job.request.cpu_precision
+    write_weights(folder, source, manifest.cpu)
+    if cpu in PRECISIONS:
+        write_packed(folder, source, cpu)
+        manifest.packed = list(dict.fromkeys([*manifest.packed, cpu]))
+    manifest.cpu_default = cpu
+
+
+class _Text(NamedTuple):
+    """A text that the model has read, and the activation statistics of that, without any scaling."""
+
+    digest: str
+    statistics: Statistics
+
+
+def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray, _Text | None]:
+    """The ids of the text, and what came of reading it: None where the bundle has all that follows from it."""
+    request, manifest = job.request, job.manifest
+    source = BundleSource(bundle, "layer", manifest.cpu)
+    source.program = Program(manifest.spec, "layer", Scaling())
+    ids = job.ids
+    if ids is None:
+        sampled = notes.get("sampled", manifest.weights_digest)
+        ids = (
+            default_ids(job.tokenizer, CheckpointSource(job.checkpoint))
+            if sampled is None
+            else np.array(sampled, np.int64)
+        )
+        if job.tokenizer is None and sampled is None:
+            notes.keep("sampled", manifest.weights_digest, ids.tolist())
+    if request.quantises:
+        read, keep = split_text(ids)[0], KEEP
+    else:
+        read, keep = ids if job.ids is not None else ids[: fp16_range.TOKENS], 2
+    text = hashlib.blake2b(read.astype("<i8").tobytes(), digest_size=16).hexdigest()
+    int8_known = known_parameters(bundle, parameters_key(bundle, ids, request.remedies)) is not None
+    if manifest.headroom.get("text") == text and (int8_known or not request.quantises):
+        return ids, None
+    follows_from = [manifest.weights_digest, manifest.cpu, text, keep]
+    path = bundle.path / STATISTICS
+    if notes.get("statistics", follows_from) and path.is_file():
+        return ids, _Text(text, Statistics.load(path, len(read)))
+    log.info(f"reading {len(read)} tokens for the ranges of numbers")
+    if request.quantises and len(read) < FEW:
+        log.info(
+            f"{len(read)} tokens are few to choose ranges by: other texts will leave them, and int8 will "
+            "cost more than is measured here; thousands serve"
+        )
+    with progress("calibrate", "token", total=len(read)) as bar:
+        statistics = calibrate(source, read, keep=keep, progress=bar.update)
+    statistics.save(path)
+    notes.keep("statistics", follows_from, True)
+    return ids, _Text(text, statistics)
+
+
+def _quantise(job: Prepared, bundle: Bundle, ids: np.ndarray, text: _Text | None) -> tuple[str, ...]:
+    """Choose parameters and projections of int8, and return the projections. Artifacts of another choice go."""
+    request, manifest = job.request, job.manifest
+    key = parameters_key(bundle, ids, request.remedies)
+    before = manifest.int8.get(request.precision) if manifest.int8_key == key else None
+    table = known_parameters(bundle, key)
+    if table is None or manifest.int8_key not in ("", key):
+        _forget_int8(bundle)
+        assert text is not None, "the text was read"
+        samples_of = partial(scaled_samples, manifest.spec, text.statistics, manifest.scaling)
+        table = choose_parameters(bundle, samples_of, request.remedies, key)
+    mapped = job.mapped if request.precision == "mixed" else list(sizes(manifest.spec))
+    max_kl = request.max_kl if mapped is None else None
+    same = mapped is None or before is not None and set(before.projections) == set(mapped)
+    chosen = before if before is not None and before.max_kl == max_kl and same else None
+    if chosen is None:
+        chosen, table = select_projections(bundle, split_text(ids)[1], table, key, mapped, max_kl)
+    manifest.int8_key, manifest.sensitivity = key, table
+    replaced = manifest.int8.get(request.precision)
+    manifest.int8[request.precision] = chosen
+    log.info("\n".join(describe(request.precision, chosen, table)))
+    if replaced is not None and replaced.projections != chosen.projections:
+        _drop_other_choice(job, chosen.projections)
+    return chosen.projections
+
+
+def _forget_int8(bundle: Bundle) -> None:
+    """Remove all that follows from other parameters: first from the manifest, in case of a kill."""
+    manifest = bundle.manifest
+    if lost := sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts if a.int8}):
+        log.info(
+            "artifacts in int8 of other ranges go: convert again to have "
+            + ", ".join(f"--target {t} --precision {p} --fusion {f}" for t, p, f in lost)
+        )
+    gone = {INT8, *manifest.forget_int8()}
+    _drop_files(bundle, gone)
+    for name in gone:
+        with contextlib.suppress(FileNotFoundError):  # its folder
+            remove_within(bundle.path, name)
+
+
+def _drop_files(bundle: Bundle, names: Collection[str]) -> None:
+    """Remove files from the manifest, and from the one on the disk too, before they are replaced or removed."""
+    manifest, path = bundle.manifest, bundle.path / MANIFEST
+    manifest.files = {name: record for name, record in manifest.files.items() if name not in names}
+    if path.exists():
+        write_atomically(path, manifest.to_json().encode())
+
+
+def _drop_other_choice(job: Prepared, int8: Collection[str]) -> None:
+    """Remove the artifacts of this precision that have other projections in int8, whatever their target, fusion and
+    rows: a bundle has one choice for each precision."""
+    manifest, precision, everything = job.manifest, job.request.precision, job.manifest.artifacts
+    manifest.artifacts = [a for a in everything if a.precision != precision]
+    planned = {slot(a): a.int8 for a in _plan(job, int8)}
+    manifest.artifacts = [a for a in everything if a.precision != precision or planned.get(slot(a)) == a.int8]
+    gone = [a for a in everything if a.precision == precision and slot(a) not in planned]
+    for target, fusion in sorted({(a.target, a.fusion) for a in gone}):
+        rows = sorted({a.rows for a in gone if (a.target, a.fusion) == (target, fusion)})
+        log.info(
+            f"{precision} has other projections in int8 now: the artifacts for {target}, {fusion} fusion, rows "
+            f"{', '.join(map(str, rows))}, go; convert with --target {target} --precision {precision} "
+            f"--fusion {fusion} to have them again"
+        )
+
+
+def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> None:
+    request, manifest = job.request, job.manifest
+    log.info(
+        f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those not there yet"
+    )
+    wanted = {slot(artifact): artifact for artifact in planned}
+
+    def stale(artifact: Artifact) -> bool:
+        target = wanted.get(slot(artifact))
+        return target is not None and not is_current(artifact, target, compiler, request.verify)
+
+    paths = {artifact.path for artifact in manifest.artifacts if stale(artifact)}
+    twins = [a for a in manifest.artifacts if a.path in paths and slot(a) not in wanted]
+    if paths:
+        # A file that two precisions share stays one.
+        at = {slot(artifact): artifact.path for artifact in manifest.artifacts}
+        planned = [replace(artifact, path=at.get(slot(artifact), artifact.path)) for artifact in planned]
+        manifest.artifacts = [a for a in manifest.artifacts if a.path not in paths]
+        _drop_files(bundle, paths)
+    source = BundleSource(bundle, request.fusion)
+    built = build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
+    by_path = {artifact.path: artifact for artifact in built}
+    shared = [replace(by_path[a.path], precision=a.precision) for a in twins if a.path in by_path]
+    manifest.artifacts += [*built, *shared]
+    if manifest.npu_default not in {artifact.precision for artifact in manifest.artifacts}:
+        manifest.npu_default = manifest.artifacts[0].precision
 
 
 def _finish(bundle: Bundle) -> None:
-    """The manifest last: with it, what was noted on the way is no longer needed, nor what another conversion left that
-    was interrupted."""
+    """Write the manifest, and then remove the notes of the stages and the leavings of interrupted conversions."""
     record_files(bundle.path, bundle.manifest)
     write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
     remove_unlisted(bundle.path, ("rknn", "cpu", "calib", "graphs"), bundle.manifest.files)
+    calib = bundle.path / "calib"
+    if calib.is_dir() and not any(calib.iterdir()):
+        calib.rmdir()
 
 
 def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
-    """What the verification found, a line a graph and artifact: the worst output's relative error."""
-    paths = {artifact.path for artifact in planned}
-    errors = {**manifest.graph_errors, **{a.path: a.error for a in manifest.artifacts if a.path in paths}}
+    """The results of the verification, a line a graph and artifact: the worst output's relative error."""
+    slots = set(map(slot, planned))
+    artifacts = {a.path: a.error for a in manifest.artifacts if slot(a) in slots}
+    errors = {**manifest.graph_errors, **artifacts}
     return "\n".join(f"  error {error:.1e}  {name}" for name, error in errors.items() if error is not None)
 
 

@@ -188,7 +188,7 @@ def _variant(
         memory=memory,
         left=left,
         left_bytes=sum(weigh(groups[name]) for name in left),
-        ms=_ms(graphs, kept, [groups[name] for name in left], request.cpu),
+        ms=_ms(graphs, kept, [groups[name] for name in left], request.cpu_precision),
         # RKNNLite keeps what it has read of a file beside what it has given to the NPU.
         board_bytes=held + sum(files[artifact.path] for artifact in kept),
     )
@@ -273,9 +273,9 @@ def _bundle_parts(checkpoint: Checkpoint, request: Request, graphs: Sequence[Gra
         "embedding and vectors": sum(width(tensor) * prod(tensor.shape) for tensor in others),
         f"weights in {request.storage}": sum(size * prod(tensor.shape) for tensor in projections),
     }
-    if request.cpu in PACKED:
-        packed = [packed_bytes(tensor, bits_of(request.cpu, tensor)) for tensor in projections]
-        parts[f"weights in {request.cpu}"] = sum(packed)
+    if request.cpu_precision in PACKED:
+        packed = [packed_bytes(tensor, bits_of(request.cpu_precision, tensor)) for tensor in projections]
+        parts[f"weights in {request.cpu_precision}"] = sum(packed)
     shapes = {tensor.name: tensor.used_shape for tensor in present}
     small = [_small_bytes(fusion, group, shapes) for fusion in graphs for group in fusion.program.groups]
     return {**parts, "graphs and self-test": sum(small)}

@@ -1,62 +1,40 @@
-"""Scales that keep an fp16 graph in range, chosen by what the model makes of a text.
+"""fp16 range scaling: powers of two that keep an fp16 graph in range, chosen by activation statistics.
 
-Of what a graph computes, two things grow without a norm to hold them: the residual, which v4 to v6 let grow with depth,
-and the square in the channel mix. Both can be scaled by powers of two, which changes no bit but of numbers near fp16's
-smallest. The chip overflows silently, so that nothing seen may come near: no intermediate passes LIMIT.
+Two intermediates of a graph grow without a norm to hold them: the residual, which v4 to v6 let grow with depth, and the
+square in the channel mix. Both are scaled by powers of two, which changes no bit except of numbers near fp16's
+smallest. The chip overflows silently: so no intermediate of the statistics passes LIMIT.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
 from math import ceil, log2
+from typing import Any
 
 import numpy as np
 
-from rwkv_npu.conversion.calibration import Calibration, calibrate
-from rwkv_npu.formats.bundle import Manifest
+from rwkv_npu.conversion.calibration import Statistics
 from rwkv_npu.models.spec import Scaling, Spec
-from rwkv_npu.progress import progress
-from rwkv_npu.runtime.weights import ModelSource
+from rwkv_npu.quant.ranges import Samples
 
 LARGEST = 65504.0  # of fp16
-LIMIT = LARGEST / 8  # what was seen leaves three bits to texts that were not
+LIMIT = LARGEST / 8  # three bits are left to texts that were not read
 
-# Tokens that suffice of our own text: extremes show early, and in fp16 there is nothing else to wait for.
+# Tokens of our own text that suffice for fp16: extremes show early.
 TOKENS = 2048
 
 _ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale
 _TWICE = ("square", "ffn.value.weight", "ffn.value.weight.in")  # by its square
 _RESIDUAL = ("ln1", "ln2", "att.output.weight", "att.output.weight.in")  # multiplied by the residual's scale
 
-
-def keep_in_range(
-    manifest: Manifest, source: ModelSource, ids: np.ndarray, adding: bool, say: Callable[[str], None]
-) -> None:
-    """Choose the manifest's scales by what the model, without any, makes of `ids`.
-
-    A bundle that is added to keeps those that its graphs have; `say` is told of what passes LIMIT under them.
-    """
-    say(f"reading {len(ids)} tokens to keep fp16 in range")
-    with progress("calibrate", "token", total=len(ids)) as bar:
-        seen = calibrate(source, ids, keep=2, progress=bar.update)
-    if not adding:
-        manifest.scaling = choose_scaling(source.spec, seen)
-    found = magnitudes(source.spec, seen, manifest.scaling)
-    name, largest = max(found.items(), key=lambda item: item[1])
-    manifest.headroom = {"tokens": seen.tokens, "largest": largest, "at": name}
-    if loud := too_large(found):
-        less = ": --fusion projection has less of it on the NPU" if manifest.fusion == "layer" else ""
-        advice = ": --force scales it anew" if adding else less
-        say(
-            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
-        )
+log = logging.getLogger("rwkv_npu")
 
 
-def choose_scaling(spec: Spec, seen: Calibration) -> Scaling:
-    """The scales nearest to 1 under which nothing of `seen` that they can change passes LIMIT.
+def choose_scaling(spec: Spec, seen: Statistics) -> Scaling:
+    """The scales nearest to 1 under which nothing that they can change passes LIMIT.
 
-    `seen` is a calibration in layer fusion, without any scaling.
+    seen: statistics in layer fusion, without any scaling.
     """
     found = magnitudes(spec, seen, Scaling())
     layers = []
@@ -71,10 +49,10 @@ def choose_scaling(spec: Spec, seen: Calibration) -> Scaling:
     return Scaling(layers=tuple(layers))
 
 
-def magnitudes(spec: Spec, seen: Calibration, scaling: Scaling) -> dict[str, float]:
-    """The largest magnitude of every intermediate under `scaling`, for a calibration without any.
+def magnitudes(spec: Spec, seen: Statistics, scaling: Scaling) -> dict[str, float]:
+    """The largest magnitude of every intermediate under `scaling`, from statistics without any.
 
-    NAME.in is what a projection is given, `blocks.I.out` the residual as layer I leaves it.
+    NAME.in is the input of a projection, `blocks.I.out` the residual after layer I.
     """
     found = {**seen.peaks, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
     following = [*(f"blocks.{layer}.ln1" for layer in range(1, spec.L)), "ln_out"]
@@ -82,13 +60,43 @@ def magnitudes(spec: Spec, seen: Calibration, scaling: Scaling) -> dict[str, flo
     return {name: magnitude * _factor(spec, name, scaling) for name, magnitude in found.items()}
 
 
+def measure_range(
+    spec: Spec, seen: Statistics, scaling: Scaling, fusion: str, *, adding: bool
+) -> dict[str, Any]:
+    """The largest magnitude under `scaling`, where it is, and how many tokens were read; logs what passes LIMIT.
+
+    adding: `scaling` is fixed, by the graphs of a bundle that is added to.
+    """
+    found = magnitudes(spec, seen, scaling)
+    name, largest = max(found.items(), key=lambda item: item[1])
+    if loud := too_large(found):
+        less = ": --fusion projection has less of it on the NPU" if fusion == "layer" else ""
+        advice = ": --force scales it anew" if adding else less
+        log.info(
+            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
+        )
+    return {"tokens": seen.tokens, "largest": largest, "at": name}
+
+
+def scaled_samples(spec: Spec, seen: Statistics, scaling: Scaling, label: str) -> Samples:
+    """The samples of a projection under `scaling`, from statistics without any: exact, by powers of two."""
+    samples = seen.projections[label]
+    inputs, products = (_factor(spec, name, scaling) for name in (f"{label}.in", label))
+    if inputs == products == 1:
+        return samples
+    factor = np.float32(inputs)
+    return Samples(
+        samples.rows * factor, samples.low * factor, samples.high * factor, samples.made * products
+    )
+
+
 def too_large(found: dict[str, float]) -> dict[str, float]:
-    """What passes LIMIT, by name, the largest first."""
+    """The magnitudes above LIMIT, by name, the largest first."""
     return {name: x for name, x in sorted(found.items(), key=lambda item: -item[1]) if x > LIMIT}
 
 
 def _factor(spec: Spec, name: str, scaling: Scaling) -> float:
-    """What `scaling` multiplies an intermediate by."""
+    """`scaling` multiplies the intermediate `name` by this."""
     if name in ("ln_out", "last.x"):
         return scaling.residual(spec.L - 1)
     if name == "first.x":

@@ -1,80 +1,117 @@
-"""What is asked of a conversion, and what such a request may hold."""
+"""The settings of a conversion, and precision maps.
+
+A precision map is a JSON file for `mixed`: it gives projections and groups a precision by name.
+
+    {"mid.*": "w8a8", "blocks.*.att.output.weight": "fp16", "head": "w8a8"}
+
+A pattern names projections as checkpoints do, or groups, with shell wildcards. Later patterns win; a projection that no
+pattern names stays in fp16.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Sequence
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 
-from rwkv_npu.conversion.precision_map import read_map
+from rwkv_npu.board.hardware import numbers
 from rwkv_npu.conversion.quantise import MAX_KL, REMEDIES, sizes
 from rwkv_npu.conversion.writer import STORAGE
-from rwkv_npu.errors import UsageError
-from rwkv_npu.models.spec import Spec, check_fusion
+from rwkv_npu.errors import UsageError, first_line
+from rwkv_npu.graphs.trace import trace_group
+from rwkv_npu.models.network import Program
+from rwkv_npu.models.spec import FUSIONS, Spec, check_fusion
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
-from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, Environment
-
-Say = Callable[[str], None]  # gets a line for each stage
+from rwkv_npu.toolkit import OLDEST_INT8, TARGETS
 
 NO_TARGET = "none"  # graphs for the CPU only
+NEW_BUNDLE_CPU = "int8"  # the CPU's precision in a new bundle, unless the user names one
 
-# What artifacts can be in, and where a chip has another choice. bf16 builds for the RK3588; what a board makes of it is
-# not known.
+# Precisions of artifacts, and the chips that have others. bf16 builds for the RK3588; no board has run it.
 ARTIFACT_PRECISIONS = ("fp16", *INT8_PRECISIONS)
 NPU_PRECISIONS = {"rk3588": ("fp16", "bf16", *INT8_PRECISIONS)}
+PROJECTION_PRECISIONS = ("fp16", "w8a8")  # of a projection, in a map
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a conversion. Raises UsageError for a value that does not exist."""
+    """The settings of a conversion. Fields are the arguments of `converter.convert`.
 
-    target: str
-    precision: str
-    fusion: str
-    rows: tuple[int, ...] | None  # None: auto
-    cpu: str
-    jobs: int | None
-    verify: bool
-    force: bool
+    rows None: chosen by memory. cpu None: the precision of the bundle that is added to, int8 for a new one.
+    Raises UsageError for a value that does not exist, or that says nothing beside the others.
+    """
+
+    checkpoint: Path
+    out: Path | None = None
+    target: str = "rk3588"
+    precision: str = "fp16"
+    fusion: str = "layer"
+    rows: tuple[int, ...] | None = None
+    cpu: str | None = None
+    force: bool = False
+    jobs: int | None = None
+    verify: bool = False
+    tokenizer: str | None = None
+    toolkit: str | None = None
+    layout: str | None = None
+    calibrate: tuple[str, ...] = ()
+    precision_map: str | None = None
     max_kl: float = MAX_KL
     remedies: str = "all"
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
-        known: list[tuple[str, str, Collection[str]]] = [
-            ("CPU precision", self.cpu, (*STORAGE, *PRECISIONS)),
+        known: list[tuple[str, str | None, Collection[str | None]]] = [
+            ("CPU precision", self.cpu, (None, *STORAGE, *PRECISIONS)),
             ("target", self.target, (*TARGETS, NO_TARGET)),
             ("choice of remedies", self.remedies, REMEDIES),
         ]
         for what, value, values in known:
             if value not in values:
-                raise UsageError(f"{what} {value!r} is unknown: use one of {', '.join(values)}")
-        if self.precision not in self._npu_has:
+                names = ", ".join(name for name in values if name)
+                raise UsageError(f"{what} {value!r} is unknown: use one of {names}")
+        if self.precision not in self._npu_precisions:
             raise UsageError(
-                f"{self.target} has no precision {self.precision!r}: use one of {', '.join(self._npu_has)}"
+                f"{self.target} has no precision {self.precision!r}: use one of {', '.join(self._npu_precisions)}"
             )
         if not 0 < self.max_kl < float("inf"):
             raise UsageError(f"max_kl is {self.max_kl}: it must be a number of nats above 0")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
-
-    def check_compiler(self, compiler: Environment) -> None:
-        """Raises UsageError for one that cannot build what is asked for."""
-        if self.quantises and not compiler.mixes_int8:
-            floats = [name for name in self._npu_has if name not in INT8_PRECISIONS]
+        if self.precision_map is not None and self.precision != "mixed":
             raise UsageError(
-                f"rknn-toolkit2 {compiler.version} has no precision {self.precision!r} for {self.target}: use one of "
+                f"a precision map is for --precision mixed, not for {self.precision}: it says what is in int8"
+            )
+        if self.max_kl != MAX_KL and (self.precision != "mixed" or self.precision_map is not None):
+            raise UsageError("--max-kl is for --precision mixed without a map: nothing else is chosen by it")
+        if self.toolkit is not None:
+            self.check_toolkit(self.toolkit)
+
+    def check_toolkit(self, version: str) -> None:
+        """Raises UsageError for a version of the compiler that cannot build this request."""
+        if self.compiles and self.quantises and numbers(version) < numbers(OLDEST_INT8):
+            floats = [name for name in self._npu_precisions if name not in INT8_PRECISIONS]
+            raise UsageError(
+                f"rknn-toolkit2 {version} has no precision {self.precision!r} for {self.target}: use one of "
                 f"{', '.join(floats)}, or --toolkit {OLDEST_INT8} or later"
             )
 
     @property
-    def _npu_has(self) -> tuple[str, ...]:
+    def _npu_precisions(self) -> tuple[str, ...]:
         return NPU_PRECISIONS.get(self.target, ARTIFACT_PRECISIONS)
 
     @property
+    def cpu_precision(self) -> str:
+        """Precision in which the CPU multiplies; that of a new bundle where the user names none."""
+        return self.cpu or NEW_BUNDLE_CPU
+
+    @property
     def storage(self) -> str:
-        """Precision of the weights that every backend can read; quantised ones are there beside them."""
+        """Precision of the weights that every backend reads; quantised ones lie beside them."""
         return "fp32" if self.cpu == "fp32" else "fp16"
 
     @property
@@ -87,7 +124,7 @@ class Request:
 
     @property
     def calibrates(self) -> bool:
-        """Whether a text has to be read: for the scales of fp16, or the ranges of int8."""
+        """Whether the model reads a text: for fp16 range scaling, or for int8 parameters."""
         return self.compiles or self.quantises
 
 
@@ -105,14 +142,55 @@ def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
     return tuple(counts)
 
 
-def mapped_projections(
-    precision_map: str | os.PathLike[str] | None, request: Request, spec: Spec
-) -> list[str] | None:
-    """What a map has in int8, None without one. Raises UsageError."""
-    if precision_map is None:
-        return None
-    if request.precision != "mixed":
-        raise UsageError(
-            f"a precision map is for --precision mixed, not for {request.precision}: it says what is in int8"
-        )
-    return read_map(os.fspath(precision_map), spec, sizes(spec))
+# -- precision maps --------------------------------------------------------------------------------------
+
+
+def read_map(path: str, spec: Spec) -> list[str]:
+    """Names of the projections that the precision map at `path` puts in int8. Raises UsageError."""
+    try:
+        precisions = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {first_line(error)}") from error
+    if not isinstance(precisions, dict) or not all(isinstance(value, str) for value in precisions.values()):
+        raise UsageError(f'{path} is no precision map: it takes {{"PATTERN": "w8a8" or "fp16", ...}}')
+    return resolve(precisions, spec, sizes(spec), path)
+
+
+def resolve(patterns: Mapping[str, str], spec: Spec, may_be_int8: Collection[str], where: str) -> list[str]:
+    """As `read_map`, for the content of the file `where`."""
+    members = _members(spec)
+    precision = dict.fromkeys(may_be_int8, "fp16")
+    for pattern, wanted in patterns.items():
+        if wanted not in PROJECTION_PRECISIONS:
+            raise UsageError(
+                f"{where}: {pattern!r} is to be in {wanted!r}: a projection is in {' or '.join(PROJECTION_PRECISIONS)}"
+            )
+        matched = {name for key, names in members.items() if fnmatchcase(key, pattern) for name in names}
+        if not matched:
+            raise UsageError(f"{where}: nothing is called {pattern!r}: there are {_listed(members)}")
+        if wanted == "w8a8" and not matched.intersection(precision):
+            raise UsageError(
+                f"{where}: {pattern!r} stays in fp16, low-rank projections steer the state: those that may be in w8a8 "
+                f"are {_listed(precision)}"
+            )
+        precision.update({name: wanted for name in matched if name in precision})
+    return [name for name, wanted in precision.items() if wanted == "w8a8"]
+
+
+def _members(spec: Spec) -> dict[str, set[str]]:
+    """Names of projections, by their own names and by those of the groups of both fusions."""
+    members: dict[str, set[str]] = {}
+    for fusion in FUSIONS:
+        program = Program(spec, fusion)
+        for group in program.groups:
+            names = {constant.name for constant in trace_group(program, group).projections.values()}
+            members.setdefault(group.name, set()).update(names)
+            members.update({name: {name} for name in names})
+    return members
+
+
+def _listed(names: Collection[str]) -> str:
+    """Each name once, whatever its layer."""
+    return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names}))

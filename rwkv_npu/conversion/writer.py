@@ -5,6 +5,7 @@ Every file appears whole, by a rename, so that a conversion that was interrupted
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,8 +41,10 @@ STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
 
 _CHUNK_ELEMENTS = 1 << 22
 
+log = logging.getLogger("rwkv_npu")
 
-def write_weights(folder: Path, source: CheckpointSource, cpu: str, say: Callable[[str], None]) -> None:
+
+def write_weights(folder: Path, source: CheckpointSource, cpu: str) -> None:
     """`host.safetensors` and `graphs/weights.safetensors`, unless they are there."""
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     present = [tensor for tensor in tensors(source.spec) if source.has(tensor.name)]
@@ -50,7 +53,7 @@ def write_weights(folder: Path, source: CheckpointSource, cpu: str, say: Callabl
     for name, chosen, dtype in ((WEIGHTS, projections, STORAGE[cpu]), (HOST, others, None)):
         path = folder / name
         if not path.exists():
-            say(f"writing {name}")
+            log.info(f"writing {name}")
             plans = [_plan(source, tensor, dtype) for tensor in chosen]
             replace_tensors(path, plans)
 

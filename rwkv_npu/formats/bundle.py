@@ -130,6 +130,7 @@ class Manifest:
     weights, quick to have of any checkpoint; weights_digest: of every value.
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
+    npu_default: the precision of the artifacts that run unless told otherwise; "", in older bundles, the first one's.
     int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from;
     headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
     """
@@ -150,6 +151,7 @@ class Manifest:
     graph_errors: dict[str, float] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
     cpu_default: str = ""
+    npu_default: str = ""
     int8: dict[str, Int8Set] = field(default_factory=dict)
     sensitivity: list[Sensitivity] = field(default_factory=list)
     int8_key: str = ""

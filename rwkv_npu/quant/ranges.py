@@ -42,13 +42,12 @@ STRETCHES = 8  # in which rows are fitted and held out by turns
 @dataclass
 class Samples:
     """Inputs of a projection. rows: (n, K) fp32, a uniform sample in the order of the text. low, high: (K,), of all
-    `seen` rows; made: (P, 2), lowest and highest of what each part of K (npu.int8_parts) made of them."""
+    rows of the text; made: (P, 2), lowest and highest of what each part of K (npu.int8_parts) made of them."""
 
     rows: np.ndarray
     low: np.ndarray
     high: np.ndarray
     made: np.ndarray
-    seen: int = 0
 
     @property
     def absmax(self) -> np.ndarray:

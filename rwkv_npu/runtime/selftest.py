@@ -15,11 +15,10 @@ import numpy as np
 from rwkv_npu.backends.base import Recorded
 from rwkv_npu.formats.bundle import SELF_TEST, Bundle
 from rwkv_npu.formats.safetensors import TensorPlan, replace_tensors
-from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
-from rwkv_npu.models.network import Network
 from rwkv_npu.models.spec import FUSIONS, Group, Port
+from rwkv_npu.runtime import reference
 from rwkv_npu.runtime.weights import BundleSource, ModelSource
 
 HISTORY = 16  # tokens read before, at least: the state must have a past
@@ -48,11 +47,7 @@ def passes(source: ModelSource, chunks: Iterable[np.ndarray]) -> Iterator[dict[s
         recorded[group.name] = Recorded(given, {name: array.copy() for name, array in outputs.items()})
         return outputs
 
-    network = Network(source.program, source.tensor)
-    state = new_state(source.spec, source.fingerprint, source.initial_states())
-    parts = {name: part[:, None] for name, part in state.parts.items()}
-    for chunk in chunks:
-        network.logits(run, network.hidden(run, chunk[:, None], parts)[-1:])
+    for _ in reference.read(source, run, (chunk[:, None] for chunk in chunks), last_row=True):
         yield dict(recorded)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +20,6 @@ from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.quant.cpu import Packed, unpack
 from rwkv_npu.quant.npu import Int8Maths, Quantised
-
-if TYPE_CHECKING:
-    from rwkv_npu.toolkit import CompileOptions
 
 WIDENED = 4 << 30  # bytes
 
@@ -158,7 +154,10 @@ class BundleSource(ModelSource):
         return name in self.bundle
 
     def artifacts(self) -> list[Artifact]:
-        all_ = [a for a in self.bundle.manifest.artifacts if a.fusion == self.program.fusion]
+        """Those of the bundle's default precision come first."""
+        manifest = self.bundle.manifest
+        all_ = [a for a in manifest.artifacts if a.fusion == self.program.fusion]
+        all_.sort(key=lambda artifact: artifact.precision != manifest.npu_default)
         return [a for a in all_ if self.precision in (None, a.precision)]
 
     def _run_by(self, backend: str) -> list[Artifact]:
@@ -174,46 +173,6 @@ class BundleSource(ModelSource):
 
     def memory_plan(self, artifacts: list[Artifact]) -> MemoryPlan:
         return plan_memory(self.bundle.manifest, artifacts)
-
-    def compile_options(self, artifact: Artifact) -> CompileOptions:
-        """How an artifact is compiled; the simulator has to be given the same."""
-        from rwkv_npu.graphs.trace import compiler_trace
-        from rwkv_npu.toolkit import CompileOptions
-
-        said = {"fingerprint": self.fingerprint, "group": artifact.group, "int8": artifact.int8}
-        identity = json.dumps({name: value for name, value in said.items() if value})
-        if artifact.precision not in self.bundle.manifest.int8:
-            return CompileOptions(artifact.target, artifact.precision, custom_string=identity)
-        ranges = {name: self.bundle.ranges(name) for name in self._int8_of(artifact)}
-        trace = compiler_trace(self.program, self._group(artifact), artifact.rows, ranges)
-        int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
-        return CompileOptions(artifact.target, "fp16", custom_string=identity, int8=int8)
-
-    def compiler_onnx(self, artifact: Artifact) -> bytes:
-        """The graph of an artifact as Rockchip's compiler reads it."""
-        from rwkv_npu.graphs.onnx import compiler_model
-
-        quantised = {name: self.bundle.quantised(name) for name in self._int8_of(artifact)}
-        group = self._group(artifact)
-        return compiler_model(self.program, group, artifact.rows, self.tensor, quantised).SerializeToString()
-
-    def _int8_of(self, artifact: Artifact) -> set[str]:
-        """The projections that an artifact has in int8."""
-        from rwkv_npu.graphs.trace import trace_group
-
-        chosen = self.bundle.manifest.int8.get(artifact.precision)
-        members = trace_group(self.program, self._group(artifact)).projections
-        return set(members) & set(chosen.projections if chosen else ())
-
-    def compiler_bytes(self, artifact: Artifact) -> int:
-        """Bytes of an artifact's weights in fp32, in which the compiler works whatever comes out."""
-        from rwkv_npu.graphs.trace import matrices, trace_group
-
-        trace = trace_group(self.program, self._group(artifact))
-        return sum(4 * one.k * one.n for one in matrices(trace, self.spec))
-
-    def _group(self, artifact: Artifact) -> Group:
-        return next(group for group in self.program.groups if group.name == artifact.group)
 
     def quantised(self, name: str) -> Quantised | None:
         chosen = self.bundle.manifest.int8.get(self.precision or "")

@@ -1,0 +1,70 @@
+"""The graph of an artifact with its options, as Rockchip's compiler and its simulator read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from rwkv_npu.formats.bundle import Artifact, Bundle
+from rwkv_npu.graphs.onnx import traced_model, zeros_in
+from rwkv_npu.graphs.trace import Trace, compiler_trace, matrices
+from rwkv_npu.models.network import Program
+from rwkv_npu.quant.npu import Ranges
+from rwkv_npu.toolkit import CompileOptions
+
+
+class BundleModel(Protocol):
+    """A model in a bundle."""
+
+    bundle: Bundle
+    program: Program
+
+
+@dataclass(frozen=True)
+class CompilerGraph:
+    """A graph, traced once. weight_bytes: of its weights in fp32, in which the compiler works."""
+
+    bundle: Bundle
+    trace: Trace
+    options: CompileOptions
+    weight_bytes: int
+    int8: frozenset[str]  # the projections that are in int8
+    name: str
+
+    def onnx(self) -> bytes:
+        """The graph with its weights."""
+        quantised = {name: self.bundle.quantised(name) for name in self.int8}
+        return traced_model(self.trace, self.name, self.bundle.tensor, quantised).SerializeToString()
+
+
+def compiler_graph(
+    source: BundleModel, artifact: Artifact, parameters: Mapping[str, Ranges] | None = None
+) -> CompilerGraph:
+    """Trace the graph of an artifact. parameters: `int8_parameters` of its precision, read here where None."""
+    bundle, program = source.bundle, source.program
+    if parameters is None:
+        parameters = int8_parameters(bundle, artifact.precision)
+    group = next(group for group in program.groups if group.name == artifact.group)
+    trace = compiler_trace(program, group, artifact.rows, parameters, zeros_in(bundle.tensor))
+    identity = {"fingerprint": bundle.manifest.fingerprint, "group": artifact.group, "int8": artifact.int8}
+    # Products in int8 are a kind of the fp16 graph's.
+    precision = "fp16" if artifact.precision in bundle.manifest.int8 else artifact.precision
+    options = CompileOptions(
+        artifact.target,
+        precision,
+        custom_string=json.dumps({key: value for key, value in identity.items() if value}),
+        int8={weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()},
+    )
+    used = {constant.name for constant in trace.projections.values()}
+    weight_bytes = sum(4 * one.k * one.n for one in matrices(trace, program.spec))
+    return CompilerGraph(
+        bundle, trace, options, weight_bytes, frozenset(used & parameters.keys()), group.name
+    )
+
+
+def int8_parameters(bundle: Bundle, precision: str) -> dict[str, Ranges]:
+    """Quantization parameters of the projections that artifacts of a precision have in int8, by name."""
+    chosen = bundle.manifest.int8.get(precision)
+    return {name: bundle.ranges(name) for name in chosen.projections} if chosen else {}
