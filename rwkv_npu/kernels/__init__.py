@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,17 @@ KEEP = False
 PATIENCE = 1.0  # seconds of compiling after which it is said
 
 _loading = threading.Lock()
+
+
+def available() -> bool:
+    """Whether numba is installed and can be imported. Warns of one that is there and cannot be used."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            warnings.warn(f"numba cannot be used, NumPy does its work: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def load(module: str, what: str) -> ModuleType:

@@ -5,7 +5,6 @@ One file a generation: `models.vN.time_mix` as one pass over every head, held to
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -13,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from rwkv_npu.board import hardware
-from rwkv_npu.kernels import load
+from rwkv_npu.kernels import available, load
 from rwkv_npu.kernels.instructions import A_STATES, A_VALUES, ARGUMENTS
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
@@ -102,10 +101,4 @@ def compiled(spec: Spec, threads: int | None = None) -> Compiled | None:
 
     Warns of a numba that is there and cannot be used.
     """
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        if not isinstance(error, ModuleNotFoundError):
-            warnings.warn(f"numba cannot be used, NumPy runs the recurrence: {error}", stacklevel=3)
-        return None
-    return Compiled(spec, threads)
+    return Compiled(spec, threads) if available() else None

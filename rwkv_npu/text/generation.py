@@ -1,6 +1,6 @@
-"""From ids to steps to text: the loop that samples, and the text that its tokens make.
+"""Sample tokens step by step, and turn them into text.
 
-Stop strings are looked for in the text, across tokens; what may be the start of one is held back.
+Stop strings are searched in the text, across tokens; text that may be the start of one is held back.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Step:
     """One sampled token.
 
     token, logprob: its id and its log-probability in the softmax of the unchanged logits.
-    text: what became certain with it, "" while a character or a stop string is incomplete.
-    held: text that may be the start of a stop string; for whoever ends the generation here.
+    text: the text that became certain with it, "" while a character or a stop string is incomplete.
+    held: text that may be the start of a stop string; a caller who ends the generation here appends it.
     finish_reason: None, "stop" (end of text or a stop string) or "length", on the last step only.
     """
 
@@ -34,8 +34,10 @@ class Step:
 
     @property
     def state(self) -> State:
-        """The state after this token, which is read now if it was not yet. The next step changes it: copy it
-        to keep it."""
+        """The state after this token, which the model reads now if it has not yet.
+
+        The next step changes it: copy it to keep it.
+        """
         return self._reader.read()
 
     def __repr__(self) -> str:
@@ -43,9 +45,10 @@ class Step:
 
 
 class _Reader:
-    """The state, and the sampled token that it has not read so far.
+    """The state, and the sampled token that it has not read yet.
 
-    Text goes out before its token is read, and the last token is read only if somebody asks for the state.
+    A token's text is shown before the model reads the token, and the last token is read only when its state is asked
+    for.
     """
 
     def __init__(self, engine: Engine, logits: np.ndarray, state: State):
@@ -70,7 +73,7 @@ class _Reader:
 
 
 class TextStream:
-    """Text of a sequence of tokens, up to the first stop string."""
+    """The text of a sequence of tokens, up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
         if stop and tokenizer is None:
@@ -84,7 +87,7 @@ class TextStream:
         self.held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """(text that is certain now, whether a stop string was completed); the stop string is left out."""
+        """(text that became certain, whether a stop string is complete); the stop string is left out."""
         if self._decoder is None or token == END_OF_TEXT:
             return "", False
         self.held += self._decoder.push(token)
@@ -100,7 +103,7 @@ class TextStream:
         return text, False
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         rest = self._decoder.finish() if self._decoder else ""
         text, self.held = self.held + rest, ""
         return text

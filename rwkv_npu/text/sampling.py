@@ -1,29 +1,35 @@
-"""Choosing the next token from one vector of logits, as the rwkv package does.
+"""Choose the next token of each sequence from its logits, as the rwkv package does.
 
-Source: `PIPELINE.sample_logits` and `PIPELINE.generate` in `rwkv/utils.py` (rwkv 0.8.32). The order, in both:
-bans and penalties change the logits; top-p and top-k choose who stays, by probability at temperature 1; the
-temperature then shapes what is left. Deliberate differences:
+Source: `PIPELINE.sample_logits` and `PIPELINE.generate` in `rwkv/utils.py` (rwkv 0.8.32). Both work in this order:
+bans and penalties change the logits; top-p and top-k select tokens by their probability at temperature 1; the
+temperature then shapes the probabilities of the selected tokens. Deliberate differences:
 
-- temperature 0 is the largest logit, always (there: chance among equals);
+- temperature 0 is always the largest logit (there: chance among equals);
 - top-p 1 filters nothing (there: only the largest stays when the float32 sum falls short of 1);
 - of equal logits at top-k's cut the lowest ids stay (there: whichever the sort put last);
 - min-p, which the package lacks, comes after top-k.
+
+`choose` is the reference, in NumPy. `kernels.sampling` is the same in compiled code and runs where numba is installed.
+Letters: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
+from rwkv_npu import kernels
 from rwkv_npu.errors import BackendError, UsageError
 
-FEW = 4096  # weights that are sorted without further ado
-ROUNDS = 4  # of narrowing more of them down, before they are sorted all the same
-BLOCK = 128  # weights that are added up at once
+NOT_FINITE = "the logits hold NaN or infinity, or no token is left to choose"
+TEMPERATURES = 1e-6, 1e30  # beyond these nothing changes
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,26 @@ class SamplingOptions:
         _check("--penalty-decay", self.penalty_decay, 0.0, 1.0)
 
 
-class Sampler:
-    """Draws tokens of one sequence and remembers what it drew, for the penalties.
+class Choice(NamedTuple):
+    """A chosen token. Log-probabilities are those of the softmax of the logits as given, before any change."""
 
-    rng: the only source of chance. counts: {token: decayed number of draws}, all the memory there is.
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]  # (token, log-probability), the most likely first, as many as were asked for
+
+
+class Sampler:
+    """Draws the tokens of one sequence and counts them, for the penalties.
+
+    rng: the only source of chance; each draw takes one number from it. ids: a range that holds all ids whose logits
+    it changes.
 
     Args:
         seed: whole number >= 0, or a Generator to draw from; None for another sequence at each run.
-        banned: (V,) bool, True for ids never to be drawn.
+        banned: (V,) bool, True for ids that must never be drawn.
         uncounted: whether repeats of a token are free (`Tokenizer.uncounted`: the package does not count
             spaces and digits, whose presence is still penalised); by default all tokens count.
+        logit_bias: amounts to add to the logits of some ids.
     """
 
     def __init__(
@@ -70,165 +86,160 @@ class Sampler:
         seed: int | np.random.Generator | None = None,
         banned: np.ndarray | None = None,
         uncounted: Callable[[int], bool] | None = None,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> None:
         if seed is not None and not isinstance(seed, np.random.Generator):
             _check("--seed", seed, 0, math.inf, whole=True)
         self.options = options or SamplingOptions()
         self.rng = np.random.default_rng(seed)
-        self.counts: dict[int, float] = {}
-        self._banned = np.empty(0, dtype=np.int64) if banned is None else np.flatnonzero(banned)
+        amounts = dict(logit_bias or {})
+        if not all(math.isfinite(amount) for amount in amounts.values()):
+            raise UsageError("logit_bias must hold finite numbers: to ban a token, use banned")
+        amounts |= dict.fromkeys(() if banned is None else np.flatnonzero(banned).tolist(), -math.inf)
+        self._fixed = np.array([*amounts.items()], np.float64).reshape(-1, 2)
         self._uncounted = uncounted or (lambda token: False)
+        # Tokens drawn so far and their decayed counts, (n, 2) with room for more; place: the row of a token.
+        self._drawn, self._place = np.empty((16, 2)), dict[int, int]()
+        self.ids = range(min(amounts, default=0), max(amounts, default=0) + 1)
+
+    @property
+    def counts(self) -> dict[int, float]:
+        """{token: decayed number of draws}."""
+        return {int(token): count for token, count in self._drawn[: len(self._place)].tolist()}
 
     def sample(self, logits: np.ndarray) -> tuple[int, float]:
         """(token, its log-probability in the softmax of `logits` as given); logits (V,), left as they are.
 
         BackendError when the logits hold NaN or infinity, or nothing but -inf.
         """
-        softmax, changed = Softmax(self.adjusted(logits)), self._changed()
-        token = draw(softmax, self.options, self.rng)
-        logprob = _log_probability_before(softmax, changed, logits, token)
-        self.accept(token)
-        return token, logprob
+        choice = sample(logits[None], [self])[0]
+        if isinstance(choice, BackendError):
+            raise choice
+        return choice.token, choice.logprob
 
-    def adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """The logits less penalties, -inf where banned; float32 (V,), a copy."""
-        penalised = penalise(logits, self.counts, self.options)
-        penalised[self._banned] = -np.inf
-        return penalised
-
-    def _changed(self) -> np.ndarray:
-        """Ids of all tokens whose logits are adjusted."""
-        return np.union1d(self._banned, [*self.counts]).astype(np.int64) if self.counts else self._banned
+    def changes(self) -> list[np.ndarray]:
+        """(n, 2) of ids and amounts to add to their logits, in this order: biases and bans, then penalties."""
+        if not self._place:
+            return [self._fixed]
+        penalties, options = self._drawn[: len(self._place)].copy(), self.options
+        penalties[:, 1] = -(options.presence_penalty + options.frequency_penalty * penalties[:, 1])
+        return [self._fixed, penalties]
 
     def accept(self, token: int) -> None:
-        """Counts a token as drawn, if there are penalties: all counts decay, then its own grows by 1."""
+        """Count a token as drawn, if there are penalties: all counts decay, then its own grows by 1."""
         if self.options.presence_penalty == 0 and self.options.frequency_penalty == 0:
             return
-        self.counts = {seen: count * self.options.penalty_decay for seen, count in self.counts.items()}
-        self.counts[token] = self.counts.get(token, 0.0) + (0.0 if self._uncounted(token) else 1.0)
+        n = len(self._place)
+        self._drawn[:n, 1] *= self.options.penalty_decay
+        place = self._place.setdefault(token, n)
+        if place == n:
+            if n == len(self._drawn):
+                self._drawn = np.concatenate([self._drawn, np.empty_like(self._drawn)])
+            self._drawn[n] = token, 0.0
+            self.ids = range(min(self.ids.start, token), max(self.ids.stop, token + 1))
+        self._drawn[place, 1] += 0.0 if self._uncounted(token) else 1.0
 
 
-class Softmax:
-    """Logits (V,) and what everything here asks of them, computed once.
+def sample(
+    logits: np.ndarray,
+    samplers: Sequence[Sampler],
+    *,
+    allowed: Sequence[np.ndarray | None] | None = None,
+    top: int = 0,
+) -> list[Choice | BackendError]:
+    """Draw the next token of each sequence. A sequence's choice does not depend on the others.
 
-    peak: the largest logit. weights: exp(logits - peak), float32. total: their sum.
+    A BackendError stands in place of the choice of a sequence whose logits hold NaN or infinity, or leave no token.
+
+    Args:
+        logits: (B, V), left as they are.
+        samplers: one a sequence; each counts the token that it draws.
+        allowed: per sequence None, or the tokens that may be drawn as a bit mask, (ceil(V / 32),) uint32 or int32:
+            token t is bit t % 32 of word t // 32.
+        top: how many of the most likely tokens to return with each choice.
+    """
+    logits = np.require(logits, np.float32, ["C", "A", "W"])  # compiled code takes no read-only array
+    B, V = logits.shape
+    masks = [_mask(mask, V) for mask in allowed or [None] * B]
+    if any(sampler.ids.start < 0 or sampler.ids.stop > V for sampler in samplers):
+        raise UsageError(f"a token of banned, logit_bias or the past is none of the {V} of the vocabulary")
+    numbers = [sampler.rng.random() for sampler in samplers]
+    compiled, top = _compiled(), min(top, V)
+    choices: list[Choice | BackendError] = []
+    if compiled is None:
+        for row, sampler, number, mask in zip(logits, samplers, numbers, masks, strict=True):
+            try:
+                choices.append(choose(row, sampler, number, mask, top))
+            except BackendError as error:
+                choices.append(error)
+    else:
+        choices += _choose_compiled(compiled, logits, samplers, numbers, masks, top)
+    for sampler, choice in zip(samplers, choices, strict=True):
+        if isinstance(choice, Choice):
+            sampler.accept(choice.token)
+    return choices
+
+
+# -- the reference -----------------------------------------------------------------------------------------
+
+
+def choose(
+    logits: np.ndarray, sampler: Sampler, number: float, allowed: np.ndarray | None = None, top: int = 0
+) -> Choice:
+    """One token from logits (V,) float32, by a random number of [0, 1). See `sample`."""
+    log_sum = _log_sum(logits)
+    tokens, weights = candidates(adjusted(logits, sampler, allowed), sampler.options)
+    sums = np.cumsum(weights)
+    place = np.searchsorted(sums, number * sums[-1], side="right")
+    token = int(tokens[min(place, len(tokens) - 1)])
+    best = np.argsort(-logits, kind="stable")[:top] if top else ()
+    return Choice(token, float(logits[token]) - log_sum, [(int(t), float(logits[t]) - log_sum) for t in best])
+
+
+def adjusted(logits: np.ndarray, sampler: Sampler, allowed: np.ndarray | None = None) -> np.ndarray:
+    """The logits with biases and penalties, and -inf where banned or not allowed; float32 (V,), a copy."""
+    changed = np.array(logits, np.float32)
+    for changes in sampler.changes():
+        changed[changes[:, 0].astype(np.int64)] += changes[:, 1]
+    if allowed is not None:
+        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little", count=len(logits))
+        changed[bits == 0] = -np.inf
+    return changed
+
+
+def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, weights) to draw from: ids (n,) ascending and float64 (n,). Greedy leaves one.
+
     BackendError when the logits hold NaN or infinity, or nothing but -inf.
     """
-
-    def __init__(self, logits: np.ndarray) -> None:
-        self.logits, self.peak = logits, float(logits.max())
-        if not math.isfinite(self.peak):
-            raise BackendError("the logits hold NaN or infinity, or no token is left to choose")
-        self.weights = np.exp(logits - np.float32(self.peak))
-        self.total = float(self.weights.sum())
-
-
-def draw(softmax: Softmax, options: SamplingOptions, rng: np.random.Generator) -> int:
-    """One token, by one number from `rng`."""
-    tokens, probabilities = candidates(softmax, options)
-    return int(tokens[_place(probabilities, rng.random() * float(probabilities.sum()))])
-
-
-def candidates(softmax: Softmax, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, probabilities) to draw from: ids (n,) ascending, float64 (n,) of sum 1. Greedy leaves one."""
+    _log_sum(logits)
     if options.temperature == 0:
-        return np.array([np.argmax(softmax.logits)]), np.ones(1)
-    tokens = top_p(softmax, options.top_p)
-    logits = softmax.logits[tokens]
+        return np.array([np.argmax(logits)]), np.ones(1)
+    tokens = top_p(logits, options.top_p)
     if options.top_k:
-        kept = top_k(logits, options.top_k)
-        tokens, logits = tokens[kept], logits[kept]
+        tokens = tokens[top_k(logits[tokens], options.top_k)]
     if options.min_p:
-        kept = min_p(logits, options.min_p)
-        tokens, logits = tokens[kept], logits[kept]
-    temperature = min(max(options.temperature, 1e-6), 1e30)  # within float32
-    if temperature == 1:
-        weights = softmax.weights.take(tokens)
-    else:
-        weights = np.exp((logits - np.float32(softmax.peak)) / np.float32(temperature))
-    probabilities = weights.astype(np.float64)
-    return tokens, probabilities / probabilities.sum()
+        tokens = tokens[min_p(logits[tokens], options.min_p)]
+    temperature = np.clip(options.temperature, *TEMPERATURES)
+    return tokens, _exp((logits[tokens] - np.float64(logits.max())) / temperature)
 
 
-def penalise(logits: np.ndarray, counts: Mapping[int, float], options: SamplingOptions) -> np.ndarray:
-    """logits (V,) less presence + count * frequency for each token of `counts`; a float32 copy."""
-    penalised = np.array(logits, dtype=np.float32)
-    if counts:
-        tokens = np.fromiter(counts.keys(), dtype=np.int64, count=len(counts))
-        repeats = np.fromiter(counts.values(), dtype=np.float64, count=len(counts))
-        penalised[tokens] -= options.presence_penalty + repeats * options.frequency_penalty
-    return penalised
-
-
-def top_p(softmax: Softmax, mass: float) -> np.ndarray:
+def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
     """Ids, ascending, of the fewest most likely tokens that hold `mass` of the probability; 1 keeps all.
 
-    Tokens as likely as the last one of them all stay.
+    All tokens as likely as the last of them stay.
     """
     if mass >= 1:
-        return np.flatnonzero(softmax.logits > -np.inf)
-    weights, wanted = softmax.weights, mass * softmax.total
-    spare = softmax.total - wanted
-    # All that are smaller than this hold less together than what may be left out.
-    likely = weights >= min(spare / len(weights), 1.0)
-    low, high = 0.0, math.inf
-    if np.count_nonzero(likely) > FEW:
-        low, high = _bracket(weights, spare)
-        likely = weights >= low
-    tokens = np.flatnonzero(likely)
-    held = weights.take(tokens)
-    if low and held.sum(dtype=np.float64) <= wanted:  # a sample may err
-        tokens, held = np.arange(len(weights)), weights
-    cut = _weight_at(held, wanted, low, high)
-    return tokens.take(np.flatnonzero(held >= cut))
-
-
-def _weight_at(weights: np.ndarray, wanted: float, low: float = 0.0, high: float = math.inf) -> float:
-    """The weight at which the sum from the largest down reaches `wanted`; likely between `low` and `high`."""
-    for _ in range(ROUNDS):
-        if len(weights) <= FEW:
-            break
-        part = weights >= high
-        held = float((weights * part).sum(dtype=np.float64))
-        if held < wanted:
-            part, wanted = (weights < high) & (weights >= low), wanted - held
-            held = float((weights * part).sum(dtype=np.float64))
-        if held < wanted:
-            part, wanted = weights < low, wanted - held
-        weights = weights.take(np.flatnonzero(part))
-        low, high = _bracket(weights, float(weights.sum(dtype=np.float64)) - wanted)
-    descending = np.sort(weights)[::-1]
-    return float(descending[_reach(descending, wanted)])
-
-
-def _bracket(weights: np.ndarray, spare: float) -> tuple[float, float]:
-    """Two of the weights that likely have between them the one below which the sum is `spare`.
-
-    From a sample of about a thousand: in a sum of small weights there are no few large ones for it to miss.
-    """
-    stride = max(1, len(weights) // 1024)
-    sample = np.sort(weights[::stride])
-    sums = np.cumsum(sample, dtype=np.float64) * stride
-    places = np.searchsorted(sums, (0.9 * spare, 1.1 * spare))
-    low, high = np.minimum(places, len(sample) - 1)
-    return float(sample[low]), float(sample[high])
-
-
-def _reach(weights: np.ndarray, wanted: float) -> int:
-    """The first place up to which (n,) weights add up to `wanted`; the last one if none does."""
-    place = int(np.searchsorted(np.cumsum(weights, dtype=np.float64), wanted))
-    return min(place, len(weights) - 1)
-
-
-def _place(weights: np.ndarray, mass: float) -> int:
-    """The first place up to which (n,) weights add up to more than `mass`; the last one if none does."""
-    start = 0
-    if len(weights) > 4 * BLOCK:  # blocks first: adding up one after the other is slow
-        cumulative = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)))
-        block = min(int(np.searchsorted(cumulative, mass, side="right")), len(cumulative) - 1)
-        start, mass = block * BLOCK, mass - (float(cumulative[block - 1]) if block else 0.0)
-        weights = weights[start : start + BLOCK]
-    return start + min(int(np.searchsorted(np.cumsum(weights), mass, side="right")), len(weights) - 1)
+        return np.flatnonzero(logits > -np.inf)
+    peak = np.float64(logits.max())
+    weights = _exp(logits - peak)
+    total = weights.sum()
+    # All tokens below this weight together hold less than what top-p leaves out: no need to sort them.
+    likely = np.flatnonzero(weights >= min((1 - mass) * total / len(weights), 1.0))
+    descending = np.sort(logits[likely])[::-1]
+    place = np.searchsorted(np.cumsum(_exp(descending - peak)), mass * total)
+    cut = descending[min(place, len(descending) - 1)]
+    return likely[logits[likely] >= cut]
 
 
 def top_k(logits: np.ndarray, count: int) -> np.ndarray:
@@ -245,25 +256,70 @@ def min_p(logits: np.ndarray, ratio: float) -> np.ndarray:
     return np.flatnonzero(logits >= logits.max() + np.float32(math.log(ratio)))
 
 
-def log_probability(softmax: Softmax, token: int) -> float:
-    """Natural logarithm of the probability of a token."""
-    return float(softmax.logits[token]) - softmax.peak - math.log(softmax.total)
+def _log_sum(logits: np.ndarray) -> float:
+    """log sum exp of logits (V,); BackendError when there is none."""
+    peak = float(logits.max())
+    if not math.isfinite(peak):
+        raise BackendError(NOT_FINITE)
+    return peak + math.log(_exp(logits - np.float64(peak)).sum())
 
 
-def _log_probability_before(softmax: Softmax, changed: np.ndarray, logits: np.ndarray, token: int) -> float:
-    """The same of a token before logits (V,) were changed at some ids, to become those of `softmax`.
+def _exp(x: np.ndarray) -> np.ndarray:
+    """exp of x <= 0, and 0 below e^-700. float64: with float32 the choice would depend on the order of the sums."""
+    return np.where(x < -700, 0.0, np.exp(np.maximum(x, -700.0)))
 
-    The sum over the others is known. It is all added up again where too little would be left of it, or where what
-    was changed was more likely than all others by far.
-    """
-    if not len(changed):
-        return log_probability(softmax, token)
-    others = softmax.total - float(softmax.weights[changed].sum(dtype=np.float64))
-    before = logits[changed].astype(np.float64) - softmax.peak
-    if others > 1e-3 * softmax.total and before.max() < 80:
-        total = others + float(np.exp(before).sum())
-        return float(logits[token]) - softmax.peak - math.log(total)
-    return log_probability(Softmax(logits), token)
+
+# -- compiled ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """`kernels.sampling`; None where numba is not installed."""
+    return kernels.load("sampling", "the sampler") if kernels.available() else None
+
+
+def _choose_compiled(
+    kernel: ModuleType,
+    logits: np.ndarray,
+    samplers: Sequence[Sampler],
+    numbers: Sequence[float],
+    masks: Sequence[np.ndarray | None],
+    top: int,
+) -> list[Choice | BackendError]:
+    """`choose` for every row of logits (B, V) at once."""
+    B, V = logits.shape
+    changes: list[np.ndarray] = []
+    settings, end = [], 0
+    for sampler, number in zip(samplers, numbers, strict=True):
+        own, o = sampler.changes(), sampler.options
+        changes += own
+        end += sum(map(len, own))
+        temperature = o.temperature and min(max(o.temperature, TEMPERATURES[0]), TEMPERATURES[1])
+        log_min_p = math.log(o.min_p) if o.min_p else -math.inf
+        settings.append((temperature, o.top_p, min(o.top_k, V), log_min_p, number, end))
+    words = np.empty((0, 0), np.uint32)
+    if any(mask is not None for mask in masks):
+        everything = np.full(-(-V // 32), 0xFFFFFFFF, np.uint32)
+        words = np.stack([everything if mask is None else mask for mask in masks])
+    out = np.empty((B, 2 + 2 * top))
+    kernel.choose(logits, np.array(settings), np.concatenate(changes), words, out)
+    choices: list[Choice | BackendError] = []
+    for token, logprob, *best in out.tolist():
+        likely = [(int(best[i]), best[i + 1]) for i in range(0, 2 * top, 2)]
+        choices.append(Choice(int(token), logprob, likely) if token >= 0 else BackendError(NOT_FINITE))
+    return choices
+
+
+# -- checks ------------------------------------------------------------------------------------------------
+
+
+def _mask(mask: np.ndarray | None, V: int) -> np.ndarray | None:
+    if mask is None:
+        return None
+    words = -(-V // 32)
+    if mask.shape != (words,) or mask.dtype not in (np.uint32, np.int32):
+        raise UsageError(f"a mask of allowed tokens must be ({words},) uint32, not {mask.shape} {mask.dtype}")
+    return np.ascontiguousarray(mask).view(np.uint32)
 
 
 def _check(flag: str, value: float, low: float, high: float, *, whole: bool = False) -> None:

@@ -1,0 +1,263 @@
+"""`text.sampling.choose`, compiled, for all sequences in one call.
+
+The logits are read a few times from end to end; whatever needs an order is done with the few tokens that may hold
+the probability that top-p keeps. Exponentials and sums are float64, so that no choice depends on their order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from rwkv_npu import kernels
+from rwkv_npu.kernels.parts import exp64
+from rwkv_npu.kernels.simd import at_least, largest, load_floats
+from rwkv_npu.quant.cpu import LANES
+
+BLOCK = 64  # logits that are passed over at once where their largest is too small
+BUCKETS = 256
+SPREAD = 80.0  # e^80 is far from overflow: how far a changed logit may pass the largest before it was changed
+REMAINDER = 1e-3  # share of a sum that must be left when some is subtracted: nine digits stay
+
+TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings
+
+_options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+compiled = njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
+
+
+@compiled
+def _block_max(x: Any, b: Any) -> Any:
+    """The largest of a block of x; -inf of the last one where it is empty."""
+    begin, end = b * BLOCK, min((b + 1) * BLOCK, len(x))
+    if end - begin == BLOCK:
+        block = x.ctypes.data + 4 * begin
+        top = load_floats(block)
+        for j in range(LANES, BLOCK, LANES):
+            top = at_least(top, load_floats(block + 4 * j))
+        return largest(top)
+    rest = np.float32(-np.inf)
+    for j in range(begin, end):
+        rest = max(rest, x[j])
+    return rest
+
+
+@compiled
+def _total(x: Any, peak: Any) -> Any:
+    """Sum of exp(x - peak); NaN where x holds NaN or infinity, or nothing but -inf."""
+    total = 0.0
+    for j in range(len(x)):
+        total += exp64(np.float64(x[j]) - peak)
+    return total
+
+
+@compiled
+def _first(x: Any, tops: Any, value: Any) -> Any:
+    """The first place of a value that is there."""
+    b = 0
+    while tops[b] != value:
+        b += 1
+    j = b * BLOCK
+    while x[j] != value:
+        j += 1
+    return j
+
+
+@compiled
+def _best(x: Any, tops: Any, log_sum: Any, out: Any) -> None:
+    """Write the largest, (place, value - log_sum), in descending order; of equals the first come first."""
+    count, found, least = len(out), 0, np.float32(-np.inf)
+    for b in range(len(tops)):
+        if found == count and not tops[b] > least:
+            continue
+        for j in range(b * BLOCK, min((b + 1) * BLOCK, len(x))):
+            if found == count and not x[j] > least:
+                continue
+            at = min(found, count - 1)
+            while at > 0 and x[int(out[at - 1, 0])] < x[j]:
+                out[at] = out[at - 1]
+                at -= 1
+            out[at, 0], out[at, 1] = j, x[j] - log_sum
+            found = min(found + 1, count)
+            least = x[int(out[found - 1, 0])]
+
+
+@compiled
+def _cut(values: Any, weights: Any, wanted: Any, sums: Any) -> Any:
+    """The largest c for which the weights of all values >= c add up to `wanted`; the least value if there is none.
+
+    Values and weights are overwritten. The sums of 256 equal parts of the values' range tell in which part c is; the
+    same is done with that part, until all its values are equal.
+    """
+    n = len(values)
+    while True:
+        high, low = values[0], values[0]
+        for i in range(n):
+            high, low = max(high, values[i]), min(low, values[i])
+        if high == low:
+            return high
+        scale = (BUCKETS - 1) / (np.float64(high) - low)
+        last = int((np.float64(high) - low) * scale)
+        sums[:] = 0
+        for i in range(n):
+            sums[int((np.float64(high) - values[i]) * scale)] += weights[i]
+        bucket = 0
+        while bucket < last and sums[bucket] < wanted:
+            wanted -= sums[bucket]
+            bucket += 1
+        kept = 0
+        for i in range(n):
+            value, weight = values[i], weights[i]
+            if int((np.float64(high) - value) * scale) == bucket:
+                values[kept], weights[kept] = value, weight
+                kept += 1
+        n = kept
+
+
+@compiled
+def _collect(x: Any, tops: Any, least: Any, tokens: Any, values: Any) -> Any:
+    """Write the places and values of all x >= least; their number."""
+    n = 0
+    for b in range(len(tops)):
+        if tops[b] >= least:
+            for j in range(b * BLOCK, min((b + 1) * BLOCK, len(x))):
+                tokens[n], values[n] = j, x[j]  # without a branch, which a processor would often guess wrong
+                n += x[j] >= least
+    return n
+
+
+@compiled
+def _keep(tokens: Any, values: Any, n: Any, cut: Any, equals: Any) -> Any:
+    """Keep of n tokens those above the cut, and the first `equals` of those at it; their number."""
+    kept = 0
+    for i in range(n):
+        token, value = tokens[i], values[i]
+        tokens[kept], values[kept] = token, value
+        at = value == cut
+        kept += (value > cut) | (at & (equals > 0))
+        equals -= at
+    return kept
+
+
+@compiled
+def _draw(
+    x: Any, tops: Any, peak: Any, total: Any, s: Any, tokens: Any, values: Any, weights: Any, sums: Any
+) -> Any:
+    """A token of x (V,), whose largest is `peak` and whose exponentials less that add up to `total`."""
+    V = len(x)
+    least, copy = np.float32(-3.4028234e38), values[V:]
+    if s[TOP_P] < 1:
+        wanted = s[TOP_P] * total
+        # All tokens below this weight together hold less than top-p leaves out.
+        if wanted < total:
+            least = np.float32(peak + np.log(min((total - wanted) / V, 1.0)) - 1e-6 * (1 + abs(peak)))
+        # Where the largest of each block alone hold `wanted`, the cut of all tokens is at least the cut of these.
+        held = 0.0
+        for i in range(len(tops)):
+            copy[i], weights[i] = tops[i], exp64(np.float64(tops[i]) - peak)
+            held += weights[i]
+        if held > wanted * (1 + 1e-9):
+            least = max(least, _cut(copy[: len(tops)], weights[: len(tops)], wanted * (1 + 1e-9), sums))
+    n = _collect(x, tops, least, tokens, values)
+    if s[TOP_P] < 1:
+        for i in range(n):
+            copy[i] = values[i]
+            weights[i] = exp64(np.float64(values[i]) - peak)
+        n = _keep(tokens, values, n, _cut(copy[:n], weights[:n], wanted, sums), n)
+    if 0 < s[TOP_K] < n:
+        for i in range(n):
+            copy[i], weights[i] = values[i], 1.0
+        cut = _cut(copy[:n], weights[:n], s[TOP_K], sums)
+        above = 0
+        for i in range(n):
+            above += values[i] > cut
+        n = _keep(tokens, values, n, cut, int(s[TOP_K]) - above)
+    if s[LOG_MIN_P] > -np.inf:
+        n = _keep(tokens, values, n, np.float32(np.float32(peak) + np.float32(s[LOG_MIN_P])), n)
+    for i in range(n):
+        x_i = (np.float64(values[i]) - peak) / s[TEMPERATURE]
+        weights[i] = 0.0 if x_i < -700 else exp64(x_i)
+    whole = 0.0
+    for i in range(n):
+        whole += weights[i]
+    rest, i = s[NUMBER] * whole, 0
+    while i < n - 1:
+        rest -= weights[i]
+        if rest < 0:
+            break
+        i += 1
+    return tokens[i]
+
+
+@compiled
+def _change(x: Any, tops: Any, changes: Any, peak: Any, total: Any) -> Any:
+    """Add amounts to some of x; the sum of exp(x - peak), which was `total`, afterwards."""
+    for i in range(len(changes)):
+        j = int(changes[i, 0])
+        before = x[j]
+        after = np.float32(before + changes[i, 1])
+        x[j] = after
+        total += exp64(np.float64(after) - peak) - exp64(np.float64(before) - peak)
+    for i in range(len(changes)):
+        block = int(changes[i, 0]) // BLOCK
+        tops[block] = _block_max(x, block)
+    return total
+
+
+@compiled
+def _mask(x: Any, tops: Any, words: Any) -> None:
+    """-inf for all of x whose bit is not set."""
+    for j in range(len(x)):
+        if not (words[j >> 5] >> (j & 31)) & 1:
+            x[j] = -np.inf
+    for b in range(len(tops)):
+        tops[b] = _block_max(x, b)
+
+
+@njit("void(f4[:,::1], f8[:,::1], f8[:,::1], u4[:,::1], f8[:,::1])", cache=kernels.KEEP, **_options)
+def choose(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
+    """Choose a token for each row of logits (B, V).
+
+    settings: (B, 6), columns as named above; END is where the changes of the sequence end. changes: (n, 2), ids and
+    amounts. masks: (B, words), or empty. out: (B, 2 + 2n), the token, its log-probability, and the same of the n most
+    likely tokens; the token is -1 where there is none to choose.
+    """
+    B, V = logits.shape
+    changed, tops = np.empty(V, np.float32), np.empty(V // BLOCK + 1, np.float32)
+    tokens, weights = np.empty(V + 1, np.int32), np.empty(V)
+    values, sums = np.empty(2 * V + 1, np.float32), np.empty(BUCKETS)
+    begin = 0
+    for b in range(B):
+        row, s, first = logits[b], settings[b], begin
+        begin = int(s[END])
+        out[b, 0] = -1
+        for block in range(len(tops)):
+            tops[block] = _block_max(row, block)
+        peak = np.float64(tops.max())
+        total = _total(row, peak)
+        if not np.isfinite(total):
+            continue
+        log_sum = peak + np.log(total)
+        if out.shape[1] > 2:
+            _best(row, tops, log_sum, out[b, 2:].reshape((-1, 2)))
+        x, masked = row, len(masks) > 0
+        if begin > first or masked:
+            x = changed
+            x[:] = row
+            before, old_total = peak, total
+            total = _change(x, tops, changes[first:begin], before, total)
+            if masked:
+                _mask(x, tops, masks[b])
+            peak = np.float64(tops.max())
+            if masked or peak > before + SPREAD or total < REMAINDER * old_total:
+                total = _total(x, peak)
+            else:
+                total *= np.exp(before - peak)
+            if not np.isfinite(total):
+                continue
+        if s[TEMPERATURE] == 0:
+            token = _first(x, tops, np.float32(peak))
+        else:
+            token = _draw(x, tops, peak, total, s, tokens, values, weights, sums)
+        out[b, 0], out[b, 1] = token, row[token] - log_sum
