@@ -10,6 +10,7 @@ temperature then shapes the probabilities of the selected tokens. Deliberate dif
 - min-p, which the package lacks, comes after top-k.
 
 `choose` is the reference, in NumPy. `kernels.sampling` is the same in compiled code and runs where numba is installed.
+Both compute exponentials and sums in float64: in float32 a choice would depend on the order of the sums.
 Letters: B sequences, V vocabulary.
 """
 
@@ -212,7 +213,8 @@ def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray
 
     BackendError when the logits hold NaN or infinity, or nothing but -inf.
     """
-    _log_sum(logits)
+    if not math.isfinite(logits.max()):
+        raise BackendError(NOT_FINITE)
     if options.temperature == 0:
         return np.array([np.argmax(logits)]), np.ones(1)
     tokens = top_p(logits, options.top_p)
@@ -221,7 +223,8 @@ def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray
     if options.min_p:
         tokens = tokens[min_p(logits[tokens], options.min_p)]
     temperature = np.clip(options.temperature, *TEMPERATURES)
-    return tokens, _exp((logits[tokens] - np.float64(logits.max())) / temperature)
+    exponents = (logits[tokens] - np.float64(logits.max())) / temperature
+    return tokens, np.where(exponents < -700, 0.0, np.exp(exponents))
 
 
 def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
@@ -232,12 +235,12 @@ def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
     if mass >= 1:
         return np.flatnonzero(logits > -np.inf)
     peak = np.float64(logits.max())
-    weights = _exp(logits - peak)
+    weights = np.exp(logits - peak)
     total = weights.sum()
     # All tokens below this weight together hold less than what top-p leaves out: no need to sort them.
     likely = np.flatnonzero(weights >= min((1 - mass) * total / len(weights), 1.0))
     descending = np.sort(logits[likely])[::-1]
-    place = np.searchsorted(np.cumsum(_exp(descending - peak)), mass * total)
+    place = np.searchsorted(np.cumsum(np.exp(descending - peak)), mass * total)
     cut = descending[min(place, len(descending) - 1)]
     return likely[logits[likely] >= cut]
 
@@ -261,12 +264,7 @@ def _log_sum(logits: np.ndarray) -> float:
     peak = float(logits.max())
     if not math.isfinite(peak):
         raise BackendError(NOT_FINITE)
-    return peak + math.log(_exp(logits - np.float64(peak)).sum())
-
-
-def _exp(x: np.ndarray) -> np.ndarray:
-    """exp of x <= 0, and 0 below e^-700. float64: with float32 the choice would depend on the order of the sums."""
-    return np.where(x < -700, 0.0, np.exp(np.maximum(x, -700.0)))
+    return peak + math.log(np.exp(logits - np.float64(peak)).sum())
 
 
 # -- compiled ----------------------------------------------------------------------------------------------
