@@ -29,35 +29,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rwkv_npu.bench.shapes import OFFICIAL
 from rwkv_npu.formats.safetensors import TensorPlan, write_tensors
+from rwkv_npu.models.official import OFFICIAL, PILE, RANKS, WORLD, default_channel_mix, default_ranks
 from rwkv_npu.models.spec import GENERATIONS, Kind, Spec, Tensor, tensors
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 _CHUNK = 1 << 22  # elements drawn at once
 
-WORLD, PILE = 65536, 50277
-
 SIZES: dict[str, dict[str, Any]] = {
     name: {"generation": generation, "L": L, "D": D, "V": PILE if generation == "4" else WORLD}
     for name, (generation, L, D) in OFFICIAL.items()
 }
-SIZES["v7-0.4b"]["ranks"] = {"g": 128}  # the one that differs from the formula
-
-
-def default_ranks(generation: str, D: int) -> dict[str, int]:
-    """Low ranks as BlinkDL's training code chooses them, v7's from the square root of the width."""
-
-    def rounded(x: float) -> int:
-        return max(32, round(x / 32) * 32)
-
-    if generation == "6":
-        return {"mix": 64, "decay": 128} if D >= 4096 else {"mix": 32, "decay": 64}
-    if generation not in ("7", "7a"):
-        return {}
-    ranks = {c: rounded(x * D**0.5) for c, x in (("w", 1.8), ("a", 1.8), ("v", 1.3))}
-    ranks["g"] = rounded(0.6 * D**0.8)
-    return ranks | ({"s": 32} if generation == "7a" else {})
+for _name, _ranks in RANKS.items():
+    SIZES[_name]["ranks"] = _ranks
 
 
 def make_spec(
@@ -75,7 +59,7 @@ def make_spec(
     if generation != "4" and A % N:
         raise ValueError(f"{A} channels cannot be split into heads of {N}")
     if F is None:
-        F = 4 * D if generation in ("4", "7", "7a") else int(3.5 * D) // 32 * 32
+        F = default_channel_mix(generation, D)
     H, N = (1, A) if generation == "4" else (A // N, N)
     ranks = default_ranks(generation, D) | (ranks or {})
     if L == 1 and "v" in ranks:

@@ -26,9 +26,9 @@ import numpy as np
 
 from bench.saving import save
 from rwkv_npu.backends.rknn_api import OVERRIDE
-from rwkv_npu.bench.shapes import official_spec
 from rwkv_npu.board.hardware import cpu_model
 from rwkv_npu.graphs.onnx import IR_VERSION, OPSET
+from rwkv_npu.models.official import official_spec
 from rwkv_npu.models.spec import Group, groups
 from rwkv_npu.toolkit import CompileOptions, compile_graph, require
 from tools.board import build

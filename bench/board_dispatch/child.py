@@ -15,7 +15,7 @@ from rwkv_npu.backends.base import Faults
 from rwkv_npu.backends.guard import Guard
 from rwkv_npu.backends.npu_matmul import Products
 from rwkv_npu.backends.rknn_api import CORES, FP16, Library
-from rwkv_npu.bench.shapes import official_spec
+from rwkv_npu.models.official import official_spec
 from rwkv_npu.models.spec import Group, Port, groups
 
 CALLS, WARM = 120, 12
