@@ -173,9 +173,11 @@ def test_what_is_in_int8_is_smaller_and_faster(large: Callable[[str], Forecast])
     saved = fp16.memory.weights - w8a8.memory.weights
     assert saved == pytest.approx(able, rel=0.005) and saved < able
     assert fp16.memory.weights - mixed.memory.weights == pytest.approx(saved * 0.8 / w8a8.int8, rel=1e-6)
-    for rate in fp16.ms:
-        times = [v.ms[rate] for v in found]
-        assert times[0] > times[1] > times[2]
+    for dram, speeds in fp16.speeds.items():
+        for tokens in speeds:
+            assert sorted(speeds[tokens]) == list(speeds[tokens])
+            central = [v.speeds[dram][tokens][1] for v in found]
+            assert central[0] < central[1] < central[2]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -215,7 +217,7 @@ def test_what_does_not_fit_is_left_to_the_cpu(large: Callable[[str], Forecast], 
     assert fp16.left == [f"mid.{i}" for i in range(22, 31)] + ["last", "head"]
     assert fp16.left_bytes + BUDGET_BYTES > fp16.memory.weights
     # What is left is slower there than anything on the NPU.
-    assert fp16.ms["1 core, compiler's table"][0] > mixed.ms["1 core, compiler's table"][0]
+    assert fp16.speeds["LPDDR5"][1][1] < mixed.speeds["LPDDR5"][1][1]
     checkpoint = hollow(tmp_path / "m.safetensors", SIZES["2.9B"])
     program = CheckpointSource(open_checkpoint(checkpoint)).program
     manifest = open_bundle(
@@ -234,8 +236,10 @@ def _groups(spec: Spec) -> list[dict[str, object]]:
 
 def test_other_chips_have_no_formula() -> None:
     found = forecast(open_checkpoint(demo_model()), request("rk3576"))
-    assert all(variant.ms == {} and not variant.artifacts[0].cycles for variant in found.variants)
-    assert "the compiler's formula is not known for the rk3576" in table(found)
+    assert all(variant.speeds == {} and not variant.artifacts[0].cycles for variant in found.variants)
+    text = " ".join(table(found, explained=True).split())
+    assert "no measurements of the rk3576 are known" in text
+    assert "one NPU core" not in text and "LPDDR5" not in text and "--explain" not in text
     assert not forecast(open_checkpoint(demo_model()), request("none")).variants
 
 
@@ -258,7 +262,7 @@ def test_the_table_fits_a_terminal(large: Callable[[str], Forecast]) -> None:
     assert (
         "mid.0-30, rows 32" in text
         and "an assumption" in text
-        and "nothing measured" in " ".join(text.split())
+        and "written or measured" in " ".join(text.split())
     )
     projection = forecast(open_checkpoint(demo_model()), request(fusion="projection"))
     assert "att.in.1-3, rows 64" in table(projection)
@@ -277,6 +281,26 @@ def test_the_command_compiles_and_writes_nothing(
     assert [variant["rows"] for variant in facts["variants"]] == [[1, 32]] * 3
     assert list(facts["variants"][0]["files"])[0] == "rknn/rk3588/first.layer.fp16.m1.rknn"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_explained(run: Run) -> None:
+    from rwkv_npu.runtime.rk3588 import TERMS
+
+    flags = (demo_model(), "--dry-run", "-o", "/none/there")
+    short, long = run(*flags)[1], run(*flags, "--explain")[1]
+    assert "--explain" in short and not any(name in short for name in TERMS)
+    assert all(name in long for name in TERMS) and max(map(len, long.splitlines())) <= 80
+
+
+def test_speeds_are_those_of_info(run: Run, tmp_path: Path) -> None:
+    """A manifest with the forecast's artifacts: the dry run, `info` and `bench inference` have one estimate."""
+    from rwkv_npu.runtime.estimate import for_bundle
+
+    fp16 = by_precision(forecast(open_checkpoint(demo_model()), request()))["fp16"]
+    spec = open_checkpoint(demo_model()).spec
+    for tokens, (slow, central, fast) in fp16.speeds["LPDDR5"].items():
+        found = for_bundle(spec, fp16.artifacts, tokens)
+        assert found is not None and found.speeds(tokens) == pytest.approx((slow, central, fast))
 
 
 def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> None:
@@ -318,7 +342,7 @@ def test_what_the_bundle_has_leaves_less_room(free: int) -> None:
     there = [Artifact("rknn/rk3588/other.rknn", *kind, weight_bytes=BUDGET_BYTES - free)]
     found = forecast(open_checkpoint(demo_model()), request(), None, there)
     fp16, _, w8a8 = found.variants
-    assert not fp16.memory.fits and fp16.ms and w8a8.memory.fits and w8a8.left == []
+    assert not fp16.memory.fits and fp16.speeds and w8a8.memory.fits and w8a8.left == []
     groups = list(dict.fromkeys(artifact.group for artifact in fp16.artifacts))
     assert fp16.left and set(fp16.left) <= set(groups) and (fp16.left == groups) == (free == 0)
     text = " ".join(table(found).split())
@@ -336,6 +360,7 @@ def test_what_the_bundle_has_leaves_less_room(free: int) -> None:
         ([demo_model(), "--dry-run", "--remedies", "bogus"], "remedies 'bogus' is unknown"),
         ([demo_model(), "--dry-run", "--precision-map", "m.json"], "precision map is for --precision mixed"),
         ([demo_model(), "--json"], "--json is for --dry-run"),
+        ([demo_model(), "--explain"], "--explain is for --dry-run"),
     ],
 )
 def test_the_command_refuses(run: Run, flags: list[str], message: str) -> None:

@@ -49,6 +49,11 @@ def add(commands: Any) -> None:
     dry = "say what it would make in each precision: sizes, memory, estimated speed; nothing is compiled or written"
     p.add_argument("--dry-run", action="store_true", help=dry)
     p.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
+    p.add_argument(
+        "--explain",
+        action="store_true",
+        help="with --dry-run: print every term of the estimates and its source",
+    )
     p.set_defaults(run=run)
 
 
@@ -58,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu.conversion.request import Request, parse_rows
     from rwkv_npu.formats.bundle import open_bundle
 
-    if arguments.json and not arguments.dry_run:
-        raise UsageError("--json is for --dry-run")
+    for flag in ("json", "explain"):
+        if getattr(arguments, flag) and not arguments.dry_run:
+            raise UsageError(f"--{flag} is for --dry-run")
     request = Request(
         checkpoint=Path(arguments.checkpoint),
         out=None if arguments.out is None else Path(arguments.out),
@@ -83,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             from rwkv_npu.cli import dry_run
 
-            return dry_run.run(request, arguments.json)
+            return dry_run.run(request, arguments.json, arguments.explain)
         try:
             path = converter.run(request)
         except KeyboardInterrupt:

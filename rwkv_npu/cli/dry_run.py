@@ -1,4 +1,4 @@
-"""`rwkv-npu convert --dry-run`: what a conversion would make, its precisions side by side."""
+"""`rwkv-npu convert --dry-run`: prints the forecast of a conversion, with the NPU's precisions side by side."""
 
 from __future__ import annotations
 
@@ -9,35 +9,38 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS
 from rwkv_npu.cli.common import size
 from rwkv_npu.conversion.converter import prepare
-from rwkv_npu.conversion.forecast import PROMPT_TOKENS, RATES, Forecast, Variant, forecast
+from rwkv_npu.conversion.forecast import TIMED, Forecast, Variant, forecast
 from rwkv_npu.conversion.request import Request
-from rwkv_npu.runtime.estimate import CALL_OVERHEAD_US, Rate
+from rwkv_npu.runtime import rk3588
+from rwkv_npu.runtime.estimate import explain
 
 WIDTH, COLUMN = 80, 12  # characters of a line, and of a figure in it
 
 
-def run(request: Request, as_json: bool) -> int:
+def run(request: Request, as_json: bool, explained: bool) -> int:
     """Print what `request` would make. Raises RwkvNpuError where a conversion would, but for memory, which is in the
     table, and for the compiler, which a dry run does without."""
     prepared = prepare(request)
     there = prepared.manifest if prepared.adding else None
-    # The projections of `mixed` in int8: a map's, or the bundle's; None where there is neither.
+    # The projections that `mixed` has in int8, by a map or by the bundle; None where neither exists.
     chosen: Collection[str] | None = prepared.mapped
     if chosen is None and there and "mixed" in there.int8:
         chosen = there.int8["mixed"].projections
     found = forecast(prepared.checkpoint, prepared.request, chosen, there.artifacts if there else ())
-    print(json.dumps(found.to_json(), indent=1) if as_json else table(found))
+    print(json.dumps(found.to_json(), indent=1) if as_json else table(found, explained=explained))
     return 0
 
 
-def table(found: Forecast) -> str:
-    """For people, 80 columns wide."""
+def table(found: Forecast, *, explained: bool = False) -> str:
+    """The forecast as text, 80 columns wide. explained: with every term of the estimates."""
     spec = found.spec
     title = f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters"
     if not found.variants:
         return "\n".join([f"{title}, for CPUs", "", *_bundle(found)])
     title += f", for the {found.target}: {found.fusion} fusion, {found.calls} calls a token"
-    sections = (_artifacts(found), _memory(found), _speed(found), _bundle(found), _notes(found))
+    sections = [_artifacts(found), _memory(found), _speed(found), _bundle(found), _notes(found)]
+    if explained and _has_speeds(found):
+        sections.append(_wrapped(explain()))
     return "\n".join([title, *(line for section in sections for line in ("", *section))])
 
 
@@ -76,21 +79,25 @@ def _memory(found: Forecast) -> Iterator[str]:
     yield _each(found, "  .rknn files", lambda variant: size(sum(variant.files.values())))
 
 
+def _has_speeds(found: Forecast) -> bool:
+    return all(variant.speeds for variant in found.variants)
+
+
 def _speed(found: Forecast) -> Iterator[str]:
-    if not all(variant.ms for variant in found.variants):
-        yield f"no speed is estimated: the compiler's formula is not known for the {found.target}"
+    if not _has_speeds(found):
+        yield f"no speed is estimated: no measurements of the {found.target} are known"
         return
     yield _each(found, "tokens per second, estimated", lambda variant: variant.precision)
-    for place, (use, tokens) in enumerate(
-        (("written", 1), (f"read, {PROMPT_TOKENS} at once", PROMPT_TOKENS))
-    ):
-        for rate in RATES:
-            speeds = [1e3 * tokens / variant.ms[rate.label][place] for variant in found.variants]
-            yield _line(f"  {use}: {_short(rate)}", (f"{speed:.1f}" for speed in speeds))
+    for tokens in TIMED:
+        use = "written" if tokens == 1 else f"read, {tokens} at once"
+        for dram in rk3588.DRAMS:
+            speeds = [variant.speeds[dram][tokens] for variant in found.variants]
+            yield _line(f"  {use}, {dram}", (_figure(central) for _, central, _ in speeds))
+            yield _line("    from, to", (f"{_figure(slow)}-{_figure(fast)}" for slow, _, fast in speeds))
 
 
-def _short(rate: Rate) -> str:
-    return rate.label.removeprefix("1 core, ")
+def _figure(speed: float) -> str:
+    return f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}"
 
 
 def _bundle(found: Forecast) -> Iterator[str]:
@@ -103,22 +110,26 @@ def _bundle(found: Forecast) -> Iterator[str]:
 
 
 def _notes(found: Forecast) -> Iterator[str]:
-    notes = [
-        "Nothing was compiled or written, and nothing measured: these are estimates for one core, with "
-        f"{CALL_OVERHEAD_US / 1e3:.2f} ms a call. The CPU's share of a token (recurrence, norms of the heads, "
-        "sampling) comes on top.",
-        *(f"{_short(rate)}: {rate.source}." for rate in RATES),
-        *(_assumption(variant) for variant in found.variants if variant.assumed),
-        *(_refusal(variant) for variant in found.variants if variant.left),
-    ]
-    for note in notes:
-        yield from textwrap.wrap(note, WIDTH, break_on_hyphens=False)
+    notes = ["Nothing was compiled or written. Sizes and memory are estimates."]
+    if _has_speeds(found):
+        notes[0] = (
+            "Nothing was compiled, written or measured. All figures are estimates; speeds are those of one NPU core, "
+            "with the CPU's part. --explain prints every term and its source."
+        )
+    notes += [_assumption(variant) for variant in found.variants if variant.assumed]
+    notes += [_refusal(variant) for variant in found.variants if variant.left]
+    yield from _wrapped(notes)
+
+
+def _wrapped(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        yield from textwrap.wrap(line, WIDTH, break_on_hyphens=False)
 
 
 def _assumption(variant: Variant) -> str:
     return (
-        f"{variant.precision}: that {100 * variant.int8:.0f} % of the weights are in int8 is an assumption; convert "
-        "chooses them by what each costs."
+        f"{variant.precision}: {100 * variant.int8:.0f} % of the weights in int8 is an assumption; convert chooses "
+        "them by the error that each adds."
     )
 
 

@@ -94,7 +94,7 @@ def _kinds(manifest: Manifest) -> list[tuple[str, str, str]]:
 
 def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str) -> dict[str, Any]:
     from rwkv_npu.backends.memory import plan_memory
-    from rwkv_npu.runtime.estimate import estimate_ms
+    from rwkv_npu.runtime.estimate import for_bundle
 
     chosen = [
         a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == (target, precision, fusion)
@@ -102,6 +102,10 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
     memory = plan_memory(manifest, chosen)
     errors = [a.error for a in chosen if a.error is not None]
     int8 = manifest.int8.get(precision)
+    estimates = {
+        "token": for_bundle(manifest.spec, chosen, 1),
+        "prefill": for_bundle(manifest.spec, chosen, PREFILL_TOKENS),
+    }
     return {
         "target": target,
         "precision": precision,
@@ -116,8 +120,11 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
         "int8_kl": int8.kl if int8 else None,
         "worst_error": max(errors, default=None),
         "verified": len(errors),
-        "estimated_ms_per_token": estimate_ms(chosen, 1),
-        "estimated_ms_per_prefill": estimate_ms(chosen, PREFILL_TOKENS),
+        **{f"estimated_ms_per_{use}": one.total_ms if one else None for use, one in estimates.items()},
+        **{
+            f"estimated_ms_per_{use}_range": [one.low_ms, one.high_ms] if one else None
+            for use, one in estimates.items()
+        },
     }
 
 
@@ -179,18 +186,23 @@ def _artifact_lines(facts: dict[str, Any], default: bool) -> list[str]:
         f"fusion, rows {rows}",
         f"    artifacts  {facts['count']}, by toolkit {', '.join(facts['toolkit'])}",
         f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
-        f"    estimate   {_estimate(facts['estimated_ms_per_token'], facts['estimated_ms_per_prefill'])}",
+        f"    estimate   {_estimate(facts)}",
         f"    in int8    {int8}",
         f"    on its CPU {left}",
         f"    verified   {verified} ({facts['verified']} of {facts['count']} simulated)",
     ]
 
 
-def _estimate(token_ms: float | None, prefill_ms: float | None) -> str:
-    if token_ms is None or prefill_ms is None:
-        return "none: the compiler prints no cycles for this chip"
+def _estimate(facts: dict[str, Any]) -> str:
+    if facts["estimated_ms_per_token"] is None:
+        return f"none: no measurements of the {facts['target']} are known"
+    token, prefill = (
+        "{:.3g} ms ({:.3g} to {:.3g})".format(
+            facts[f"estimated_ms_per_{use}"], *facts[f"estimated_ms_per_{use}_range"]
+        )
+        for use in ("token", "prefill")
+    )
     return (
-        f"{token_ms:.2f} ms a token, {prefill_ms:.2f} ms for {PREFILL_TOKENS} tokens\n"
-        "               (by the compiler's cycles on one core, not measured; calls and\n"
-        "               recurrence come on top)"
+        f"{token} a token, {prefill} for {PREFILL_TOKENS}\n"
+        "               (one core, LPDDR5, with the CPU's part; not measured)"
     )

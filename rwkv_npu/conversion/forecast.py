@@ -1,7 +1,8 @@
-"""What a conversion would make, from the shapes of a model alone: nothing is compiled, and nothing written.
+"""Forecasts the result of a conversion from the shapes of a model: nothing is compiled, and nothing written.
 
-Memory is added up by `memory.plan_memory`, as it is for what was compiled, and cycles follow the compiler's formula
-(`estimate.formula_cycles`). The sizes of matrices are exact; what lies around them, and all that is time, is estimated.
+Memory is added up by `memory.plan_memory`, as it is for compiled artifacts. Cycles follow the compiler's formula
+(`estimate.formula_cycles`), and times are the estimates of `runtime.estimate`, as `info` and `bench inference` print
+them. The sizes of matrices are exact; the rest of a file, and every time, is an estimate.
 """
 
 from __future__ import annotations
@@ -23,23 +24,14 @@ from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, default_scaling, state_shapes, tensors
 from rwkv_npu.quant.cpu import PRECISIONS as PACKED
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
-from rwkv_npu.runtime.estimate import (
-    BOARD_RATES,
-    TABLE,
-    Assumptions,
-    Rate,
-    formula_cycles,
-    on_cpu,
-    on_npu,
-    weights,
-)
+from rwkv_npu.runtime import rk3588
+from rwkv_npu.runtime.estimate import Estimate, formula_cycles, on_cpu, on_npu, weights
 from rwkv_npu.runtime.selftest import SELF_TEST_ROWS
 
 Share = Callable[[str], float]
 
 PROMPT_TOKENS = 128  # of the prompt whose reading is estimated
-RATES = (TABLE, BOARD_RATES[0])  # those of one core, since a fused group runs on one
-FORMULA_FOR = "rk3588"  # the chip whose tables the formula was found in
+TIMED = (1, PROMPT_TOKENS)  # numbers of tokens that are read at once
 
 PRECISIONS = ("fp16", "mixed", "w8a8")
 ASSUMED_SHARE = 0.8  # of the weights in int8, where nobody has chosen them yet
@@ -51,13 +43,12 @@ NODE_BYTES, PORT_BYTES, TRANSPOSED_BYTES, INT8_BYTES = 6_300, 4_700, 30_000, 4_5
 
 @dataclass(frozen=True)
 class Variant:
-    """The artifacts of one precision. Their `weight_bytes` and `cycles` are estimates, like all else.
+    """The artifacts of one precision. Their `weight_bytes` and `cycles` are estimates.
 
-    int8: share of the weights that are; assumed: nobody has chosen which. files: bytes of each `.rknn` by its path.
-    memory: of all artifacts, whether they fit or not; left: the groups that the NPU has no room for, which convert
-    would not make, and their bytes. ms: by rate, of a token written and of PROMPT_TOKENS read, with what is left on the
-    board's CPU; none where no formula is known for the chip. board_bytes: what a process takes of the board's memory
-    beside the NPU's.
+    int8: share of the weights in int8; assumed: the share is an assumption. files: bytes of each `.rknn` by its path.
+    memory: of all artifacts, whether they fit or not. left: groups that do not fit the NPU and stay on the CPU, and
+    left_bytes their bytes. speeds: by kind of DRAM, tokens a second (slow, central, fast) for each of TIMED; empty
+    where the chip's terms are not known. board_bytes: memory of a process beside the NPU's.
     """
 
     precision: str
@@ -69,7 +60,7 @@ class Variant:
     memory: MemoryPlan
     left: list[str]
     left_bytes: int
-    ms: dict[str, tuple[float, float]]
+    speeds: dict[str, dict[int, tuple[float, float, float]]]
     board_bytes: int
 
 
@@ -170,7 +161,7 @@ def _variant(
 
     plans = list(candidates(manifest, program, request.target, precision, request.rows, weigh))
     artifacts, memory = next((plan for plan in plans if plan[1].fits), plans[-1])
-    if request.target == FORMULA_FOR:
+    if request.target == rk3588.NAME:
         found = [graphs.matrices(groups[a.group], a.rows) for a in artifacts]
         artifacts = [
             replace(a, cycles=_cycles(f, a.rows, share)) for a, f in zip(artifacts, found, strict=True)
@@ -188,7 +179,7 @@ def _variant(
         memory=memory,
         left=left,
         left_bytes=sum(weigh(groups[name]) for name in left),
-        ms=_ms(graphs, kept, [groups[name] for name in left], request.cpu_precision),
+        speeds=_speeds(graphs, kept, [groups[name] for name in left], request.cpu_precision),
         # RKNNLite keeps what it has read of a file beside what it has given to the NPU.
         board_bytes=held + sum(files[artifact.path] for artifact in kept),
     )
@@ -239,21 +230,38 @@ def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
     return left
 
 
-def _ms(graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str) -> dict[str, tuple[float, float]]:
-    """By rate, milliseconds of a token, and of a prompt of PROMPT_TOKENS."""
-    spec = graphs.program.spec
+def _speeds(
+    graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str
+) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Tokens a second (slow, central, fast) by DRAM and number of tokens; groups in `left` are on the CPU."""
     if not all(artifact.cycles for artifact in kept):
         return {}
+    return {
+        dram: {tokens: _with_left(graphs, kept, left, cpu, tokens, dram).speeds(tokens) for tokens in TIMED}
+        for dram in rk3588.DRAMS
+    }
 
-    def ms(rate: Rate, tokens: int) -> float:
-        total = on_npu(spec, kept, tokens, rate, Assumptions(), {}).total_ms
-        of_all = on_cpu(spec, cpu, tokens, Assumptions(), {}).ms
-        for group in left:
-            part = "head" if group.role == "head" else "projections"
-            total += of_all[part] * sum(one.k * one.n for one in graphs.matrices(group)) / weights(spec)[part]
-        return total
 
-    return {rate.label: (ms(rate, 1), ms(rate, PROMPT_TOKENS)) for rate in RATES}
+def _with_left(
+    graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str, tokens: int, dram: str
+) -> Estimate:
+    spec = graphs.program.spec
+    npu = on_npu(spec, kept, tokens, dram)
+    if not left:
+        return npu
+    on_board, count = on_cpu(spec, cpu, tokens, dram), weights(spec)
+    shares = dict.fromkeys(("projections", "head"), 0.0)
+    for group in left:
+        part = "head" if group.role == "head" else "projections"
+        shares[part] += sum(one.k * one.n for one in graphs.matrices(group)) / count[part]
+
+    def added(bound: str) -> dict[str, float]:
+        ms = dict(getattr(npu, bound))
+        return ms | {
+            part: ms[part] + share * getattr(on_board, bound)[part] for part, share in shares.items()
+        }
+
+    return Estimate(added("ms"), added("low"), added("high"), npu.npu_calls)
 
 
 # -- the rest of a bundle --------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""What a model would take on a board, term by term: estimates, from figures that the compiler and others give.
+"""How long a model would take on an RK3588: estimates, added up from the terms of `rk3588.py`.
 
-The compiler prints cycles for one core and leaves out everything else: the call, the recurrence and the rest of the
-CPU's work, the memory's true speed. Each is a term of its own here, with its source beside it, so that nobody has to
-believe a sum. Nothing in this module was measured on a board by this project.
+`convert --dry-run`, `info` and `bench inference` all print what these functions return, so they agree. Every part
+of a sum is named, every term has a source, and every total has a low and a high end: all terms at their fast ends,
+and all at their slow ends. Nothing here was measured on a board by this project.
 """
 
 from __future__ import annotations
@@ -12,109 +12,59 @@ from dataclasses import dataclass
 from math import prod
 
 from rwkv_npu.backends.memory import matrix_bytes
-from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import Artifact
-from rwkv_npu.models.spec import Spec, Tensor, groups, tensors
+from rwkv_npu.models.spec import Kind, Spec, Tensor, groups, state_shapes, tensors
 from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes
+from rwkv_npu.runtime import rk3588
+from rwkv_npu.runtime.operators import Operators, count_operators
+from rwkv_npu.runtime.rk3588 import BOUNDS, TERMS, Terms
 
-CLOCK_HZ = 1e9  # the NPU's, at which the compiler's cycles are nanoseconds
-TABLE_GB_PER_S = 23.63  # what one core reads in the compiler's table
-
-# Boards took 40 to 270 us for a call that does nothing, in C. The slow end, since our calls come from Python.
-CALL_OVERHEAD_US = 270.0
-# A PC's core against a Cortex-A76 at 2.3 GHz: about 1.7 times the clock and twice the work a cycle. An assumption.
-HOST_FACTOR = 4.0
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How the compiler's cycles become time. gb_per_s None is the table's own, for one core only."""
-
-    label: str
-    cores: int
-    gb_per_s: float | None
-    source: str
-
-
-TABLE = Rate(
-    "1 core, compiler's table",
-    1,
-    None,
-    "cycles of Rockchip's compiler at 1 GHz, DDR at 23.6 GB/s: optimistic",
-)
-
-# RK3588, FP16 matrix times vector through the C matmul API, as measured on boards by others.
-BOARD_RATES = (
-    Rate("1 core, boards' GEMV rate", 1, 10.9, "weights at the 10.9 GB/s that boards reached on one core"),
-    Rate(
-        "3 cores, N split",
-        3,
-        30.9,
-        "weights at the 30.9 GB/s that boards reached on three cores, a third of the products on each; a fused group "
-        "cannot be split by N, so the calls are those of projection fusion, three at once counted as one",
-    ),
-)
-RATES = {"rk3588": (TABLE, *BOARD_RATES)}  # of other chips there is only the table
-
-# RK3588, four Cortex-A76: GB/s read, and GFLOP/s of products of many rows. The latter is their peak in fp32 (2 x 4
-# lanes, multiply and add, 2.3 GHz, four cores), and it is what llama.cpp was seen to reach in Q8_0 (73 tokens/s read
-# with 1 B parameters).
-CPU_GB_PER_S, CPU_GFLOPS = 26.7, 147.0
 CPU_PRECISIONS = ("fp16", *PRECISIONS)
-_CPU_READS = "weights at the 26.7 GB/s that four Cortex-A76 read, products at "
-CPU_SOURCES = {
-    "fp16": f"{_CPU_READS}their fp32 peak of 147 GFLOP/s: optimistic as well (published: llama.cpp F16 with 2.9 B "
-    "parameters at 3.62 tokens/s is 21 GB/s)",
-    **dict.fromkeys(
-        PRECISIONS,
-        f"{_CPU_READS}the 147 GFLOP/s that llama.cpp reached there in Q8_0 (published: 73 tokens/s read with 1 B "
-        "parameters); the peak of their int8 instructions is four times that",
-    ),
-}
+MATMUL_PRECISIONS = {"fp16": 16, "w8a8": 8}  # of the NPU's matmul interface, with the bits of a weight
+
+# Parts of a time. The engine measures the first six; an estimate has the others besides.
+PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest", "calls", "operators", "io")
+
+Milliseconds = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Milliseconds by term for some tokens read at once and one pass of the head; `npu_calls` is how many calls."""
+    """Milliseconds by part, for some tokens read at once, one pass of the head and the choice of a token.
 
-    ms: Mapping[str, float]
+    ms: with every term at its central value. low, high: with every term at its fast end, and at its slow end.
+    """
+
+    ms: Milliseconds
+    low: Milliseconds
+    high: Milliseconds
     npu_calls: int = 0
 
     @property
     def total_ms(self) -> float:
         return sum(self.ms.values())
 
+    @property
+    def low_ms(self) -> float:
+        return sum(self.low.values())
 
-@dataclass(frozen=True)
-class Assumptions:
-    """call_overhead_us: of each call to the NPU. host_factor: how many times slower the board's CPU does the host's
-    share than the machine that measured it."""
+    @property
+    def high_ms(self) -> float:
+        return sum(self.high.values())
 
-    call_overhead_us: float = CALL_OVERHEAD_US
-    host_factor: float = HOST_FACTOR
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.call_overhead_us < float("inf"):
-            raise UsageError(
-                f"--call-overhead-us is {self.call_overhead_us:g}: it must be a number of at least 0"
-            )
-        if not 0 < self.host_factor < float("inf"):
-            raise UsageError(f"--host-factor is {self.host_factor:g}: it must be a number above 0")
+    def speeds(self, tokens: int) -> tuple[float, float, float]:
+        """(slow, central, fast) tokens a second. A prompt ends before its next token is chosen."""
+        left_out = "sampling" if tokens > 1 else ""
+        times = (sum(ms.values()) - ms.get(left_out, 0.0) for ms in (self.high, self.ms, self.low))
+        slow, central, fast = (1e3 * tokens / time for time in times)
+        return slow, central, fast
 
 
-def estimate_ms(artifacts: Sequence[Artifact], tokens: int) -> float | None:
-    """The compiler's cycles for `tokens` tokens read at once and one pass of the head, as milliseconds.
-
-    One core, no dispatch, no recurrence: an estimate, and an optimistic one. None where the compiler gives no cycles.
-    """
-    used = served_by(artifacts, tokens)
-    if not all(artifact.cycles for artifact, _ in used):
-        return None
-    return sum(times * _ms(artifact, TABLE) for artifact, times in used)
+# -- what runs -------------------------------------------------------------------------------------------
 
 
 def served_by(artifacts: Sequence[Artifact], tokens: int) -> list[tuple[Artifact, int]]:
-    """Which artifacts read `tokens` tokens, each with its number of calls; the head reads the last row alone."""
+    """The artifacts that read `tokens` tokens, each with its number of calls; the head reads the last row alone."""
     found = []
     for group in dict.fromkeys(a.group for a in artifacts):
         sizes = {a.rows: a for a in artifacts if a.group == group}
@@ -131,11 +81,11 @@ def served_by(artifacts: Sequence[Artifact], tokens: int) -> list[tuple[Artifact
 
 def formula_cycles(k: int, n: int, rows: int, bits: int) -> tuple[float, float, float]:
     """(DDR, NPU, total) cycles of a product with a constant (k, n) matrix of 16 or 8 bits, as the RK3588's compiler
-    counts them: found from its tables, whose sums over a graph it meets within a few per cent. Operations that are no
+    counts them: found from its tables, whose sums over a graph it meets within a few per cent. Operators that are no
     products have no cycles there, and what is fused into one, such as adding the residual, is left out here.
     """
     size, narrowest, columns = (2, 64, 16) if bits == 16 else (1, 128, 32)
-    ddr = (size * rows * (k + n) + matrix_bytes(k, n, bits)) / TABLE_GB_PER_S
+    ddr = (size * rows * (k + n) + matrix_bytes(k, n, bits)) / rk3588.NPU_TABLE_GB_PER_S
     npu = _whole(rows, 16) * max(k, narrowest) * _whole(n, columns) / (8192 / bits)
     return ddr, npu, max(ddr, npu)
 
@@ -150,11 +100,16 @@ def weights(spec: Spec) -> dict[str, int]:
 
 
 def weight_bytes(spec: Spec, precision: str) -> dict[str, int]:
-    """What the CPU reads of them for a token, of weights in one of CPU_PRECISIONS or in fp32."""
+    """Bytes of them that the CPU reads for a token: packed as the bundle has them, or in fp16 or fp32."""
     if precision in ("fp16", "fp32"):
         size = 2 if precision == "fp16" else 4
         return {part: size * count for part, count in weights(spec).items()}
     return _by_part(spec, lambda tensor: packed_bytes(tensor, bits_of(precision, tensor)))
+
+
+def state_bytes(spec: Spec) -> int:
+    """Bytes of the recurrent state that a token reads and writes."""
+    return 2 * 4 * spec.L * sum(prod(shape) for shape in state_shapes(spec).values())
 
 
 def _by_part(spec: Spec, size: Callable[[Tensor], int]) -> dict[str, int]:
@@ -163,53 +118,206 @@ def _by_part(spec: Spec, size: Callable[[Tensor], int]) -> dict[str, int]:
     return {"projections": sum(sizes.values()) - head, "head": head}
 
 
-def _ms(artifact: Artifact, rate: Rate) -> float:
-    """Of one call. The table's total adds up the slower of memory and arithmetic of each operation; at another rate
-    only the sums can be compared."""
-    cycles = artifact.cycles
-    if rate.gb_per_s is None:
-        return cycles.get("total", 0) / CLOCK_HZ * 1e3
-    memory = cycles.get("ddr", 0) * TABLE_GB_PER_S / rate.gb_per_s
-    return max(memory, cycles.get("npu", 0) / rate.cores) / CLOCK_HZ * 1e3
+# -- products --------------------------------------------------------------------------------------------
+
+
+def graph_ms(cycles: Mapping[str, int], rows: int, dram: str, terms: Terms, bound: str) -> float:
+    """Products of one compiled graph on one core: the slower of reading weights and of arithmetic."""
+    read = terms[f"npu_read_{dram.lower()}"].at(bound)
+    memory = cycles.get("ddr", 0) * rk3588.NPU_TABLE_GB_PER_S / read
+    factor = terms["graph_over_table"].at(bound) if rows >= 16 else 1.0
+    return max(memory, factor * cycles.get("npu", 0)) / rk3588.NPU_HZ * 1e3
+
+
+def port_ms(elements: int, per_sequence: int, rows: int, terms: Terms, bound: str) -> tuple[float, float]:
+    """(transposes in the graph, conversion of fp32 on the CPU) of inputs and outputs. `elements` are of a row."""
+    transposed = rows * elements * terms["transpose_element"].at(bound) if rows > 1 else 0.0
+    converted = (rows * elements + per_sequence) * terms["conversion_element"].at(bound)
+    return transposed / 1e6, converted / 1e6
+
+
+def operators_ms(found: Operators, rows: int, terms: Terms, bound: str) -> float:
+    """Operators that the compiler's table has no cycles for."""
+    if rows == 1:
+        return found.count * terms["small_operator"].at(bound) / 1e3
+    norm, other = terms["norm_element"].at(bound), terms["other_element"].at(bound)
+    return rows * (found.norm * norm + found.other * other) / 1e6
+
+
+def matmul_share(k: int, bits: int, terms: Terms, bound: str) -> float:
+    """Share of a core's peak that products of many rows reach through the matmul interface."""
+    if bits == 8:
+        return terms["matmul_int8"].at(bound)
+    size = next((size for size in (1024, 2048, 4096) if k <= size), 8192)
+    return terms[f"matmul_fp16_{size}"].at(bound)
+
+
+def cpu_product_ms(
+    bytes_: float, work: float, precision: str, rows: int, dram: str, terms: Terms, bound: str
+) -> float:
+    """A product on the four large cores: the slower of memory and of the kernel's static cycles.
+
+    bytes_: read. work: multiply-adds of all rows.
+    """
+    read = terms[f"cpu_read_{dram.lower()}"].at(bound) * 1e9
+    cycles = rk3588.CPU_CORES * rk3588.CPU_HZ
+    name = "fp16" if precision == "fp32" else precision
+    if rows == 1:
+        kernel = bytes_ / (terms[f"decode_{name}"].at(bound) * cycles)
+    else:
+        kernel = work / (terms[f"prefill_{name}"].at(bound) * cycles)
+    return max(bytes_ / read, kernel) * 1e3
+
+
+# -- the board's CPU beside the products -----------------------------------------------------------------
+
+
+def host_ms(spec: Spec, tokens: int, dram: str, terms: Terms, bound: str) -> dict[str, float]:
+    """Recurrence, the choice of one token, and what Python does around a pass."""
+    return {
+        "recurrence": _recurrence_ms(spec, tokens, dram, terms, bound),
+        "sampling": spec.V * terms["sampling_entry"].at(bound) * terms["host_kernels"].at(bound) / 1e6,
+        "rest": terms["python_pass"].at(bound) * terms["host_python"].at(bound),
+    }
+
+
+def _recurrence_ms(spec: Spec, tokens: int, dram: str, terms: Terms, bound: str) -> float:
+    """The slower of arithmetic on the four large cores, and of reading and writing the state once."""
+    if spec.generation == "4":
+        cycles = spec.L * spec.A * terms["recurrence_v4"].at(bound)
+    else:
+        name = "recurrence_v7" if spec.generation in ("7", "7a") else "recurrence_v56"
+        cycles = spec.L * spec.H * (spec.N / 64) ** 2 * terms[name].at(bound)
+    arithmetic = tokens * cycles / (rk3588.CPU_CORES * rk3588.CPU_HZ)
+    memory = state_bytes(spec) / (terms[f"cpu_read_{dram.lower()}"].at(bound) * 1e9)
+    return max(arithmetic, memory) * 1e3
+
+
+# -- whole passes ----------------------------------------------------------------------------------------
 
 
 def on_npu(
     spec: Spec,
     artifacts: Sequence[Artifact],
     tokens: int,
-    rate: Rate,
-    assumptions: Assumptions,
-    host_ms: Mapping[str, float],
+    dram: str,
+    terms: Terms = TERMS,
+    host: Milliseconds | None = None,
 ) -> Estimate:
-    """`tokens` tokens at once. `host_ms` is the CPU's share, by name, as measured on another machine."""
+    """Compiled graphs on one core through RKNNLite. `host` replaces the estimate of the CPU's part."""
     used = served_by(artifacts, tokens)
-    calls = sum(times for _, times in used)
-    if rate.cores > 1:
-        chunks = max(
-            sum(times for a, times in used if a.group == group) for group in {a.group for a, _ in used}
-        )
-        calls = chunks * (len(groups(spec, "projection")) - 1) + 1
-    head = sum(times * _ms(a, rate) for a, times in used if a.group == "head")
-    terms = {
-        "projections": sum(times * _ms(a, rate) for a, times in used if a.group != "head"),
-        "head": head,
-        "calls": calls * assumptions.call_overhead_us / 1e3,
+    counts = {
+        key: count_operators(spec, *key) for key in dict.fromkeys((a.fusion, a.rows) for a in artifacts)
     }
-    return Estimate({**terms, **_scaled(host_ms, assumptions)}, calls)
+    calls = sum(times for _, times in used)
+
+    def ms(bound: str) -> dict[str, float]:
+        found = dict.fromkeys(("projections", "head", "operators", "io"), 0.0)
+        for artifact, times in used:
+            group = counts[artifact.fusion, artifact.rows][artifact.group]
+            part = "head" if artifact.group == "head" else "projections"
+            transposes, io = port_ms(group.ports, group.sequence_ports, artifact.rows, terms, bound)
+            found[part] += times * graph_ms(artifact.cycles, artifact.rows, dram, terms, bound)
+            found["operators"] += times * (operators_ms(group, artifact.rows, terms, bound) + transposes)
+            found["io"] += times * io
+        found["calls"] = calls * terms["rknnlite_call"].at(bound) / 1e3
+        return {**found, **_host(spec, tokens, dram, terms, bound, host)}
+
+    return _estimate(ms, calls)
+
+
+def on_three_cores(
+    spec: Spec,
+    precision: str,
+    tokens: int,
+    dram: str,
+    terms: Terms = TERMS,
+    host: Milliseconds | None = None,
+) -> Estimate:
+    """The `rknn-matmul` backend: columns of every large product over three cores, chunks of 64 rows."""
+    bits = MATMUL_PRECISIONS[precision]
+    used = [t for t in tensors(spec) if t.kind.is_projection and not t.optional]
+    large = [t for t in used if t.kind is Kind.LINEAR and t.name != "head.weight"]
+    small = sum(prod(t.used_shape) for t in used if t.kind is not Kind.LINEAR)
+    # Products of one input (r, k and v) are handed over together: 3 steps a layer.
+    steps = len(groups(spec, "projection")) - 1
+    chunks = -(-tokens // 64)
+    rows = min(tokens, 64)
+
+    def product(k: int, n: int, rows: int, bound: str) -> tuple[float, float]:
+        """(product, conversion of its operands) in ms."""
+        cores = terms["npu_three_cores"].at(bound)
+        memory = matrix_bytes(k, n, bits) / (terms[f"npu_read_{dram.lower()}"].at(bound) * 1e9)
+        peak = rk3588.NPU_FLOPS[bits] * matmul_share(k, bits, terms, bound)
+        time = max(memory, 2 * _whole(rows, 16) * k * n / peak if rows > 1 else 0.0) / cores
+        return time * 1e3, rows * (k + n) * terms["conversion_element"].at(bound) / 1e6
+
+    def ms(bound: str) -> dict[str, float]:
+        layers = [product(t.used_shape[-2], t.used_shape[-1], rows, bound) for t in large]
+        head, head_io = product(spec.D, spec.V, 1, bound)
+        low_rank = cpu_product_ms(2 * small, rows * small, "fp16", rows, dram, terms, bound)
+        step = (terms["c_call"].at(bound) + terms["three_cores_handover"].at(bound)) / 1e3
+        return {
+            "projections": chunks * (sum(time for time, _ in layers) + low_rank),
+            "head": head,
+            "calls": (chunks * steps + 1) * step,
+            "io": chunks * sum(io for _, io in layers) + head_io,
+            **_host(spec, tokens, dram, terms, bound, host),
+        }
+
+    return _estimate(ms, chunks * steps + 1)
 
 
 def on_cpu(
-    spec: Spec, precision: str, tokens: int, assumptions: Assumptions, host_ms: Mapping[str, float]
+    spec: Spec,
+    precision: str,
+    tokens: int,
+    dram: str,
+    terms: Terms = TERMS,
+    host: Milliseconds | None = None,
 ) -> Estimate:
-    """The same without the NPU, on an RK3588's four large cores; `precision` is one of `weight_bytes`."""
+    """The compiled backend on the four large cores; `precision` is one of `weight_bytes`."""
     count, size = weights(spec), weight_bytes(spec, precision)
 
-    def ms(part: str, rows: int) -> float:
-        return max(size[part] / CPU_GB_PER_S, 2 * count[part] * rows / CPU_GFLOPS) / 1e6
+    def ms(bound: str) -> dict[str, float]:
+        def part(name: str, rows: int) -> float:
+            return cpu_product_ms(size[name], rows * count[name], precision, rows, dram, terms, bound)
 
-    terms = {"projections": ms("projections", tokens), "head": ms("head", 1)}
-    return Estimate({**terms, **_scaled(host_ms, assumptions)})
+        products = {"projections": part("projections", tokens), "head": part("head", 1)}
+        return {**products, **_host(spec, tokens, dram, terms, bound, host)}
+
+    return _estimate(ms)
 
 
-def _scaled(host_ms: Mapping[str, float], assumptions: Assumptions) -> dict[str, float]:
-    return {name: value * assumptions.host_factor for name, value in host_ms.items()}
+def _host(
+    spec: Spec, tokens: int, dram: str, terms: Terms, bound: str, given: Milliseconds | None
+) -> Mapping[str, float]:
+    return given if given is not None else host_ms(spec, tokens, dram, terms, bound)
+
+
+def _estimate(ms: Callable[[str], Mapping[str, float]], calls: int = 0) -> Estimate:
+    low, central, high = (ms(bound) for bound in BOUNDS)
+    return Estimate(central, low, high, calls)
+
+
+# -- for people ------------------------------------------------------------------------------------------
+
+
+def for_bundle(
+    spec: Spec, artifacts: Sequence[Artifact], tokens: int, dram: str = rk3588.DRAMS[0]
+) -> Estimate | None:
+    """Compiled graphs on their chip; None where the chip's terms or the compiler's cycles are not known."""
+    if not artifacts or any(a.target != rk3588.NAME or not a.cycles for a in artifacts):
+        return None
+    return on_npu(spec, artifacts, tokens, dram)
+
+
+def explain(terms: Terms = TERMS) -> list[str]:
+    """Every term with its range and source, and how they are added up."""
+    return [
+        "Central values, and in parentheses all terms at their fast ends and all at their slow ends.",
+        "Products on the NPU: the slower of the compiler's DDR cycles at the rate that boards read weights with, and "
+        "of its NPU cycles (from 16 rows on, times graph_over_table).",
+        "Products on the CPU: the slower of bytes over memory's rate, and of the kernel's static cycles.",
+        *terms.explain(),
+    ]
