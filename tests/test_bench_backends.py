@@ -18,21 +18,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_npu.bench import backends, child, machine, problem, rknn, roofline, timing
-from rwkv_npu.bench.record import Row
-from rwkv_npu.bench.series import Failed, Measured, Series
+from rwkv_npu.bench import backends, child, machine, measure, products
+from rwkv_npu.bench.child import Failed
+from rwkv_npu.bench.document import ProductRow
+from rwkv_npu.bench.matmul import Measured, Series
 from rwkv_npu.board.npu import Lock
 from rwkv_npu.errors import BackendError
 from tests.bench_rows import square
 
-QUICK = timing.Effort(repeats=3, precision=1.0, seconds=0.01)
+QUICK = products.Effort(repeats=3, precision=1.0, seconds=0.01)
 
 
 # --- the check
 
 
 def test_the_error_is_relative_to_the_largest_element() -> None:
-    one = problem.make_problem(33, 70, 20)
+    one = products.make_problem(33, 70, 20)
     exact = one.a.astype(float) @ one.b.astype(float)
     assert one.error(exact) == 0
     wrong = exact.copy()
@@ -45,15 +46,15 @@ def test_the_error_is_relative_to_the_largest_element() -> None:
 
 
 def test_the_check_of_a_large_product_looks_at_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "CHECKED", 0)
-    one = problem.make_problem(64, 8, 8)
+    monkeypatch.setattr(products, "CHECKED", 0)
+    one = products.make_problem(64, 8, 8)
     wrong = one.a @ one.b
     wrong[63] += 10
     assert one.error(wrong) > 1
 
 
 def test_problems_are_fixed_and_of_unit_variance() -> None:
-    one, again = problem.make_problem(64, 256, 64), problem.make_problem(64, 256, 64)
+    one, again = products.make_problem(64, 256, 64), products.make_problem(64, 256, 64)
     np.testing.assert_array_equal(one.b, again.b)
     assert 0.9 < np.std(one.a @ one.b) < 1.1
 
@@ -68,7 +69,7 @@ def test_stages_are_called_in_turn_and_the_submission_is_timed_apart() -> None:
         lambda: (calls.append("run"), time.sleep(0.003)),
         lambda: calls.append("out"),
     ]
-    found = timing.time_calls(stages, 1, replace(QUICK, repeats=5))
+    found = products.time_calls(stages, 1, replace(QUICK, repeats=5))
     assert calls[:6] == ["in", "run", "out"] * 2 and len(calls) % 3 == 0
     assert found.repeats >= 5 and len(calls) // 3 > found.repeats  # warm-up is not counted
     assert found.submit is not None and found.error is not None
@@ -77,31 +78,33 @@ def test_stages_are_called_in_turn_and_the_submission_is_timed_apart() -> None:
 
 
 def test_repeats_go_on_until_the_median_is_known() -> None:
-    effort = timing.Effort(repeats=3, precision=1e-9, seconds=0.2)
-    found = timing.time_calls([lambda: time.sleep(0.002)], None, effort)
+    effort = products.Effort(repeats=3, precision=1e-9, seconds=0.2)
+    found = products.time_calls([lambda: time.sleep(0.002)], None, effort)
     assert found.repeats > 20 and found.submit is None
-    few = timing.time_calls([lambda: time.sleep(0.002)], None, replace(effort, precision=10.0, seconds=0.05))
+    few = products.time_calls(
+        [lambda: time.sleep(0.002)], None, replace(effort, precision=10.0, seconds=0.05)
+    )
     assert few.repeats < 15
 
 
 def test_a_slow_call_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "STOP_S", 0.01)
+    monkeypatch.setattr(products, "STOP_S", 0.01)
     calls: list[int] = []
-    found = timing.time_calls([lambda: (calls.append(1), time.sleep(0.02))], None, QUICK)
+    found = products.time_calls([lambda: (calls.append(1), time.sleep(0.02))], None, QUICK)
     assert found.median > 0.01 and (len(calls), found.repeats, found.p10, found.error) == (1, 1, None, None)
 
 
 def test_slow_calls_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "LONG_S", 0.02)
-    assert timing.time_calls([lambda: time.sleep(0.01)], None, replace(QUICK, repeats=50)).repeats == 3
+    monkeypatch.setattr(products, "LONG_S", 0.02)
+    assert products.time_calls([lambda: time.sleep(0.01)], None, replace(QUICK, repeats=50)).repeats == 3
 
 
 def test_the_error_of_a_median() -> None:
     rng = np.random.default_rng(0)
     medians = [np.median(rng.exponential(size=100)) for _ in range(2000)]
-    errors = [timing.median_error(rng.exponential(size=100)) for _ in range(2000)]
+    errors = [products.median_error(rng.exponential(size=100)) for _ in range(2000)]
     assert np.mean(errors) == pytest.approx(np.std(medians), rel=0.15)
-    assert timing.median_error([3.0]) == 0
+    assert products.median_error([3.0]) == 0
 
 
 # --- the machine
@@ -160,14 +163,14 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_roof() -> None:
     rows = [square(64, gflops=80.0), square(64, gflops=900.0, dtype="bf16"), square(64, 1e-9, estimated=True)]
-    assert roofline.peaks({"peak_fp32_gflops": 100.0}, rows) == {"fp32": 100.0, "bf16": 900.0}
-    assert roofline.peaks({}, rows)["fp32"] == 80.0
+    assert machine.peaks({"peak_fp32_gflops": 100.0}, rows) == {"fp32": 100.0, "bf16": 900.0}
+    assert machine.peaks({}, rows)["fp32"] == 80.0
 
 
 def test_the_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(roofline, "PEAK_SIZE", 32)
-    _, found = child.answer(None, {"roofline": 2})
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "PEAK_SIZE", 32)
+    found = ask({"task": "roofline", "threads": 2})
     assert set(found) == {"bandwidth_gb_per_s", "peak_fp32_gflops"} and min(found.values()) > 0
 
 
@@ -224,7 +227,7 @@ def test_tinygrad(device: str, where: str, dtype: str, worst: float) -> None:
     assert row.submit_s is not None and 0 < row.submit_s <= row.time_s  # type: ignore[operator]
 
 
-def check_series(series: Series, worst: float, sums: str, version: str, where: str) -> Row:
+def check_series(series: Series, worst: float, sums: str, version: str, where: str) -> ProductRow:
     """Times a product of a shape that divides by nothing; a row vector too."""
     opened = Measured(series, 1, QUICK)
     try:
@@ -261,7 +264,7 @@ def test_int8_does_not_saturate_on_any_processor() -> None:
     """All operands at the largest magnitude: sums of two products would pass int16 with 8 bits of B."""
     a, b = np.ones((3, 64), np.float32), np.ones((64, 16), np.float32)
     b[:, ::2] *= -1
-    largest = problem.Problem(3, 64, 16, a, b)
+    largest = products.Problem(3, 64, 16, a, b)
     operation = backends.OrtBackend("int8", 1, "cpu").prepare(largest)
     for stage in operation.stages:
         stage()
@@ -317,8 +320,8 @@ def test_a_process_that_crashes() -> None:
 
 def test_a_process_ends_with_its_parent() -> None:
     code = """
-from rwkv_npu.bench.series import Child
 import time
+from rwkv_npu.bench.child import Child
 child = Child(1)
 print(child._process.pid, flush=True)
 time.sleep(60)
@@ -342,7 +345,7 @@ class Faulty:
         if dtype == "missing":
             raise ModuleNotFoundError("No module named 'faulty'")
 
-    def prepare(self, one: problem.Problem) -> Any:
+    def prepare(self, one: products.Problem) -> Any:
         from rwkv_npu.bench.backends import Operation
 
         errors = {
@@ -356,22 +359,31 @@ class Faulty:
 
 
 def test_answers_of_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(child.BACKENDS, "faulty", Faulty)
+    monkeypatch.setitem(backends.BACKENDS, "faulty", Faulty)
     effort = {"repeats": 1, "precision": 1.0, "seconds": 0.0}
     request = {"backend": "faulty", "dtype": "fp32", "device": "cpu", "threads": 1, "effort": effort}
-    _, reply = child.answer(None, {**request, "dtype": "missing"})
+    reply = ask({**request, "task": "open", "dtype": "missing"})
     assert reply == {"failed": "not installed: No module named 'faulty'", "fatal": True}
-    server, reply = child.answer(None, request)
-    assert server is not None and reply["versions"] == "faulty 1"
+    assert ask({**request, "task": "open"})["versions"] == "faulty 1"
     for m, failed, fatal in (
         (5, "first line", False),
         (6, "not enough memory: MemoryError", True),
         (7, "not enough memory: DefaultCPUAllocator", True),
     ):
-        _, reply = child.answer(server, {"shape": [m, 3, 3]})
+        reply = ask({"task": "product", "shape": [m, 3, 3]})
         assert reply["failed"].startswith(failed) and reply["fatal"] is fatal
-    _, reply = child.answer(server, {"shape": [4, 3, 3]})
+    reply = ask({"task": "product", "shape": [4, 3, 3]})
     assert "failed" not in reply and reply["m"] == 4
+
+
+def ask(request: dict[str, Any]) -> dict[str, Any]:
+    """A task in this process: its fields, or its failure."""
+    messages: list[dict[str, Any]] = []
+    child.answer(request, messages.append)
+    found = {}
+    for message in messages:
+        found |= message.get("fields", {name: value for name, value in message.items() if name != "done"})
+    return found
 
 
 # --- the board, with a stand-in for RKNNLite
@@ -406,36 +418,36 @@ class FakeLite:
         type(self).released += 1
 
 
-PRODUCT = problem.make_problem(4, 32, 16)
+PRODUCT = products.make_problem(4, 32, 16)
 
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rknn, "LOCK", Lock(tmp_path))  # which the backends keep
+    monkeypatch.setattr(backends, "LOCK", Lock(tmp_path))  # which the backends keep
     api = types.ModuleType("rknnlite.api")
     api.RKNNLite = FakeLite  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rknnlite", types.ModuleType("rknnlite"))
     monkeypatch.setitem(sys.modules, "rknnlite.api", api)
-    monkeypatch.setattr(rknn, "soc", lambda: "rk3588")
-    monkeypatch.setattr(rknn, "require", lambda: types.SimpleNamespace(version="2.5.0"))
+    monkeypatch.setattr(backends, "soc", lambda: "rk3588")
+    monkeypatch.setattr(backends, "require", lambda: types.SimpleNamespace(version="2.5.0"))
 
     def compile_product(*_: Any, out: Path, **__: Any) -> Any:
         out.write_text("compiled")
         return types.SimpleNamespace(layers=[types.SimpleNamespace(total_cycles=c) for c in (0, 5, 7)])
 
-    monkeypatch.setattr(rknn, "compile_product", compile_product)
+    monkeypatch.setattr(backends, "compile_product", compile_product)
     monkeypatch.setattr(FakeLite, "code", 0)
     yield
 
 
 @pytest.mark.usefixtures("board")
 def test_a_board_is_measured() -> None:
-    backend = rknn.RknnBackend("fp16", 1, "cpu")
+    backend = backends.RknnBackend("fp16", 1, "cpu")
     assert backend.device == "RK3588 NPU, core 0" and backend.versions.startswith(
         "rknn-toolkit2 2.5.0, librknnrt "
     )
     operation = backend.prepare(PRODUCT)
-    found = timing.time_calls(operation.stages, operation.submit, QUICK)
+    found = products.time_calls(operation.stages, operation.submit, QUICK)
     assert found.submit is not None and operation.npu_ops == 2
     assert PRODUCT.error(operation.result()) < 1e-6
     assert operation.moved_bytes == 2 * (4 * 32 + 32 * 16 + 4 * 16)
@@ -447,19 +459,21 @@ def test_a_board_is_measured() -> None:
 @pytest.mark.parametrize("code", [-3, (-3, 0)])
 def test_a_run_that_fails_on_a_board(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLite, "code", code)
-    operation = rknn.RknnBackend("fp16", 1, "cpu").prepare(PRODUCT)
+    operation = backends.RknnBackend("fp16", 1, "cpu").prepare(PRODUCT)
     with pytest.raises(BackendError, match="rknn_run returned -3"):
-        timing.time_calls(operation.stages, operation.submit, QUICK)
+        products.time_calls(operation.stages, operation.submit, QUICK)
 
 
 def test_a_disturbed_timing_is_taken_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(child.BACKENDS, "faulty", Faulty)
+    monkeypatch.setitem(backends.BACKENDS, "faulty", Faulty)
     effort = {"repeats": 1, "precision": 1.0, "seconds": 0.0}
-    server = child.Server(
+    server = measure.ProductServer(
         {"backend": "faulty", "dtype": "fp32", "device": "cpu", "threads": 1, "effort": effort}
     )
     times: list[float] = []
-    monkeypatch.setattr(child, "time_calls", lambda *_: timing.Timing(times.pop(0), 1.0, 1.0, 0.1, 5, None))
+    monkeypatch.setattr(
+        measure, "time_calls", lambda *_: products.Timing(times.pop(0), 1.0, 1.0, 0.1, 5, None)
+    )
     flags: list[str] = []
     monkeypatch.setattr(server.watch, "flags", lambda: flags.pop(0))
     times[:], flags[:] = [3.0, 5.0, 1.0], ["busy", "throttled", ""]
@@ -468,6 +482,6 @@ def test_a_disturbed_timing_is_taken_anew(monkeypatch: pytest.MonkeyPatch) -> No
     times[:], flags[:] = [3.0, 2.0, 4.0, 1.0], ["busy", "busy throttled", "busy", ""]
     row = server.time((2, 2, 2))
     assert (row["time_s"], row["flags"], flags) == (2.0, "busy throttled", [""])
-    monkeypatch.setattr(child, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(measure, "PATIENCE_S", -1.0)
     times[:], flags[:] = [3.0, 2.0], ["busy", ""]
     assert server.time((2, 2, 2))["time_s"] == 3.0

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.bench import inference_report, inference_study
-from rwkv_npu.bench.inference_child import Case, Meter
-from rwkv_npu.bench.inference_record import PARTS, Document, Row
+from rwkv_npu.bench import inference, report
+from rwkv_npu.bench.document import MEASURED_PARTS, Document, ModelRow
+from rwkv_npu.bench.measure import Case
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import groups
 from tests.bench_inference import QUICK, L, run_json
@@ -30,7 +30,7 @@ PRECISE = 1e-9
 @pytest.fixture(autouse=True)
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's tests measure it; a second each time is too much here."""
-    monkeypatch.setattr(inference_study, "roofline", lambda threads: {"bandwidth_gb_per_s": 10.0 * threads})
+    monkeypatch.setattr(inference, "measure_roofline", lambda threads: {"bandwidth_gb_per_s": 10.0 * threads})
 
 
 # -- the engine's own counters ---------------------------------------------------------------------------
@@ -57,20 +57,20 @@ def test_the_parts_of_a_token_add_up_and_change_nothing(checkpoint: Path, fusion
         logits, state = model.forward([1, 2, 3])
         assert np.array_equal(logits, expected)
         total, parts = case.timed(lambda: case.decode(logits, state, 5))
-    assert state.tokens_seen == 8 and set(parts) == set(PARTS)
+    assert state.tokens_seen == 8 and set(parts) == set(MEASURED_PARTS)
     assert all(seconds > 0 for seconds in parts.values())
     assert sum(parts.values()) == pytest.approx(total, rel=PRECISE)
 
 
 def test_a_meter_reads_what_its_engine_did(checkpoint: Path) -> None:
     with rwkv_npu.load(checkpoint, backend="numpy") as model:
-        meter = Meter(model.engine)
+        case = Case(model, {}, lambda message: None)
         model.forward([1])
-        first, second = meter.read(), meter.read()
+        first, second = case.parts(), case.parts()
         assert first == second and first["sampling"] == 0
         model.forward([1])
         assert all(
-            meter.read()[name] > first[name] for name in ("projections", "head", "recurrence", "dispatch")
+            case.parts()[name] > first[name] for name in ("projections", "head", "recurrence", "dispatch")
         )
 
 
@@ -99,7 +99,7 @@ def test_rows_hold_what_they_say(capsys: pytest.CaptureFixture[str], checkpoint:
             row["gb_per_s"] / found["machine"]["bandwidth_gb_per_s"]
         )
         assert sum(row["decode_ms"].values()) == pytest.approx(1e3 / row["decode_tps"], rel=PRECISE)
-        assert row["decode_tokens"] == 128 and row["decode_repeats"] == row["prefill_512_repeats"] == 1
+        assert 8 <= row["decode_tokens"] <= 128 and row["decode_repeats"] == row["prefill_512_repeats"] == 1
         assert sum(row["prefill_128_ms"].values()) == pytest.approx(1e3 * row["first_token_s"], rel=PRECISE)
         assert 128 / row["prefill_128_tps"] < row["first_token_s"] < row["load_s"]
         assert row["peak_bytes"] > row["own_bytes"] > 1 << 20
@@ -119,9 +119,9 @@ def test_fusion_profile_and_csv(capsys: pytest.CaptureFixture[str], checkpoint: 
     assert status == 0 and row["fusion"] == "projection" and float(row["calls_per_token"]) == 3 * L + 1
     assert float(row["decode_ms.recurrence"]) > 0 and row["estimated"] == "False"
     status, out, _ = run_main(capsys, "bench", "inference", *flags)
-    assert status == 0 and "Profile of numpy fp32" in out and "maths.py" in out
+    assert status == 0 and "Profile of numpy fp32" in out and "runtime/engine.py:" in out
     for role in ("att.in", "att.out", "ffn", "head"):
-        assert f"\n| {role} |" in out
+        assert f"\n|{role} " in out
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_backend_that_fails_in_the_middle(
     """It breaks after it has read its first prompts: its row says so and keeps them, the others go on."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if '\"numpy\"' in sys.orig_argv[-1]:\n"
+        "if sys.orig_argv[-1].startswith('numpy '):\n"
         "    import rwkv_npu.backends.numpy as module\n"
         "    run, calls = module.NumpyRunner.run, []\n"
         "    def breaks(self):\n"
@@ -186,7 +186,7 @@ def test_interrupted_and_gone_on_with(checkpoint: Path, tmp_path: Path) -> None:
     for one in (kept, rows[0]):  # over the best read, which the second run measured again
         del one["bandwidth_share"]
     assert kept == rows[0] and added["backend"] == "numpy" and added["decode_tps"]
-    assert [row.backend for row in Document.load(file).results] == ["ort", "numpy"]
+    assert [row.backend for row in Document.load(file, ModelRow).results] == ["ort", "numpy"]
 
 
 def processes() -> list[str]:
@@ -202,12 +202,12 @@ def processes() -> list[str]:
 def test_an_interrupted_row_is_kept_and_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
 ) -> None:
-    def measure(row: Row, request: dict[str, Any]) -> Iterator[str]:
+    def measure(row: ModelRow, request: dict[str, Any]) -> Iterator[str]:
         yield "load"
         row.update({"load_s": 3.0, "flags": "busy"})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inference_study, "measure", measure)
+    monkeypatch.setattr(inference, "measure", measure)
     file = tmp_path / "rows.json"
     status, out, err = run_main(
         capsys, "bench", "inference", "-m", checkpoint, "--resume", file, "-o", "json"
@@ -216,7 +216,7 @@ def test_an_interrupted_row_is_kept_and_says_so(
     assert [(row["load_s"], row["flags"]) for row in json.loads(out)["results"]] == [
         (3.0, "busy interrupted")
     ]
-    assert Document.load(file).results[0].load_s == 3.0
+    assert Document.load(file, ModelRow).results[0].load_s == 3.0
 
 
 def test_rows_that_others_disturbed_are_measured_again(
@@ -225,12 +225,12 @@ def test_rows_that_others_disturbed_are_measured_again(
     flags = iter(["busy", "", "busy", "interrupted", ""])
     measured = []
 
-    def measure(row: Row, request: dict[str, Any]) -> Iterator[str]:
+    def measure(row: ModelRow, request: dict[str, Any]) -> Iterator[str]:
         measured.append(row.backend)
         yield "load"
         row.update({"load_s": float(len(measured)), "flags": next(flags)})
 
-    monkeypatch.setattr(inference_study, "measure", measure)
+    monkeypatch.setattr(inference, "measure", measure)
     found = ("-m", checkpoint, "--backends", "ort,torch,numpy", "--resume", tmp_path / "rows.json")
     run_json(capsys, *found)
     assert measured == ["ort", "torch", "numpy"]
@@ -243,13 +243,11 @@ def test_rows_that_others_disturbed_are_measured_again(
 
 
 def test_files_come_back_as_they_were(tmp_path: Path) -> None:
-    row = Row(
-        "m", "f", "7", 5, "ort", decode_ms={"head": 1.0}, terms={"cores": 3}, flags="busy", decode_tps=2.0
-    )
-    document = Document({"cpu": "x"}, "command", [row], ["a note"])
+    row = ModelRow("m", "f", "7", 5, "ort", decode_ms={"head": 1.0}, flags="busy", decode_tps=2.0)
+    document = Document(ModelRow, {"cpu": "x"}, "command", [row], ["a note"])
     document.save(tmp_path / "x.json")
-    assert Document.load(tmp_path / "x.json") == document
-    assert "a note" in inference_report.table(document)
+    assert Document.load(tmp_path / "x.json", ModelRow) == document
+    assert "a note" in report.model_table(document)
     with pytest.raises(KeyError):
         row.update({"speed": 1})
 
@@ -283,8 +281,8 @@ def test_nothing_is_measured_for_bad_flags(
     flags: list[str],
     words: str,
 ) -> None:
-    monkeypatch.setattr(inference_study, "measure", lambda *_: pytest.fail("it was measured"))
-    monkeypatch.setattr(inference_study, "roofline", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(inference, "measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(inference, "measure_roofline", lambda *_: pytest.fail("it was measured"))
     status, out, err = run_main(capsys, "bench", "inference", "-m", checkpoint, *flags)
     assert status == 1 and not out and one_line(err) and words in err
 

@@ -17,16 +17,18 @@ from typing import Any
 
 import pytest
 
-from rwkv_npu.bench import machine, matmul, record, shapes, timing
-from rwkv_npu.bench.record import Row
-from rwkv_npu.bench.series import Failed, Series
+from rwkv_npu.bench import machine, matmul, products
+from rwkv_npu.bench.child import Failed
+from rwkv_npu.bench.document import Document, ProductRow
+from rwkv_npu.bench.matmul import Series
 from rwkv_npu.cli import bench as command_module
 from rwkv_npu.errors import BackendError, ToolkitError, UsageError
+from rwkv_npu.models.official import OFFICIAL, official_spec
 from tests.bench_rows import estimate, square
 from tests.tiny import command, one_line, run_main
 from tools import make_checkpoint
 
-QUICK = timing.Effort(repeats=3, precision=1.0, seconds=0.01)
+QUICK = products.Effort(repeats=3, precision=1.0, seconds=0.01)
 
 
 # --- what to multiply
@@ -43,42 +45,42 @@ QUICK = timing.Effort(repeats=3, precision=1.0, seconds=0.01)
     ],
 )
 def test_sizes(text: str, sizes: list[int]) -> None:
-    assert shapes.parse_sizes(text) == [(n, n, n) for n in sizes]
+    assert products.parse_sizes(text) == [(n, n, n) for n in sizes]
 
 
 def test_the_default_sweep_has_32_sizes() -> None:
-    sizes = shapes.parse_sizes(shapes.DEFAULT_SIZES)
+    sizes = products.parse_sizes(products.DEFAULT_SIZES)
     assert len(sizes) == 32 and sizes[0] == (128,) * 3 and sizes[-1] == (4096,) * 3
 
 
 def test_shapes_come_in_order_of_work() -> None:
-    assert shapes.parse_shapes("16x2048x8192,1x4x4,16x2048x8192") == [(1, 4, 4), (16, 2048, 8192)]
+    assert products.parse_shapes("16x2048x8192,1x4x4,16x2048x8192") == [(1, 4, 4), (16, 2048, 8192)]
 
 
 @pytest.mark.parametrize("text", ["", "0", "a", "5:1", "1:5:0", "1:2:3:4", "-4", "4096:99999999:1", "1.5"])
 def test_senseless_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="--sizes"):
-        shapes.parse_sizes(text)
+        products.parse_sizes(text)
 
 
 @pytest.mark.parametrize("text", ["", "4x4", "4x4x0", "axbxc", "1x2x3x4", "1x2x99999999"])
 def test_senseless_shapes(text: str) -> None:
     with pytest.raises(UsageError, match="--shapes"):
-        shapes.parse_shapes(text)
+        products.parse_shapes(text)
 
 
 def test_official_sizes_are_those_of_the_checkpoints() -> None:
-    assert shapes.OFFICIAL.keys() == make_checkpoint.SIZES.keys()
+    assert OFFICIAL.keys() == make_checkpoint.SIZES.keys()
     for name, size in make_checkpoint.SIZES.items():
-        assert shapes.official_spec(name) == make_checkpoint.make_spec(**size), name
+        assert official_spec(name) == make_checkpoint.make_spec(**size), name
 
 
 def test_shapes_of_a_model(tmp_path: Path) -> None:
-    found = shapes.model_shapes("v7-1.5b")
+    found = products.model_shapes("v7-1.5b")
     assert {(M, 2048, 8192) for M in (1, 16, 64, 128)} | {(1, 2048, 65536), (64, 2048, 96)} <= set(found)
     assert (16, 2048, 65536) not in found
     with pytest.raises(UsageError, match="neither a bundle nor one of v4-169m"):
-        shapes.model_shapes(str(tmp_path))
+        products.model_shapes(str(tmp_path))
 
 
 # --- the sweep
@@ -90,7 +92,7 @@ class Scripted:
     def __init__(self, series: Series, script: dict[int, Any], log: list[str]) -> None:
         self.series, self.script, self.log = series, script, log
 
-    def row(self, shape: shapes.Shape) -> Row:
+    def row(self, shape: products.Shape) -> ProductRow:
         self.log.append(f"{self.series.name} {shape[0]}")
         answer = self.script.get(shape[0], 1e-3)
         if isinstance(answer, BaseException):
@@ -102,7 +104,7 @@ class Scripted:
             make(shape[0], seconds), backend=self.series.backend, dtype=self.series.dtype, flags=flags
         )
 
-    def blank(self, shape: shapes.Shape, reason: str) -> Row:
+    def blank(self, shape: products.Shape, reason: str) -> ProductRow:
         return replace(self.row((0, 0, 0)), m=shape[0], k=shape[1], n=shape[2], time_s=None, failed=reason)
 
     def close(self) -> None:
@@ -116,7 +118,7 @@ class Stage:
         self.said: list[str] = []
         self.log: list[str] = []
 
-        def open_series(series: Series, threads: int, effort: timing.Effort) -> Any:
+        def open_series(series: Series, threads: int, effort: products.Effort) -> Any:
             script = scripts.get(series.backend, {})
             if isinstance(script, Exception):
                 raise script
@@ -129,11 +131,11 @@ class Stage:
             "threads": 2,
         }
         self.settings = matmul.Settings(
-            **{**common, "file": file, "say": self.said.append, "open": open_series, **settings}
+            **{**common, "file": file, "log": self.said.append, "open": open_series, **settings}
         )
         self.sweep = matmul.Sweep(self.settings)
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[ProductRow]:
         self.steps = list(self.sweep.run())
         return self.sweep.document.results
 
@@ -141,7 +143,7 @@ class Stage:
 @pytest.fixture(autouse=True)
 def no_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        matmul, "roofline", lambda threads: {"bandwidth_gb_per_s": 20.0, "peak_fp32_gflops": 50.0}
+        matmul, "measure_roofline", lambda threads: {"bandwidth_gb_per_s": 20.0, "peak_fp32_gflops": 50.0}
     )
 
 
@@ -193,7 +195,7 @@ def test_resuming(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert first.log[-1] == "numpy fp32 closed"
-    kept = record.Document.load(file)
+    kept = Document.load(file, ProductRow)
     assert [row.n for row in kept.results] == [8, 16] and kept.machine["bandwidth_gb_per_s"] == 20.0
     second = Stage({"numpy": {}, "ort": {}}, file)
     rows = second.run()
@@ -208,7 +210,7 @@ def test_resuming(tmp_path: Path) -> None:
     assert sum(count for _, count, _ in second.steps) == second.sweep.total
     third = Stage({"numpy": {}}, file, redo=True)
     assert len(third.run()) == 6 and third.log == ["numpy fp32 8", "numpy fp32 closed"]
-    assert record.Document.load(file).results == third.sweep.document.results
+    assert Document.load(file, ProductRow).results == third.sweep.document.results
     assert all(not row.flags for row in third.sweep.document.results)
 
 
@@ -246,11 +248,14 @@ def test_files_that_are_something_else(tmp_path: Path, content: str, message: st
 
 def test_the_plan() -> None:
     said: list[str] = []
-    settings = matmul.Settings([(1, 1, 1)], say=said.append)
+    settings = matmul.Settings([(1, 1, 1)], log=said.append)
     names = [series.name for series in matmul.plan(settings)]
-    assert (
-        names == ["numpy fp32", "torch fp32", "torch bf16", "ort fp32", "rknn fp16 (estimate)"] and not said
-    )
+    board = ["rk3588-cpu fp16 (estimate)", "rknn fp16 (estimate)"]
+    assert names == ["numpy fp32", "torch fp32", "torch bf16", "ort fp32", *board] and not said
+    published = matmul.plan(replace(settings, shapes=[(256, 256, 256), (1, 256, 256)], backends=["rknn"]))
+    assert [series.name for series in published] == ["rknn fp16 (estimate)", "rknn-matmul fp16 (published)"]
+    published = matmul.plan(replace(settings, shapes=[(256, 256, 256)], backends=["numpy", "rk3588-cpu"]))
+    assert not any(series.published for series in published)
     settings = replace(
         settings, backends=["numpy", "tinygrad", "rknn-matmul", "rknn"], dtypes=["fp16", "int4"]
     )
@@ -262,10 +267,10 @@ def test_the_plan() -> None:
 
 
 def test_on_a_board_rknn_is_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul.board, "soc", lambda: "rk3588")
+    monkeypatch.setattr(matmul.hardware, "soc", lambda: "rk3588")
     monkeypatch.setattr(matmul.importlib.util, "find_spec", lambda name: name == "rknnlite")
     said: list[str] = []
-    found = matmul.plan(matmul.Settings([(1, 1, 1)], ["rknn", "rknn-matmul"], say=said.append))
+    found = matmul.plan(matmul.Settings([(1, 1, 1)], ["rknn", "rknn-matmul"], log=said.append))
     assert found == [Series("rknn", "fp16"), Series("rknn-matmul", "fp16")]
     assert found[0].name == "rknn fp16" and not said
 
@@ -306,7 +311,7 @@ def test_packages_that_are_missing(
     monkeypatch.setattr(matmul.Sweep, "run", lambda self: pytest.fail("it went on to measure"))
     option = ["--fit"] if package == "iminuit" else ["--plot", tmp_path / "a.png"]
     status, _, err = run_main(capsys, "bench", "matmul", *option)
-    assert status == 1 and f"{package}: pip install 'rwkv_npu[bench]'" in err and one_line(err)
+    assert status == 1 and f"{package}: in the clone, pip install -e '.[bench]'" in err and one_line(err)
 
 
 def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -322,14 +327,18 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, err = run_main(capsys, *common, "--resume", file, "--fit", "--plot", tmp_path / "p.png")
     assert (
         status == 0
-        and "| numpy | fp32 | fp32 | 8x8x8 |" in out
+        and "### numpy fp32" in out
+        and "\n|8 " in out
         and "## Fits of time" in out
         and "## Crossovers" in out
     )
     assert {path.name for path in tmp_path.glob("p-*.png")} == {
         f"p-{name}.png" for name in ("time", "roofline", "bars", "fit")
     }
-    assert "p-time.png" in err
+    last = out.splitlines()[-1]
+    assert last.startswith("pictures: ") and all(str(path) in last for path in tmp_path.glob("p-*.png"))
+    assert not (tmp_path / "p.png").exists()
+    assert max(map(len, out.splitlines()[:-1])) <= 80
     status, out, err = run_main(capsys, *common, "--resume", file, "--fit", "-o", "csv")
     assert len(out.splitlines()) == 9 and "Minuit" in err
     status, out, err = run_main(capsys, *common, "--resume", file, "--fit", "-o", "json")
@@ -408,7 +417,7 @@ def read_terminal(terminal: int) -> bytes:
 
 def test_help_says_what_the_pictures_are_called(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run_main(capsys, "bench", "matmul", "--help")
-    assert status == 0 and "FILE-time" in " ".join(out.split())
+    assert status == 0 and "FILE-time.png" in " ".join(out.split())
 
 
 def test_the_command_that_is_recorded_names_no_file() -> None:
@@ -416,4 +425,28 @@ def test_the_command_that_is_recorded_names_no_file() -> None:
 
     names = ("sizes", "shapes", "model", "backends", "dtypes", "repeats", "threads")
     arguments = argparse.Namespace(**dict.fromkeys(names), resume="/secret/a.json", plot="/secret/b.png")
-    assert command_module._command(arguments) == "rwkv-npu bench matmul"
+    assert command_module._matmul_command(arguments) == "rwkv-npu bench matmul"
+
+
+def test_estimates_and_published_rows_need_no_process() -> None:
+    """The board's CPU by static cycles and memory's rate; figures of others at their sizes."""
+    cpu = matmul.EstimatedCpu(Series("rk3588-cpu", "fp16", estimated=True))
+    many, one = cpu.row((1024, 1024, 1024)), cpu.row((1, 1024, 1024))
+    assert many.time_s == pytest.approx(1024**3 / (5.6 * 4 * 2.3e9))
+    assert one.time_s == pytest.approx((2 * (1024 + 1024**2) + 4 * 1024) / 25e9)
+    assert one.time_p10_s is not None and one.time_p90_s is not None
+    assert one.time_p10_s < one.time_s < one.time_p90_s and one.estimated and one.repeats == 0
+    row = matmul.Published().row((4096, 4096, 4096))
+    assert row.time_s == pytest.approx(0.788) and row.time_p10_s is None
+    assert not row.estimated and not row.is_measured_here and row.series == "rknn-matmul fp16 (published)"
+
+
+def test_estimates_are_made_anew(tmp_path: Path) -> None:
+    """A file of an older version keeps its measured rows; its estimates are replaced."""
+    file = tmp_path / "rows.json"
+    Stage({"numpy": {}, "rknn": {}}, file).run()
+    again = Stage({"numpy": {}, "rknn": {}}, file)
+    again.run()
+    assert [line for line in again.log if "closed" not in line] == [
+        f"rknn fp16 (estimate) {n}" for n in (8, 16, 24)
+    ]

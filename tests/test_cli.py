@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import rwkv_npu
-from rwkv_npu.bench.shapes import OFFICIAL, official_spec
 from rwkv_npu.board import hardware
 from rwkv_npu.cli import main, parser
 from rwkv_npu.conversion.forecast import Graphs, _share, _variant
@@ -20,6 +19,7 @@ from rwkv_npu.conversion.request import Request
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import Model
 from rwkv_npu.models.network import Program
+from rwkv_npu.models.official import OFFICIAL, official_spec
 from rwkv_npu.models.spec import default_scaling
 from tests.tiny import PROMPT, Run, continuation, error_line, run_main
 

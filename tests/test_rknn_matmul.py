@@ -18,12 +18,12 @@ from rwkv_npu.backends.memory import MAX_CONTEXTS
 from rwkv_npu.backends.npu_matmul import MAX_K, MIN_PART, Products, cut, pack
 from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, OVERRIDE, Library
 from rwkv_npu.backends.rknn_matmul import ROWS, _large, _plan
-from rwkv_npu.bench import rknn
-from rwkv_npu.bench.problem import make_problem
-from rwkv_npu.bench.shapes import official_spec
+from rwkv_npu.bench import backends as bench_backends
+from rwkv_npu.bench.products import make_problem
 from rwkv_npu.board.npu import Lock
 from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.models.official import official_spec
 from rwkv_npu.models.spec import FUSIONS, groups
 from rwkv_npu.runtime.weights import CheckpointSource
 from tests.tiny import write_model
@@ -304,8 +304,8 @@ def test_the_sweeps_products(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, worst: float
 ) -> None:
     """`bench matmul` has columns on every core, and gets out what NumPy does."""
-    monkeypatch.setattr(rknn, "LOCK", Lock(tmp_path))
-    backend, problem = rknn.RknnMatmulBackend(dtype, 1, "cpu"), make_problem(16, 100, 768)
+    monkeypatch.setattr(bench_backends, "LOCK", Lock(tmp_path))
+    backend, problem = bench_backends.RknnMatmulBackend(dtype, 1, "cpu"), make_problem(16, 100, 768)
     assert "stand-in" in backend.versions and backend.device.endswith("NPU, 3 cores")
     operation = backend.prepare(problem)
     try:

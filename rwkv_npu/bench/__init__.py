@@ -1,14 +1,18 @@
-"""The measurements behind `rwkv-npu bench`: what the NPU buys, and what it is compared with.
+"""The measurements behind `rwkv-npu bench`: matrix products, and whole models, on this machine and on an RK3588.
 
-    problem, shapes                 what is multiplied, in which sizes
-    backends, rknn                  who multiplies
-    timing, machine, roofline       how it is timed, on what, and what that can do at most
-    child, series                   one process for each (backend, dtype), and its handle
-    matmul                          the sweep: which rows, in which order, kept in a file
-    record, document                a row, and the files that hold many
-    report, fit, steps, crossover   what is made of the rows
-    plot, pictures, fit_picture     and drawn; figures has what all pictures share
-    inference, inference_*          the other benchmark: whole models
+    products    sizes, operands and checks of matrix products, and the timing of calls
+    backends    the libraries that multiply, on the CPU and on the NPU
+    child       one process for each measurement: both ends of its protocol
+    measure     the tasks of such a process
+    machine     facts of the machine, its bandwidth, disturbances by others
+    matmul      the sweep of `bench matmul`
+    inference   the rows of `bench inference`
+    document    rows, and the file that keeps them
+    analysis    crossovers, steps and Minuit's fits
+    report      tables, CSV and the log of the fits
+    plot        pictures
 
-Of a model, `matmul` needs the shapes of its projections only.
+Estimates for a board come from `runtime.estimate`.
 """
+
+INSTALL = "in the clone, pip install -e '.[bench]'"

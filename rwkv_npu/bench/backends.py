@@ -1,32 +1,40 @@
-"""Who multiplies on the CPU (and through OpenCL): one short class each, imported when a child process opens it.
+"""The backends of `bench matmul`: one short class each, imported when a child process opens it.
 
-A backend is made for a dtype and a number of threads, and says what it is (`device`, `accumulate`, `versions`).
-`prepare(problem)` makes an Operation: operands converted and in place, the result's memory allocated where the
-library lets it be. Only its stages are timed. B is constant, as a model's weights are: ONNX Runtime and the NPU may
+A backend is made for a dtype and a number of threads, and describes itself (`device`, `accumulate`, `versions`).
+`prepare(problem)` returns an Operation: operands converted and in place, the result's memory allocated where the
+library allows it. Only its stages are timed. B is constant, as the weights of a model: ONNX Runtime and the NPU may
 pack it beforehand, NumPy and PyTorch get it as it is.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from rwkv_npu.bench.problem import Problem
-from rwkv_npu.bench.timing import Stage
-from rwkv_npu.board.hardware import cpu_model
+from rwkv_npu.backends.npu_matmul import Products
+from rwkv_npu.backends.rknn import submit
+from rwkv_npu.backends.rknn_api import CORES, FP16, INT8, Library
+from rwkv_npu.bench.products import Problem, Stage
+from rwkv_npu.board.hardware import cpu_model, runtime_build, runtime_library, soc
+from rwkv_npu.board.npu import LOCK, raise_file_limit
 from rwkv_npu.errors import BackendError, first_line
-
-DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
+from rwkv_npu.runtime import rk3588
+from rwkv_npu.toolkit import CompileOptions, CompileResult, Environment, compile_graph, require
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A product ready to be timed. `moved_bytes`: A, B and C once each, as the backend holds them."""
+    """A product ready to be timed. moved_bytes: A, B and C once each, as the backend holds them. submit: index of the
+    stage that hands the work over, where there is one. npu_ops: operations that the compiler cut the product into."""
 
     stages: Sequence[Stage]
     result: Callable[[], np.ndarray]
@@ -45,14 +53,8 @@ class Backend(Protocol):
     def prepare(self, problem: Problem) -> Operation: ...
 
 
-def moved(problem: Problem, a: float, b: float, c: float) -> float:
-    """Bytes of A, B and C, given those of an element."""
-    m, k, n = problem.m, problem.k, problem.n
-    return a * m * k + b * k * n + c * m * n
-
-
 class NumpyBackend:
-    """fp32 by its BLAS; fp16 has none and is a plain loop."""
+    """fp32 by NumPy's BLAS; fp16, which has no BLAS, by a plain loop."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
         configuration: Any = np.show_config(mode="dicts")
@@ -66,12 +68,12 @@ class NumpyBackend:
         a, b = problem.a.astype(self._type), problem.b.astype(self._type)
         c = np.empty((problem.m, problem.n), self._type)
         size = c.itemsize
-        return Operation([lambda: np.matmul(a, b, out=c)], lambda: c, moved(problem, size, size, size))
+        return Operation([lambda: np.matmul(a, b, out=c)], lambda: c, problem.moved(size, size, size))
 
 
 def _kernels() -> str:
-    """For which processor the BLAS has chosen its kernels, where threadpoolctl is there to tell: it can be an older
-    one than this, at half the speed."""
+    """The processor that the BLAS has chosen its kernels for, if threadpoolctl is installed: an older one than this
+    processor can mean half the speed."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
@@ -100,11 +102,11 @@ class TorchBackend:
             with torch.inference_mode():
                 torch.mm(a, b, out=c)
 
-        return Operation([multiply], lambda: c.float().numpy(), moved(problem, size, size, size))
+        return Operation([multiply], lambda: c.float().numpy(), problem.moved(size, size, size))
 
 
 class TinygradBackend:
-    """Devices `cpu` (compiled by clang) and `opencl` (the first platform's GPU, or what it has)."""
+    """Devices `cpu` (compiled by clang) and `opencl` (the first platform's GPU, or its other device)."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
         os.environ["NUM_CPU_THREADS"] = str(threads)  # read on import
@@ -143,7 +145,7 @@ class TinygradBackend:
         return Operation(
             [submit, self._opened.synchronize],
             lambda: last[0].float().numpy(),  # type: ignore[attr-defined]
-            moved(problem, size, size, size),
+            problem.moved(size, size, size),
             submit=0,
         )
 
@@ -174,12 +176,12 @@ class OrtBackend:
         binding.bind_ortvalue_output("c", output)
         weight = {"fp32": 4, "int8": 1, "int4": 0.5 + 4 / self.BLOCK}[self.dtype]
         return Operation(
-            [lambda: session.run_with_iobinding(binding)], output.numpy, moved(problem, 4, weight, 4)
+            [lambda: session.run_with_iobinding(binding)], output.numpy, problem.moved(4, weight, 4)
         )
 
 
 def plain_graph(problem: Problem) -> bytes:
-    """C = A @ B, fp32, B inside: what ONNX Runtime runs, and what Rockchip's compiler reads."""
+    """C = A @ B in fp32 with B inside, for ONNX Runtime and for Rockchip's compiler."""
     from onnx import helper
 
     return _graph(problem, [helper.make_node("MatMul", ["a", "b"], ["c"], name="c")], {"b": problem.b})
@@ -241,3 +243,127 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="rwkv_npu")
     return bytes(model.SerializeToString())
+
+
+# -- Rockchip's NPU --------------------------------------------------------------------------------------
+
+PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "int8": "w8a8"}  # names of the compiler
+BYTES = {"fp16": 2, "bf16": 2, "int8": 1}
+
+
+def compile_product(
+    environment: Environment,
+    problem: Problem,
+    dtype: str,
+    target: str,
+    *,
+    verify: bool = False,
+    out: Path | None = None,
+) -> CompileResult:
+    """Compile A @ B; int8 is calibrated on A itself, the best case. The file is kept if `out` is given."""
+    inputs = {"a": problem.a}
+    precision = PRECISIONS[dtype]
+    options = CompileOptions(
+        target=target,
+        precision=precision,
+        custom_string=json.dumps({"product": f"{problem.m}x{problem.k}x{problem.n}"}),
+        calibration=[inputs] if dtype == "int8" else [],
+    )
+    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+        path = Path(folder) / f"matmul.{problem.m}x{problem.k}x{problem.n}.onnx"
+        path.write_bytes(plain_graph(problem))
+        return compile_graph(
+            environment, path, out or path.with_suffix(".rknn"), options, inputs if verify else None
+        )
+
+
+def npu_ops(built: CompileResult) -> int:
+    """Operations that take cycles: more than one where the compiler cut the product into tiles."""
+    return sum(1 for layer in built.layers if layer.total_cycles)
+
+
+def _runtime(library: Path | None) -> str:
+    build = runtime_build(library) if library else None
+    return f"librknnrt {build or '(unknown version)'}"
+
+
+class RknnBackend:
+    """RKNNLite on a board. It needs the compiler there too, which has wheels for aarch64.
+
+    `inference` of RKNNLite ignores a failing run, so its three steps are called and timed apart: `submit_s` is
+    `rknn_run`, the rest of the time copies A in and C out.
+    """
+
+    def __init__(self, dtype: str, threads: int, device: str) -> None:
+        from rknnlite.api import RKNNLite
+
+        self._target = soc() or rk3588.NAME
+        self.dtype, self._environment = dtype, require()
+        self.device = f"{self._target.upper()} NPU, core 0"
+        self.accumulate = "int32" if dtype == "int8" else "fp32, fp16 between parts"
+        self.versions = f"rknn-toolkit2 {self._environment.version}, {_runtime(runtime_library())}"
+        self._lite = RKNNLite
+        LOCK.acquire()  # for the life of this process
+
+    def prepare(self, problem: Problem) -> Operation:
+        with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
+            path = Path(folder) / "matmul.rknn"
+            built = compile_product(self._environment, problem, self.dtype, self._target, out=path)
+            lite = self._lite()
+            if lite.load_rknn(str(path)) or lite.init_runtime(core_mask=self._lite.NPU_CORE_0):
+                raise BackendError("RKNNLite cannot load what was compiled: see its own messages above")
+        runtime, last = lite.rknn_runtime, [np.empty(0)]
+
+        def copy_in() -> None:
+            runtime.set_inputs([problem.a], None, None)
+
+        def copy_out() -> None:
+            last[0] = runtime.get_outputs(False)[0]
+
+        size = BYTES[self.dtype]
+        return Operation(
+            [copy_in, partial(submit, runtime), copy_out],
+            lambda: last[0].reshape(problem.m, problem.n),
+            problem.moved(size, size, size),
+            submit=1,
+            npu_ops=npu_ops(built),
+            close=lite.release,
+        )
+
+
+class RknnMatmulBackend:
+    """The matmul interface, columns split over all cores. A call converts A to the NPU's layout, and C back."""
+
+    def __init__(self, dtype: str, threads: int, device: str) -> None:
+        self._kind, self._library = {"fp16": FP16, "int8": INT8}[dtype], Library()
+        raise_file_limit()
+        LOCK.acquire()
+        self.dtype, self.device = dtype, f"{(soc() or rk3588.NAME).upper()} NPU, {len(CORES)} cores"
+        self.accumulate = "int32" if dtype == "int8" else "fp32"
+        self.versions = _runtime(self._library.path)
+
+    def prepare(self, problem: Problem) -> Operation:
+        products, last = Products(self._library, self._kind, CORES, own=True), [np.empty(0)]
+        try:
+            weight = products.weight("b", problem.b, (problem.m,))
+        except BackendError:
+            products.close()
+            raise
+
+        def multiply() -> None:
+            last[0] = products.multiply(problem.a, weight)
+
+        size = BYTES[self.dtype]
+        return Operation(
+            [multiply], lambda: last[0], problem.moved(size, size, 4), submit=None, close=products.close
+        )
+
+
+BACKENDS: dict[str, type] = {
+    "numpy": NumpyBackend,
+    "torch": TorchBackend,
+    "tinygrad": TinygradBackend,
+    "ort": OrtBackend,
+    "rknn": RknnBackend,
+    "rknn-matmul": RknnMatmulBackend,
+}

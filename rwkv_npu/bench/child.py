@@ -1,53 +1,42 @@
-"""One backend in a process of its own: `python -m rwkv_npu.bench.child`, started by series.py.
+"""One measurement in a process of its own: `python -m rwkv_npu.bench.child LABEL`, started by `Child`.
 
-Alone in its process a backend has its threads to itself, may crash, and may be killed for lack of memory.
+Alone in its process a backend has its threads and its memory to itself, may crash, and may be killed for lack of
+memory. Both benchmarks use one protocol. Requests are lines of JSON on stdin; a request names a task of TASKS. The
+answers are lines of JSON on the original stdout (libraries that print get stderr):
 
-Requests come as lines of JSON on stdin, each answered by a line on the original stdout; what libraries print goes to
-stderr. The first request opens a backend, the others are products to time:
-    {"backend", "device", "dtype", "threads", "effort": {...}}  ->  fields of a Row that hold for the series
-    {"shape": [m, k, n]}                                        ->  the other fields of a Row
-or, instead of all that,
-    {"roofline": threads}                                       ->  what roofline.measure returns
-An answer has "failed" where something went wrong, and "fatal" where larger products would fail too.
+    {"stage": "decode"}                     the next part of the work
+    {"fields": {...}}                       fields of a row
+    {"failed": "one line", "fatal": bool}   the end of the request; fatal: larger products would fail too
+    {"done": true}                          the end of the request
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from rwkv_npu.bench import roofline
-from rwkv_npu.bench.backends import (
-    Backend,
-    NumpyBackend,
-    Operation,
-    OrtBackend,
-    TinygradBackend,
-    TorchBackend,
-)
-from rwkv_npu.bench.machine import Watch
-from rwkv_npu.bench.problem import make_problem, memory_needed
-from rwkv_npu.bench.record import with_rates
-from rwkv_npu.bench.rknn import RknnBackend, RknnMatmulBackend
-from rwkv_npu.bench.timing import Effort, Timing, time_calls
 from rwkv_npu.errors import first_line
-from rwkv_npu.toolkit import available_memory
 
-BACKENDS: dict[str, type] = {
-    "numpy": NumpyBackend,
-    "torch": TorchBackend,
-    "tinygrad": TinygradBackend,
-    "ort": OrtBackend,
-    "rknn": RknnBackend,
-    "rknn-matmul": RknnMatmulBackend,
+SILENCE_S = 900.0  # a child that sends nothing for so long is killed
+_THREADS = "OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS BLIS_NUM_THREADS POCL_MAX_PTHREAD_COUNT"
+
+# Task: the function that does it, which takes the request and `emit`.
+TASKS = {
+    "open": "rwkv_npu.bench.measure:open_backend",
+    "product": "rwkv_npu.bench.measure:time_product",
+    "model": "rwkv_npu.bench.measure:time_model",
+    "roofline": "rwkv_npu.bench.measure:time_roofline",
 }
-EMPTY = (32, 32, 32)  # the product that costs little but its call; MatMulNBits takes no smaller block
-TRIES, PATIENCE_S = 3, 10.0  # for a timing while others work
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -57,99 +46,143 @@ OUT_OF_MEMORY = (
     "Failed to allocate",
 )
 
+Message = dict[str, Any]
+Emit = Callable[[Message], None]
 
-class Server:
-    """An open backend that answers requests."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
-        self.backend: Backend = BACKENDS[request["backend"]](
-            request["dtype"], request["threads"], request["device"]
+class Failed(Exception):
+    """A request that gave no result; `fatal` if larger ones need not be tried."""
+
+    def __init__(self, reason: str, fatal: bool) -> None:
+        super().__init__(reason)
+        self.fatal = fatal
+
+
+class Child:
+    """The parent's end. `started` is the clock at the start of the process; `label` is what `ps` shows."""
+
+    def __init__(self, threads: int | None, label: str = "") -> None:
+        self._errors = tempfile.TemporaryFile()
+        self.started = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rwkv_npu.bench.child", label],
+            env={**os.environ, **({name: str(threads) for name in _THREADS.split()} if threads else {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is the parent's to handle
         )
-        self.effort = Effort(**request["effort"])
-        self.watch = Watch()
-        self.overhead = self.time(EMPTY)["time_s"]
 
-    def describe(self) -> dict[str, Any]:
-        names = ("device", "dtype", "accumulate", "versions")
-        return {**{name: getattr(self.backend, name) for name in names}, "overhead_s": self.overhead}
+    def __enter__(self) -> Child:
+        return self
 
-    def time(self, shape: tuple[int, int, int]) -> dict[str, Any]:
-        m, k, n = shape
-        needed, free = memory_needed(m, k, n), available_memory()
-        if needed > free:
-            raise MemoryError(f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-        problem = make_problem(m, k, n)
-        operation = self.backend.prepare(problem)
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process. May be called again."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            try:
+                if stream:
+                    stream.close()
+            except OSError:  # a request that nobody read
+                pass
+
+    def messages(self, request: Message) -> Iterator[Message]:
+        """The answers to a request, as they come. Raises Failed at its end."""
+        stdin = self._process.stdin
+        assert stdin is not None
         try:
-            timing, flags = self.undisturbed(operation)
-            error = problem.error(operation.result())
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+        except OSError:
+            raise Failed(self._exit_reason(), fatal=True) from None
+        while True:
+            message = self._next()
+            if "failed" in message:
+                raise Failed(message["failed"], bool(message.get("fatal")))
+            if "done" in message:
+                return
+            yield message
+
+    def ask(self, request: Message) -> Message:
+        """All fields of the answers. Raises Failed."""
+        fields: Message = {}
+        for message in self.messages(request):
+            fields |= message.get("fields", {})
+        return fields
+
+    def _next(self) -> Message:
+        stdout = self._process.stdout
+        assert stdout is not None
+        limit = threading.Timer(SILENCE_S, self._process.kill)
+        limit.daemon = True
+        limit.start()
+        try:
+            line = stdout.readline()
         finally:
-            operation.close()
-        row: dict[str, Any] = {
-            **{"m": m, "k": k, "n": n},
-            "time_s": timing.median,
-            "time_p10_s": timing.p10,
-            "time_p90_s": timing.p90,
-            "time_error_s": timing.error,
-            "repeats": timing.repeats,
-            "submit_s": timing.submit,
-            "max_rel_error": error,
-            "npu_ops": operation.npu_ops,
-            "flags": " ".join(filter(None, [flags, "" if timing.repeats > 1 else "cold"])),
-        }
-        return with_rates(row, operation.moved_bytes)
+            late = not limit.is_alive()
+            limit.cancel()
+        if not line:
+            raise Failed(f"no result after {SILENCE_S:.0f} s" if late else self._exit_reason(), fatal=True)
+        message: Message = json.loads(line)
+        return message
 
-    def undisturbed(self, operation: Operation) -> tuple[Timing, str]:
-        """The timing and its flags. One that others disturbed is taken anew, unless that takes long."""
-        taken: list[tuple[Timing, str]] = []
-        begin = time.monotonic()
-        while len(taken) < TRIES:
-            self.watch.begin()
-            taken.append((time_calls(operation.stages, operation.submit, self.effort), self.watch.flags()))
-            if "busy" not in taken[-1][1]:
-                return taken[-1]
-            if time.monotonic() - begin > PATIENCE_S:
-                break
-        return min(taken, key=lambda one: one[0].median)
+    def _exit_reason(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "its process was killed, most likely for lack of memory"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
+        return f"its process {how}" + (f": {lines[-1].strip()}" if lines else "")
 
 
-def answer(server: Server | None, request: dict[str, Any]) -> tuple[Server | None, dict[str, Any]]:
-    """The server (opened by the first request) and the answer."""
+# -- the child's end -------------------------------------------------------------------------------------
+
+
+def answer(request: Message, emit: Emit) -> None:
+    """Do one task; errors become a `failed` message."""
     try:
-        if "roofline" in request:
-            return server, roofline.measure(request["roofline"])
-        if server is None:
-            server = Server(request)
-            return server, server.describe()
-        return server, server.time(tuple(request["shape"]))
+        module, function = TASKS[request["task"]].split(":")
+        getattr(importlib.import_module(module), function)(request, emit)
     except MemoryError as error:
-        return server, {"failed": f"not enough memory: {first_line(error)}", "fatal": True}
+        emit({"failed": f"not enough memory: {first_line(error)}", "fatal": True})
     except ImportError as error:
-        return server, {"failed": f"not installed: {first_line(error)}", "fatal": True}
-    except Exception as error:  # libraries raise what they like; the row says it, and the others go on
+        emit({"failed": f"not installed: {first_line(error)}", "fatal": True})
+    except Exception as error:  # libraries raise what they like; the row gets the text, and the others go on
         text = first_line(error)
         starved = any(words in str(error) for words in OUT_OF_MEMORY)
-        return server, {"failed": f"not enough memory: {text}" if starved else text, "fatal": starved}
+        emit({"failed": f"not enough memory: {text}" if starved else text, "fatal": starved})
+    else:
+        emit({"done": True})
 
 
 def _end_with_parent() -> None:
-    """End when the other end of stdin closes, even in the middle of a long product."""
+    """End when the other end of stdin closes, even in the middle of a long call."""
     poller = select.poll()
-    poller.register(0, 0)  # no events asked for: only a hang-up wakes it
+    poller.register(0, 0)  # no events: only a hang-up ends the wait
     poller.poll()
     os._exit(0)
 
 
 def main() -> None:
-    replies: IO[str] = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # the output of libraries
+
+    def emit(message: Message) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
     leash = threading.Thread(target=_end_with_parent, daemon=True)
     leash.start()
-    server = None
     for line in sys.stdin:
-        server, reply = answer(server, json.loads(line))
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+        answer(json.loads(line), emit)
     leash.join()
 
 

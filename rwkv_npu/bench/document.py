@@ -1,8 +1,9 @@
-"""A file that many rows of results are kept in: JSON, with the machine and the command that they came from."""
+"""Rows of both benchmarks, and the JSON file that keeps them with their machine and command."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -10,30 +11,220 @@ from typing import Any, ClassVar, Generic, TypeVar
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.files import write_atomically
 
-Row = TypeVar("Row")
-Of = TypeVar("Of", bound="Document[Any]")
+
+@dataclass(frozen=True)
+class ProductRow:
+    """One backend, dtype and device at one size: C (m, n) = A (m, k) @ B (k, n), B constant. Times in seconds.
+
+    time_s          median of single calls; of an estimate its central value
+    time_p10_s, time_p90_s   percentiles of single calls; of an estimate the fast and the slow end of its range
+    time_error_s    half the 68 % interval of the median, from the repeats
+    submit_s        the part of time_s in which work is handed over (asynchronous backends; `rknn_run` on a board)
+    overhead_s      a call of this backend on 32x32x32: the cost of an empty call
+    dtype, accumulate   of the operands A and B, and of the sums
+    gb_per_s        A + B + C, each once, in the dtypes in which the backend holds them, over time_s
+    max_rel_error   largest difference from float64, over the largest element of the result
+    estimated       from the terms of `runtime.rk3588`, not from a clock
+    published       measured on a board by others, and published
+    flags           reasons to doubt the figure (`busy`, `throttled`, ...), joined by spaces
+    failed          the reason for a missing time
+    """
+
+    FORMAT: ClassVar[int | str] = 1
+    COMMAND: ClassVar[str] = "rwkv-npu bench matmul"
+
+    backend: str
+    device: str
+    dtype: str
+    accumulate: str
+    m: int
+    k: int
+    n: int
+    time_s: float | None = None
+    time_p10_s: float | None = None
+    time_p90_s: float | None = None
+    time_error_s: float | None = None
+    repeats: int = 0
+    gflops: float | None = None
+    gb_per_s: float | None = None
+    submit_s: float | None = None
+    overhead_s: float | None = None
+    max_rel_error: float | None = None
+    estimated: bool = False
+    published: bool = False
+    threads: int | None = None
+    npu_ops: int | None = None
+    versions: str = ""
+    flags: str = ""
+    failed: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.m, self.k, self.n
+
+    @property
+    def is_square(self) -> bool:
+        return self.m == self.k == self.n
+
+    @property
+    def work(self) -> int:
+        """Floating-point (or integer) operations."""
+        return 2 * self.m * self.k * self.n
+
+    @property
+    def is_measured_here(self) -> bool:
+        return not (self.estimated or self.published)
+
+    @property
+    def series(self) -> str:
+        opencl = self.device.startswith("OpenCL")
+        return series_name(self.backend, self.dtype, opencl, self.estimated, self.published)
+
+
+def series_name(
+    backend: str, dtype: str, opencl: bool = False, estimated: bool = False, published: bool = False
+) -> str:
+    """Name of all sizes of one backend, dtype and device."""
+    mark = " (estimate)" if estimated else " (published)" if published else ""
+    return f"{backend}{' OpenCL' if opencl else ''} {dtype}{mark}"
+
+
+def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:
+    """`row` with gflops and gb_per_s filled in from its time."""
+    seconds = row["time_s"]
+    row["gflops"] = 2 * row["m"] * row["k"] * row["n"] / seconds / 1e9
+    row["gb_per_s"] = moved_bytes / seconds / 1e9
+    return row
+
+
+PREFILLS = (128, 512)  # tokens of the prompts
+DECODE = 128  # tokens chosen and read, after a prompt of the first length
+MEASURED_PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest")  # of a time
+
+
+@dataclass
+class ModelRow:
+    """One model on one backend: measured, or `estimated` from the terms of `runtime.rk3588`.
+
+    weights, stored   dtype in which the backend holds the projections; in which the model's file does
+    fusion            the partitioning into groups
+    threads           asked for, else one a core
+    load_s            from the start of the process to its first logits
+    first_token_s     a prompt of 128 tokens read and a token chosen, in a process that has done it before
+    *_tps, _p10, _p90 tokens a second: median of the repeats with their slow and fast end; of an estimate its
+                      central value with the slow and fast end of its range
+    *_ms              milliseconds by part of a token (decode), or of a prompt and the first choice. An estimate has
+                      `calls`, `operators` and `io` besides: what `runtime.estimate` adds up
+    bytes_per_token   projections once, as held, and the state read and written; gb_per_s is that over the time of a
+                      token, bandwidth_share that over the fastest read of memory on this machine
+    read_gb_per_s     read of memory just before the row: others on the same host may take their part
+    peak_bytes, own_bytes   of resident memory: the most, and without mapped files, at the end
+    basis             the source of an estimate
+    profile           a token's time by role of group and by function
+    flags             reasons to doubt the figures (`busy`, `throttled`, `interrupted`)
+    failed            the reason for missing figures
+    """
+
+    FORMAT: ClassVar[int | str] = "inference 1"
+    COMMAND: ClassVar[str] = "rwkv-npu bench inference"
+
+    model: str
+    fingerprint: str
+    generation: str
+    parameters: int
+    backend: str
+    device: str = ""
+    weights: str = ""
+    stored: str = ""
+    fusion: str = ""
+    threads: int | None = None
+    estimated: bool = False
+    prefill_128_tps: float | None = None
+    prefill_128_tps_p10: float | None = None
+    prefill_128_tps_p90: float | None = None
+    prefill_128_repeats: int = 0
+    prefill_512_tps: float | None = None
+    prefill_512_tps_p10: float | None = None
+    prefill_512_tps_p90: float | None = None
+    prefill_512_repeats: int = 0
+    decode_tps: float | None = None
+    decode_tps_p10: float | None = None
+    decode_tps_p90: float | None = None
+    decode_repeats: int = 0
+    decode_tokens: int = 0
+    first_token_s: float | None = None
+    load_s: float | None = None
+    calls_per_token: float | None = None
+    bytes_per_token: int | None = None
+    gb_per_s: float | None = None
+    bandwidth_share: float | None = None
+    read_gb_per_s: float | None = None
+    peak_bytes: int | None = None
+    own_bytes: int | None = None
+    decode_ms: dict[str, float] = field(default_factory=dict)
+    prefill_128_ms: dict[str, float] = field(default_factory=dict)
+    prefill_512_ms: dict[str, float] = field(default_factory=dict)
+    basis: str = ""
+    versions: str = ""
+    flags: str = ""
+    failed: str | None = None
+    profile: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Label in tables and pictures: backend, precision, the NPU's partitioning, the board's DRAM."""
+        parts = [self.backend, self.precision]
+        if self.backend == "rknn" and self.fusion:
+            parts.append(self.fusion)
+        if self.estimated and "LPDDR" in self.device:
+            parts.append(self.device.rpartition(" ")[2])
+        return " ".join(part for part in parts if part)
+
+    @property
+    def precision(self) -> str:
+        """As held, and as stored where that is another."""
+        return self.weights + (f" of {self.stored}" if self.stored not in ("", self.weights) else "")
+
+    @property
+    def is_whole(self) -> bool:
+        """Neither failed nor interrupted."""
+        return not (self.failed or "interrupted" in self.flags)
+
+    def finish(self, bandwidth_gb_per_s: float | None) -> None:
+        """Fill in the fields that follow from others."""
+        if self.bytes_per_token and self.decode_tps:
+            self.gb_per_s = self.bytes_per_token * self.decode_tps / 1e9
+            if bandwidth_gb_per_s and not self.estimated:
+                self.bandwidth_share = self.gb_per_s / bandwidth_gb_per_s
+
+    def update(self, more: dict[str, Any]) -> None:
+        for name, value in more.items():
+            if name not in self.__dataclass_fields__:
+                raise KeyError(name)
+            setattr(self, name, value)
+
+
+Row = TypeVar("Row", ProductRow, ModelRow)
 
 
 @dataclass
 class Document(Generic[Row]):
-    """What one file holds. `machine` says where and `command` how the rows came about.
+    """The content of one file: rows of one kind, the machine they were measured on, and the command."""
 
-    Of a kind of results: FORMAT of their files, the class of a ROW, and the COMMAND that makes them.
-    """
-
-    FORMAT: ClassVar[int | str]
-    ROW: ClassVar[type[Any]]
-    COMMAND: ClassVar[str]
-
+    kind: type[Row]
     machine: dict[str, Any]
     command: str = ""
     results: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self, **more: Any) -> str:
-        data = {"format": self.FORMAT, "command": self.command, "machine": self.machine, "notes": self.notes}
-        rows: list[Any] = self.results
-        return json.dumps({**data, **more, "results": [asdict(row) for row in rows]}, indent=1) + "\n"
+        data = {
+            "format": self.kind.FORMAT,
+            "command": self.command,
+            "machine": self.machine,
+            "notes": self.notes,
+        }
+        return json.dumps({**data, **more, "results": [asdict(row) for row in self.results]}, indent=1) + "\n"
 
     def save(self, path: Path) -> None:
         """Raises UsageError."""
@@ -43,18 +234,47 @@ class Document(Generic[Row]):
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod
-    def load(cls: type[Of], path: Path) -> Of:
-        """Raises UsageError for what is not such a file; of its rows, what this version does not know is left out."""
+    def load(cls, path: Path, kind: type[Row]) -> Document[Row]:
+        """Read a file of `kind`. Fields that this version does not know are left out. Raises UsageError."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != cls.FORMAT:
+            if data["format"] != kind.FORMAT:
                 raise UsageError(
-                    f"{path} holds results of format {data['format']}; this version reads {cls.FORMAT}"
+                    f"{path} holds results of format {data['format']}; this version reads {kind.FORMAT}"
                 )
-            known = {field.name for field in fields(cls.ROW)}
-            rows = [cls.ROW(**{name: row[name] for name in row if name in known}) for row in data["results"]]
-            return cls(data["machine"], data["command"], rows, data.get("notes", []))
+            known = {one.name for one in fields(kind)}
+            rows = [kind(**{name: row[name] for name in row if name in known}) for row in data["results"]]
+            return Document(kind, data["machine"], data["command"], rows, data.get("notes", []))
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} does not hold results of `{cls.COMMAND}` ({error})") from error
+            raise UsageError(f"{path} does not hold results of `{kind.COMMAND}` ({error})") from error
+
+    def check_same_machine(self, path: Path, here: dict[str, Any], threads: int) -> None:
+        """Raises UsageError if the rows of `path` are from another machine or another number of threads."""
+        for key in ("cpu", "cores", "board"):
+            there = self.machine.get(key)
+            if there != here.get(key):
+                reason = f"on another machine ({key}: {there}, here: {here.get(key)})"
+                raise UsageError(f"{path} was measured {reason}: name another file")
+        for row in self.results:
+            if row.threads not in (None, threads):
+                reason = f"with {row.threads} threads, not {threads}"
+                raise UsageError(f"{path} was measured {reason}: name another file, or give -t {row.threads}")
+
+
+def by_series(rows: Iterable[ProductRow], *, square: bool = False) -> dict[str, list[ProductRow]]:
+    """Rows that have a time, by series, each in order of work."""
+    found: dict[str, list[ProductRow]] = {}
+    for row in rows:
+        if row.time_s is not None and (row.is_square or not square):
+            found.setdefault(row.series, []).append(row)
+    return {name: sorted(some, key=lambda row: (row.work, row.size)) for name, some in found.items()}
+
+
+def by_model(rows: Iterable[ModelRow]) -> list[list[ModelRow]]:
+    """Rows of the same weights together, from any file; measured rows come first."""
+    found: dict[str, list[ModelRow]] = {}
+    for row in rows:
+        found.setdefault(row.fingerprint, []).append(row)
+    return [sorted(some, key=lambda row: row.estimated) for some in found.values()]

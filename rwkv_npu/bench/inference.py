@@ -1,95 +1,353 @@
-"""`rwkv-npu bench inference`: how fast a model reads and writes here, and what the NPU would buy.
+"""The rows of `bench inference`: each backend measured in a process of its own, then estimates for an RK3588.
 
-The command. inference_study.py finds the rows (inference_child.py measures, estimate.py adds up what is estimated),
-inference_record.py keeps them, inference_report.py and inference_plot.py show them.
+The arithmetic of the estimates is in `runtime.estimate`, their terms and sources in `runtime.rk3588`.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
+from rwkv_npu.backends import BACKENDS
+from rwkv_npu.bench import machine
+from rwkv_npu.bench.child import Child, Failed
+from rwkv_npu.bench.document import PREFILLS, Document, ModelRow
+from rwkv_npu.bench.matmul import measure_roofline
+from rwkv_npu.board import hardware
+from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.formats.bundle import Artifact, is_bundle, read_manifest
+from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.models.spec import Spec
+from rwkv_npu.runtime import estimate, rk3588
+from rwkv_npu.runtime.estimate import Estimate, Milliseconds
+from rwkv_npu.runtime.rk3588 import TERMS, Terms
 
-from rwkv_npu.bench import inference_plot, inference_report
-from rwkv_npu.bench.inference_record import Document
-from rwkv_npu.bench.inference_study import DEFAULT_BACKENDS, Settings, Study
-from rwkv_npu.formats.files import resume_file
-from rwkv_npu.model import demo_model
-from rwkv_npu.runtime import estimate
+DEFAULT_BACKENDS = ("numba", "ort", "torch", "numpy")
+STAGES = 1 + len(PREFILLS) + 1  # load, prompts, decode
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure what the flags name; the table goes to stdout."""
-    picture = Path(arguments.plot) if arguments.plot else None
-    if picture:
-        inference_plot.check(picture)
-    settings = _settings(arguments)
-    study = Study(settings)
-    interrupted = False
-    try:
-        with tqdm(total=study.total, desc="inference", unit="stage", leave=False, disable=None) as bar:
-            for what, done in study.run():
-                bar.set_postfix_str(what)
-                bar.update(done)
-    except KeyboardInterrupt:
-        interrupted = True
-        where = f", {settings.file} holds it: the same command goes on from there" if settings.file else ""
-        print(f"rwkv-npu: interrupted; what was measured is kept{where}", file=sys.stderr)
-    study.add_estimates()
-    _print(study.document, arguments.output)
-    if picture and any(row.decode_tps for row in study.document.results):
-        inference_plot.draw(study.document, picture)
-    if interrupted:
-        return 130
-    measured = [row for row in study.document.results if not row.estimated]
-    return 1 if measured and all(row.failed for row in measured) else 0
+Log = Callable[[str], None]
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    if not arguments.model:
-        print("no --model given: using the demo model that ships with rwkv-npu", file=sys.stderr)
-    given = {
-        "repeats": arguments.repeats,
-        "seconds": arguments.seconds,
-        "threads": arguments.threads,
-        "fusion": arguments.fusion,
-        "file": resume_file(arguments.resume),
-    }
-    overhead, factor = arguments.call_overhead_us, arguments.host_factor
-    return Settings(
-        models=[Path(path) for path in arguments.model or [demo_model()]],
-        backends=_split(arguments.backends) or DEFAULT_BACKENDS,
-        assumptions=estimate.Assumptions(
-            estimate.CALL_OVERHEAD_US if overhead is None else overhead,
-            estimate.HOST_FACTOR if factor is None else factor,
-        ),
-        profile=arguments.profile,
-        redo=arguments.redo,
-        command=_command(arguments),
-        say=lambda line: tqdm.write(f"rwkv-npu: {line}", file=sys.stderr),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+@dataclass(frozen=True)
+class Assumptions:
+    """Flags that replace terms of the estimates; None keeps the table's.
+
+    call_overhead_us: of each call through RKNNLite. host_factor: the board's time over this machine's for recurrence,
+    sampling and Python, as measured here, in place of the table's figures.
+    """
+
+    call_overhead_us: float | None = None
+    host_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        call, factor = self.call_overhead_us, self.host_factor
+        if call is not None and not 0 <= call < float("inf"):
+            raise UsageError(f"--call-overhead-us is {call:g}: it must be a number of at least 0")
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UsageError(f"--host-factor is {factor:g}: it must be a number above 0")
+
+    @property
+    def terms(self) -> Terms:
+        if self.call_overhead_us is None:
+            return TERMS
+        return TERMS.measured({"rknnlite_call": self.call_overhead_us}, "--call-overhead-us")
 
 
-def _split(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+@dataclass(frozen=True)
+class Settings:
+    """The models to measure and how. seconds: of a stage, after which it is not repeated. file keeps the rows. log
+    takes lines for people. redo: measure rows of the file again that others disturbed."""
+
+    models: Sequence[Path]
+    backends: Sequence[str] = DEFAULT_BACKENDS
+    repeats: int = 5
+    seconds: float = 30.0
+    threads: int | None = None
+    fusion: str | None = None
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    profile: bool = False
+    file: Path | None = None
+    redo: bool = False
+    command: str = ""
+    log: Log = lambda line: None
+
+    def __post_init__(self) -> None:
+        for name in self.backends:
+            if name == "rknn-sim":
+                raise UsageError(
+                    "rknn-sim shows the NPU's results, not its speed: artifacts are estimated anyway"
+                )
+            if name not in BACKENDS:
+                able = [name for name in BACKENDS if name != "rknn-sim"]
+                raise UsageError(f"backend {name!r} is unknown: use some of {', '.join(able)}")
+        for flag, value in (("-r", self.repeats), ("-t", self.threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} is {value}: it must be at least 1")
+        if not 0 < self.seconds < float("inf"):
+            raise UsageError(f"--seconds is {self.seconds:g}: it must be a number above 0")
 
 
-def _command(arguments: argparse.Namespace) -> str:
-    """What was asked to be measured, as a command line; of files only the names."""
-    words = ["rwkv-npu bench inference", *(f"-m {Path(path).name}" for path in arguments.model or ())]
-    for name in ("backends", "repeats", "seconds", "threads", "fusion", "call_overhead_us", "host_factor"):
-        if (value := getattr(arguments, name)) is not None:
-            words.append(f"--{name.replace('_', '-')} {value}")
-    return " ".join([*words, *(["--profile"] if arguments.profile else [])])
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured."""
+
+    path: Path
+    spec: Spec
+    fingerprint: str
+    artifacts: Sequence[Artifact] = ()
+    cpu_precisions: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def row(self, backend: str, **more: Any) -> ModelRow:
+        spec = self.spec
+        return ModelRow(self.name, self.fingerprint, spec.generation, spec.parameters, backend, **more)
+
+    def is_in(self, row: ModelRow) -> bool:
+        return (row.fingerprint, row.model) == (self.fingerprint, self.name)
 
 
-def _print(document: Document, output: str) -> None:
-    if output == "json":
-        print(document.to_json(), end="")
-    elif output == "csv":
-        print(inference_report.as_csv(document.results), end="")
-    else:
-        print(inference_report.table(document))
+def open_subject(path: Path) -> Subject:
+    """Raises BundleError or CheckpointError."""
+    if is_bundle(path):
+        manifest = read_manifest(path)
+        return Subject(path, manifest.spec, manifest.fingerprint, manifest.artifacts, manifest.cpu_precisions)
+    checkpoint = open_checkpoint(path)
+    return Subject(path, checkpoint.spec, checkpoint.fingerprint)
+
+
+class Study:
+    """The rows so far, in `document`; `run` adds the others."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.subjects = [open_subject(path) for path in settings.models]
+        self.threads = settings.threads or len(os.sched_getaffinity(0))
+        here = machine.describe()
+        self.document = Document(ModelRow, here, settings.command)
+        if settings.file and settings.file.exists() and settings.file.stat().st_size:
+            self.document = Document.load(settings.file, ModelRow)
+            self.document.check_same_machine(settings.file, here, self.threads)
+            if settings.command not in self.document.command:
+                self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
+            # Failed and interrupted rows are measured again.
+            self.document.results = [row for row in self.document.results if row.is_whole]
+
+    @property
+    def total(self) -> int:
+        """Stages of all cases."""
+        return STAGES * len(self._cases())
+
+    def run(self) -> Iterator[tuple[str, int]]:
+        """(the current work, stages done), as it goes. A row is kept before the next begins."""
+        for subject, backend, precision in self._cases():
+            known = [row for row in self.document.results if self._is_of(row, subject, backend, precision)]
+            if known and not (self.settings.redo and known[0].flags):
+                yield subject.name, STAGES
+                continue
+            yield f"{subject.name} {backend} memory bandwidth", 0
+            row = subject.row(backend, threads=self.threads)
+            row.read_gb_per_s = self._measure_roofline()
+            done = 0
+            try:
+                for stage in measure(row, self._request(subject, backend, precision)):
+                    yield f"{subject.name} {backend} {stage}", min(1, STAGES - done - 1)
+                    done += 1
+            except KeyboardInterrupt:
+                row.flags = f"{row.flags} interrupted".strip()
+                raise
+            finally:
+                self._keep(row, known)
+            yield subject.name, max(0, STAGES - done)
+
+    def add_estimates(self) -> None:
+        """Replace the estimates of the models by those of this version's terms."""
+        rows = [
+            row
+            for row in self.document.results
+            if not (row.estimated and any(subject.is_in(row) for subject in self.subjects))
+        ]
+        if hardware.soc() is None:
+            for subject in self.subjects:
+                measured = [row for row in rows if subject.is_in(row) and not row.estimated]
+                rows += estimates(subject, measured, self.settings.assumptions)
+        self.document.results = rows
+        for row in rows:
+            row.finish(self.document.machine.get("bandwidth_gb_per_s"))
+        if self.settings.file:
+            self.document.save(self.settings.file)
+
+    def _measure_roofline(self) -> float | None:
+        """GB/s that all threads read now; the machine's facts keep the best."""
+        try:
+            found = measure_roofline(self.threads)
+        except (Failed, BackendError) as error:
+            self.settings.log(f"the machine's bandwidth could not be measured: {error}")
+            return None
+        facts = self.document.machine
+        facts |= {name: max(value, facts.get(name, 0.0)) for name, value in found.items()}
+        return found["bandwidth_gb_per_s"]
+
+    def _cases(self) -> list[tuple[Subject, str, str | None]]:
+        """(model, backend, precision); None where there is no choice."""
+        found: list[tuple[Subject, str, str | None]] = []
+        for subject in self.subjects:
+            for backend in dict.fromkeys(self.settings.backends):
+                precisions: Sequence[str | None] = ()
+                if backend.startswith("rknn"):
+                    precisions = list(dict.fromkeys(a.precision for a in subject.artifacts))
+                elif backend in ("numba", "ort"):
+                    precisions = subject.cpu_precisions
+                found += [(subject, backend, precision) for precision in precisions or (None,)]
+        return found
+
+    def _is_of(self, row: ModelRow, subject: Subject, backend: str, precision: str | None) -> bool:
+        if row.estimated or not subject.is_in(row) or row.backend != backend:
+            return False
+        return precision in (None, row.weights, row.stored) and self.settings.fusion in (None, row.fusion)
+
+    def _request(self, subject: Subject, backend: str, precision: str | None) -> dict[str, Any]:
+        names = ("repeats", "seconds", "threads", "fusion", "profile")
+        request = {name: getattr(self.settings, name) for name in names}
+        return {**request, "model": str(subject.path), "backend": backend, "precision": precision}
+
+    def _keep(self, row: ModelRow, replaced: Sequence[ModelRow]) -> None:
+        """Add a row in place of those that it measured again."""
+        row.finish(self.document.machine.get("bandwidth_gb_per_s"))
+        if row.is_whole:
+            self.document.results = [other for other in self.document.results if other not in replaced]
+        self.document.results.append(row)
+        if row.failed:
+            self.settings.log(f"{row.model} {row.backend} failed: {row.failed}")
+        elif row.decode_tps and row.prefill_128_tps:
+            speeds = f"{row.prefill_128_tps:.4g} tokens/s reading, {row.decode_tps:.4g} writing"
+            self.settings.log(f"{row.model} {row.name}: {speeds}")
+        if self.settings.file:
+            self.document.save(self.settings.file)
+
+
+def measure(row: ModelRow, request: Mapping[str, Any]) -> Iterator[str]:
+    """Fill in `row` from a child process, yielding the name of each stage as it begins.
+
+    A failure leaves the fields known so far, and its reason in `row.failed`.
+    """
+    with Child(request["threads"], f"{request['backend']} {request['model']}") as child:
+        try:
+            for message in child.messages({**request, "task": "model", "started": child.started}):
+                if "stage" in message:
+                    yield message["stage"]
+                row.update(message.get("fields", {}))
+        except Failed as error:
+            row.failed = str(error)
+
+
+# -- estimates -------------------------------------------------------------------------------------------
+
+
+def estimates(subject: Subject, measured: Sequence[ModelRow], assumptions: Assumptions) -> list[ModelRow]:
+    """Rows of an RK3588 with either kind of DRAM; none for a model without artifacts for it."""
+    kinds: dict[tuple[str, str], list[Artifact]] = {}
+    for artifact in subject.artifacts:
+        if artifact.target == rk3588.NAME:
+            kinds.setdefault((artifact.precision, artifact.fusion), []).append(artifact)
+    if not kinds:
+        return []
+    maker = _Maker(subject, assumptions, _host_row(measured))
+    rows = []
+    for dram in rk3588.DRAMS:
+        rows += [maker.cpu(precision, dram) for precision in estimate.CPU_PRECISIONS]
+        rows += [maker.npu(chosen, dram) for chosen in kinds.values() if all(a.cycles for a in chosen)]
+        rows += [maker.three_cores(precision, dram) for precision in estimate.MATMUL_PRECISIONS]
+    return rows
+
+
+def _host_row(measured: Sequence[ModelRow]) -> ModelRow | None:
+    """The row that --host-factor multiplies: one for all estimates of a model, so that they can be compared."""
+    able = [row for row in measured if row.decode_ms and row.prefill_128_ms]
+    order = {"numba": 0, "ort": 1}
+    return min(able, key=lambda row: (order.get(row.backend, 2), -(row.decode_tps or 0)), default=None)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the estimated rows of one model."""
+
+    subject: Subject
+    assumptions: Assumptions
+    host: ModelRow | None
+
+    def cpu(self, precision: str, dram: str) -> ModelRow:
+        spec, terms = self.subject.spec, self.assumptions.terms
+        return self._row(
+            "cpu",
+            precision,
+            f"{rk3588.CPU_NAME}, {dram}",
+            sum(estimate.weight_bytes(spec, precision).values()),
+            lambda tokens, host: estimate.on_cpu(spec, precision, tokens, dram, terms, host),
+        )
+
+    def npu(self, artifacts: Sequence[Artifact], dram: str) -> ModelRow:
+        spec, terms = self.subject.spec, self.assumptions.terms
+        row = self._row(
+            "rknn",
+            artifacts[0].precision,
+            f"RK3588 NPU, 1 core, {dram}",
+            sum(artifact.weight_bytes for artifact, _ in estimate.served_by(artifacts, 1)),
+            lambda tokens, host: estimate.on_npu(spec, artifacts, tokens, dram, terms, host),
+        )
+        row.fusion = artifacts[0].fusion
+        return row
+
+    def three_cores(self, precision: str, dram: str) -> ModelRow:
+        spec, terms = self.subject.spec, self.assumptions.terms
+        bits = estimate.MATMUL_PRECISIONS[precision]
+        return self._row(
+            "rknn-matmul",
+            precision,
+            f"RK3588 NPU, 3 cores, {dram}",
+            sum(estimate.weights(spec).values()) * bits // 8,
+            lambda tokens, host: estimate.on_three_cores(spec, precision, tokens, dram, terms, host),
+        )
+
+    def _row(
+        self,
+        backend: str,
+        precision: str,
+        device: str,
+        weight_bytes: int,
+        compute: Callable[[int, Milliseconds | None], Estimate],
+    ) -> ModelRow:
+        row = self.subject.row(backend, weights=precision, stored=precision, device=device, estimated=True)
+        row.bytes_per_token = weight_bytes + estimate.state_bytes(self.subject.spec)
+        row.basis = "terms of the estimates"
+        for name, tokens in (("decode", 1), *((f"prefill_{count}", count) for count in PREFILLS)):
+            host = self._host_ms(name)
+            if host is not None:
+                row.basis = (
+                    f"terms of the estimates; recurrence, sampling and rest as {self.host.name} took here, times "  # type: ignore[union-attr]
+                    f"{self.assumptions.host_factor:g}"
+                )
+            found = compute(tokens, host)
+            slow, central, fast = found.speeds(tokens)
+            row.update({f"{name}_tps": central, f"{name}_tps_p10": slow, f"{name}_tps_p90": fast})
+            row.update({f"{name}_ms": dict(found.ms)})
+            if name == "decode":
+                row.calls_per_token = float(found.npu_calls) or None
+            elif tokens == PREFILLS[0]:
+                row.first_token_s = found.total_ms / 1e3
+        return row
+
+    def _host_ms(self, name: str) -> Milliseconds | None:
+        """The CPU's part as `host` measured it, times --host-factor; None for the table's figures."""
+        factor = self.assumptions.host_factor
+        parts: Mapping[str, float] = getattr(self.host, f"{name}_ms") if self.host else {}
+        if factor is None or not parts:
+            return None
+        rest = parts.get("rest", 0.0) + parts.get("dispatch", 0.0)
+        recurrence, sampling = parts.get("recurrence", 0.0), parts.get("sampling", 0.0)
+        return {"recurrence": factor * recurrence, "sampling": factor * sampling, "rest": factor * rest}

@@ -1,4 +1,4 @@
-"""What the measurements ran on, and whether it was left alone: clocks, governors, others at work.
+"""The machine of a measurement: its facts, its memory bandwidth and peak, and disturbances by others.
 
 Everything is read where the system shows it, and left out where it does not (virtual machines hide clocks).
 """
@@ -9,15 +9,20 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rwkv_npu.bench.document import ProductRow
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import cpu_model
 
-SLOWER = 1.10  # a clock that fell by this factor is called throttled,
-PROBE_SLOWER = 1.25  # and a probe: it varies more, with what ran just before
+SLOWER = 1.10  # a clock that fell by this factor is throttled
+PROBE_SLOWER = 1.25  # the same for the probe, which varies more
 BUSY = 0.15  # cores' worth of work by others
 
 
@@ -25,6 +30,7 @@ def describe() -> dict[str, Any]:
     """The machine as a flat mapping; unreadable facts are left out."""
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
+        "instruction_set": instruction_set(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -35,6 +41,27 @@ def describe() -> dict[str, Any]:
         **clocks(),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def instruction_set(root: Path = hardware.ROOT) -> str | None:
+    """The widest set for products of bytes that the processor has; None where it cannot be read."""
+    text = hardware.read(root / "proc/cpuinfo") or ""
+    found = {
+        word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()
+    }
+    return next((name for flag, name in _SETS.items() if flag in found), None)
+
+
+# Flag of /proc/cpuinfo: its name. The first that a processor has is the widest.
+_SETS = {
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "Arm i8mm",
+    "asimddp": "Arm dotprod",
+    "asimd": "Arm NEON",
+}
 
 
 def clocks(root: Path = hardware.ROOT) -> dict[str, Any]:
@@ -58,9 +85,9 @@ def _is_virtual() -> bool:
 
 @dataclass
 class Watch:
-    """Looks at the machine before and after a row; `flags` says what speaks against the figures between.
+    """Compares the machine before and after a row; `flags` names disturbances between.
 
-    The probe is a fixed piece of work in Python: where clocks cannot be read it shows their fall.
+    The probe is a fixed piece of work in Python: it shows a fall of clocks that cannot be read.
     """
 
     best_probe: float = field(default_factory=lambda: probe())
@@ -111,3 +138,47 @@ def _busy_seconds() -> float:
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+# -- bandwidth and peak ----------------------------------------------------------------------------------
+
+READ_BYTES = 256 << 20  # far beyond any cache
+PEAK_SIZE = 1536
+
+
+def roofline(threads: int) -> dict[str, float]:
+    """The best of several: GB/s of reading memory with all threads, GFLOP/s of NumPy's fp32 product."""
+    values = np.ones(READ_BYTES // 4, np.float32)
+    matrix, vector = values.reshape(-1, 4096), np.ones(4096, np.float32)
+    parts = np.array_split(values, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        readers: list[Callable[[], object]] = [
+            lambda: matrix @ vector,
+            lambda: list(pool.map(lambda part: np.dot(part, part), parts)),
+        ]
+        read = min(_best(reader, 9) for reader in readers)
+    a = np.ones((PEAK_SIZE, PEAK_SIZE), np.float32)
+    c = np.empty_like(a)
+    multiply = _best(lambda: np.matmul(a, a, out=c), 9)
+    return {
+        "bandwidth_gb_per_s": READ_BYTES / read / 1e9,
+        "peak_fp32_gflops": 2 * PEAK_SIZE**3 / multiply / 1e9,
+    }
+
+
+def _best(call: Callable[[], object], count: int) -> float:
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def peaks(machine: dict[str, float], rows: Iterable[ProductRow]) -> dict[str, float]:
+    """GFLOP/s by dtype: the best measured here by a backend of the CPU, at any size."""
+    best = {"fp32": machine["peak_fp32_gflops"]} if "peak_fp32_gflops" in machine else {}
+    for row in rows:
+        if row.gflops and row.is_measured_here and row.device.startswith("CPU"):
+            best[row.dtype] = max(best.get(row.dtype, 0.0), row.gflops)
+    return best

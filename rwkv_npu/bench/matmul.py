@@ -1,43 +1,243 @@
-"""The sweep: every series over every shape, one at a time, kept in a file as it goes."""
+"""The sweep of `bench matmul`: every series over every shape, one at a time, kept in a file as it goes.
+
+A series is measured in a child process, estimated for an RK3588 from the terms of `runtime.rk3588`, or published by
+others who measured it on a board.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rwkv_npu.backends import NPU_BACKENDS
 from rwkv_npu.backends.rknn_api import OVERRIDE
-from rwkv_npu.bench import machine
-from rwkv_npu.bench.backends import DTYPES
-from rwkv_npu.bench.record import Document, Row
-from rwkv_npu.bench.series import Failed, Open, Series, open_series, roofline
-from rwkv_npu.bench.shapes import Shape
-from rwkv_npu.bench.timing import STOP_S, Effort
+from rwkv_npu.bench import backends, machine
+from rwkv_npu.bench.child import Child, Failed
+from rwkv_npu.bench.document import Document, ProductRow, series_name, with_rates
+from rwkv_npu.bench.products import STOP_S, Effort, Shape, make_problem
 from rwkv_npu.board import hardware
-from rwkv_npu.errors import BackendError, RwkvNpuError, UsageError
+from rwkv_npu.errors import BackendError, RwkvNpuError, UsageError, first_line
+from rwkv_npu.runtime import rk3588
+from rwkv_npu.runtime.estimate import cpu_product_ms, graph_ms, port_ms
+from rwkv_npu.runtime.rk3588 import BOUNDS, TERMS
+from rwkv_npu.toolkit import require
 
-# What each backend can do, and what it does unasked.
+DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
+BOARD_CPU = "rk3588-cpu"
+
+# Backend: the dtypes that it can do, and those that it does by default.
 BACKENDS = {
     "numpy": (("fp32", "fp16"), ("fp32",)),
     "torch": (("fp32", "bf16", "fp16"), ("fp32", "bf16")),
     "tinygrad": (("fp32", "fp16"), ("fp32",)),
     "ort": (("fp32", "int8", "int4"), ("fp32",)),
+    BOARD_CPU: (("fp32", "fp16", "int8"), ("fp16",)),
     "rknn": (("fp16", "bf16", "int8"), ("fp16",)),
     "rknn-matmul": (("fp16", "int8"), ("fp16",)),
 }
-DEFAULT_BACKENDS = ("numpy", "torch", "ort", "rknn")
+DEFAULT_BACKENDS = ("numpy", "torch", "ort", BOARD_CPU, "rknn")
+DRAM = rk3588.DRAMS[0]
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A backend with a dtype. device: cpu or opencl, for tinygrad."""
+
+    backend: str
+    dtype: str
+    device: str = "cpu"
+    estimated: bool = False
+    published: bool = False
+
+    @property
+    def name(self) -> str:
+        return series_name(self.backend, self.dtype, self.device == "opencl", self.estimated, self.published)
+
+
+class Opened(Protocol):
+    """An open series. `row` raises Failed; `blank` is a row with the reason of a failure."""
+
+    def row(self, shape: Shape) -> ProductRow: ...
+
+    def blank(self, shape: Shape, reason: str) -> ProductRow: ...
+
+    def close(self) -> None: ...
+
+
+Open = Callable[[Series, int, Effort], Opened]
+
+
+# -- series ----------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """A series timed in a child process. Raises BackendError if the backend cannot be opened."""
+
+    def __init__(self, series: Series, threads: int, effort: Effort) -> None:
+        self._child = Child(threads, series.name)
+        names = ("backend", "dtype", "device")
+        request = {name: getattr(series, name) for name in names}
+        try:
+            fields = self._child.ask(
+                {"task": "open", **request, "threads": threads, "effort": asdict(effort)}
+            )
+        except Failed as error:
+            self.close()
+            raise BackendError(str(error)) from None
+        except BaseException:
+            self.close()
+            raise
+        self._fields = {"backend": series.backend, "threads": threads, **fields}
+
+    def row(self, shape: Shape) -> ProductRow:
+        answer = self._child.ask({"task": "product", "shape": list(shape)})
+        return ProductRow(**{**self._fields, **answer})
+
+    def blank(self, shape: Shape, reason: str) -> ProductRow:
+        m, k, n = shape
+        return ProductRow(**self._fields, m=m, k=k, n=n, failed=reason)
+
+    def close(self) -> None:
+        self._child.close()
+
+
+class _Computed:
+    """A series without a process: `fields` are those of all its rows."""
+
+    fields: dict[str, Any]
+
+    def blank(self, shape: Shape, reason: str) -> ProductRow:
+        m, k, n = shape
+        return ProductRow(**self.fields, m=m, k=k, n=n, failed=reason)
+
+    def close(self) -> None:
+        pass
+
+    def _row(self, shape: Shape, times_ms: Sequence[float], moved: float, **more: Any) -> ProductRow:
+        """times_ms: low, central and high; or one, without a range."""
+        m, k, n = shape
+        low, central, high = (ms / 1e3 for ms in (times_ms if len(times_ms) == 3 else list(times_ms) * 3))
+        row = {**self.fields, "m": m, "k": k, "n": n, "time_s": central, **more}
+        if low < high:
+            row |= {"time_p10_s": low, "time_p90_s": high}
+        return ProductRow(**with_rates(row, moved))
+
+
+class EstimatedNpu(_Computed):
+    """One NPU core through RKNNLite: cycles and tiles by Rockchip's compiler, errors by its simulator, times by the
+    terms of the estimates. Raises ToolkitError without the compiler."""
+
+    def __init__(self, series: Series) -> None:
+        self.environment = require()
+        self.fields = {
+            "backend": series.backend,
+            "device": f"RK3588 NPU, 1 core, {DRAM}: estimate",
+            "dtype": series.dtype,
+            # Wide sums are cut at 512 or 1024 inputs; the parts are probably added in fp16.
+            "accumulate": "int32" if series.dtype == "int8" else "fp32, fp16 between parts",
+            "versions": f"rknn-toolkit2 {self.environment.version}",
+            "estimated": True,
+        }
+
+    def row(self, shape: Shape) -> ProductRow:
+        m, k, n = shape
+        dtype = self.fields["dtype"]
+        try:
+            problem = make_problem(m, k, n)
+            built = backends.compile_product(self.environment, problem, dtype, rk3588.NAME, verify=True)
+            assert built.verify_outputs is not None
+            deviation = problem.error(built.verify_outputs["c"])
+        except RwkvNpuError as error:
+            raise Failed(str(error), fatal=False) from None
+        except MemoryError as error:
+            raise Failed(f"not enough memory: {first_line(error)}", fatal=True) from None
+        if built.cycles is None:
+            raise Failed("the compiler printed no cycles", fatal=False)
+        cycles = {"ddr": built.cycles.ddr, "npu": built.cycles.npu}
+        size = backends.BYTES[dtype]
+        return self._row(
+            shape,
+            [npu_product_ms(cycles, m, k, n, bound) for bound in BOUNDS],
+            problem.moved(size, size, size),
+            max_rel_error=deviation,
+            npu_ops=backends.npu_ops(built),
+            flags="cpu-fallback" if built.cpu_fallback else "",
+        )
+
+
+def npu_product_ms(cycles: dict[str, int], m: int, k: int, n: int, bound: str) -> float:
+    """One call through RKNNLite: the product, its transposes, the conversion of A and C, and the call."""
+    transposes, conversion = port_ms(k + n, 0, m, TERMS, bound)
+    call = TERMS["rknnlite_call"].at(bound) / 1e3
+    return graph_ms(cycles, m, DRAM, TERMS, bound) + transposes + conversion + call
+
+
+class EstimatedCpu(_Computed):
+    """The board's four large cores: the slower of memory and of the kernel's static cycles."""
+
+    SIZES = {"fp32": 4, "fp16": 2, "int8": 1}
+
+    def __init__(self, series: Series) -> None:
+        self.fields = {
+            "backend": series.backend,
+            "device": f"{rk3588.CPU_NAME}, {DRAM}: estimate",
+            "dtype": series.dtype,
+            "accumulate": "int32" if series.dtype == "int8" else "fp32",
+            "estimated": True,
+        }
+
+    def row(self, shape: Shape) -> ProductRow:
+        m, k, n = shape
+        dtype = self.fields["dtype"]
+        bytes_ = self.SIZES[dtype] * (m * k + k * n) + 4 * m * n
+        times = [cpu_product_ms(bytes_, m * k * n, dtype, m, DRAM, TERMS, bound) for bound in BOUNDS]
+        return self._row(shape, times, bytes_)
+
+
+class Published(_Computed):
+    """Square fp16 products of one NPU core through the matmul interface, as others measured them on boards."""
+
+    fields = {
+        "backend": "rknn-matmul",
+        "device": "RK3588 NPU, 1 core: published board measurements",
+        "dtype": "fp16",
+        "accumulate": "fp32",
+        "published": True,
+    }
+
+    def row(self, shape: Shape) -> ProductRow:
+        n = shape[0]
+        return self._row(shape, [rk3588.PUBLISHED_MATMUL_MS[n]], 2.0 * (2 * n * n) + 4.0 * n * n)
+
+
+def open_series(series: Series, threads: int, effort: Effort) -> Opened:
+    """Raises BackendError or ToolkitError where the backend is missing."""
+    if series.published:
+        return Published()
+    if series.estimated:
+        return EstimatedCpu(series) if series.backend == BOARD_CPU else EstimatedNpu(series)
+    return Measured(series, threads, effort)
+
+
+def measure_roofline(threads: int) -> dict[str, float]:
+    """The machine's GB/s and GFLOP/s, measured in a process of its own. Raises Failed."""
+    with Child(threads, "roofline") as child:
+        return child.ask({"task": "roofline", "threads": threads})
+
+
+# -- the sweep -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One call of the sweep. `say` takes lines for people, `file` keeps the rows; `redo` measures those again that
-    the machine's other work, or its clock, may have spoilt."""
+    """A sweep. log takes lines for people. file keeps the rows. redo: measure rows again that other work on the
+    machine, or a falling clock, may have slowed down."""
 
     shapes: Sequence[Shape]
     backends: Sequence[str] = DEFAULT_BACKENDS
@@ -47,7 +247,7 @@ class Settings:
     file: Path | None = None
     redo: bool = False
     command: str = ""
-    say: Say = lambda line: None
+    log: Log = lambda line: None
     open: Open | None = None
 
     def __post_init__(self) -> None:
@@ -62,21 +262,31 @@ class Settings:
 
 
 def plan(settings: Settings) -> list[Series]:
-    """The series that can be tried here; what cannot is said in one line each."""
+    """The series that can run here; the log has a line for each that cannot."""
     found = []
     chip = hardware.soc()
     for backend in dict.fromkeys(settings.backends):
-        able, unasked = BACKENDS[backend]
-        dtypes = [dtype for dtype in settings.dtypes or unasked if dtype in able]
+        able, default = BACKENDS[backend]
+        dtypes = [dtype for dtype in settings.dtypes or default if dtype in able]
         if not dtypes:
-            settings.say(f"{backend} does none of these dtypes: it does {', '.join(able)}")
+            settings.log(f"{backend} does none of these dtypes: it does {', '.join(able)}")
         elif backend == "rknn-matmul" and not chip and OVERRIDE not in os.environ:
-            settings.say("rknn-matmul needs a board")
+            settings.log("rknn-matmul needs a board")
+        elif backend == BOARD_CPU and chip:
+            continue  # it is measured there
         else:
             devices = ("cpu", "opencl") if backend == "tinygrad" else ("cpu",)
-            estimated = backend == "rknn" and not (chip and importlib.util.find_spec("rknnlite"))
+            on_board = chip and importlib.util.find_spec("rknnlite")
+            estimated = backend == BOARD_CPU or (backend == "rknn" and not on_board)
             found += [Series(backend, dtype, device, estimated) for device in devices for dtype in dtypes]
+    npu = any(series.backend in NPU_BACKENDS for series in found)
+    if npu and any(_is_published(shape) for shape in settings.shapes):
+        found.append(Series("rknn-matmul", "fp16", published=True))
     return found
+
+
+def _is_published(shape: Shape) -> bool:
+    return len(set(shape)) == 1 and shape[0] in rk3588.PUBLISHED_MATMUL_MS
 
 
 class Sweep:
@@ -85,32 +295,35 @@ class Sweep:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.plan = settings, plan(settings)
         here = machine.describe()
-        self.document = Document(here, settings.command)
+        self.document = Document(ProductRow, here, settings.command)
         if settings.file and settings.file.exists() and settings.file.stat().st_size:
-            self.document = Document.load(settings.file)
-            _check_same(self.document, here, settings)
+            self.document = Document.load(settings.file, ProductRow)
+            self.document.check_same_machine(settings.file, here, settings.threads)
             self.document.command = settings.command or self.document.command
         spoilt = {"busy", "throttled"} if settings.redo else set()
-        # What failed is tried again. Rows to be measured again stay until the new ones are there.
+        # Failed rows and estimates are made again. Rows to be measured again stay until the new ones exist.
         self._known = {
             (row.series, row.size): row
             for row in self.document.results
-            if row.failed is None and not spoilt & set(row.flags.split())
+            if row.failed is None and row.is_measured_here and not spoilt & set(row.flags.split())
         }
 
     @property
     def total(self) -> int:
-        return len(self.plan) * len(self.settings.shapes)
+        return sum(len(self._shapes(series)) for series in self.plan)
 
-    def run(self) -> Iterator[tuple[Series, int, Row | None]]:
-        """(series, shapes done with, the row if it is a new one). Rows are saved before they are yielded."""
-        if any(series.backend not in NPU_BACKENDS for series in self.plan):  # it is the CPU's
+    def run(self) -> Iterator[tuple[Series, int, ProductRow | None]]:
+        """(series, shapes done, the row if it is a new one). A row is saved before it is yielded."""
+        if any(not (s.estimated or s.published) and s.backend not in NPU_BACKENDS for s in self.plan):
             self._measure_roofline()
         for series in self.plan:
             yield from self._run(series)
 
-    def _run(self, series: Series) -> Iterator[tuple[Series, int, Row | None]]:
-        shapes = list(self.settings.shapes)
+    def _shapes(self, series: Series) -> list[Shape]:
+        return [shape for shape in self.settings.shapes if not series.published or _is_published(shape)]
+
+    def _run(self, series: Series) -> Iterator[tuple[Series, int, ProductRow | None]]:
+        shapes = self._shapes(series)
         waiting = [shape for shape in shapes if (series.name, shape) not in self._known]
         known = [self._known[series.name, shape] for shape in shapes if shape not in waiting]
         yield series, len(known), None
@@ -121,7 +334,7 @@ class Sweep:
         try:
             opened = (self.settings.open or open_series)(series, self.settings.threads, self.settings.effort)
         except RwkvNpuError as error:
-            self.settings.say(f"{series.name} is left out: {error}")
+            self.settings.log(f"{series.name} is left out: {error}")
             return
         try:
             for count, shape in enumerate(waiting, 1):
@@ -132,7 +345,7 @@ class Sweep:
                         self._note(f"{series.name} ends at {_text(shape)}: a run took {row.time_s:.0f} s")
                 except Failed as error:
                     row = opened.blank(shape, str(error))
-                    self.settings.say(f"{series.name} failed at {_text(shape)}: {error}")
+                    self.settings.log(f"{series.name} failed at {_text(shape)}: {error}")
                     stop = error.fatal
                 self._keep(row)
                 yield series, 1, row
@@ -145,28 +358,27 @@ class Sweep:
         facts = self.document.machine
         if "bandwidth_gb_per_s" not in facts or self.settings.redo:
             try:
-                found = roofline(self.settings.threads)
-                # Whatever disturbs this makes it slower.
+                found = measure_roofline(self.settings.threads)
+                # A disturbance only makes it slower: keep the best.
                 facts |= {key: max(value, facts.get(key, 0.0)) for key, value in found.items()}
             except (Failed, BackendError) as error:
-                self.settings.say(f"the machine's bandwidth could not be measured: {error}")
+                self.settings.log(f"the machine's bandwidth could not be measured: {error}")
 
     def _note(self, line: str) -> None:
-        self.settings.say(line)
+        self.settings.log(line)
         if line not in self.document.notes:
             self.document.notes.append(line)
 
-    def _keep(self, row: Row) -> None:
+    def _keep(self, row: ProductRow) -> None:
         key = row.series, row.size
-        self.document.results = [old for old in self.document.results if (old.series, old.size) != key] + [
-            row
-        ]
+        others = [old for old in self.document.results if (old.series, old.size) != key]
+        self.document.results = [*others, row]
         if self.settings.file:
             self.document.save(self.settings.file)
 
 
-def _is_slow(row: Row) -> bool:
-    return not row.estimated and row.time_s is not None and row.time_s > STOP_S
+def _is_slow(row: ProductRow) -> bool:
+    return row.is_measured_here and row.time_s is not None and row.time_s > STOP_S
 
 
 def _work(shape: Shape) -> int:
@@ -175,18 +387,3 @@ def _work(shape: Shape) -> int:
 
 def _text(shape: Shape) -> str:
     return "x".join(map(str, shape))
-
-
-def _check_same(found: Document, here: dict[str, Any], settings: Settings) -> None:
-    """Raises UsageError where a file's rows come from another machine, or from another number of threads."""
-    for key in ("cpu", "cores", "board"):
-        there = found.machine.get(key)
-        if there != here.get(key):
-            reason = f"on another machine ({key}: {there}, here: {here.get(key)})"
-            raise UsageError(f"{settings.file} was measured {reason}: name another file")
-    for row in found.results:
-        if row.threads not in (None, settings.threads):
-            reason = f"with {row.threads} threads, not {settings.threads}"
-            raise UsageError(
-                f"{settings.file} was measured {reason}: name another file, or give -t {row.threads}"
-            )

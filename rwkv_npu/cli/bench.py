@@ -1,10 +1,10 @@
-"""`rwkv-npu bench ACTION`: results to stdout, progress and everything else to stderr."""
+"""`rwkv-npu bench ACTION`: prints results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.formats.files import resume_file
 
 if TYPE_CHECKING:
-    from rwkv_npu.bench import matmul, record
+    from rwkv_npu.bench import inference, matmul
+    from rwkv_npu.bench.analysis import Fit
+    from rwkv_npu.bench.document import Document, ProductRow
 
 
 def add(commands: Any) -> None:
@@ -28,8 +30,9 @@ def _add_bench_matmul(actions: Any) -> None:
     p = actions.add_parser(
         "matmul",
         help="time matrix products",
-        description="Time C (M, N) = A (M, K) @ B (K, N), B constant, on everything that multiplies here. On a PC the "
-        "rknn rows are estimates by Rockchip's compiler, and are marked so.",
+        description="Time C (M, N) = A (M, K) @ B (K, N), B constant, with every backend. On a PC the rknn "
+        "and rk3588-cpu rows are estimates for an RK3588, marked so, with their range; figures that others measured on "
+        "boards stand beside them.",
     )
     what = "what to multiply (default: --sizes 128:4096:128)"
     p.add_argument("--sizes", metavar="LIST", help=f"{what}: M = K = N, such as 256,512 or FIRST:LAST:STEP")
@@ -40,7 +43,7 @@ def _add_bench_matmul(actions: Any) -> None:
     p.add_argument(
         "--backends",
         metavar="LIST",
-        help="of numpy, torch, ort, rknn (default: these), tinygrad (CPU and OpenCL), rknn-matmul",
+        help="of numpy, torch, ort, rk3588-cpu, rknn (default: these), tinygrad (CPU and OpenCL), rknn-matmul",
     )
     p.add_argument(
         "--dtypes", metavar="LIST", help="of fp32, fp16, bf16, int8, int4 (default: each backend's own)"
@@ -56,7 +59,9 @@ def _add_bench_matmul(actions: Any) -> None:
     _add_rows(p)
     p.add_argument("--fit", action="store_true", help="fit time against N with Minuit, and print the log")
     p.add_argument(
-        "--plot", metavar="FILE", help="draw FILE-time, -roofline, -bars and -fit; FILE ends in .png or .svg"
+        "--plot",
+        metavar="FILE",
+        help="draw FILE-time.png, FILE-roofline.png, FILE-bars.png and FILE-fit.png for FILE.png (or .svg)",
     )
     p.add_argument("--bars", metavar="LIST", help="sizes in the bar chart (default: 512,1024,2048,4096)")
 
@@ -82,13 +87,13 @@ def _add_bench_inference(actions: Any) -> None:
         "--call-overhead-us",
         type=float,
         metavar="US",
-        help="estimates: what a call to the NPU costs (default: 270)",
+        help="estimates: microseconds of a call of the NPU (default: 150, from 60 to 270)",
     )
     p.add_argument(
         "--host-factor",
         type=float,
         metavar="X",
-        help="estimates: how much slower the board's CPU is (default: 4)",
+        help="estimates: take recurrence, sampling and Python as measured here times X (default: figures of their own)",
     )
     p.add_argument("--profile", action="store_true", help="where a token goes, by group and by function")
     _add_rows(p)
@@ -96,13 +101,14 @@ def _add_bench_inference(actions: Any) -> None:
 
 
 def _add_rows(p: argparse.ArgumentParser) -> None:
-    """What becomes of the rows of a benchmark."""
+    """Add the flags of both benchmarks for output and resuming."""
     p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     p.add_argument(
         "--resume",
         metavar="FILE",
         help="keep every row in this JSON file, and measure only what it does not hold",
     )
+    p.add_argument("--explain", action="store_true", help="print every term of the estimates and its source")
     p.add_argument(
         "--redo", action="store_true", help="with --resume: measure rows flagged busy or throttled again"
     )
@@ -112,25 +118,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "matmul":
         return _matmul(arguments)
     use_big_cores(arguments.threads)  # as generate does
-    module = importlib.import_module(f"rwkv_npu.bench.{arguments.action}")
-    status: int = module.run(arguments)
-    return status
+    return _inference(arguments)
+
+
+# -- matmul ----------------------------------------------------------------------------------------------
 
 
 def _matmul(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from rwkv_npu.bench import fit, matmul, plot, shapes
+    from rwkv_npu.bench import analysis, matmul, plot, products
 
     picture = Path(arguments.plot) if arguments.plot else None
     file = resume_file(arguments.resume)
-    bars = [m for m, _, _ in shapes.parse_sizes(arguments.bars, "--bars")] if arguments.bars else []
+    bars = [m for m, _, _ in products.parse_sizes(arguments.bars, "--bars")] if arguments.bars else []
     if picture:
-        plot.check(picture)
+        plot.check_matmul(picture)
     if arguments.fit:
-        fit.check_installed()
-    settings = _settings(arguments, file)
-    sweep = matmul.Sweep(settings)
+        analysis.check_installed()
+    sweep = matmul.Sweep(_matmul_settings(arguments, file))
     interrupted = False
     try:
         with tqdm(total=sweep.total, desc="matmul", unit="size", leave=False, disable=None) as bar:
@@ -139,98 +145,182 @@ def _matmul(arguments: argparse.Namespace) -> int:
                 bar.update(count)
     except KeyboardInterrupt:
         interrupted = True
-        print(_kept(sweep.document, file), file=sys.stderr)
+        _log(_kept(f"{len(sweep.document.results)} rows were measured", file))
     if not sweep.document.results and not interrupted:
         raise BackendError("nothing was measured: none of these backends can run here")
-    _print(sweep.document, arguments, picture, bars)
+    fits = _print_matmul(sweep.document, arguments)
+    if picture:
+        if not fits and _can_fit():
+            fits = analysis.fit_all(sweep.document.results)
+        _print_pictures(plot.draw_matmul(sweep.document, picture, fits, bars), arguments.output)
     failed = all(row.failed for row in sweep.document.results)
     return 130 if interrupted else int(failed)
 
 
-def _settings(arguments: argparse.Namespace, file: Path | None) -> matmul.Settings:
-    from tqdm import tqdm
-
-    from rwkv_npu.bench import matmul, shapes
-    from rwkv_npu.bench.timing import Effort
+def _matmul_settings(arguments: argparse.Namespace, file: Path | None) -> matmul.Settings:
+    from rwkv_npu.bench import matmul, products
 
     chosen = [flag for flag in ("sizes", "shapes", "model") if getattr(arguments, flag)]
     if len(chosen) > 1:
         raise UsageError(f"give one of {' and '.join(f'--{flag}' for flag in chosen)}, not both")
     if arguments.model:
-        wanted = shapes.model_shapes(arguments.model)
+        wanted = products.model_shapes(arguments.model)
     elif arguments.shapes:
-        wanted = shapes.parse_shapes(arguments.shapes)
+        wanted = products.parse_shapes(arguments.shapes)
     else:
-        wanted = shapes.parse_sizes(arguments.sizes or shapes.DEFAULT_SIZES)
+        wanted = products.parse_sizes(arguments.sizes or products.DEFAULT_SIZES)
     optional = {}
     if arguments.threads is not None:
         optional["threads"] = arguments.threads
+    repeats = arguments.repeats
     return matmul.Settings(
         shapes=wanted,
         backends=_split(arguments.backends) or matmul.DEFAULT_BACKENDS,
         dtypes=_split(arguments.dtypes),
-        effort=Effort() if arguments.repeats is None else Effort(repeats=arguments.repeats),
+        effort=products.Effort() if repeats is None else products.Effort(repeats=repeats),
         file=file,
         redo=arguments.redo,
-        command=_command(arguments),
-        say=lambda line: tqdm.write(f"rwkv-npu: {line}", file=sys.stderr),
+        command=_matmul_command(arguments),
+        log=_log,
         **optional,
     )
 
 
-def _split(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else None
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """What was asked to be measured, as a command line; files are left out."""
+def _matmul_command(arguments: argparse.Namespace) -> str:
+    """The command line of the measurements, without files."""
     flags = {name: getattr(arguments, name) for name in ("sizes", "shapes", "model", "backends", "dtypes")}
     flags |= {"repeats": arguments.repeats, "threads": arguments.threads}
     given = [f"--{name} {value}" for name, value in flags.items() if value is not None]
     return " ".join(["rwkv-npu bench matmul", *given])
 
 
-def _kept(document: record.Document, file: Path | None) -> str:
-    where = f", {file} holds them: the same command goes on from there" if file else ""
-    return f"rwkv-npu: interrupted; {len(document.results)} rows were measured{where}"
-
-
-def _print(
-    document: record.Document, arguments: argparse.Namespace, picture: Path | None, bars: list[int]
-) -> None:
-    from rwkv_npu.bench import fit, plot, report
+def _print_matmul(document: Document[ProductRow], arguments: argparse.Namespace) -> list[Fit]:
+    """Print rows and fits; returns the fits of --fit."""
+    from rwkv_npu.bench import analysis, report
 
     rows = document.results
-    fits = fit.fit_all(rows) if arguments.fit else []
+    fits = analysis.fit_all(rows) if arguments.fit else []
     if arguments.fit and not fits:
-        print(f"rwkv-npu: nothing to fit: a series needs {fit.FEWEST} square sizes", file=sys.stderr)
+        _log(f"nothing to fit: a series needs {analysis.FEWEST} square sizes")
     if arguments.output == "json":
         more = {"fits": [one.to_json() for one in fits]} if fits else {}
         print(document.to_json(**more), end="")
     elif arguments.output == "csv":
-        print(report.as_csv(rows), end="")
+        print(report.product_csv(rows), end="")
     else:
-        print(report.table(document))
-    if fits:
-        log = report.fit_log(fits)
-        if arguments.output == "md":
-            print(f"\n{log}")
-        else:
-            print(log, file=sys.stderr)
-    if picture:
-        if arguments.fit or not _can_fit():
-            drawn = fits
-        else:
-            drawn = fit.fit_all(rows)
-        for path in plot.draw(document, picture, drawn, bars):
-            print(f"rwkv-npu: {path}", file=sys.stderr)
+        print(report.product_table(document, explained=arguments.explain))
+    if fits and arguments.output == "md":
+        print(f"\n{report.fit_log(fits)}")
+    elif fits:
+        print(report.fit_log(fits), file=sys.stderr)
+    return fits
 
 
 def _can_fit() -> bool:
-    from rwkv_npu.bench import fit
+    from rwkv_npu.bench import analysis
 
     try:
-        fit.check_installed()
+        analysis.check_installed()
     except UsageError:
         return False
     return True
+
+
+# -- inference -------------------------------------------------------------------------------------------
+
+
+def _inference(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from rwkv_npu.bench import plot, report
+    from rwkv_npu.bench.inference import Study
+
+    picture = Path(arguments.plot) if arguments.plot else None
+    if picture:
+        plot.check(picture)
+    settings = _inference_settings(arguments)
+    study = Study(settings)
+    interrupted = False
+    try:
+        with tqdm(total=study.total, desc="inference", unit="stage", leave=False, disable=None) as bar:
+            for work, done in study.run():
+                bar.set_postfix_str(work)
+                bar.update(done)
+    except KeyboardInterrupt:
+        interrupted = True
+        _log(_kept("the measured rows are kept", settings.file))
+    study.add_estimates()
+    document = study.document
+    if arguments.output == "json":
+        print(document.to_json(), end="")
+    elif arguments.output == "csv":
+        print(report.model_csv(document.results), end="")
+    else:
+        print(report.model_table(document, explained=arguments.explain))
+    if picture and any(row.decode_tps for row in document.results):
+        _print_pictures(plot.draw_inference(document, picture), arguments.output)
+    if interrupted:
+        return 130
+    measured = [row for row in document.results if not row.estimated]
+    return 1 if measured and all(row.failed for row in measured) else 0
+
+
+def _inference_settings(arguments: argparse.Namespace) -> inference.Settings:
+    from rwkv_npu.bench import inference
+    from rwkv_npu.model import demo_model
+
+    if not arguments.model:
+        print("no --model given: using the demo model that ships with rwkv-npu", file=sys.stderr)
+    given = {
+        "repeats": arguments.repeats,
+        "seconds": arguments.seconds,
+        "threads": arguments.threads,
+        "fusion": arguments.fusion,
+        "file": resume_file(arguments.resume),
+    }
+    return inference.Settings(
+        models=[Path(path) for path in arguments.model or [demo_model()]],
+        backends=_split(arguments.backends) or inference.DEFAULT_BACKENDS,
+        assumptions=inference.Assumptions(arguments.call_overhead_us, arguments.host_factor),
+        profile=arguments.profile,
+        redo=arguments.redo,
+        command=_inference_command(arguments),
+        log=_log,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _inference_command(arguments: argparse.Namespace) -> str:
+    """The command line of the measurements; of files only the names."""
+    words = ["rwkv-npu bench inference", *(f"-m {Path(path).name}" for path in arguments.model or ())]
+    for name in ("backends", "repeats", "seconds", "threads", "fusion", "call_overhead_us", "host_factor"):
+        if (value := getattr(arguments, name)) is not None:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join([*words, *(["--profile"] if arguments.profile else [])])
+
+
+# -- both ------------------------------------------------------------------------------------------------
+
+
+def _log(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"rwkv-npu: {line}", file=sys.stderr)
+
+
+def _split(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+def _kept(what: str, file: Path | None) -> str:
+    where = f", {file} holds them: the same command goes on from there" if file else ""
+    return f"interrupted; {what}{where}"
+
+
+def _print_pictures(paths: Sequence[Path], output: str) -> None:
+    """Name the pictures: on stdout after a table, on stderr beside data that programs read."""
+    line = f"pictures: {' '.join(map(str, paths))}" if paths else "no pictures: no row has a time"
+    if output == "md":
+        print(f"\n{line}")
+    else:
+        _log(line)

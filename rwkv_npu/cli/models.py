@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from rwkv_npu.bench.shapes import OFFICIAL, official_spec
+    from rwkv_npu.models.official import OFFICIAL, official_spec
 
     sizes = {name: _facts(official_spec(name)) for name in OFFICIAL}
     print(json.dumps(sizes, indent=1) if arguments.json else _table(sizes))

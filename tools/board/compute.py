@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.backends.base import Backend
-from rwkv_npu.bench.problem import make_problem
+from rwkv_npu.bench.products import make_problem
 from rwkv_npu.errors import RwkvNpuError, UsageError
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.spec import FUSIONS, Group
