@@ -72,15 +72,21 @@ class Model:
         return self.engine.forward(tokens, state, all_logits, inplace=inplace, progress=progress)
 
     def forward_batch(
-        self, tokens: Sequence[Sequence[int]] | np.ndarray, states: Sequence[State], *, inplace: bool = False
-    ) -> tuple[np.ndarray, Sequence[State]]:
-        """Read T tokens of each of B sequences: (B, T) ids and B states -> logits (B, V) and B new states.
+        self,
+        tokens: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
+        states: Sequence[State],
+        all_logits: bool = False,
+        *,
+        inplace: bool = False,
+    ) -> tuple[np.ndarray | list[np.ndarray], list[State]]:
+        """Read B sequences of any lengths, at least one token each, in as few forwards as their rows allow.
 
-        `states` are untouched unless `inplace`, and then lost: use those that are returned. Where these are passed
-        on with `inplace`, no state is copied.
-        Raises UsageError as `forward`, and where the sequences differ in length.
+        Returns float32 logits, (B, V) after each sequence's last token or a list of (T_i, V) after each token, and the
+        B new states. `states` are untouched unless `inplace`; then each is updated where it lies and none is copied,
+        so that sequences may join and leave from call to call.
+        Raises UsageError as `forward`, for an empty sequence, for the same state twice, and for counts that differ.
         """
-        return self.engine.forward_batch(tokens, states, inplace=inplace)
+        return self.engine.forward_batch(tokens, states, all_logits, inplace=inplace)
 
     def generate(
         self,

@@ -65,7 +65,8 @@ class FakeRuntime:
             assert array.dtype == np.float32 and array.flags.c_contiguous and array.ndim == 2
         if code := self._code("set"):
             raise Exception(f"Set inputs failed. error code: {code}")
-        names = [port.name for port in self._group.inputs][::-1]  # the order of the file
+        ports = self._group.fixed_inputs(max(map(len, inputs)))
+        names = [port.name for port in ports][::-1]  # the order of the file
         self._inputs = dict(zip(names, inputs, strict=True))
         return 0
 
@@ -79,7 +80,8 @@ class FakeRuntime:
         if code := self._code("get"):
             raise Exception(f"E Get outputs failed, error code: {code}")
         self.lib.get(self._group, max(map(len, self._inputs.values())), bool(self._code("short")))
-        outputs = self._source.evaluate(self._group, NumpyMaths(self._source.tensor), dict(self._inputs))
+        inputs = {"mask": np.zeros((1, 1), np.float32), **self._inputs}  # which a single row has no need of
+        outputs = self._source.evaluate(self._group, NumpyMaths(self._source.tensor), inputs)
         arrays = [np.array(outputs[port.name]).reshape(-1) for port in self._group.outputs]
         return arrays[:-1] if self._code("fewer") else arrays
 
@@ -121,12 +123,14 @@ class FakeLite:
 def write_rknn(path: Path, group: Group, rows: int, payload: dict[str, str]) -> None:
     """A file whose trailer describes the group, with its inputs in the reverse order."""
     body = json.dumps(payload).encode() + b"\0"
-    ports = [("input", port) for port in group.inputs[::-1]] + [("output", port) for port in group.outputs]
+    ports = [("input", port) for port in group.fixed_inputs(rows)[::-1]] + [
+        ("output", port) for port in group.outputs
+    ]
     trailer = {
         "version": "2.5.0",
         "target_platform": ["rk3588"],
         "norm_tensor": [
-            {"tensor_id": n, "url": port.name, "size": [1 if port.per_sequence else rows, port.width]}
+            {"tensor_id": n, "url": port.name, "size": [rows, port.width]}
             for n, (_, port) in enumerate(ports)
         ],
         "graph": [

@@ -68,9 +68,9 @@ class FaultyNpu(NumpyBackend):
     def row_counts(self, group: Group) -> tuple[int, ...]:  # type: ignore[override]
         return (1,) if group.role == "head" else (1, 8)
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> FaultyRunner:  # type: ignore[override]
-        assert rows in self.row_counts(group) and batch == 1
-        return FaultyRunner(self, group, super().open(group, rows, batch))
+    def open(self, group: Group, rows: int) -> FaultyRunner:  # type: ignore[override]
+        assert rows in self.row_counts(group)
+        return FaultyRunner(self, group, super().open(group, rows))
 
     def next_fault(self, group: Group) -> str:
         fault = self._chip(group) or (next(self._faults, "") if self.opened else "")
@@ -96,7 +96,7 @@ def plain_engine(source: ModelSource, backend: Backend, faults: Faults | None = 
     return Engine(
         source.program,
         source.tensor,
-        serve=lambda group, decode: backend,
+        assign=lambda group, decode: backend,
         fingerprint=source.fingerprint,
         initial=source.initial_states(),
         faults=faults,

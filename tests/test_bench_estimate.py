@@ -97,7 +97,7 @@ def test_operators_are_those_of_the_graph(tmp_path: Path, generation: str) -> No
             others = [op for op in nodes if op not in ("MatMul", "Identity")]
             assert counted[group.name].count == len(others), (fusion, group.name, nodes)
             assert counted[group.name].norm == spec.D * nodes.count("LayerNormalization")
-            ports = [port.width for port in (*group.inputs, *group.outputs) if not port.per_sequence]
+            ports = [port.width for port in (*group.inputs, *group.outputs)]
             assert counted[group.name].ports == sum(ports)
     assert (
         count_operators(spec, "layer", 1)["mid.0"].count < count_operators(spec, "layer", 64)["mid.0"].count
@@ -112,7 +112,7 @@ def test_the_terms_of_one_core(checkpoint: Path) -> None:
     read = 9000e-6 * rk3588.NPU_TABLE_GB_PER_S / 11.1
     counts = count_operators(spec, "layer", 1)
     operators = sum(found.count for found in counts.values()) * 3e-3
-    elements = sum(found.ports + found.sequence_ports for found in counts.values())
+    elements = sum(found.ports for found in counts.values())
     assert token.ms == pytest.approx(
         {
             **host,
@@ -139,9 +139,9 @@ def test_operators_and_ports_of_many_rows_take_time_by_the_element() -> None:
     (mid,) = {(c.count, c.norm, c.other, c.ports) for n, c in MID.items() if n == "mid.3"}
     assert mid[1] == 2 * 2048
     assert 2.5 < estimate.operators_ms(MID["mid.3"], 64, TERMS, "central") < 4
-    transposes, io = estimate.port_ms(MID["mid.3"].ports, MID["mid.3"].sequence_ports, 64, TERMS, "central")
+    transposes, io = estimate.port_ms(MID["mid.3"].ports, 64, TERMS, "central")
     assert 2 < transposes < 3.5 and 2 < io < 4
-    assert estimate.port_ms(100, 0, 1, TERMS, "central")[0] == 0
+    assert estimate.port_ms(100, 1, TERMS, "central")[0] == 0
 
 
 MID = count_operators(official_spec("v7-1.5b"), "layer", 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import rwkv_npu
-from rwkv_npu.errors import BundleError, RwkvNpuError
+from rwkv_npu.errors import BackendError, BundleError, RwkvNpuError
 from rwkv_npu.formats import bundle as bundle_module
 from rwkv_npu.formats.bundle import (
     HOST,
@@ -33,6 +34,7 @@ from rwkv_npu.formats.bundle import (
 )
 from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import FUSIONS, Scaling, groups, tensors
+from tests.fake_rknnlite import become_a_board
 from tests.tiny import run_main, write_model
 
 IDS = [5, 6, 7, 101, 102]
@@ -111,7 +113,7 @@ def test_groups_of_the_manifest_are_those_of_the_spec(made: Path) -> None:
             )
             for listed_ports, spec_ports, values in ports:
                 described = [(port["name"], port["shape"]) for port in listed_ports]
-                rows = ["B" if port.per_sequence else "M" for port in spec_ports]
+                rows = ["M"] * len(spec_ports)
                 assert described == [(p.name, [r, p.width]) for p, r in zip(spec_ports, rows, strict=True)]
                 assert described == [
                     (v.name, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim])
@@ -344,7 +346,7 @@ def test_a_bundle_from_before_scales_of_layers_opens(copy: Path) -> None:
     np.testing.assert_array_equal(logits(copy), expected)
 
 
-@pytest.mark.parametrize("version", [[0, 9], [2, 0], [3, 1]])
+@pytest.mark.parametrize("version", [[0, 9], [3, 0], [4, 1]])
 def test_another_major_is_refused(copy: Path, version: list[int]) -> None:
     rewrite(copy, lambda manifest: manifest.update(format=version))
     line = refused(copy, str(copy))
@@ -352,9 +354,9 @@ def test_another_major_is_refused(copy: Path, version: list[int]) -> None:
 
 
 def test_groups_of_another_meaning_are_refused(copy: Path) -> None:
-    rewrite(copy, lambda manifest: manifest["groups"]["layer"][1].update(maths=3))
+    rewrite(copy, lambda manifest: manifest["groups"]["layer"][1].update(maths=4))
     line = refused(copy, str(copy))
-    assert "maths 3" in line and "damaged" not in line
+    assert "maths 4" in line and "damaged" not in line
 
 
 def test_a_bundle_without_its_manifest_is_named(copy: Path) -> None:
@@ -364,8 +366,8 @@ def test_a_bundle_without_its_manifest_is_named(copy: Path) -> None:
 
 
 def test_another_major_is_refused_whatever_it_looks_like(copy: Path) -> None:
-    (copy / MANIFEST).write_text('{"format": [2, 0]}')
-    assert "format 2.0" in refused(copy, str(copy))
+    (copy / MANIFEST).write_text('{"format": [3, 0]}')
+    assert "format 3.0" in refused(copy, str(copy))
 
 
 # Manifests that nobody has written
@@ -456,3 +458,28 @@ def test_a_bundle_of_the_first_version_opens(tmp_path: Path) -> None:
         with rwkv_npu.load(path, backend=backend, precision=precision) as model:
             found, _ = model.forward([5, 6, 7, 8, 9])
         np.testing.assert_allclose(found[:6], logits, atol=5e-2 if backend == "ort" else 1e-3)
+
+
+def test_the_artifacts_of_the_first_version_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their inputs are the rows of one sequence. The CPU runs such a bundle in every fusion and precision."""
+    path = tmp_path / "old"
+    shutil.unpack_archive(Path(__file__).parent / "data" / "bundle-0.1.zip", path)
+    states = [[5, 6, 7], [8]]
+    found = []
+    for backend, fusion, precision in itertools.product(("numpy", "ort"), FUSIONS, ("fp16", "int8")):
+        with rwkv_npu.load(path, backend=backend, fusion=fusion, precision=precision) as model:
+            logits, _ = model.forward_batch(states, [model.new_state(), model.new_state()])
+            found.append(np.asarray(logits))
+    assert all(np.abs(logits - found[0]).max() < 0.1 for logits in found)
+    line = "bundle of format 1.1 .* run rwkv-npu convert with the checkpoint and --force$"
+    become_a_board(monkeypatch, tmp_path)
+    for backend in ("rknn", "rknn-sim"):
+        with pytest.raises(BackendError, match=line):
+            rwkv_npu.load(path, backend=backend)
+    with rwkv_npu.load(path) as model:
+        assert re.search(line.removesuffix("$"), model.reason) and model.engine.backends in (
+            ["numba"],
+            ["ort"],
+        )

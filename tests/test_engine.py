@@ -48,7 +48,7 @@ class ReusedBuffers:
 
 
 class FixedRows(NumpyBackend):
-    """What the NPU is: artifacts for a few row counts and one sequence, the head for one row only."""
+    """The NPU's limits: artifacts for a few row counts, the head for one row only."""
 
     def __init__(self, source: CheckpointSource, counts: tuple[int, ...] = (1, 16)):
         super().__init__(source)
@@ -59,11 +59,11 @@ class FixedRows(NumpyBackend):
     def row_counts(self, group: Group) -> tuple[int, ...]:  # type: ignore[override]
         return (1,) if group.role == "head" else self._counts
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> ReusedBuffers:  # type: ignore[override]
-        assert rows in self.row_counts(group) and batch == 1
+    def open(self, group: Group, rows: int) -> ReusedBuffers:  # type: ignore[override]
+        assert rows in self.row_counts(group)
         key = group.name, rows
         self.opened.append(key)
-        return ReusedBuffers(super().open(group, rows, batch), lambda: self.ran.append(key))
+        return ReusedBuffers(super().open(group, rows), lambda: self.ran.append(key))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def engine_of(
     return Engine(
         source.program,
         source.tensor,
-        serve=lambda group, tokens: decode if tokens or prefill is None else prefill,
+        assign=lambda group, tokens: decode if tokens or prefill is None else prefill,
         fingerprint=source.fingerprint,
         initial=source.initial_states(),
     )
@@ -224,54 +224,110 @@ def test_one_layer_is_a_model(generation: str, fusion: str, tmp_path: Path) -> N
 
 # -- several sequences -----------------------------------------------------------------------------------
 
+LENGTHS = [(1, 1), (1, 5, 2), (130, 1, 20)]
 
-@pytest.mark.parametrize("backend", ["numpy", "ort", "numba"])
-@pytest.mark.parametrize(("B", "T"), [(1, 4), (2, 1), (3, 5), (3, 70)])
-def test_a_batch_is_separate_sequences(source: CheckpointSource, backend: str, B: int, T: int) -> None:
-    engine = engine_of(source, open_backend(backend, source))
-    rows = np.random.default_rng(B * T).integers(0, V, (B, T))
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("backend", ["numpy", "ort", "numba", "torch"])
+def test_a_batch_is_separate_sequences(
+    source: CheckpointSource, backend: str, lengths: tuple[int, ...]
+) -> None:
+    engine = engine_of(source, open_backend(backend, source, threads=1 if backend == "torch" else None))
+    tokens = [np.random.default_rng(length).integers(0, V, length) for length in lengths]
     # Each from a past of its own.
-    states = [engine.forward(TOKENS[: 3 + b])[1] for b in range(B)]
+    states = [engine.forward(TOKENS[: 3 + b])[1] for b in range(len(lengths))]
     before = [parts_of(state) for state in states]
-    logits, advanced = engine.forward_batch(rows, states)
-    assert logits.shape == (B, V) and len(advanced) == B
-    for b in range(B):
-        assert_same((logits[b], advanced[b]), engine.forward(rows[b], states[b]))
-        assert unchanged(states[b], before[b])
+    logits, advanced = engine.forward_batch(tokens, states)
+    every, _ = engine.forward_batch(tokens, states, all_logits=True)
+    assert (
+        isinstance(logits, np.ndarray) and logits.shape == (len(lengths), V) and len(advanced) == len(lengths)
+    )
+    for b, length in enumerate(lengths):
+        assert every[b].shape == (length, V) and every[b].dtype == logits.dtype == np.float32
+        assert np.abs(every[b] - engine.forward(tokens[b], states[b], all_logits=True)[0]).max() < BOUND
+        assert_same((logits[b], advanced[b]), engine.forward(tokens[b], states[b]))
+        assert unchanged(states[b], before[b]) and advanced[b].tokens_seen == 3 + b + length
     engine.close()
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_a_batch_goes_on_where_it_lies(source: CheckpointSource, backend: str) -> None:
-    """In place, without a copy of any state; a state of a batch is as good as another, on its own too."""
+def test_sequences_join_and_leave_in_place(source: CheckpointSource, backend: str) -> None:
+    """Without a copy of any state."""
     engine = engine_of(source, open_backend(backend, source))
-    first, second = [TOKENS[:3], TOKENS[3:6]], [TOKENS[6:7], TOKENS[7:8]]
-    alone = [engine.forward(one + other) for one, other in zip(first, second, strict=True)]
-    _, batch = engine.forward_batch(first, [engine.new_state(), engine.new_state()])
-    kept = [parts_of(state) for state in batch]
-    _, copies = engine.forward_batch(second, batch)
-    assert all(unchanged(state, parts) for state, parts in zip(batch, kept, strict=True))
-    logits, same = engine.forward_batch(second, batch, inplace=True)
-    assert same is batch
-    last, _ = engine.forward(TOKENS[8:9], batch[0])
-    for b in range(2):
-        assert_same((logits[b], batch[b]), alone[b])
-        assert_same((logits[b], batch[b]), (logits[b], copies[b]))
-        assert batch[b].tokens_seen == 4 and (batch[b].logits == logits[b]).all()
-    engine.forward(TOKENS[8:9], batch[0], inplace=True)
-    assert_same((last, batch[0]), engine.forward(first[0] + second[0] + TOKENS[8:9]))
-    assert batch[0].tokens_seen == 5 and np.shares_memory(
-        batch.parts["att.shift"], batch[0].parts["att.shift"]
-    )
+    a, b, c = (engine.new_state() for _ in range(3))
+    where = [{name: part.ctypes.data for name, part in state.parts.items()} for state in (a, b, c)]
+    _, same = engine.forward_batch([TOKENS[:3], TOKENS[3:4]], [a, b], inplace=True)
+    assert same[0] is a and same[1] is b
+    engine.forward_batch([TOKENS[4:5], TOKENS[5:9]], [b, c], inplace=True)  # a leaves, c joins
+    engine.forward_batch([TOKENS[9:10], TOKENS[10:11], TOKENS[11:12]], [c, a, b], inplace=True)
+    plain = engine_of(source)
+    for state, places, read in zip(
+        (a, b, c), where, ([0, 1, 2, 10], [3, 4, 11], [5, 6, 7, 8, 9]), strict=True
+    ):
+        assert {name: part.ctypes.data for name, part in state.parts.items()} == places
+        expected, expected_state = plain.forward([TOKENS[i] for i in read])
+        assert_same((np.asarray(state.logits), state), (expected, expected_state))
     engine.close()
 
 
-def test_batches_on_fixed_rows_go_one_by_one(source: CheckpointSource) -> None:
-    engine, rows = engine_of(source, FixedRows(source)), [TOKENS[:20], TOKENS[20:40]]
-    logits, states = engine.forward_batch(rows, [engine.new_state(), engine.new_state()])
-    plain = engine_of(source)
-    for b, row in enumerate(rows):
-        assert_same((logits[b], states[b]), plain.forward(row))
+@pytest.mark.parametrize("counts", [(1, 16), (16,), (1,), (1, 4, 16)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (20, 20), (1, 37, 1, 2)], ids=str)
+def test_fixed_rows_serve_any_sequences(
+    source: CheckpointSource, lengths: tuple[int, ...], counts: tuple[int, ...]
+) -> None:
+    """Chunks, tokens of several sequences, and both at once, padded to the rows that there are."""
+    backend = FixedRows(source, counts)
+    engine, plain = engine_of(source, backend), engine_of(source)
+    tokens = [TOKENS[7 * b : 7 * b + length] for b, length in enumerate(lengths)]
+    pasts = [plain.forward(TOKENS[: 2 + b])[1] for b in range(len(lengths))]
+    logits, states = engine.forward_batch(tokens, pasts)
+    for b, piece in enumerate(tokens):
+        assert_same((logits[b], states[b]), plain.forward(piece, pasts[b]))
+    if lengths == (1, 1, 1) and counts[-1] == 16:
+        body = [rows for name, rows in backend.ran if name != "head"]
+        assert set(body) == {4 if 4 in counts else 16} and len(body) == len(set(backend.ran)) - 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6), chunk=st.sampled_from([1, 16, 128]))
+def test_where_a_prompt_is_cut_depends_on_its_tokens_alone(
+    lengths: list[int], chunk: int, folder: Path
+) -> None:
+    """Not on the other sequences; every token is read once and in order, and no forward has too many rows."""
+    source = source_of(folder, "7")
+    engine = engine_of(source, FixedRows(source, (1, chunk)) if chunk > 1 else FixedRows(source, (1,)))
+    waves = list(engine._waves([np.zeros(length, np.int64) for length in lengths]))
+    for sequence, length in enumerate(lengths):
+        pieces = [(start, stop) for wave, _ in waves for number, start, stop in wave if number == sequence]
+        assert pieces == [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+    assert all(sum(stop - start for _, start, stop in wave) <= chunk for wave, _ in waves)
+    assert all(decode == all(stop - start == 1 for _, start, stop in wave) for wave, decode in waves)
+
+
+def test_nothing_is_opened_that_the_fused_forward_does(folder: Path) -> None:
+    source = source_of(folder, "7")
+    numba, prefill = open_backend("numba", source), FixedRows(source, (8,))
+    opened: list[str] = []
+    open_group = numba.open
+    numba.open = lambda group, rows: (opened.append(group.name), open_group(group, rows))[1]  # type: ignore[method-assign]
+    engine = engine_of(source, numba, prefill)
+    assert opened == ["head"] and {name for name, _ in prefill.opened} == {"first", "mid.0", "mid.1", "last"}
+    assert_same(engine.forward(TOKENS[:9]), engine_of(source).forward(TOKENS[:9]))
+    assert opened == ["head"]
+    engine.close()
+
+
+def test_tokens_and_prompts_of_two_backends_go_apart(folder: Path) -> None:
+    """A token's numbers must not depend on whether somebody else's prompt comes along."""
+    source = source_of(folder, "7")
+    decode, prefill = FixedRows(source, (1, 4)), FixedRows(source, (8,))
+    engine, plain = engine_of(source, decode, prefill), engine_of(source)
+    tokens = [TOKENS[:1], TOKENS[1:12], TOKENS[12:13]]
+    logits, states = engine.forward_batch(tokens, [engine.new_state() for _ in tokens])
+    assert {rows for name, rows in decode.ran if name != "head"} == {4}
+    assert {rows for _, rows in prefill.ran} == {8} and len(prefill.ran) == 2 * (L + 1)
+    for b, piece in enumerate(tokens):
+        assert_same((logits[b], states[b]), plain.forward(piece))
 
 
 # -- fixed rows ------------------------------------------------------------------------------------------
@@ -363,16 +419,15 @@ def backend(request: pytest.FixtureRequest, source: CheckpointSource) -> Iterato
     backend.close()
 
 
-@pytest.mark.parametrize(("rows", "batch"), [(1, 1), (6, 1), (6, 2)])
-def test_what_runners_promise(source: CheckpointSource, backend: Backend, rows: int, batch: int) -> None:
+@pytest.mark.parametrize("rows", [1, 6])
+def test_what_runners_promise(source: CheckpointSource, backend: Backend, rows: int) -> None:
     """Shapes, and outputs that live until the next run of the same runner, whatever else is run."""
     rng = np.random.default_rng(1)
-    opened = [(group, backend.open(group, rows, batch)) for group in source.program.groups]
+    opened = [(group, backend.open(group, rows)) for group in source.program.groups]
     kept = []
     for group, runner in opened:
         assert {name: (array.shape, array.dtype) for name, array in runner.inputs.items()} == {
-            port.name: ((batch if port.per_sequence else rows, port.width), np.float32)
-            for port in group.inputs
+            port.name: ((rows, port.width), np.float32) for port in group.inputs
         }
         for array in runner.inputs.values():
             array[:] = rng.standard_normal(array.shape)
@@ -431,11 +486,25 @@ def test_a_state_of_another_model(other: str, folder: Path) -> None:
         engine.forward_batch([[1]], [state])
 
 
-@pytest.mark.parametrize("rows", [[], [[1, 2]], [[1, 2], [3]]], ids=["none", "fewer", "ragged"])
-def test_batches_that_do_not_fit(rows: list[list[int]], folder: Path) -> None:
+@pytest.mark.parametrize("tokens", [[], [[1, 2]], [[1], [2], [3]]], ids=["none", "fewer", "more"])
+def test_batches_that_do_not_fit(tokens: list[list[int]], folder: Path) -> None:
     engine = engine_of(source_of(folder, "7"))
-    with pytest.raises(UsageError, match="sequences of one length"):
-        engine.forward_batch(rows, [engine.new_state(), engine.new_state()])
+    with pytest.raises(UsageError, match=f"there are {len(tokens)} sequences and 2 states"):
+        engine.forward_batch(tokens, [engine.new_state(), engine.new_state()])
+
+
+def test_a_batch_with_an_empty_sequence_or_a_state_twice(folder: Path) -> None:
+    """Refused before anything is read."""
+    engine = engine_of(source_of(folder, "7"))
+    states = [engine.new_state(), engine.new_state()]
+    before = parts_of(states[0])
+    with pytest.raises(UsageError, match="sequence 1: tokens must be a non-empty sequence"):
+        engine.forward_batch([[1], []], states, inplace=True)
+    with pytest.raises(UsageError, match="sequence 1: token id 99 is outside"):
+        engine.forward_batch([[1], [2, 99]], states, inplace=True)
+    with pytest.raises(UsageError, match="the same state twice"):
+        engine.forward_batch([[1], [2]], [states[0], states[0]])
+    assert unchanged(states[0], before)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "ort", "numba"])

@@ -167,8 +167,8 @@ class Narrow(FaultyNpu):
 
     limit = np.inf
 
-    def open(self, group: Group, rows: int, batch: int = 1):  # type: ignore[override]
-        runner = super().open(group, rows, batch)
+    def open(self, group: Group, rows: int):  # type: ignore[override]
+        runner = super().open(group, rows)
         run = runner.run
 
         def narrow():

@@ -22,6 +22,7 @@ from rwkv_npu.formats.state import EMPTY_Q
 from rwkv_npu.kernels import recurrence
 from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models import MODULES, common
+from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import GENERATIONS, Spec, att_outputs, state_shapes
 from tools.make_checkpoint import make_spec
 
@@ -108,6 +109,20 @@ class Layer:
         return parts
 
 
+def run(compiled: Compiled, table: np.ndarray, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
+    """`time_mix` for sequences of equal length as the reference takes them: (T, B, A) and states (B, ...) in place."""
+    T, B = next(iter(x.values())).shape[:2]
+    rows_of = {name: array.swapaxes(0, 1).reshape(T * B, -1) for name, array in x.items()}
+    whole = {name: np.zeros((2, *shape), np.float32) for name, shape in state_shapes(compiled._spec).items()}
+    parts = [{**whole, **{name: np.stack([part[b]] * 2) for name, part in state.items()}} for b in range(B)]
+    y = compiled.time_mix(table, rows_of, Rows([np.arange(T)] * B, parts), 1, carry)
+    for b, own in enumerate(parts):
+        for name, part in state.items():
+            assert (own[name][0] == part[b]).all(), "another layer's state is left alone"
+            part[b] = own[name][1]
+    return y.reshape(B, T, -1).swapaxes(0, 1)
+
+
 def assert_close(ours: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert ours.shape == expected.shape and ours.dtype == np.float32
     assert np.abs(ours - expected).max() <= BOUND * max(1.0, np.abs(expected).max()), what
@@ -166,7 +181,7 @@ def test_equals_numpy(
             for i in (0, 1) if rows.start < T else ():
                 x = {name: np.ascontiguousarray(array[rows]) for name, array in inputs[i].items()}
                 kept = {name: array.copy() for name, array in x.items()}
-                pieces[i].append(compiled.time_mix(table, x, ours_states[i], carry).copy())
+                pieces[i].append(run(compiled, table, x, ours_states[i], carry).copy())
                 assert all((x[name] == kept[name]).all() for name in x), "inputs are only read"
         for i in (0, 1):
             difference = np.abs(np.concatenate(pieces[i]) - expected[i])
@@ -182,15 +197,15 @@ def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: 
     """Or the tests above would see one thread alone."""
     layer = Layer("7", 3, 64, np.random.default_rng(0))
     compiled = kernels(layer.spec)
-    run, shares = compiled._kernel.run.ctypes, []
+    kernel, shares = compiled._kernel.run.ctypes, []
 
     def recorded(arguments: int, begin: int, end: int) -> None:
         shares.append((begin, end))
-        run(arguments, begin, end)
+        kernel(arguments, begin, end)
 
     monkeypatch.setattr(compiled, "_kernel", SimpleNamespace(**vars(compiled._kernel)))
     compiled._kernel.run = SimpleNamespace(ctypes=recorded)
-    compiled.time_mix(compiled.prepare(layer.vector, layer.spec), layer.inputs(16, 1, 0), layer.state(1), {})
+    run(compiled, compiled.prepare(layer.vector, layer.spec), layer.inputs(16, 1, 0), layer.state(1), {})
     assert sorted(shares) == [(0, 1), (1, 2), (2, 3)]
 
 
@@ -213,7 +228,7 @@ def test_nan_and_infinity_are_not_hidden(
     theirs = {name: part.copy() for name, part in state.items()}
     with np.errstate(all="ignore"):
         expected = reference.time_mix(p, x, theirs, {})
-    ours = compiled.time_mix(table, x, state, {})
+    ours = run(compiled, table, x, state, {})
     assert not np.isfinite(expected).all()
     head = slice(64) if generation != "4" else slice(3, 4)  # a head's group norm spreads it over the head
     assert not np.isfinite(ours[T // 2 :, 0, head]).any()
@@ -227,11 +242,13 @@ def test_arrays_of_any_kind_are_taken(kernels: Callable[[Spec], Compiled]) -> No
     compiled = kernels(layer.spec)
     table, x, state = compiled.prepare(layer.vector, layer.spec), layer.inputs(4, 1), layer.state(1)
     twin = {name: part.copy() for name, part in state.items()}
-    expected = compiled.time_mix(table, x, state, {}).copy()
-    x = {name: np.asfortranarray(array) for name, array in x.items()}
-    for array in x.values():
+    expected = run(compiled, table, x, state, {}).copy()
+    rows = {name: np.asfortranarray(array[:, 0]) for name, array in x.items()}
+    for array in rows.values():
         array.flags.writeable = False
-    assert (compiled.time_mix(table, x, twin, {}) == expected).all()
+    parts = {name: np.zeros((2, *shape), np.float32) for name, shape in state_shapes(layer.spec).items()}
+    parts |= {name: np.stack([part[0]] * 2) for name, part in twin.items()}
+    assert (compiled.time_mix(table, rows, Rows([range(4)], [parts]), 1, {}) == expected[:, 0]).all()
 
 
 def test_decays_to_the_last_bit() -> None:

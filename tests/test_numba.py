@@ -1,7 +1,8 @@
-"""The compiled backend: quantised products against exact ones, the order of a tape, threads, faults."""
+"""The compiled backend: quantised products against exact ones, the order of a program, threads, faults."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,18 +13,19 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.backends.numba import KEPT_CHUNKS, NumbaBackend, Weights
+from rwkv_npu.backends.numba import NumbaBackend, Weights
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.files import cache_dir
 from rwkv_npu.kernels import instructions, recurrence
-from rwkv_npu.kernels.recorder import record, record_walk
-from rwkv_npu.kernels.tape import Layout
+from rwkv_npu.kernels.program import Layout
+from rwkv_npu.kernels.recorder import Recorder, fuse_mixes, record, record_forward
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS
 from rwkv_npu.quant.cpu import BLOCK
-from rwkv_npu.runtime.engine import Dispatcher
+from rwkv_npu.runtime.dispatch import Dispatcher
 from rwkv_npu.runtime.weights import BundleSource
+from tests.ragged import ragged_inputs
 from tests.tiny import RANKS, write_model
 
 # v5 differs from v4 in nothing that a backend sees.
@@ -57,11 +59,6 @@ class QuantisedMaths(NumpyMaths):
         return super().linear((q * peaks / np.float32(127)).reshape(rows, -1)[:, :width], name, index)
 
 
-def random_inputs(runner_inputs: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return {name: random.standard_normal(a.shape).astype(np.float32) for name, a in runner_inputs.items()}
-
-
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_groups_are_what_quantised_products_make_of_them(bundle: Path, fusion: str, precision: str) -> None:
@@ -70,7 +67,7 @@ def test_groups_are_what_quantised_products_make_of_them(bundle: Path, fusion: s
     for group in source.program.groups:
         for rows in ROWS:
             runner = backend.open(group, rows)
-            inputs = random_inputs(runner.inputs, rows)
+            inputs = ragged_inputs(group, rows, [0, *range(3, rows, 4)], np.random.default_rng(rows))
             for name, array in inputs.items():
                 runner.inputs[name][:] = array
             found = runner.run()
@@ -95,41 +92,65 @@ def test_all_threads_compute_the_same(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_tape_is_in_order(bundle: Path, fusion: str) -> None:
-    """Nothing is read before it is written, nor written within the level in which another thread may read it, and no
+def test_a_program_is_in_order(bundle: Path, fusion: str) -> None:
+    """Nothing is read before it is written, nor written within the stage in which another thread may read it, and no
     two values that are alive at a time lie in the same place."""
     source = BundleSource(open_bundle(bundle), fusion)
     program, layout = source.program, Layout.of(source.spec)
     recordings = [record(program, group, Weights(source)) for group in program.groups]
-    recordings.append(record_walk(program, Weights(source), recurrence.kernel(source.spec).inputs))
+    recordings.append(record_forward(program, Weights(source), recurrence.kernel(source.spec).inputs))
     for recording in recordings:
-        entries = recording.entries
-        states = {id(v): -1 for entry in entries for v in (entry.out, *entry.inputs) if v.state}
-        level = {id(value): -1 for value in recording.inputs.values()} | states
-        read: dict[int, int] = {}
-        for entry in entries:
-            for value in entry.inputs:
-                made = level[id(value)]  # KeyError: read before it is written
-                shared = entry.op in (instructions.LINEAR, instructions.RECUR, instructions.SHIFT)
-                assert made < entry.level if shared or made % 2 == 1 else made <= entry.level
-                read[id(value)] = entry.level
-            assert read.get(id(entry.out), -1) < entry.level
-            level[id(entry.out)] = entry.level
-        assert [entry.level for entry in entries] == sorted(entry.level for entry in entries)
+        ops = recording.ops
+        stage = dict.fromkeys(recording.inputs.values(), -1)
+        read: dict[object, int] = {}  # the last stage that reads a value, or a row of the states
+        for op in ops:
+            for value in op.inputs:
+                made = stage[value]  # KeyError: read before it is written
+                shifts = (instructions.SHIFT, instructions.SHIFT_STATE)
+                shared = op.code in (instructions.LINEAR, instructions.WKV, *shifts)
+                assert made < op.stage if shared or made % 2 == 1 else made <= op.stage
+                read[value] = op.stage
+            if op.code == instructions.STORE_STATE:
+                assert op.out is None and read[op.state] < op.stage
+            else:
+                assert op.out is not None and op.out not in stage  # written once
+                stage[op.out] = op.stage
+                if op.state is not None:
+                    read[op.state] = op.stage
+        assert [op.stage for op in ops] == sorted(op.stage for op in ops)
         for rows in (1, 7):
             offsets, size = layout.place(recording, rows)
-            assert not offsets.keys() & states.keys()
+            ends = {*recording.inputs.values(), *recording.outputs.values()}
+            assert {value for value, offset in enumerate(offsets) if offset is None} >= ends
             spans = []
-            for entry in entries:
-                if id(entry.out) in offsets:
-                    last = max([e.level for e in entries if entry.out in e.inputs], default=entry.level)
-                    begin = offsets[id(entry.out)]
-                    spans.append((begin, begin + layout.bytes_of(entry.out, rows), entry.level, last))
+            for op in ops:
+                if op.out is not None and op.out not in ends:
+                    begin = offsets[op.out]
+                    assert begin is not None
+                    last = max([other.stage for other in ops if op.out in other.inputs], default=op.stage)
+                    spans.append(
+                        (begin, begin + layout.bytes_of(recording.values[op.out], rows), op.stage, last)
+                    )
             assert all(end <= size for _, end, _, _ in spans)
             for i, (begin, end, born, died) in enumerate(spans):
                 for other_begin, other_end, other_born, other_died in spans[:i]:
                     apart = end <= other_begin or other_end <= begin
                     assert apart or other_died < born or died < other_born
+
+
+def test_a_product_that_is_read_twice_is_not_fused_away() -> None:
+    """a + x * vector is one pass, unless x * vector is read elsewhere as well, or is an output."""
+    mul, add, mix = instructions.MUL_VECTOR, instructions.ADD, instructions.MIX
+    for expected in ([mix], [mul, add, add], [mul, add]):
+        recorder = Recorder({})
+        a, x = recorder.input(8), recorder.input(8)
+        product = x * recorder.vector("v")
+        total = a + product
+        if len(expected) == 3:
+            total = total + product
+        outputs = {total.number} | ({product.number} if len(expected) == 2 else set())
+        notes = recorder.notes
+        assert [op.code for op in fuse_mixes(notes.ops, len(notes.values), outputs)] == expected
 
 
 def read_all_ways(model: rwkv_npu.Model) -> list[np.ndarray]:
@@ -140,11 +161,11 @@ def read_all_ways(model: rwkv_npu.Model) -> list[np.ndarray]:
         logits, state = model.forward([token], state, inplace=token == 9)
         found.append(logits)
     others = [model.forward([token] * token)[1] for token in (2, 5)]
-    logits, batch = model.forward_batch([[1, 2], [3, 4], [5, 6]], [state, *others])
-    found.append(logits)
+    logits, batch = model.forward_batch([[1, 2, 8], [3], [5, 6]], [state, *others])
+    found.append(np.asarray(logits))
     logits, batch = model.forward_batch([[3], [2], [1]], batch, inplace=True)
     parts = [part for one in (state, *batch) for part in one.parts.values()]
-    return [*found, logits, *parts, *(one.logits for one in batch)]
+    return [*found, np.asarray(logits), *parts, *(one.logits for one in batch)]
 
 
 WIDTHS = {
@@ -158,7 +179,7 @@ WIDTHS = {
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("generation", WIDTHS)
-def test_one_tape_is_all_groups(
+def test_the_fused_forward_is_all_groups(
     generation: str, fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and heads of any width, in fp32, against one group after the other with the recurrence between."""
@@ -167,7 +188,7 @@ def test_one_tape_is_all_groups(
     _compare(path, fusion, monkeypatch, exact=fusion == "layer")
 
 
-def test_one_tape_of_a_quantised_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_forward_of_a_quantised_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _compare(bundle, "layer", monkeypatch, exact=True)
 
 
@@ -179,7 +200,7 @@ def _compare(path: Path, fusion: str, monkeypatch: pytest.MonkeyPatch, exact: bo
         assert counted.recurrence_s > 0 and set(counted.run_s) == {
             g.role for g in model.engine.program.groups
         }
-    monkeypatch.setattr(Dispatcher, "walk", lambda *arguments: None)
+    monkeypatch.setattr(Dispatcher, "fused", lambda *arguments: None)
     with rwkv_npu.load(path, backend="numba", fusion=fusion, threads=2) as model:
         expected = read_all_ways(model)
     for one, other in zip(found, expected, strict=True):
@@ -199,12 +220,12 @@ def test_memory_may_hold_anything(tmp_path: Path) -> None:
         where = path if precision == "fp32" else tmp_path / "out"
         with rwkv_npu.load(where, backend="numba", precision=precision, threads=2) as model:
             expected = read_all_ways(model)
-            backend = model.engine._dispatcher._served["head", True][0]
-            for chunk in backend._chunks.values():
-                for memory in [memory for pair in chunk.memories.values() for memory in pair]:
+            backend = model.engine._dispatcher._assigned["head", True][0]
+            for shared in backend._shared.values():
+                for memory in [memory for pair in shared.memories.values() for memory in pair]:
                     for whole in memory.whole.values():
                         whole[:] = np.nan
-                for arena in chunk.arenas:
+                for arena in shared.arenas:
                     arena[:] = 255  # NaN, read as floats
             found = read_all_ways(model)
             for one, other in zip(found, expected, strict=True):
@@ -235,12 +256,47 @@ def test_what_is_no_number_stays_none(bundle: Path) -> None:
         assert np.isfinite(runner.run()["logits"]).all()
 
 
-def test_memory_of_few_chunks_is_kept(bundle: Path) -> None:
+def test_memory_is_kept_for_few_numbers_of_rows(bundle: Path) -> None:
     with rwkv_npu.load(bundle, backend="numba") as model:
-        backend = model.engine._dispatcher._served["head", True][0]
+        backend = model.engine._dispatcher._assigned["head", True][0]
         for length in range(2, 30):
             model.forward(list(range(1, length + 1)))
-        assert len(backend._chunks) <= KEPT_CHUNKS + 1
+        assert sorted(backend._shared) == [1, 2, 4, 8, 16, 32]
+
+
+def test_a_closed_backend_keeps_nothing(bundle: Path) -> None:
+    """Neither addresses of memory that is gone, nor, until a garbage collection, the files that were mapped."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(bundle))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before, source = mapped(), BundleSource(open_bundle(bundle), "layer", "int8")
+        backend = NumbaBackend(source, threads=2)
+
+        def logits(backend: NumbaBackend, source: BundleSource) -> np.ndarray:
+            runner = backend.open(source.program.groups[-1], 1)
+            runner.inputs["x"][:] = 1
+            return runner.run()["logits"].copy()
+
+        expected = logits(backend, source)
+        backend.open_fused(3)
+        backend.close()
+        held = (backend._kept, backend._vectors, backend._matrices, backend._recordings, backend._shared)
+        assert not any(held) and backend._code is None
+        assert (logits(backend, source) == expected).all()  # the weights are read again
+        backend.close()
+        del backend, source, held
+        assert mapped() == before
+        with rwkv_npu.load(bundle, backend="numba", precision="int4") as model:
+            model.forward([1, 2, 3])
+            assert mapped() > before
+        del model
+        assert mapped() == before
+    finally:
+        gc.enable()
 
 
 def test_two_models_in_two_threads(bundle: Path) -> None:

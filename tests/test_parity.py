@@ -153,10 +153,7 @@ def test_scaling_makes_smaller_what_overflows(generation: str, references: Refer
     source = CheckpointSource(open_checkpoint(references.path(case)), "layer")
     mid = next(group for group in groups(source.spec, "layer") if group.name == "mid.6")
     rng = np.random.default_rng(0)
-    inputs = {
-        port.name: rng.standard_normal((1 if port.per_sequence else 4, port.width)).astype(np.float32)
-        for port in mid.inputs
-    }
+    inputs = {port.name: rng.standard_normal((4, port.width)).astype(np.float32) for port in mid.inputs}
     plain, scaled = Recorder(source.tensor), Recorder(source.tensor)
     Program(source.spec, "layer").evaluate(mid, plain, inputs)
     scaling = Scaling(ffn=4.0, residual_every=6)

@@ -95,9 +95,7 @@ def compile_mid(group: Group, M: int, folder: Path) -> Path:
     from onnx import TensorProto, helper, numpy_helper
 
     def info(port: Any) -> Any:
-        return helper.make_tensor_value_info(
-            port.name, TensorProto.FLOAT, [1 if port.per_sequence else M, port.width]
-        )
+        return helper.make_tensor_value_info(port.name, TensorProto.FLOAT, [M, port.width])
 
     nodes, constants, total = [], [], group.inputs[0].name
     for port in group.inputs[1:]:

@@ -75,14 +75,14 @@ class Worker:
 class GuardedRunner:
     """`inputs` are the NPU's, and from its group's last fault on the CPU's."""
 
-    def __init__(self, guard: Guard, group: Group, rows: int, batch: int, npu: Runner | None):
-        self._guard, self._group, self._rows, self._batch = guard, group, rows, batch
-        self._npu, self._cpu = npu, None if npu else guard.open_cpu(group, rows, batch)
+    def __init__(self, guard: Guard, group: Group, rows: int, npu: Runner | None):
+        self._guard, self._group, self._rows = guard, group, rows
+        self._npu, self._cpu = npu, None if npu else guard.open_cpu(group, rows)
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         if self._cpu is None and self._group.name in self._guard.faults.groups:
-            self._cpu = self._guard.open_cpu(self._group, self._rows, self._batch)
+            self._cpu = self._guard.open_cpu(self._group, self._rows)
         runner = self._cpu or self._npu
         assert runner is not None
         return runner.inputs
@@ -128,19 +128,19 @@ class Guard:
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
         return self._npu.row_counts(group)
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> GuardedRunner:
+    def open(self, group: Group, rows: int) -> GuardedRunner:
         if group.name in self.faults.groups or self._worker is None:
-            return GuardedRunner(self, group, rows, batch, None)
+            return GuardedRunner(self, group, rows, None)
         context = f"{group.name} at {rows} rows"
         try:
-            runner = self._call(lambda: self._npu.open(group, rows, batch), OPEN_SECONDS)
+            runner = self._call(lambda: self._npu.open(group, rows), OPEN_SECONDS)
             fault = self._test(group, rows, runner) and self._test(group, rows, runner)  # as a call: twice
         except Hang as hang:
             raise BackendError(f"{self.name} cannot open {context}: {hang}") from hang
         self._tested[context] = fault
         if fault:
             self.faults.groups[group.name] = f"self-test: {fault}"
-        return GuardedRunner(self, group, rows, batch, None if fault else runner)
+        return GuardedRunner(self, group, rows, None if fault else runner)
 
     def verdict(self) -> None:
         """After all is opened: warn of the contexts that failed their self-test; BackendError if none passed it."""
@@ -178,10 +178,10 @@ class Guard:
             )
         return None
 
-    def open_cpu(self, group: Group, rows: int, batch: int) -> Runner:
+    def open_cpu(self, group: Group, rows: int) -> Runner:
         if self._cpu is None:
             self._cpu = self._make_cpu()
-        return self._cpu.open(group, rows, batch)
+        return self._cpu.open(group, rows)
 
     def close(self) -> None:
         """After a hang the NPU is left as it is: giving it back would wait for it."""

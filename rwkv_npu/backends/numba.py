@@ -1,12 +1,14 @@
-"""The CPU, compiled: tapes that all threads execute, on quantised or 16-bit weights where they lie."""
+"""The CPU, compiled: programs that all threads execute, on quantised or 16-bit weights where they lie.
+
+A program is bound to memory for a capacity of rows, a power of two, and computes any number of rows up to it.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import numba  # noqa: F401  (said to be missing before anything is opened)
+import numba  # noqa: F401  (a missing numba is reported before anything is opened)
 import numpy as np
 
 from rwkv_npu import kernels
@@ -14,77 +16,95 @@ from rwkv_npu.backends.base import Source
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.kernels import instructions, recurrence
-from rwkv_npu.kernels.recorder import Matrix, Recording, Weight, record, record_walk
-from rwkv_npu.kernels.tape import Binder, Bound, Code, Layout, Tape, aligned_bytes
+from rwkv_npu.kernels.program import (
+    Binder,
+    Bound,
+    Code,
+    Layout,
+    MachineProgram,
+    aligned_bytes,
+    fill_segments,
+    segment_table,
+)
+from rwkv_npu.kernels.recorder import Matrix, Recording, Weight, record, record_forward
 from rwkv_npu.models.maths import NumpyMaths
-from rwkv_npu.models.spec import Group, Port, walk_inputs
+from rwkv_npu.models.rows import Rows
+from rwkv_npu.models.spec import Group, Port, Spec, fused_inputs
 from rwkv_npu.quant.cpu import LANES, Packed, pack_floats, padded
 
 FORMATS = {"float16": instructions.FP16, "bfloat16": instructions.BF16, "float32": instructions.FP32}
 
-# Numbers of rows whose memory is kept: those of whole chunks and of the last, of two kinds of prompts.
-KEPT_CHUNKS = 4
-
-WALK = "walk"  # what all groups but the head are called together
+FUSED = "fused forward"  # its name among those of the groups
 
 Ports = dict[str, np.ndarray]
 
 
 class Memory:
-    """What ports lie in: whole tiles and panels, and the part of each that counts."""
+    """The memory of some ports: whole tiles and panels."""
 
-    def __init__(self, layout: Layout, ports: tuple[Port, ...], rows: int, batch: int):
-        self.parts: Ports = {}
+    def __init__(self, layout: Layout, ports: tuple[Port, ...], rows: int):
         self.whole: Ports = {}
+        self._parts: Ports = {}
         for port in ports:
-            count = batch if port.per_sequence else rows
-            self.whole[port.name], self.parts[port.name] = layout.allocate(count, port.width)
+            self.whole[port.name], self._parts[port.name] = layout.allocate(rows, port.width)
+
+    def first(self, rows: int) -> Ports:
+        """The part that counts, of so many rows."""
+        return {name: part[:rows] for name, part in self._parts.items()}
 
     def address(self, name: str) -> int:
         return int(self.whole[name].ctypes.data)
 
 
-class NumbaRunner:
-    """A group bound to its memory. Inputs and outputs are views of it, without padding."""
+class BoundProgram:
+    """A program with the memory that it refers to by address."""
 
-    def __init__(self, pool: Any, tape: Tape, inputs: Memory, outputs: Memory, arena: np.ndarray):
-        self._pool, self.tape, self._outputs = pool, tape, outputs
-        self.inputs = inputs.parts
-        self._kept = inputs, arena
+    def __init__(self, program: MachineProgram, inputs: Memory, outputs: Memory, arena: np.ndarray):
+        self.program, self.inputs, self.outputs = program, inputs, outputs
+        self._arena = arena
+
+
+class NumbaRunner:
+    """A bound program for a number of rows. Inputs and outputs are views of its memory, without padding."""
+
+    def __init__(self, pool: Any, bound: BoundProgram, rows: int):
+        self._pool, self._bound, self._rows = pool, bound, rows
+        self.inputs, self._outputs = bound.inputs.first(rows), bound.outputs.first(rows)
 
     def run(self) -> Mapping[str, np.ndarray]:
-        self._pool.run(self.tape.address, self.tape.length)
-        return self._outputs.parts
+        program = self._bound.program
+        program.set_rows(self._rows)
+        self._pool.run(program.address, program.length)
+        return self._outputs
 
 
-class NumbaWalk:
-    """All groups but the head, and the recurrences between them, as one tape."""
+class NumbaFused:
+    """The fused forward for a number of rows."""
 
-    def __init__(self, runner: NumbaRunner):
-        self._runner = runner
-        self.inputs = runner.inputs
+    def __init__(self, pool: Any, bound: BoundProgram, rows: int, spec: Spec):
+        self._runner, self._program, self._spec = NumbaRunner(pool, bound, rows), bound.program, spec
+        self.inputs = self._runner.inputs
 
-    def run(self, state: dict[str, np.ndarray]) -> np.ndarray:
-        self._runner.tape.attach(state)
-        self._runner.tape.clocks[:] = 0
+    def run(self, rows: Rows) -> np.ndarray:
+        fill_segments(self._program.segments, rows, self._spec)
+        self._program.clocks[:] = 0
         return self._runner.run()["x"]
 
     def seconds(self) -> dict[str, float]:
-        tape = self._runner.tape
-        return dict(zip(tape.sections, (tape.clocks * 1e-9).tolist(), strict=True))
+        return dict(zip(self._program.sections, (self._program.clocks * 1e-9).tolist(), strict=True))
 
 
-class Chunk:
-    """What groups have in common that are run on so many rows: layers of a kind take turns in two sets of ports, and
-    all share one memory for what lies between inputs and outputs."""
+class Shared:
+    """Memory that programs of one capacity have in common: layers of a kind take turns in two sets of ports, and all
+    use one arena for the values between inputs and outputs."""
 
     def __init__(self) -> None:
-        self.runners: dict[str, NumbaRunner] = {}
+        self.bound: dict[str, BoundProgram] = {}
         self.memories: dict[tuple[str, int], tuple[Memory, Memory]] = {}
         self.arenas: list[np.ndarray] = []
 
     def arena(self, size: int) -> np.ndarray:
-        """So many bytes, or more. What was handed out stays as it is, since tapes refer to it."""
+        """At least so many bytes. Arenas that were handed out stay as they are, since programs refer to them."""
         if not self.arenas or len(self.arenas[-1]) < size:
             self.arenas.append(aligned_bytes(size))
         return self.arenas[-1]
@@ -97,9 +117,13 @@ class NumbaBackend:
         self._source, self._layout = source, Layout.of(source.spec)
         pool = kernels.load("pool", "products of matrices")
         self._pool = pool.shared_pool(threads or len(hardware.big_cores()))
+        self.close()
+
+    def close(self) -> None:
+        """Forget all memory, and every address in it. What is opened afterwards reads the weights anew."""
         self._recordings: dict[str, Recording] = {}
-        self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
-        self._kept: list[np.ndarray] = []  # tapes know addresses only
+        self._shared: dict[int, Shared] = {}  # by capacity
+        self._kept: list[np.ndarray] = []  # the arrays behind the addresses below
         self._vectors: dict[str, int] = {}
         self._matrices: dict[Matrix, Bound] = {}
         self._code: Code | None = None
@@ -107,83 +131,69 @@ class NumbaBackend:
     def row_counts(self, group: Group) -> None:
         return None
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> NumbaRunner:
+    def open(self, group: Group, rows: int) -> NumbaRunner:
         if group.name not in self._recordings:
             weights = Weights(self._source)
-            self._recordings[group.name] = self._hold(record(self._source.program, group, weights), weights)
-        chunk = self._chunk(rows, batch)
-        if group.name not in chunk.runners:
-            # Layer 0 stands apart: later layers read its values.
-            shared = rows > batch and group.layer > 0
-            kind = (group.role, group.layer % 2) if shared else (group.name, 0)
-            ports = group.inputs, group.outputs
-            chunk.runners[group.name] = self._bind(group.name, kind, ports, rows, batch)
-        return chunk.runners[group.name]
+            self._hold(group.name, record(self._source.program, group, weights), weights)
+        # Layer 0 stands apart: later layers read its values.
+        shared = rows > 1 and group.layer > 0
+        kind = (group.role, group.layer % 2) if shared else (group.name, 0)
+        bound = self._bound(group.name, kind, group.inputs, group.outputs, rows)
+        return NumbaRunner(self._pool, bound, rows)
 
-    def open_walk(self, rows: int, batch: int) -> NumbaWalk:
-        program = self._source.program
-        if WALK not in self._recordings:
+    def open_fused(self, rows: int) -> NumbaFused:
+        spec = self._source.spec
+        if FUSED not in self._recordings:
             weights = Weights(self._source)
-            inputs = recurrence.kernel(program.spec).inputs
-            self._recordings[WALK] = self._hold(record_walk(program, weights, inputs), weights)
+            recording = record_forward(self._source.program, weights, recurrence.kernel(spec).inputs)
             self._code = self._compiled_recurrence()
-        chunk = self._chunk(rows, batch)
-        if WALK not in chunk.runners:
-            ports = walk_inputs(program.spec), (Port("x", program.spec.D),)
-            chunk.runners[WALK] = self._bind(WALK, (WALK, 0), ports, rows, batch)
-        return NumbaWalk(chunk.runners[WALK])
+            self._hold(FUSED, recording, weights)
+        bound = self._bound(FUSED, (FUSED, 0), fused_inputs(spec), (Port("x", spec.D),), rows)
+        return NumbaFused(self._pool, bound, rows, spec)
 
-    def close(self) -> None:
-        self._chunks.clear()
-        self._recordings.clear()
-        self._kept.clear()
-
-    def _chunk(self, rows: int, batch: int) -> Chunk:
-        key = rows, batch
-        self._chunks.setdefault(key, Chunk())
-        self._chunks.move_to_end(key)
-        several = [key for key in self._chunks if key[0] > key[1]]
-        if len(several) > KEPT_CHUNKS:
-            del self._chunks[several[0]]
-        return self._chunks[key]
-
-    def _bind(
+    def _bound(
         self,
         name: str,
         kind: tuple[str, int],
-        ports: tuple[tuple[Port, ...], tuple[Port, ...]],
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
         rows: int,
-        batch: int,
-    ) -> NumbaRunner:
-        """A recording on memory for its ports, which all of a kind share."""
-        recording, chunk, layout = self._recordings[name], self._chunks[rows, batch], self._layout
-        if kind not in chunk.memories:
-            inputs, outputs = (Memory(layout, some, rows, batch) for some in ports)
-            chunk.memories[kind] = inputs, outputs
-        inputs, outputs = chunk.memories[kind]
-        offsets, size = layout.place(recording, rows)
-        arena = chunk.arena(size)
-        addresses = {key: int(arena.ctypes.data) + offset for key, offset in offsets.items()}
-        addresses |= {id(value): inputs.address(name) for name, value in recording.inputs.items()}
-        addresses |= {id(value): outputs.address(name) for name, value in recording.outputs.items()}
+    ) -> BoundProgram:
+        """The program of a recording for at least so many rows, on memory for its ports that all of a kind share."""
+        capacity = 1 << (rows - 1).bit_length()
+        shared = self._shared.setdefault(capacity, Shared())
+        if name in shared.bound:
+            return shared.bound[name]
+        recording, layout = self._recordings[name], self._layout
+        if kind not in shared.memories:
+            shared.memories[kind] = Memory(layout, inputs, capacity), Memory(layout, outputs, capacity)
+        ends = shared.memories[kind]
+        offsets, size = layout.place(recording, capacity)
+        arena = shared.arena(size)
+        addresses = [int(arena.ctypes.data) + (offset or 0) for offset in offsets]
+        for memory, values in zip(ends, (recording.inputs, recording.outputs), strict=True):
+            for port, value in values.items():
+                addresses[value] = memory.address(port)
+        table = segment_table(capacity if name == FUSED else 0)
         binder = Binder(
-            self._source.spec, layout, rows, batch, addresses, self._vectors, self._matrices, self._code
+            self._source.spec, layout, capacity, addresses, self._vectors, self._matrices, table, self._code
         )
-        return NumbaRunner(self._pool, binder.bind(recording), inputs, outputs, arena)
+        shared.bound[name] = BoundProgram(binder.bind(recording), *ends, arena)
+        return shared.bound[name]
 
-    def _hold(self, recording: Recording, weights: Weights) -> Recording:
-        """Have in memory whatever a recording refers to."""
+    def _hold(self, name: str, recording: Recording, weights: Weights) -> None:
+        """Have in memory everything that a recording refers to."""
         for matrix, weight in weights.items():
             if matrix not in self._matrices:
                 self._matrices[matrix] = self._matrix(weight)
                 if not isinstance(weight, Packed):
                     self._source.release(matrix.name)
-        for name in {name for entry in recording.entries for name in entry.vectors} - self._vectors.keys():
-            array = self._source.tensor(name).reshape(1, -1)
+        for vector in {vector for op in recording.ops for vector in op.vectors} - self._vectors.keys():
+            array = self._source.tensor(vector).reshape(1, -1)
             whole, part = self._layout.allocate(1, array.shape[1])
             part[:] = array
-            self._vectors[name] = self._keep(whole)
-        return recording
+            self._vectors[vector] = self._keep(whole)
+        self._recordings[name] = recording
 
     def _matrix(self, weight: Weight) -> Bound:
         if isinstance(weight, Packed):
@@ -196,14 +206,13 @@ class NumbaBackend:
 
     def _compiled_recurrence(self) -> Code:
         spec, maths = self._source.spec, NumpyMaths(self._source.tensor)
-        kernel = recurrence.kernel(spec)
         tables = [
             self._keep(recurrence.parameters(maths.block(layer).vector, spec)) for layer in range(spec.L)
         ]
-        return Code(kernel.run.address, tables, kernel.STATES)
+        return Code(recurrence.kernel(spec).run.address, tables)
 
     def _keep(self, array: np.ndarray) -> int:
-        """The address of an array that stays as long as the backend."""
+        """The address of an array that stays until the backend is closed."""
         self._kept.append(array)
         return int(array.ctypes.data)
 

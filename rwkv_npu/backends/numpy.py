@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import Group
 
 
 class NumpyRunner:
-    def __init__(self, source: Source, group: Group, rows: int, batch: int):
-        self._source, self._group = source, group
-        self._maths = source.maths()
-        self.inputs = allocate_inputs(group, rows, batch)
+    def __init__(self, source: Source, maths: NumpyMaths, group: Group, rows: int):
+        self._source, self._maths, self._group = source, maths, group
+        self.inputs = allocate_inputs(group, rows)
 
     def run(self) -> Mapping[str, np.ndarray]:
         return self._source.evaluate(self._group, self._maths, dict(self.inputs))
@@ -25,12 +25,13 @@ class NumpyBackend:
 
     def __init__(self, source: Source, *, threads: int | None = None):
         self._source = source
+        self._maths = source.maths()  # one for all runners: it keeps the matrices that it has quantised
 
     def row_counts(self, group: Group) -> None:
         return None
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> NumpyRunner:
-        return NumpyRunner(self._source, group, rows, batch)
+    def open(self, group: Group, rows: int) -> NumpyRunner:
+        return NumpyRunner(self._source, self._maths, group, rows)
 
     def close(self) -> None:
-        pass
+        self._maths = self._source.maths()

@@ -46,9 +46,9 @@ def _default_threads() -> int:
 class OrtRunner:
     """Inputs and outputs are bound once, to arrays that live as long as the runner."""
 
-    def __init__(self, session: Any, group: Group, rows: int, batch: int):
+    def __init__(self, session: Any, group: Group, rows: int):
         self._session = session
-        self.inputs = allocate_inputs(group, rows, batch)
+        self.inputs = allocate_inputs(group, rows)
         self._outputs = {port.name: np.empty((rows, port.width), np.float32) for port in group.outputs}
         self._binding = session.io_binding()
         for name, array in self.inputs.items():
@@ -80,7 +80,7 @@ class OrtBackend:
     def row_counts(self, group: Group) -> None:
         return None
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> OrtRunner:
+    def open(self, group: Group, rows: int) -> OrtRunner:
         if group.name not in self._sessions:
             try:
                 session = ort.InferenceSession(
@@ -89,7 +89,7 @@ class OrtBackend:
             except Exception as error:  # as above
                 raise BackendError(f"ONNX Runtime cannot open {group.name}: {first_line(error)}") from error
             self._sessions[group.name] = session
-        return OrtRunner(self._sessions[group.name], group, rows, batch)
+        return OrtRunner(self._sessions[group.name], group, rows)
 
     def close(self) -> None:
         self._sessions.clear()

@@ -36,6 +36,9 @@ DEFAULT_CORES = "auto"
 class ArtifactSource(Source, Protocol):
     """A model with artifacts on this machine's disk."""
 
+    @property
+    def outdated(self) -> str: ...
+
     def artifacts(self) -> list[Artifact]: ...
 
     def artifact_path(self, artifact: Artifact) -> Path: ...
@@ -77,7 +80,7 @@ class RknnRunner:
 
     def __init__(self, lite: Any, group: Group, rows: int, order: list[str]):
         self._runtime, self._group, self._rows = lite.rknn_runtime, group, rows
-        self.inputs = allocate_inputs(group, rows, 1)
+        self.inputs = allocate_inputs(group, rows)
         self._given, self._sizes = [self.inputs[name] for name in order], _Sizes(lite.rknn_runtime)
         # From 2.5.0 on RKNNLite can keep the arrays that it returns. Older ones leave them in reference cycles,
         # which Python's collector finds: it runs every twenty calls or so, by the number of their objects.
@@ -124,6 +127,8 @@ class RknnBackend:
         if cores not in CORES:
             raise BackendError(f"NPU cores {cores!r} are unknown: use one of {' '.join(CORES)}")
         self._source, self._cores = source, cores
+        if source.outdated:
+            raise BackendError(source.outdated)
         chosen = _fitting(source.artifacts(), chip=_chip())
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
         self._lite = _rknnlite()
@@ -137,10 +142,10 @@ class RknnBackend:
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> RknnRunner:
+    def open(self, group: Group, rows: int) -> RknnRunner:
         key = group.name, rows
-        if batch != 1 or key not in self._artifacts:
-            raise BackendError(f"there is no artifact of {group.name} for {rows} rows and {batch} sequences")
+        if key not in self._artifacts:
+            raise BackendError(f"there is no artifact of {group.name} for {rows} rows")
         artifact = self._artifacts[key]
         path = self._source.artifact_path(artifact)
         if key not in self._contexts:
@@ -148,7 +153,7 @@ class RknnBackend:
             self._bar.update()
             if len(self._contexts) == 1 and (said := _misfits(lite, artifact)):
                 warnings.warn(said, stacklevel=2)
-        return RknnRunner(self._contexts[key], group, rows, _input_order(path, group))
+        return RknnRunner(self._contexts[key], group, rows, _input_order(path, group, rows))
 
     def close(self) -> None:
         self._bar.close()
@@ -201,14 +206,13 @@ def _rknnlite() -> Any:
 # -- opening ---------------------------------------------------------------------------------------------
 
 
-def _input_order(path: Path, group: Group) -> list[str]:
+def _input_order(path: Path, group: Group, rows: int) -> list[str]:
     """Names of the artifact's inputs. Raises BackendError where it is not of this group."""
     info = rknn_info(path)
     inputs = [port["name"] for port in info["inputs"]]
     outputs = [port["name"] for port in info["outputs"]]
-    if sorted(inputs) != sorted(port.name for port in group.inputs) or outputs != [
-        p.name for p in group.outputs
-    ]:
+    expected = sorted(port.name for port in group.fixed_inputs(rows))
+    if sorted(inputs) != expected or outputs != [port.name for port in group.outputs]:
         raise BackendError(f"{path} has inputs {inputs} and outputs {outputs}, which is not {group.name}")
     return inputs
 

@@ -65,7 +65,7 @@ class NpuMaths(NumpyMaths):
 class RknnMatmulRunner:
     def __init__(self, source: Source, maths: NpuMaths, group: Group, rows: int):
         self._source, self._maths, self._group = source, maths, group
-        self.inputs = allocate_inputs(group, rows, 1)
+        self.inputs = allocate_inputs(group, rows)
 
     def run(self) -> Mapping[str, np.ndarray]:
         return self._source.evaluate(self._group, self._maths, dict(self.inputs))
@@ -100,13 +100,11 @@ class RknnMatmulBackend:
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return HEAD_ROWS if group.role == "head" else ROWS
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> RknnMatmulRunner:
-        if batch != 1 or rows not in self.row_counts(group):
-            raise BackendError(
-                f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows of one sequence"
-            )
+    def open(self, group: Group, rows: int) -> RknnMatmulRunner:
+        if rows not in self.row_counts(group):
+            raise BackendError(f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows")
         with captured():  # what librknnrt prints beside its codes
-            self._source.evaluate(group, self._packing, dict(allocate_inputs(group, rows, 1)))
+            self._source.evaluate(group, self._packing, dict(allocate_inputs(group, rows)))
         return RknnMatmulRunner(self._source, self._maths, group, rows)
 
     def close(self) -> None:

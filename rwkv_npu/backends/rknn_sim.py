@@ -28,16 +28,20 @@ SHARE = 0.8  # of the memory that is there, for all simulators together
 class CompiledSource(BundleModel, Source, Protocol):
     """A model with artifacts."""
 
+    @property
+    def outdated(self) -> str: ...
+
     def artifacts(self) -> list[Artifact]: ...
 
 
 class SimulatorRunner:
     def __init__(self, simulator: Simulator, group: Group, rows: int):
         self._simulator = simulator
-        self.inputs = allocate_inputs(group, rows, 1)
+        self.inputs = allocate_inputs(group, rows)
+        self._given = {port.name: self.inputs[port.name] for port in group.fixed_inputs(rows)}
 
     def run(self) -> Mapping[str, np.ndarray]:
-        return self._simulator.run(self.inputs)
+        return self._simulator.run(self._given)
 
 
 class RknnSimBackend:
@@ -46,6 +50,8 @@ class RknnSimBackend:
     name = "rknn-sim"
 
     def __init__(self, source: CompiledSource, *, threads: int | None = None):
+        if source.outdated:
+            raise BackendError(source.outdated)
         artifacts = source.artifacts()
         if not artifacts:
             raise BackendError(
@@ -69,10 +75,10 @@ class RknnSimBackend:
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return tuple(sorted(rows for name, rows in self._graphs if name == group.name))
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> SimulatorRunner:
+    def open(self, group: Group, rows: int) -> SimulatorRunner:
         key = group.name, rows
-        if batch != 1 or key not in self._graphs:
-            raise BackendError(f"there is no artifact of {group.name} for {rows} rows and {batch} sequences")
+        if key not in self._graphs:
+            raise BackendError(f"there is no artifact of {group.name} for {rows} rows")
         if key not in self._simulators:
             self._simulators[key] = self._build(group, rows)
             self._bar.update()

@@ -48,8 +48,10 @@ class TorchMaths:
     def relu(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x)
 
-    def shift(self, h: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        return torch.cat([last, h])[: len(h)]
+    def shift(self, h: torch.Tensor, previous: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if len(h) == 1:
+            return previous
+        return torch.where(mask != 0, torch.cat([previous[:1], h[:-1]]), previous)
 
     def row_matmul(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         rank = x.shape[1]
@@ -57,9 +59,9 @@ class TorchMaths:
 
 
 class TorchRunner:
-    def __init__(self, source: Source, maths: TorchMaths, group: Group, rows: int, batch: int):
+    def __init__(self, source: Source, maths: TorchMaths, group: Group, rows: int):
         self._source, self._maths, self._group = source, maths, group
-        self.inputs = allocate_inputs(group, rows, batch)
+        self.inputs = allocate_inputs(group, rows)
         self._tensors: dict[str, Any] = {name: torch.from_numpy(x) for name, x in self.inputs.items()}
 
     @torch.no_grad()
@@ -79,8 +81,8 @@ class TorchBackend:
     def row_counts(self, group: Group) -> None:
         return None
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> TorchRunner:
-        return TorchRunner(self._source, self._maths, group, rows, batch)
+    def open(self, group: Group, rows: int) -> TorchRunner:
+        return TorchRunner(self._source, self._maths, group, rows)
 
     def close(self) -> None:
         self._maths = TorchMaths(self._source)

@@ -173,7 +173,7 @@ class EstimatedNpu(_Computed):
 
 def npu_product_ms(cycles: dict[str, int], m: int, k: int, n: int, bound: str) -> float:
     """One call through RKNNLite: the product, its transposes, the conversion of A and C, and the call."""
-    transposes, conversion = port_ms(k + n, 0, m, TERMS, bound)
+    transposes, conversion = port_ms(k + n, m, TERMS, bound)
     call = TERMS["rknnlite_call"].at(bound) / 1e3
     return graph_ms(cycles, m, DRAM, TERMS, bound) + transposes + conversion + call
 

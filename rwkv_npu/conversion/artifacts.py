@@ -229,12 +229,13 @@ class Build:
         return artifact if current and self.out.exists() else None
 
     def job(self) -> Job:
+        ports = self.group.fixed_inputs(self.artifact.rows)
         return Job(
             onnx_path=self.onnx_path,
             out_path=self.out,
             weight_bytes=self.graph.weight_bytes,
             options=self.graph.options,
-            verify_inputs=self.verify.inputs if self.verify else None,
+            verify_inputs={port.name: self.verify.inputs[port.name] for port in ports} if self.verify else None,
             write_graph=self.write_graph,
         )
 

@@ -227,10 +227,10 @@ def calibrate(
             recorder.peak(f"{group.name}.{port.name}", inputs[port.name])
         return source.evaluate(group, maths, dict(inputs))
 
-    def steps(context: np.ndarray) -> Iterator[np.ndarray]:
+    def steps(context: np.ndarray) -> Iterator[list[np.ndarray]]:
         for number, step in enumerate(np.split(context, range(rows, len(context), rows))):
             recorder.chosen, recorder.slots = sample.admit(len(step))
-            yield step[:, None]
+            yield [step]
             if progress:
                 progress(len(step) - (number == 0))  # the end of text is none of the user's
 
@@ -325,7 +325,7 @@ def sample_ids(
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
         return source.evaluate(group, maths, dict(inputs))
 
-    for logits in read(source, run, (written[-1][None] for _ in range(steps))):
+    for logits in read(source, run, (list(written[-1][:, None]) for _ in range(steps))):
         written.append(np.array([sampler.sample(row)[0] for row in logits]))
         if progress:
             progress(SEQUENCES)

@@ -211,7 +211,7 @@ def _cycles(found: Sequence[Matrix], rows: int, share: Share) -> dict[str, int]:
 def _around(graphs: Graphs, group: Group, rows: int, share: Share) -> int:
     """Bytes of a `.rknn` other than its weights."""
     nodes = len(graphs.trace(group, rows).nodes)
-    ports = sum(not port.per_sequence for port in (*group.inputs, *group.outputs))
+    ports = len(group.fixed_inputs(rows)) + len(group.outputs)
     products = sum(share(one.name) for one in graphs.matrices(group, rows))
     port_bytes = PORT_BYTES if rows == 1 else TRANSPOSED_BYTES
     return round(NODE_BYTES * nodes + port_bytes * ports + INT8_BYTES * products)
@@ -294,7 +294,5 @@ def _small_bytes(graphs: Graphs, group: Group, shapes: dict[str, tuple[int, ...]
     trace, rows = graphs.trace(group), 1 if group.role == "head" else SELF_TEST_ROWS
     numbers = sum(prod(shapes[constant.name]) for constant in trace.vectors.values())
     numbers += sum(array.size for array in trace.literals.values())
-    numbers += sum(
-        port.width * (1 if port.per_sequence else rows) for port in (*group.inputs, *group.outputs)
-    )
+    numbers += rows * sum(port.width for port in (*group.inputs, *group.outputs))
     return 4 * numbers + sum(node.ByteSize() for node in trace.nodes)

@@ -31,7 +31,7 @@ class KLEvaluator:
 
     def __init__(self, source: ModelSource, ids: np.ndarray):
         self._source = source
-        self._chunks = [ids[start : start + CHUNK, None] for start in range(0, len(ids), CHUNK)]
+        self._chunks = [[ids[start : start + CHUNK]] for start in range(0, len(ids), CHUNK)]
         self._weight = widened(source)
         self._order = {group.name: place for place, group in enumerate(source.program.groups)}
         # Not of the head: no group follows it, and logits are large.
@@ -66,7 +66,7 @@ class KLEvaluator:
         inside = parts[2] == "ffn" or parts[3] == "output"
         return layer + 1 if inside else layer
 
-    def _logits(self, chunks: Sequence[np.ndarray], maths: NumpyMaths, first: int) -> Iterator[np.ndarray]:
+    def _logits(self, chunks: Sequence[Sequence[np.ndarray]], maths: NumpyMaths, first: int) -> Iterator[np.ndarray]:
         """(rows, V) of each chunk; groups before number `first`, if that is not 0, are not computed again."""
 
         def run(group: Group, inputs: Arrays) -> Outputs:

@@ -122,6 +122,8 @@ def existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest 
     manifest = read_manifest(place)
     if manifest.fingerprint != checkpoint.fingerprint:
         raise other_weights(place)
+    if manifest.outdated:
+        raise BundleError(f"{place} is a bundle of format {manifest.format[0]}: give --force to make it anew")
     if request.cpu is not None and request.cpu not in PRECISIONS and manifest.cpu != request.cpu:
         raise BundleError(
             f"{place} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "

@@ -108,7 +108,7 @@ def _packed_plans(source: CheckpointSource, tensor: Tensor, bits: int, bar: Prog
 
 
 def write_graphs(bundle: Bundle) -> None:
-    """Graphs of both fusions with symbolic M and B, their weights by offset, unless they are there."""
+    """Graphs of both fusions with symbolic M, their weights by offset, unless they are there."""
     with TensorFile(bundle.path / WEIGHTS) as weights:
         place = _places(weights)
         for fusion in FUSIONS:
@@ -139,8 +139,8 @@ def describe_groups(spec: Spec) -> dict[str, list[dict[str, Any]]]:
 
 
 def _describe(group: Group) -> dict[str, Any]:
-    def port(name: str, width: int, per_sequence: bool) -> dict[str, Any]:
-        return {"name": name, "shape": ["B" if per_sequence else "M", width], "dtype": "float32"}
+    def port(name: str, width: int) -> dict[str, Any]:
+        return {"name": name, "shape": ["M", width], "dtype": "float32"}
 
     return {
         "name": group.name,

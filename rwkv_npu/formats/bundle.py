@@ -42,10 +42,11 @@ from rwkv_npu.models.spec import Port, Scaling, Spec
 from rwkv_npu.quant.cpu import Packed
 from rwkv_npu.quant.npu import Affine, Quantised, Ranges
 
-FORMAT = (1, 1)  # another major is refused, a newer minor opens
-# Version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself.
-MATHS = 2
-_KNOWN_MATHS = {1, MATHS}
+FORMAT = (2, 0)  # a newer major is refused, a newer minor opens
+# Version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself, 3 takes rows of
+# any sequences.
+MATHS = 3
+_KNOWN_MATHS = {1, 2, MATHS}
 MANIFEST = "manifest.json"
 MARK = "conversion"  # in OUT.partial: which conversion it belongs to
 HOST = "host.safetensors"
@@ -162,6 +163,16 @@ class Manifest:
         """Those in which the CPU can run, its default first."""
         return tuple(dict.fromkeys([self.cpu_default or self.cpu, self.cpu, *self.packed]))
 
+    @property
+    def outdated(self) -> str:
+        """The reason why graphs and artifacts cannot be used, "" if they can. The weights of format 1 can."""
+        if self.format[0] == FORMAT[0]:
+            return ""
+        return (
+            f"this bundle of format {self.format[0]}.{self.format[1]} serves the CPU only, since its .rknn files have "
+            "other inputs: for the NPU, run rwkv-npu convert with the checkpoint and --force"
+        )
+
     def forget_int8(self) -> list[str]:
         """Ranges of int8 are gone, or are others: what follows from them is forgotten. Returns the artifacts' paths."""
         stale = [artifact.path for artifact in self.artifacts if artifact.int8]
@@ -179,7 +190,7 @@ class Manifest:
         """Raises ValueError, KeyError or TypeError for what no version of this project has written."""
         data = json.loads(text)
         major, minor = map(int, data["format"])
-        if major != FORMAT[0]:
+        if major not in (1, FORMAT[0]):
             raise _OtherVersion(f"{major}.{minor}")
         if data.pop("checksum") != _checksum(data):
             raise ValueError("its checksum does not match")

@@ -9,10 +9,9 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -80,45 +79,6 @@ class State:
             write_atomically(Path(os.path.realpath(path)), save(tensors, metadata))
         except (OSError, ValueError) as error:
             raise StateError(f"cannot write the state to {path}: {os_reason(error)}") from error
-
-
-class Batch(Sequence[State]):
-    """States of several sequences side by side, as one call updates them. Each is a view: what happens to it happens to
-    the batch.
-
-    `parts` maps names to (L, B, ...) fp32.
-    """
-
-    def __init__(self, states: Sequence[State], parts: dict[str, np.ndarray]):
-        self.parts = parts
-        self._states = [
-            replace(state, parts={name: part[:, b] for name, part in parts.items()})
-            for b, state in enumerate(states)
-        ]
-
-    @staticmethod
-    def of(states: Sequence[State]) -> Batch:
-        """Copies of states of one model."""
-        names = states[0].parts
-        return Batch(states, {name: np.stack([s.parts[name] for s in states], axis=1) for name in names})
-
-    @overload
-    def __getitem__(self, index: int) -> State: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[State]: ...
-
-    def __getitem__(self, index: int | slice) -> State | list[State]:
-        return self._states[index]
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def advance(self, tokens: int, logits: np.ndarray) -> None:
-        """Note that every sequence has read so many tokens, and the logits (B, V) after them."""
-        for state, row in zip(self._states, logits, strict=True):
-            state.tokens_seen += tokens
-            state.logits = row
 
 
 def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> State:

@@ -105,7 +105,7 @@ def compiler_model(
     tensor: Tensors,
     quantised: Mapping[str, Quantised] = MappingProxyType({}),
 ) -> onnx.ModelProto:
-    """The graph as Rockchip's compiler reads it: one sequence, fixed rows, weights inside, in fp32.
+    """The graph as Rockchip's compiler reads it: fixed rows, weights inside, in fp32.
 
     The weights of projections that are `quantised`, by label, are what their int8 numbers stand for. Constants of zeros
     are left out.

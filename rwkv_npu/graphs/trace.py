@@ -1,9 +1,9 @@
-"""Records the maths of a group as the nodes of an ONNX graph; onnx_models.py adds the numbers.
+"""Records the maths of a group as the nodes of an ONNX graph; onnx.py adds the numbers.
 
 The tracer implements `rwkv_npu.models.maths.Maths`: the formulas of `models/` run on it as they run on NumPy, and
 leave nodes behind instead of numbers. Names of nodes and initialisers are those of the checkpoint.
 
-Two uses: with `rows=None` the graph has symbolic M and B, for ONNX Runtime; with fixed rows it is meant for
+Two uses: with `rows=None` the graph has a symbolic M, for ONNX Runtime; with fixed rows it is meant for
 Rockchip's compiler, and matrices wider than `split` are cut into parts that the NPU takes.
 """
 
@@ -167,16 +167,19 @@ class Tracer:
     def relu(self, x: Value) -> Value:
         return self._unary("Relu", x, zero_at_zero=True)
 
-    def shift(self, h: Value, last: Value) -> Value:
+    def shift(self, h: Value, previous: Value, mask: Value) -> Value:
         if self._rows == 1:
-            return last
-        joined = self.node("Concat", [self.whole(last), self.whole(h)], axis=0)
+            return previous
+        nothing = self._literal(np.zeros((1, sum(h.widths)), np.float32))
+        joined = self.node("Concat", [nothing, self.whole(h)], axis=0)
         if self._rows is None:
             end = self.node("Shape", [self.whole(h)], start=0, end=1)
         else:
             end = self._literal(np.array([self._rows], np.int64))
         zero = self._literal(np.array([0], np.int64))
-        return self._like(h, self.node("Slice", [joined, zero, end, zero]))
+        above = self.node("Slice", [joined, zero, end, zero])
+        masked = self.node("Mul", [above, self.whole(mask)])
+        return self._like(h, self.node("Add", [masked, self.whole(previous)]))
 
     def row_matmul(self, x: Value, s: Value) -> Value:
         # As products of two axes only, which stay on the NPU: repeat x along the rows of each matrix,
@@ -278,7 +281,10 @@ class Tracer:
     def _literal(self, array: np.ndarray) -> str:
         content = hashlib.blake2b(array.tobytes(), digest_size=4).hexdigest()
         name = f"literal.{array.dtype}.{'x'.join(map(str, array.shape))}.{content}"
-        self.trace.literals[name] = array
+        literals = self.trace.literals
+        while literals.get(name, array).tobytes() != array.tobytes():  # two of one digest
+            name += "+"
+        literals[name] = array
         return name
 
     def _part_widths(self, width: int) -> list[int]:
@@ -322,9 +328,9 @@ def trace_group(
     int8: Mapping[str, Ranges] = MappingProxyType({}),
     is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
-    """Record `group`; `rows` fixes M (at B = 1), `split` is the widest matrix that is left in one piece. Projections in
+    """Record `group`; `rows` fixes M, `split` is the widest matrix that is left in one piece. Projections in
     `int8`, by label, are cut as that wants it, and their inputs smoothed. Constants that `is_zero` are left out."""
-    rows_of = max(((p.name, p.width) for p in group.inputs if not p.per_sequence), key=lambda port: port[1])
+    rows_of = max(((port.name, port.width) for port in group.inputs), key=lambda port: port[1])
     tracer = Tracer(
         _shapes(program.spec).__getitem__,
         rows=rows,
@@ -344,10 +350,11 @@ def trace_group(
     for new, old in results.items():
         if renamed.get(old) != new:  # an input handed on, or one value under two names
             trace.nodes.append(helper.make_node("Identity", [renamed.get(old, old)], [new], name=new))
+    ports = group.inputs if rows is None else group.fixed_inputs(rows)
     if is_zero is not None:
         _remove_unused(trace, results.keys())
-        _use_inputs(tracer, group)
-    trace.inputs = [_value_info(port, rows) for port in group.inputs]
+        _use_inputs(tracer, ports, group.outputs[0])
+    trace.inputs = [_value_info(port, rows) for port in ports]
     trace.outputs = [_value_info(port, rows) for port in group.outputs]
     return trace
 
@@ -372,13 +379,12 @@ def _remove_unused(trace: Trace, outputs: Collection[str]) -> None:
             del constants[name]
 
 
-def _use_inputs(tracer: Tracer, group: Group) -> None:
+def _use_inputs(tracer: Tracer, inputs: Sequence[Port], output: Port) -> None:
     """Add zeros that depend on each input that no node reads: the compiler would drop it from the artifact, and its
-    callers fill all of a group's inputs."""
+    callers fill all of its inputs."""
     nodes = tracer.trace.nodes
     used = {name for node in nodes for name in node.input}
-    output = group.outputs[0]
-    for port in group.inputs:
+    for port in inputs:
         if port.name in used:
             continue
         inner = f"{output.name}.without.{port.name}"
@@ -390,9 +396,9 @@ def _use_inputs(tracer: Tracer, group: Group) -> None:
 
 
 def _value_info(port: Port, rows: int | None) -> onnx.ValueInfoProto:
-    symbol, fixed = ("B", 1) if port.per_sequence else ("M", rows)
-    shape = [symbol if rows is None else fixed, port.width]
-    return helper.make_tensor_value_info(port.name, TensorProto.FLOAT, shape)
+    return helper.make_tensor_value_info(
+        port.name, TensorProto.FLOAT, ["M" if rows is None else rows, port.width]
+    )
 
 
 def compiler_trace(

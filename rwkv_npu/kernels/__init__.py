@@ -1,8 +1,8 @@
 """Code that is compiled on the machine it runs on, by numba (extra `fast`): no compiler, no build step.
 
     recurrence.py      the recurrences of all generations, in v4.py .. v7.py
-    recorder.py        groups, and the way through all of them, as instructions; tape.py gives them memory,
-                       machine.py executes them, pool.py on several threads
+    recorder.py        groups, and the fused forward, as operations; program.py gives them memory, machine.py
+                       executes them, pool.py on several threads
     products.py        matrices times rows, in the tiles of tiles.py and the vectors of simd.py
     instruction_sets.py    products of bytes for each kind of processor; processor.py reads which this one is
 

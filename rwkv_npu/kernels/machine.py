@@ -16,21 +16,25 @@ from rwkv_npu.kernels.instructions import (
     FP16,
     INT4,
     INT8,
-    KEEP,
     LAYER_NORM,
     LINEAR,
     MIX,
     MUL,
     MUL_VECTOR,
     QUANTISE,
-    RECUR,
     RELU,
     ROW_MATMUL,
+    S_COUNT,
+    S_FIRST,
     SCALE,
+    SEGMENT_WORDS,
     SHIFT,
+    SHIFT_STATE,
     SIGMOID,
+    STORE_STATE,
     SUB,
     TANH,
+    WKV,
 )
 from rwkv_npu.kernels.products import (
     GEMV_ROWS,
@@ -160,13 +164,6 @@ def _of_row(t, row):  # type: ignore[no-untyped-def]
         _layer_norm(a, out, width, t.vector, t.bias, t.number)
     elif op == ROW_MATMUL:
         _row_matmul(a, t.b + row * t.other_stride * 4, out, width)
-    elif op == SHIFT:
-        before = row - int(t.number)
-        _copy(t.a + before * t.stride * 4 if before >= 0 else t.b + row * t.other_stride * 4, out, width)
-    elif op == KEEP:
-        sequence = row - t.rows + int(t.number)
-        if sequence >= 0:
-            _copy(t.a + row * t.other_stride * 4, t.out + sequence * t.stride * 4, width)
     elif op == MIX:
         for n in range(0, width, 16):
             value = fma(load_floats(b + n * 4), load_floats(t.vector + n * 4), load_floats(a + n * 4))
@@ -198,6 +195,57 @@ def _of_row(t, row):  # type: ignore[no-untyped-def]
     elif op == TANH:
         for n in range(0, width, 16):
             store_floats(tanh(load_floats(a + n * 4)), out + n * 4)
+
+
+@njit(nogil=True)
+def _shift(t, first, last):  # type: ignore[no-untyped-def]
+    """Rows of a, each taken from the row above where the mask is not 0, else rows of b."""
+    for row in range(first, last):
+        at = row * t.stride * 4
+        above = row > 0 and load_float(t.vector + row * t.other_stride * 4) != 0
+        _copy(t.a + at - t.stride * 4 if above else t.b + at, t.out + at, t.width)
+
+
+@njit(nogil=True)
+def _segment(table, number):  # type: ignore[no-untyped-def]
+    """The address of a segment's line in the segment table: its first row, its number of rows, its state."""
+    line = table + (1 + number) * SEGMENT_WORDS * 8
+    return load_long(line + S_FIRST * 8), load_long(line + S_COUNT * 8), line
+
+
+@njit(nogil=True)
+def _shift_state(t, first, last):  # type: ignore[no-untyped-def]
+    """Rows of a, each taken from the row above, and at the first row of a segment from its state."""
+    for row in range(max(first, 1), last):
+        at = row * t.stride * 4
+        _copy(t.a + at - t.stride * 4, t.out + at, t.width)
+    for number in range(load_long(t.vector)):
+        row, _, line = _segment(t.vector, number)
+        if first <= row and row < last:
+            _copy(load_long(line + t.k * 8) + t.n, t.out + row * t.stride * 4, t.width)
+
+
+@njit(nogil=True)
+def _store_state(t, first, last):  # type: ignore[no-untyped-def]
+    """The last row of each segment, into its state."""
+    for number in range(load_long(t.vector)):
+        begin, count, line = _segment(t.vector, number)
+        row = begin + count - 1
+        if first <= row and row < last:
+            _copy(t.a + row * t.other_stride * 4, load_long(line + t.k * 8) + t.n, t.width)
+
+
+@njit(nogil=True)
+def _unit(table, heads, work):  # type: ignore[no-untyped-def]
+    """The number of the first unit, a head of a segment, that begins where so much work is done; work counts rows times
+    heads, and unit u is head u % heads of segment u // heads."""
+    segments = load_long(table)
+    for number in range(segments):
+        row, count, _ = _segment(table, number)
+        ahead = work - row * heads
+        if ahead < count * heads:
+            return number * heads + (0 if ahead <= 0 else -(-ahead // count))
+    return segments * heads
 
 
 @njit(nogil=True)
@@ -270,12 +318,20 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
                 _gemv(t, thread, threads)
             else:
                 _gemm(t, thread, threads, scratch)
-        elif t.op == RECUR:
-            call_code(t.weights, t.vector, t.n * thread // threads, t.n * (thread + 1) // threads)
+        elif t.op == WKV:
+            table, work = load_long(t.vector), t.rows * t.n
+            begin = _unit(table, t.n, work * thread // threads)
+            call_code(t.weights, t.vector, begin, _unit(table, t.n, work * (thread + 1) // threads))
         else:
             first, last = t.rows * thread // threads, t.rows * (thread + 1) // threads
             if t.op == QUANTISE:
                 _quantise(t, first, last)
+            elif t.op == SHIFT:
+                _shift(t, first, last)
+            elif t.op == SHIFT_STATE:
+                _shift_state(t, first, last)
+            elif t.op == STORE_STATE:
+                _store_state(t, first, last)
             else:
                 for row in range(first, last):
                     _of_row(t, row)

@@ -3,7 +3,7 @@
 A compiled `math.exp` is a call for every number; the polynomials here are a few instructions for a whole vector of
 them, on any processor. NaN passes through: a comparison with it leaves it as it is.
 
-Whatever loops over a head indexes (T, B, H, N) by its loop's own counter, or the rows of a small scratch array: an
+Whatever loops over a head indexes (M, H, N) by its loop's own counter, or the rows of a small scratch array: an
 index that is computed could be negative, for all the compiler knows, and its loop would not be vectorised.
 """
 
@@ -17,16 +17,20 @@ from numba.extending import intrinsic
 
 from rwkv_npu import kernels
 from rwkv_npu.kernels.instructions import (
-    A_B,
     A_H,
+    A_LAYER,
     A_N,
-    A_STATES,
+    A_SEGMENTS,
     A_STRIDE,
-    A_T,
     A_TABLE,
     A_VALUES,
     A_Y,
     ARGUMENTS,
+    S_COUNT,
+    S_FIRST,
+    S_RECURRENT,
+    S_ROWS,
+    SEGMENT_WORDS,
 )
 from rwkv_npu.models.common import GROUP_NORM_EPS
 
@@ -47,7 +51,8 @@ inlined = njit(forceinline=True, **_OPTIONS)
 def recurrence(run: Any) -> Any:
     """Compile run(arguments, begin, end) at once, or read what was compiled before.
 
-    arguments: the address of what `instructions.A_T` and the names after it list. What results is called from Python
+    arguments: the address of what `instructions.A_SEGMENTS` and the names after it list. begin, end: numbers of units;
+    unit u is head u % H of segment u // H. What results is called from Python
     (`.ctypes`), whose other threads run on meanwhile, or from compiled code, by its `.address`.
     """
     return cfunc("void(i8, i8, i8)", cache=kernels.KEEP, **_OPTIONS)(run)
@@ -82,20 +87,39 @@ def array(address: Any, shape: Any) -> Any:
 
 @inlined
 def values(a: Any, number: Any) -> Any:
-    """An output of the projections, (T, B, heads, N). There may be more heads than H: rows have padding."""
-    return array(a[A_VALUES + number], (a[A_T], a[A_B], a[A_STRIDE] // a[A_N], a[A_N]))
+    """An output of the projections, (M, heads, N). There may be more heads than H: rows have padding."""
+    return array(a[A_VALUES + number], (row_count(a), a[A_STRIDE] // a[A_N], a[A_N]))
 
 
 @inlined
 def result(a: Any) -> Any:
     """y, of the same shape."""
-    return array(a[A_Y], (a[A_T], a[A_B], a[A_STRIDE] // a[A_N], a[A_N]))
+    return array(a[A_Y], (row_count(a), a[A_STRIDE] // a[A_N], a[A_N]))
 
 
 @inlined
-def matrices(a: Any) -> Any:
-    """The state of all heads, (B, H, N, N)."""
-    return array(a[A_STATES], (a[A_B], a[A_H], a[A_N], a[A_N]))
+def row_count(a: Any) -> Any:
+    return carray(_words(a[A_SEGMENTS]), (SEGMENT_WORDS,))[S_ROWS]  # type: ignore[call-arg]
+
+
+@inlined
+def segment(a: Any, number: Any) -> Any:
+    """The first row of a segment, and the row after its last."""
+    line = carray(_words(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))  # type: ignore[call-arg]
+    return line[S_FIRST], line[S_FIRST] + line[S_COUNT]
+
+
+@inlined
+def state(a: Any, number: Any, part: Any, shape: Any) -> Any:
+    """A part of a segment's state that the recurrence updates, by its number, at the layer of the arguments."""
+    line = carray(_words(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))  # type: ignore[call-arg]
+    return array(line[S_RECURRENT + part] + a[A_LAYER], shape)
+
+
+@inlined
+def matrices(a: Any, number: Any) -> Any:
+    """The state of all heads of a segment, (H, N, N)."""
+    return state(a, number, 0, (a[A_H], a[A_N], a[A_N]))
 
 
 @inlined

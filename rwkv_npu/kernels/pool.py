@@ -22,8 +22,8 @@ from rwkv_npu import kernels
 from rwkv_npu.kernels.instructions import INSTRUCTION
 from rwkv_npu.kernels.machine import execute
 from rwkv_npu.kernels.products import SCRATCH_BYTES
+from rwkv_npu.kernels.program import aligned_bytes
 from rwkv_npu.kernels.simd import add_atomically, pause, read_atomically, write_atomically
-from rwkv_npu.kernels.tape import aligned_bytes
 
 ROUNDS = 20_000  # of looking for a tape before a helper goes to sleep: about a millisecond
 

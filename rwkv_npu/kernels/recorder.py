@@ -1,71 +1,53 @@
-"""Records the maths of a model as a list of instructions for the machine in `machine.py`.
+"""Records the maths of a model as a list of operations for the machine in `machine.py`.
 
-The recorder implements `models.maths.Maths` and `models.network.Walk`: the formulas of `models/` run on it as they run
-on NumPy, for one group or for all layers at once, and leave instructions behind. `schedule` puts them in an order in
-which threads have to wait for each other seldom. Nothing here needs numba.
+The recorder implements `models.maths.Maths` and `models.network.Forward`: the formulas of `models/` run on it as they
+run on NumPy, for one group or for all layers at once, and leave operations behind. Values are numbers: value v is what
+the operation that names it as its result computes, or an input. `schedule` orders the operations in stages. Nothing
+here needs numba.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_npu.kernels.instructions import (
     ADD,
     ADD_VECTOR,
-    KEEP,
     LAYER_NORM,
     LINEAR,
     MIX,
     MUL,
     MUL_VECTOR,
     QUANTISE,
-    RECUR,
     RELU,
     ROW_MATMUL,
     SCALE,
     SHIFT,
+    SHIFT_STATE,
     SIGMOID,
+    STORE_STATE,
     SUB,
     TANH,
+    WKV,
 )
 from rwkv_npu.models.maths import LAYER_NORM_EPS
-from rwkv_npu.models.network import Program, walk
-from rwkv_npu.models.spec import Group, att_outputs, walk_inputs
+from rwkv_npu.models.network import Program, forward
+from rwkv_npu.models.spec import Group, att_outputs, fused_inputs
 from rwkv_npu.quant.cpu import Packed
 
-RECURRENCE = "recurrence"  # the section of its instructions; those of others are the roles of groups
+RECURRENCE = "recurrence"  # the section of its operations; other sections are the roles of groups
 
-# A layer's projections, by name, and what goes from layer to layer -> what the compiled recurrence reads, in order.
+# A layer's projections, by name, and what goes from layer to layer -> the values that the compiled recurrence reads.
 Inputs = Callable[[dict[str, Any], dict[str, Any]], tuple[Any, ...]]
 
-
-class Value:
-    """A symbolic array (rows, width). `quantised` ones hold int8, a scale and a sum for every block of a row; `state`
-    ones are a part of the state of a layer, (B, width)."""
-
-    __array_ufunc__ = None  # without this NumPy scalars would try to broadcast over a Value
-
-    def __init__(
-        self, recorder: Recorder, width: int, quantised: bool = False, state: tuple[str, int] | None = None
-    ):
-        self.recorder, self.width, self.quantised, self.state = recorder, width, quantised, state
-
-    def __add__(self, other: Any) -> Value:
-        return self.recorder.add(self, other)
-
-    def __sub__(self, other: Value) -> Value:
-        return self.recorder.emit(SUB, self.width, self, other)
-
-    def __mul__(self, other: Any) -> Value:
-        return self.recorder.multiply(self, other)
+Weight = np.ndarray | Packed
 
 
-@dataclass(frozen=True)
-class Vector:
+class Vector(NamedTuple):
     """A vector of the model, by its full name."""
 
     name: str
@@ -79,31 +61,83 @@ class Matrix:
     index: int | None = None
 
 
-Weight = np.ndarray | Packed
+class StateRows(NamedTuple):
+    """One part of the states at one layer: a row (D,) of every sequence."""
+
+    part: str
+    layer: int
+
+
+class Shape(NamedTuple):
+    """A value's width. A quantised one holds int8 rows, and a scale and a sum for every block of them."""
+
+    width: int
+    quantised: bool = False
 
 
 @dataclass
-class Entry:
-    """An instruction before it has addresses. layer: of a recurrence."""
+class Op:
+    """One operation, before it has addresses. out, inputs: numbers of values; out is None where there is no result."""
 
-    op: int
-    out: Value
-    inputs: tuple[Value, ...]
+    code: int
+    out: int | None
+    inputs: tuple[int, ...]
     vectors: tuple[str, ...] = ()
     matrix: Matrix | None = None
     number: float = 0.0
-    layer: int = -1
+    state: StateRows | None = None  # read by SHIFT_STATE, written by STORE_STATE
+    layer: int = -1  # of a WKV
     section: str = ""
-    level: int = 0
+    stage: int = 0
+
+
+@dataclass
+class Recording:
+    """Operations in the order in which they run; the shape of each value; inputs and outputs by name of the port."""
+
+    ops: list[Op]
+    values: list[Shape]
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+
+
+class Value:
+    """A symbolic array (rows, width): the number of a value, and the recorder whose operations it takes part in."""
+
+    __array_ufunc__ = None  # without this NumPy scalars would try to broadcast over a Value
+
+    def __init__(self, recorder: Recorder, number: int, width: int):
+        self.recorder, self.number, self.width = recorder, number, width
+
+    def __add__(self, other: Any) -> Value:
+        vector = isinstance(other, Vector)
+        return self.recorder.emit(ADD_VECTOR if vector else ADD, self.width, self, other)
+
+    def __sub__(self, other: Value) -> Value:
+        return self.recorder.emit(SUB, self.width, self, other)
+
+    def __mul__(self, other: Any) -> Value:
+        if isinstance(other, Value | Vector):
+            vector = isinstance(other, Vector)
+            return self.recorder.emit(MUL_VECTOR if vector else MUL, self.width, self, other)
+        return self.recorder.emit(SCALE, self.width, self, number=float(other))
 
 
 @dataclass
 class Notes:
-    """What has been recorded: all blocks of a recorder write into the same."""
+    """Everything recorded so far. All blocks of a recorder write into the same notes.
 
-    entries: list[Entry] = field(default_factory=list)
-    quantised: dict[int, Value] = field(default_factory=dict)
+    quantised: by number of a value, that of its quantised form.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    values: list[Shape] = field(default_factory=list)
+    quantised: dict[int, int] = field(default_factory=dict)
     section: str = ""
+
+    def new_value(self, width: int, quantised: bool = False) -> int:
+        self.values.append(Shape(width, quantised))
+        return len(self.values) - 1
 
 
 @dataclass
@@ -117,6 +151,9 @@ class Recorder:
     def block(self, layer: int) -> Recorder:
         return replace(self, prefix=f"blocks.{layer}.")
 
+    def input(self, width: int) -> Value:
+        return Value(self, self.notes.new_value(width), width)
+
     def vector(self, name: str) -> Vector:
         return Vector(self.prefix + name)
 
@@ -128,8 +165,8 @@ class Recorder:
         return self.emit(LINEAR, weight.shape[1], x, matrix=matrix)
 
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
-        vectors = tuple(f"{self.prefix}{name}.{part}" for part in ("weight", "bias"))
-        return self.emit(LAYER_NORM, x.width, x, vectors=vectors, number=eps)
+        vectors = [Vector(f"{self.prefix}{name}.{part}") for part in ("weight", "bias")]
+        return self.emit(LAYER_NORM, x.width, x, *vectors, number=eps)
 
     def tanh(self, x: Value) -> Value:
         return self.emit(TANH, x.width, x)
@@ -140,123 +177,145 @@ class Recorder:
     def relu(self, x: Value) -> Value:
         return self.emit(RELU, x.width, x)
 
-    def shift(self, h: Value, last: Value) -> Value:
-        return self.emit(SHIFT, h.width, h, last)
+    def shift(self, h: Value, previous: Value | StateRows, mask: Value | None) -> Value:
+        if isinstance(previous, StateRows):
+            return self.emit(SHIFT_STATE, h.width, h, state=previous)
+        assert mask is not None
+        return self.emit(SHIFT, h.width, h, previous, mask)
 
     def row_matmul(self, x: Value, s: Value) -> Value:
         return self.emit(ROW_MATMUL, x.width, x, s)
 
-    def add(self, a: Value, b: Any) -> Value:
-        if isinstance(b, Vector):
-            return self.emit(ADD_VECTOR, a.width, a, vectors=(b.name,))
-        entries = self.notes.entries
-        if entries and entries[-1].op == MUL_VECTOR and entries[-1].out is b:
-            # a + x * vector, the mix of every generation: one pass instead of two.
-            last = entries.pop()
-            return self.emit(MIX, a.width, a, *last.inputs, vectors=last.vectors)
-        return self.emit(ADD, a.width, a, b)
+    def emit(self, code: int, width: int, *operands: Value | Vector, **more: Any) -> Value:
+        """Record an operation with a result of `width`."""
+        out = self.notes.new_value(width, quantised=code == QUANTISE)
+        self.note(code, out, *operands, **more)
+        return Value(self, out, width)
 
-    def multiply(self, a: Value, b: Any) -> Value:
-        if isinstance(b, Vector):
-            return self.emit(MUL_VECTOR, a.width, a, vectors=(b.name,))
-        if isinstance(b, Value):
-            return self.emit(MUL, a.width, a, b)
-        return self.emit(SCALE, a.width, a, number=float(b))
-
-    def emit(self, op: int, width: int, *inputs: Value, out: Value | None = None, **more: Any) -> Value:
-        out = out or Value(self, width, quantised=op == QUANTISE)
-        self.notes.entries.append(Entry(op, out, inputs, section=self.notes.section, **more))
-        return out
+    def note(self, code: int, out: int | None, *operands: Value | Vector, **more: Any) -> None:
+        values = tuple(x.number for x in operands if isinstance(x, Value))
+        vectors = tuple(x.name for x in operands if isinstance(x, Vector))
+        self.notes.ops.append(Op(code, out, values, vectors, section=self.notes.section, **more))
 
     def _quantise(self, x: Value) -> Value:
         """Once for all matrices that read x."""
         known = self.notes.quantised
-        if id(x) not in known:
-            known[id(x)] = self.emit(QUANTISE, x.width, x)
-        return known[id(x)]
+        if x.number not in known:
+            known[x.number] = self.emit(QUANTISE, x.width, x).number
+        return Value(self, known[x.number], x.width)
 
 
-class WalkRecorder:
-    """`models.network.Walk` over `Value`s: groups, recurrences and the state, all on one list."""
+class ForwardRecorder:
+    """`models.network.Forward` over `Value`s: groups, recurrences and states, all in one list of operations."""
+
+    mask = None  # where a segment begins is known to the operations themselves
 
     def __init__(self, program: Program, weights: Mapping[Matrix, Weight], recurrent: Inputs):
         self.program, self.maths = program, Recorder(weights)
         self.maths.notes.section = program.groups[0].role
-        self.inputs = {port.name: Value(self.maths, port.width) for port in walk_inputs(program.spec)}
-        self._recurrent, self._carry = recurrent, {}  # type: ignore[var-annotated]
-        self._state: dict[tuple[str, int], Value] = {}
+        self.inputs = {port.name: self.maths.input(port.width) for port in fused_inputs(program.spec)}
+        self._recurrent, self._carry = recurrent, dict[str, Any]()
 
     def run(self, group: Group, x: dict[str, Any]) -> dict[str, Any]:
         self.maths.notes.section = group.role
         return self.program.evaluate(group, self.maths, x)
 
-    def last(self, name: str, layer: int) -> Value:
-        if (name, layer) not in self._state:
-            self._state[name, layer] = Value(self.maths, self.program.spec.D, state=(name, layer))
-        return self._state[name, layer]
+    def previous(self, part: str, layer: int) -> StateRows:
+        return StateRows(part, layer)
 
-    def keep(self, name: str, layer: int, rows: Value) -> None:
-        self.maths.emit(KEEP, rows.width, rows, out=self.last(name, layer))
+    def store(self, part: str, layer: int, rows: Value) -> None:
+        self.maths.note(STORE_STATE, None, rows, state=StateRows(part, layer))
 
     def time_mix(self, layer: int, out: Mapping[str, Any]) -> Value:
         spec = self.program.spec
         x = {port.name: out[port.name] for port in att_outputs(spec, layer)}
         self.maths.notes.section = RECURRENCE
-        return self.maths.emit(RECUR, spec.A, *self._recurrent(x, self._carry), layer=layer)
+        return self.maths.emit(WKV, spec.A, *self._recurrent(x, self._carry), layer=layer)
 
     def deep_embedding(self, layer: int) -> Value:
         return self.inputs[f"s.{layer}"]
 
 
-@dataclass
-class Recording:
-    """Instructions in the order in which they run. inputs and outputs by name of the port."""
-
-    entries: list[Entry]
-    inputs: dict[str, Value]
-    outputs: dict[str, Value]
-
-
 def record(program: Program, group: Group, weights: Mapping[Matrix, Weight]) -> Recording:
-    """The instructions of a group."""
+    """The operations of a group."""
     recorder = Recorder(weights)
     recorder.notes.section = group.role
-    inputs = {port.name: Value(recorder, port.width) for port in group.inputs}
+    inputs = {port.name: recorder.input(port.width) for port in group.inputs}
     values = program.evaluate(group, recorder, inputs)
+    taken = {value.number for value in inputs.values()}
     outputs: dict[str, Value] = {}
     for port in group.outputs:
         value = values[port.name]
-        taken = value in inputs.values() or any(value is other for other in outputs.values())
-        outputs[port.name] = recorder.multiply(value, 1.0) if taken else value
-    return Recording(schedule(recorder.notes.entries), inputs, outputs)
+        # An input that is handed on, or one value under two names: each output has memory of its own.
+        outputs[port.name] = value * 1.0 if value.number in taken else value
+        taken.add(outputs[port.name].number)
+    return _finish(recorder.notes, inputs, outputs)
 
 
-def record_walk(program: Program, weights: Mapping[Matrix, Weight], recurrent: Inputs) -> Recording:
-    """The instructions of all groups but the head, and of the recurrences between them."""
-    recorder = WalkRecorder(program, weights, recurrent)
-    x = walk(program, recorder, recorder.inputs["x"])
-    return Recording(schedule(recorder.maths.notes.entries), recorder.inputs, {"x": x})
+def record_forward(program: Program, weights: Mapping[Matrix, Weight], recurrent: Inputs) -> Recording:
+    """The operations of the fused forward: all groups but the head, and the recurrences between them."""
+    recorder = ForwardRecorder(program, weights, recurrent)
+    x = forward(program, recorder, recorder.inputs["x"])
+    return _finish(recorder.maths.notes, recorder.inputs, {"x": x})
 
 
-def schedule(entries: Sequence[Entry]) -> list[Entry]:
-    """Entries by levels; between two levels all threads wait for each other.
+def _finish(notes: Notes, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Recording:
+    """The recording holds numbers only: neither values nor the weights that they were recorded with."""
+    ends = [{name: value.number for name, value in some.items()} for some in (inputs, outputs)]
+    ops = fuse_mixes(notes.ops, len(notes.values), set(ends[1].values()))
+    return Recording(schedule(ops, len(notes.values)), notes.values, *ends)
 
-    Odd levels are products and recurrences, whose columns and heads the threads share; even ones treat rows, each
-    thread its own, so that one follows from another without waiting. SHIFT reads the row before, of another thread
-    maybe, and begins a level. What a state held is replaced a level after it was read.
+
+def fuse_mixes(ops: Sequence[Op], values: int, outputs: set[int]) -> list[Op]:
+    """The same operations with one MIX for a + x * vector, the mix of every generation: one pass instead of two.
+
+    A product that something else reads as well stays.
     """
-    level: dict[int, int] = {}
-    read: dict[int, int] = {}
-    for entry in entries:
-        latest = max((level.get(id(value), 0) for value in entry.inputs), default=0)
-        if entry.op in (LINEAR, RECUR):
-            entry.level = latest + 1 + latest % 2
-        elif entry.op == SHIFT:
-            entry.level = latest + 2 - latest % 2
+    readers = [0] * values
+    for op in ops:
+        for value in op.inputs:
+            readers[value] += 1
+    fused: list[Op] = []
+    for op in ops:
+        product = fused[-1] if fused else None
+        if (
+            op.code == ADD
+            and product is not None
+            and product.code == MUL_VECTOR
+            and product.out == op.inputs[1]
+            and readers[op.inputs[1]] == 1
+            and product.out not in outputs
+        ):
+            fused.pop()
+            mixed = (op.inputs[0], *product.inputs)
+            fused.append(replace(op, code=MIX, inputs=mixed, vectors=product.vectors))
         else:
-            entry.level = latest + latest % 2
-        if entry.op == KEEP:
-            entry.level = max(entry.level, read.get(id(entry.out), 0) + 2)
-        level[id(entry.out)] = entry.level
-        read |= {id(value): max(entry.level, read.get(id(value), 0)) for value in entry.inputs}
-    return sorted(entries, key=lambda entry: entry.level)
+            fused.append(op)
+    return fused
+
+
+def schedule(ops: Sequence[Op], values: int) -> list[Op]:
+    """Operations by stage. Between two stages is a barrier, at which all threads wait for each other.
+
+    In odd stages are products and recurrences, whose columns and heads the threads share. Even stages treat rows: each
+    thread has its own, so that one operation follows another without waiting. A shift reads the row above, maybe of
+    another thread, and begins a stage. A state is written a stage after it was read.
+    """
+    stage = [0] * values
+    read: dict[StateRows, int] = {}
+    for op in ops:
+        latest = max((stage[value] for value in op.inputs), default=0)
+        if op.code in (LINEAR, WKV):
+            op.stage = latest + 1 + latest % 2
+        elif op.code in (SHIFT, SHIFT_STATE):
+            op.stage = latest + 2 - latest % 2
+        else:
+            op.stage = latest + latest % 2
+        if op.code == STORE_STATE:
+            assert op.state is not None
+            op.stage = max(op.stage, read.get(op.state, 0) + 2)
+        elif op.state is not None:
+            read[op.state] = max(op.stage, read.get(op.state, 0))
+        if op.out is not None:
+            stage[op.out] = op.stage
+    return sorted(ops, key=lambda op: op.stage)

@@ -13,9 +13,21 @@ import numpy as np
 
 from rwkv_npu.board import hardware
 from rwkv_npu.kernels import available, load
-from rwkv_npu.kernels.instructions import A_STATES, A_VALUES, ARGUMENTS
+from rwkv_npu.kernels.instructions import (
+    A_H,
+    A_LAYER,
+    A_N,
+    A_SEGMENTS,
+    A_STRIDE,
+    A_TABLE,
+    A_VALUES,
+    A_Y,
+    ARGUMENTS,
+)
+from rwkv_npu.kernels.program import fill_segments, recurrent_bytes, segment_table
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
+from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import Spec
 
 # Multiplications of a state's elements that are worth a thread of their own: some 100 us, when waking it takes 20.
@@ -34,10 +46,7 @@ def parameters(vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:
 
 
 class Compiled:
-    """The recurrence of a model: `prepare` and `time_mix` as the modules in `models` have them.
-
-    The y that `time_mix` returns is valid until its next call.
-    """
+    """`models.network.Recurrence`, compiled. The y that `time_mix` returns is valid until its next call."""
 
     name = "numba"
 
@@ -47,38 +56,40 @@ class Compiled:
         self._share = max(1, SHARE // (spec.N * (1 if spec.generation == "4" else spec.N)))
         self._threads = threads or len(hardware.big_cores())
         self._pool: ThreadPoolExecutor | None = None
-        self._y = np.empty((0, 0, 0), np.float32)
+        self._y = np.empty((0, 0), np.float32)
+        self._table = segment_table(0)
 
     def prepare(self, vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:
         return parameters(vector, spec)
 
-    def time_mix(self, p: np.ndarray, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
+    def time_mix(self, p: np.ndarray, x: Arrays, rows: Rows, layer: int, carry: Arrays) -> np.ndarray:
         values = [_plain(array) for array in self._kernel.inputs(x, carry)]
-        states = [state[name] for name in self._kernel.STATES]
-        if not all(part.flags.carray and part.dtype == np.float32 for part in (p, *states)):
-            raise ValueError(
-                "parameters and states must be float32 in C order: they are updated where they lie"
-            )
         if self._y.shape != values[0].shape:
             self._y = np.empty_like(values[0])
-        T, B, A = self._y.shape
+        if len(self._table) <= len(rows.counts):
+            self._table = segment_table(len(rows.counts))
+        fill_segments(self._table, rows, self._spec)
         arguments = np.zeros(ARGUMENTS, np.int64)
-        arguments[:A_STATES] = T, B, self._spec.H, self._spec.N, A, p.ctypes.data, self._y.ctypes.data
-        arguments[A_STATES : A_STATES + len(states)] = [part.ctypes.data for part in states]
+        arguments[A_SEGMENTS], arguments[A_LAYER] = (
+            self._table.ctypes.data,
+            layer * recurrent_bytes(self._spec),
+        )
+        arguments[A_H], arguments[A_N], arguments[A_STRIDE] = self._spec.H, self._spec.N, self._y.shape[1]
+        arguments[A_TABLE], arguments[A_Y] = p.ctypes.data, self._y.ctypes.data
         arguments[A_VALUES : A_VALUES + len(values)] = [array.ctypes.data for array in values]
-        self._share_out(arguments.ctypes.data, T, B * self._spec.H)
+        self._run(arguments.ctypes.data, len(rows), len(rows.counts) * self._spec.H)
         return self._y
 
-    def _share_out(self, arguments: int, tokens: int, heads: int) -> None:
-        """Run the kernel over the heads of all sequences, in as many threads as they are worth."""
+    def _run(self, arguments: int, rows: int, units: int) -> None:
+        """Run the kernel over the heads of all segments, in as many threads as they are worth."""
         run = self._kernel.run.ctypes
-        parts = min(self._threads, heads, tokens * heads // self._share)
+        parts = min(self._threads, units, rows * self._spec.H // self._share)
         if parts < 2:
-            run(arguments, 0, heads)
+            run(arguments, 0, units)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads - 1, "rwkv_npu-kernel")
-        bounds = [heads * part // parts for part in range(parts + 1)]
+        bounds = [units * part // parts for part in range(parts + 1)]
         others = [self._pool.submit(run, arguments, *bounds[part : part + 2]) for part in range(1, parts)]
         run(arguments, 0, bounds[1])
         for other in others:

@@ -1,6 +1,6 @@
 """RWKV-7 and 7a: `models.v7.time_mix`, compiled.
 
-Letters: t of T tokens, b of B sequences, h of H heads, N head size.
+Letters: t of M rows, h of H heads, N head size.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rwkv_npu.kernels.parts import (
     moments,
     recurrence,
     result,
+    segment,
     sigmoid,
     table,
     values,
@@ -26,7 +27,6 @@ from rwkv_npu.kernels.parts import (
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.v7 import LOG_DECAY, NORM_FLOOR
 
-STATES = ("att.wkv",)
 P_W0, P_K_K, P_K_A, P_R_K, P_WEIGHT, P_BIAS, PARAMETERS = range(7)
 X_R, X_W, X_K, X_V, X_A, X_G, X_VMIX, X_FIRST = range(8)
 TURN = 16  # tokens for which it pays to turn a state and to turn it back
@@ -48,26 +48,26 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 
 @inlined
-def _bring(x: Any, p: Any, c: Any, t: Any, b: Any, h: Any, N: Any) -> None:
+def _bring(x: Any, p: Any, c: Any, t: Any, h: Any, N: Any) -> None:
     square = ZERO
     for j in range(N):
-        kappa = x[X_K][t, b, h, j] * p[P_K_K, h, j]
+        kappa = x[X_K][t, h, j] * p[P_K_K, h, j]
         c[KAPPA, j] = kappa
         square += kappa * kappa
     norm = np.sqrt(square)
     scale = ONE / (NORM_FLOOR if norm < NORM_FLOOR else norm)
     for j in range(N):
-        c[W, j] = exp(LOG_DECAY * sigmoid(p[P_W0, h, j] + x[X_W][t, b, h, j]))
+        c[W, j] = exp(LOG_DECAY * sigmoid(p[P_W0, h, j] + x[X_W][t, h, j]))
     for j in range(N):
-        a = x[X_A][t, b, h, j]
+        a = x[X_A][t, h, j]
         kappa = c[KAPPA, j] * scale
         c[KAPPA, j] = kappa
         c[B, j] = kappa * a
-        c[K, j] = x[X_K][t, b, h, j] * (ONE + (a - ONE) * p[P_K_A, h, j])
+        c[K, j] = x[X_K][t, h, j] * (ONE + (a - ONE) * p[P_K_A, h, j])
     for j in range(N):
-        v = x[X_V][t, b, h, j]
-        c[V, j] = v + (x[X_FIRST][t, b, h, j] - v) * x[X_VMIX][t, b, h, j]
-        c[R, j] = x[X_R][t, b, h, j]
+        v = x[X_V][t, h, j]
+        c[V, j] = v + (x[X_FIRST][t, h, j] - v) * x[X_VMIX][t, h, j]
+        c[R, j] = x[X_R][t, h, j]
 
 
 @inlined
@@ -116,7 +116,7 @@ def _update_turned(S: Any, c: Any, N: Any) -> None:
 
 
 @inlined
-def _get(x: Any, p: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: Any) -> None:
+def _get(x: Any, p: Any, c: Any, y: Any, t: Any, h: Any, N: Any) -> None:
     """Group norm, bonus and gate."""
     mean, scale = moments(c[Y], N)
     bonus = ZERO
@@ -124,12 +124,12 @@ def _get(x: Any, p: Any, c: Any, y: Any, t: Any, b: Any, h: Any, N: Any) -> None
         bonus += c[R, j] * c[K, j] * p[P_R_K, h, j]
     for j in range(N):
         normal = (c[Y, j] - mean) * scale * p[P_WEIGHT, h, j] + p[P_BIAS, h, j]
-        y[t, b, h, j] = (normal + bonus * c[V, j]) * x[X_G][t, b, h, j]
+        y[t, h, j] = (normal + bonus * c[V, j]) * x[X_G][t, h, j]
 
 
 @recurrence
 def run(at: Any, begin: Any, end: Any) -> None:
-    """All tokens of heads `begin` to `end` of B*H; y is written, the states are updated."""
+    """Units `begin` to `end`: heads of segments. y is written, the states are updated."""
     a = arguments(at)
     x = (
         values(a, X_R),
@@ -141,24 +141,25 @@ def run(at: Any, begin: Any, end: Any) -> None:
         values(a, X_VMIX),
         values(a, X_FIRST),
     )
-    p, y, states = table(a, PARAMETERS), result(a), matrices(a)
-    H, N = states.shape[1:3]
+    p, y = table(a, PARAMETERS), result(a)
+    H, N = p.shape[1:]
     c = np.empty((8, N), np.float32)
     turned = np.empty((N, N), np.float32)
-    turn = N == 64 and len(y) >= TURN
-    for head in range(begin, end):
-        b, h = head // H, head % H
-        S = states[b, h]
+    for unit in range(begin, end):
+        number, h = unit // H, unit % H
+        first, last = segment(a, number)
+        S = matrices(a, number)[h]
+        turn = N == 64 and last - first >= TURN
         if turn:
             _transpose(S, turned)
-        for t in range(len(y)):
-            _bring(x, p, c, t, b, h, N)
+        for t in range(first, last):
+            _bring(x, p, c, t, h, N)
             if turn:
                 _update_turned(turned, c, 64)
             elif N == 64:
                 _update(S, c, 64)
             else:
                 _update(S, c, N)
-            _get(x, p, c, y, t, b, h, N)
+            _get(x, p, c, y, t, h, N)
         if turn:
             _transpose(turned, S)

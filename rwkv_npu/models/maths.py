@@ -1,9 +1,8 @@
 """The operations in which every generation's maths is written, and their execution in NumPy.
 
 A formula in `v4.py` .. `v7.py` takes such an object `f` as its first argument. NumpyMaths computes it (this is
-the reference); a tracer records the same calls into an ONNX graph, torch runs them on tensors. Arrays have
-rows first, (M, width), time-major (M = T*B); they support +, - and * with each other, with vectors (width,)
-and with Python numbers.
+the reference); a tracer records the same calls into an ONNX graph, torch runs them on tensors. Arrays are
+rows, (M, width); they support +, - and * with each other, with vectors (width,) and with Python numbers.
 """
 
 from __future__ import annotations
@@ -42,8 +41,11 @@ class Maths(Protocol):
 
     def relu(self, x: Any) -> Any: ...
 
-    def shift(self, h: Any, last: Any) -> Any:
-        """Row m of the result is the row of h one token earlier; `last` (B, D) comes before the first."""
+    def shift(self, h: Any, previous: Any, mask: Any) -> Any:
+        """Each row's previous token: the row of h above it where `mask` (M, 1) is 1, else its row of `previous`.
+
+        `previous` (M, D) is 0 where the mask is 1, so that the sum of both terms is the same.
+        """
 
     def row_matmul(self, x: Any, s: Any) -> Any:
         """(M, R), (M, R*R) -> (M, R): each row times its own matrix, row-major."""
@@ -122,8 +124,11 @@ class NumpyMaths:
     def relu(self, x: np.ndarray) -> np.ndarray:
         return np.maximum(x, np.float32(0))
 
-    def shift(self, h: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return np.concatenate([last, h])[: len(h)]
+    def shift(self, h: np.ndarray, previous: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if len(h) == 1:
+            return previous
+        above = np.concatenate([previous[:1], h[:-1]])
+        return np.where(mask != 0, above, previous)
 
     def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
         rank = x.shape[1]

@@ -1,10 +1,10 @@
-"""How a model is cut into groups, and how tokens walk through them.
+"""How a model is cut into groups, and how tokens go through them.
 
-`evaluate` is the maths of one group over any kind of array: NumPy runs it, a tracer records it. `walk` is the way
-through all of them and the recurrences between, over any kind of array too: `Network` goes it on the host, with the
-groups behind a function `run`, and a recorder once for all tokens to come. None of it knows files or backends.
-
-Rows are time-major: row t*B + b is token t of sequence b. M = T*B.
+`Program.evaluate` is the maths of one group over any kind of array: NumPy computes it, a tracer records it. `forward`
+is the way through all groups and the recurrences between them. It is written over the small interface `Forward`, of
+which there are two implementations: `EagerForward` here computes with NumPy arrays, the groups behind a function `run`;
+`kernels.recorder.ForwardRecorder` records the same steps once, for every forward to come. Nothing here knows files or
+backends.
 """
 
 from __future__ import annotations
@@ -20,54 +20,48 @@ from rwkv_npu.models import MODULES
 from rwkv_npu.models import spec as _spec
 from rwkv_npu.models.common import Arrays, scale
 from rwkv_npu.models.maths import LAYER_NORM_EPS, Maths, NumpyMaths, layer_norm, matmul
+from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import Group, Scaling, Spec
 
-# Rows (M, width) in, rows out; what it returns is valid until the next run of the same group.
+# Rows (M, width) in, rows out. The outputs are valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]
 
 
 class Recurrence(Protocol):
-    """What runs the recurrences, in the form that the modules of the generations have them."""
+    """Computes the recurrences of a model's layers."""
 
     def prepare(self, vector: Callable[[str], np.ndarray], spec: Spec) -> Any:
-        """What the recurrence of a layer reads of the model; `vector` gives tensors by their name in the layer."""
+        """The parameters of one layer's recurrence; `vector` gives tensors by their name in the layer."""
 
-    def time_mix(self, p: Any, x: Arrays, state: Arrays, carry: Arrays) -> np.ndarray:
-        """Outputs of a layer's projections (T, B, A) -> y (T, B, A), valid until the next call.
+    def time_mix(self, p: Any, x: Arrays, rows: Rows, layer: int, carry: Arrays) -> np.ndarray:
+        """Outputs of a layer's projections (M, A) -> y (M, A), valid until the next call.
 
-        `state` is updated in place; `carry` goes from layer to layer of one call.
+        The states of `rows` are updated in place. `carry` goes from layer to layer of one forward.
         """
 
 
-class Whole(Protocol):
-    """Something that goes a whole walk at once, for a number of rows and of sequences."""
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        """What the caller fills, by the names of `spec.walk_inputs`."""
-
-    def run(self, state: Arrays) -> np.ndarray:
-        """(M, D), what the head reads, valid until the next run. `state` (L, B, ...) is updated in place."""
-
-
-class Walk(Protocol):
-    """What `walk` is made of. Arrays are rows (M, width), as in `maths.Maths`."""
+class Forward(Protocol):
+    """The steps that `forward` is made of. Arrays are rows (M, width), as in `maths.Maths`."""
 
     @property
     def maths(self) -> Maths:
-        """For what no group computes."""
+        """Computes what belongs to no group."""
+
+    @property
+    def mask(self) -> Any:
+        """(M, 1): see `Maths.shift`."""
 
     def run(self, group: Group, x: dict[str, Any]) -> Mapping[str, Any]:
-        """Outputs of a group."""
+        """The outputs of a group."""
 
-    def last(self, name: str, layer: int) -> Any:
-        """(B, width), a part of the state of a layer."""
+    def previous(self, part: str, layer: int) -> Any:
+        """(M, D): the rows before the first of each sequence, from a part of its state: see `Maths.shift`."""
 
-    def keep(self, name: str, layer: int, rows: Any) -> None:
-        """From now on that part is the last B of `rows`."""
+    def store(self, part: str, layer: int, rows: Any) -> None:
+        """Keep each sequence's last row, of `rows` (M, D), in that part of its state."""
 
     def time_mix(self, layer: int, out: Mapping[str, Any]) -> Any:
-        """The recurrence of a layer: outputs of its projections -> y (M, A). The state is updated."""
+        """The recurrence of a layer: outputs of its projections -> y (M, A). The states are updated."""
 
     def deep_embedding(self, layer: int) -> Any:
         """7a: each token's (R*R) matrix, (M, R*R)."""
@@ -75,7 +69,7 @@ class Walk(Protocol):
 
 @dataclass(frozen=True)
 class Program:
-    """What is computed, apart from the weights: enough to evaluate or trace any group of a model."""
+    """The computation of a model without its weights: enough to evaluate or trace any of its groups."""
 
     spec: Spec
     fusion: str
@@ -105,16 +99,16 @@ class Program:
         if group.role == "ffn":
             return {"out": module.ffn(block, x, i, self.scaling)}
         if group.role == "first":
-            return self._into_recurrence(f, x["x"], x["att_last"], 0)
+            return self._into_recurrence(f, x["x"], x["att_prev"], x["mask"], 0)
         return self._after_recurrence(f, x, group)
 
     def _att_out(self, block: Maths, y: Any, layer: int) -> Any:
         return block.linear(scale(y, self.scaling.residual(layer)), "att.output.weight")
 
-    def _into_recurrence(self, f: Maths, x: Any, last: Any, layer: int) -> dict[str, Any]:
+    def _into_recurrence(self, f: Maths, x: Any, previous: Any, mask: Any, layer: int) -> dict[str, Any]:
         module, block = MODULES[self.spec.generation], f.block(layer)
         h = block.layer_norm(x, "ln1", self.norm_eps(layer))
-        mixed = module.att_mix(block, h, f.shift(h, last), self.spec)
+        mixed = module.att_mix(block, h, f.shift(h, previous, mask), self.spec)
         return {"att_h": h, **module.att_in(block, mixed, self.spec, layer)}
 
     def _after_recurrence(self, f: Maths, x: dict[str, Any], group: Group) -> dict[str, Any]:
@@ -123,14 +117,15 @@ class Program:
         block = f.block(i)
         residual = x["x"] + self._att_out(block, x["y"], i)
         h = block.layer_norm(residual, "ln2", self.norm_eps(i))
-        mixed = module.ffn_mix(block, h, f.shift(h, x["ffn_last"]))
+        mixed = module.ffn_mix(block, h, f.shift(h, x["ffn_prev"], x["mask"]))
         if "s" in x:
             mixed["s"] = x["s"]
         residual = residual + module.ffn(block, mixed, i, self.scaling)
         if group.role == "last":
             return {"x_out": f.layer_norm(residual, "ln_out", self.norm_eps(i)), "ffn_h": h}
         residual = scale(residual, self.rescale(i))
-        return {"x_out": residual, "ffn_h": h, **self._into_recurrence(f, residual, x["att_last"], i + 1)}
+        following = self._into_recurrence(f, residual, x["att_prev"], x["mask"], i + 1)
+        return {"x_out": residual, "ffn_h": h, **following}
 
     def rescale(self, layer: int) -> float:
         """Factor on the residual when it passes from `layer` to the next."""
@@ -141,52 +136,72 @@ class Program:
         return LAYER_NORM_EPS * self.scaling.residual(layer) ** 2
 
 
-def walk(program: Program, w: Walk, x: Any) -> Any:
-    """(M, D), embedded tokens -> (M, D), what the head reads: every group but the head, and every recurrence."""
+def forward(program: Program, f: Forward, x: Any) -> Any:
+    """(M, D), embedded tokens -> (M, D), the input of the head: every group but the head, and every recurrence."""
     x = scale(x, program.scaling.residual(0))
-    return (_layer_walk if program.fusion == "layer" else _projection_walk)(program, w, x)
+    return (_by_layers if program.fusion == "layer" else _by_projections)(program, f, x)
 
 
-def _layer_walk(program: Program, w: Walk, x: Any) -> Any:
+def _by_layers(program: Program, f: Forward, x: Any) -> Any:
     spec = program.spec
-    out = w.run(program.group("first", 0), {"x": x, "att_last": w.last("att.shift", 0)})
+    first = {"x": x, "att_prev": f.previous("att.shift", 0), "mask": f.mask}
+    out = f.run(program.group("first", 0), first)
     for i in range(spec.L):
-        w.keep("att.shift", i, out["att_h"])
-        inputs = {"y": w.time_mix(i, out), "x": x, "ffn_last": w.last("ffn.shift", i)}
+        f.store("att.shift", i, out["att_h"])
+        inputs = {"y": f.time_mix(i, out), "x": x, "ffn_prev": f.previous("ffn.shift", i), "mask": f.mask}
         if spec.generation == "7a":
-            inputs["s"] = w.deep_embedding(i)
+            inputs["s"] = f.deep_embedding(i)
         if i + 1 < spec.L:
-            inputs["att_last"] = w.last("att.shift", i + 1)
-        out = w.run(program.group("mid" if i + 1 < spec.L else "last", i), inputs)
-        w.keep("ffn.shift", i, out["ffn_h"])
+            inputs["att_prev"] = f.previous("att.shift", i + 1)
+        out = f.run(program.group("mid" if i + 1 < spec.L else "last", i), inputs)
+        f.store("ffn.shift", i, out["ffn_h"])
         x = out["x_out"]
     return x
 
 
-def _projection_walk(program: Program, w: Walk, x: Any) -> Any:
-    spec, f = program.spec, w.maths
+def _by_projections(program: Program, f: Forward, x: Any) -> Any:
+    spec, maths = program.spec, f.maths
     module = MODULES[spec.generation]
 
     def run(role: str, layer: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
         group = program.group(role, layer)
-        return w.run(group, {port.name: values[port.name] for port in group.inputs})
+        return f.run(group, {port.name: values[port.name] for port in group.inputs})
 
     for i in range(spec.L):
-        block = f.block(i)
+        block = maths.block(i)
         h = block.layer_norm(x, "ln1", program.norm_eps(i))
-        mixed = module.att_mix(block, h, f.shift(h, w.last("att.shift", i)), spec)
-        w.keep("att.shift", i, h)
-        y = w.time_mix(i, run("att.in", i, mixed))
+        previous = maths.shift(h, f.previous("att.shift", i), f.mask)
+        mixed = module.att_mix(block, h, previous, spec)
+        f.store("att.shift", i, h)
+        y = f.time_mix(i, run("att.in", i, mixed))
         x = x + run("att.out", i, {"y": y})["out"]
         h = block.layer_norm(x, "ln2", program.norm_eps(i))
-        mixed = module.ffn_mix(block, h, f.shift(h, w.last("ffn.shift", i)))
-        w.keep("ffn.shift", i, h)
+        mixed = module.ffn_mix(block, h, maths.shift(h, f.previous("ffn.shift", i), f.mask))
+        f.store("ffn.shift", i, h)
         if spec.generation == "7a":
-            mixed["s"] = w.deep_embedding(i)
+            mixed["s"] = f.deep_embedding(i)
         x = x + run("ffn", i, mixed)["out"]
         if i + 1 < spec.L:
             x = scale(x, program.rescale(i))
-    return f.layer_norm(x, "ln_out", program.norm_eps(spec.L - 1))
+    return maths.layer_norm(x, "ln_out", program.norm_eps(spec.L - 1))
+
+
+class ReferenceRecurrence:
+    """The recurrence in NumPy, as the generations' modules write it: one segment after the other."""
+
+    def __init__(self, spec: Spec):
+        module = MODULES[spec.generation]
+        self.prepare, self._time_mix = module.prepare, module.time_mix
+
+    def time_mix(self, p: Any, x: Arrays, rows: Rows, layer: int, carry: Arrays) -> np.ndarray:
+        carried: Any = carry.setdefault("segments", [{} for _ in rows.counts])  # type: ignore[arg-type]
+        y = np.empty_like(x["v"])
+        for (segment, state), own in zip(rows.segments, carried, strict=True):
+            # The modules take (T, B, A) and states (B, ...): here B = 1.
+            tokens = {name: array[segment, None] for name, array in x.items()}
+            parts = {name: part[layer, None] for name, part in state.items()}
+            y[segment] = self._time_mix(p, tokens, parts, own)[:, 0]
+        return y
 
 
 class Network:
@@ -202,67 +217,56 @@ class Network:
         self.program, self.spec = program, program.spec
         self._host = host
         self.maths = NumpyMaths(host)
-        self._recurrence = recurrence or MODULES[program.spec.generation]
-        self._prepared: dict[int, Any] = {}  # by layer, when they are needed first
+        self._recurrence = recurrence or ReferenceRecurrence(program.spec)
+        self._prepared: dict[int, Any] = {}  # the recurrence's parameters, by layer, made at first use
         self._recurrent_ports = [_spec.att_outputs(self.spec, i) for i in range(self.spec.L)]
 
-    def hidden(self, run: Run, tokens: np.ndarray, state: Arrays) -> np.ndarray:
-        """(T, B) token ids -> (T*B, D), what the head reads. `state` (L, B, ...) is updated in place."""
-        x = self.embed(tokens)
-        return walk(self.program, _HostWalk(self, run, tokens, x, state), x)
-
-    def hidden_at_once(self, whole: Whole, tokens: np.ndarray, state: Arrays) -> np.ndarray:
-        """The same where one call does it all."""
-        x = whole.inputs["x"][:] = self.embed(tokens)
-        for i in range(len(whole.inputs) - 1):
-            whole.inputs[f"s.{i}"][:] = self.deep_embedding(i, tokens, x)
-        return whole.run(state)
+    def hidden(self, run: Run, rows: Rows) -> np.ndarray:
+        """The input of the head, (M, D). The states of `rows` are updated in place."""
+        x = self.embed(rows.ids)
+        return forward(self.program, EagerForward(self, run, rows, x), x)
 
     def logits(self, run: Run, x: np.ndarray) -> np.ndarray:
         """(M, D) -> (M, V)."""
         return run(self.program.group("head"), {"x": x})["logits"]
 
-    def embed(self, tokens: np.ndarray) -> np.ndarray:
-        """(T, B) token ids -> (M, D) fp32, through ln0."""
-        rows = self._host("emb.weight")[tokens.reshape(-1)].astype(np.float32)
+    def fill(self, inputs: Arrays, ids: np.ndarray) -> None:
+        """Fill the `inputs` of a fused forward (`spec.fused_inputs`) for tokens (M,)."""
+        x = inputs["x"][:] = self.embed(ids)
+        for i in range(len(inputs) - 1):
+            inputs[f"s.{i}"][:] = self.deep_embedding(i, ids, x)
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """(M,) token ids -> (M, D) fp32, through ln0."""
+        rows = self._host("emb.weight")[ids].astype(np.float32)
         weight, bias = (self._host(f"blocks.0.ln0.{part}") for part in ("weight", "bias"))
         return layer_norm(rows, weight, bias, LAYER_NORM_EPS)
 
-    def deep_embedding(self, layer: int, tokens: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    def deep_embedding(self, layer: int, ids: np.ndarray, x0: np.ndarray) -> np.ndarray:
         """7a: (M, R*R), each token's matrix: its row of s_emb plus its embedding `x0` (M, D) times s_emb_x."""
         name = f"blocks.{layer}.ffn.s_emb"
-        rows = self._host(f"{name}.weight")[tokens.reshape(-1)].astype(np.float32)
+        rows = self._host(f"{name}.weight")[ids].astype(np.float32)
         return rows + matmul(x0, self._host(f"{name}_x.weight").T)
 
-    def time_mix(
-        self, layer: int, out: Mapping[str, np.ndarray], state: Arrays, carry: Arrays, shape: tuple[int, int]
-    ) -> np.ndarray:
-        """The recurrence of a layer over the outputs of its projections: (M, A) each -> y (M, A). shape: (T, B)."""
+    def time_mix(self, layer: int, out: Mapping[str, np.ndarray], rows: Rows, carry: Arrays) -> np.ndarray:
+        """The recurrence of a layer over the outputs of its projections: (M, A) each -> y (M, A)."""
         if layer not in self._prepared:
             self._prepared[layer] = self._recurrence.prepare(self.maths.block(layer).vector, self.spec)
-        ports = self._recurrent_ports[layer]
-        inputs = {port.name: out[port.name].reshape(*shape, port.width) for port in ports}
-        recurrent = {name: part[layer] for name, part in state.items()}
-        y = self._recurrence.time_mix(self._prepared[layer], inputs, recurrent, carry)
-        return y.reshape(-1, self.spec.A)
+        inputs = {port.name: out[port.name] for port in self._recurrent_ports[layer]}
+        return self._recurrence.time_mix(self._prepared[layer], inputs, rows, layer, carry)
 
 
-class _HostWalk:
-    """A walk over NumPy arrays: (T, B) tokens, `state` (L, B, ...)."""
+class EagerForward:
+    """`Forward` over NumPy arrays, computed at once."""
 
-    def __init__(self, network: Network, run: Run, tokens: np.ndarray, embedded: np.ndarray, state: Arrays):
-        self.maths, self.run = network.maths, run
-        self._network, self._tokens, self._embedded, self._state = network, tokens, embedded, state
+    def __init__(self, network: Network, run: Run, rows: Rows, embedded: np.ndarray):
+        self.maths, self.run, self.mask = network.maths, run, rows.mask
+        self.previous, self.store = rows.previous, rows.store
+        self._network, self._rows, self._embedded = network, rows, embedded
         self._carry: Arrays = {}
 
-    def last(self, name: str, layer: int) -> np.ndarray:
-        return self._state[name][layer]
-
-    def keep(self, name: str, layer: int, rows: np.ndarray) -> None:
-        self._state[name][layer] = rows[-self._tokens.shape[1] :]
-
     def time_mix(self, layer: int, out: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self._network.time_mix(layer, out, self._state, self._carry, self._tokens.shape)
+        return self._network.time_mix(layer, out, self._rows, self._carry)
 
     def deep_embedding(self, layer: int) -> np.ndarray:
-        return self._network.deep_embedding(layer, self._tokens, self._embedded)
+        return self._network.deep_embedding(layer, self._rows.ids, self._embedded)

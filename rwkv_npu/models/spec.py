@@ -6,7 +6,7 @@ that runs them. Nothing here knows a file format, a formula or a backend.
 
 Letters used everywhere:
     D embedding width   L layers   V vocabulary   A attention width (H*N; D in all official models)
-    H heads   N head size   F channel-mix width   M rows of a call (T tokens * B sequences, time-major)
+    H heads   N head size   F channel-mix width   M rows of a call: tokens of any sequences (`rows.py`)
 """
 
 from __future__ import annotations
@@ -238,11 +238,13 @@ def state_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a group: (M, width), or (B, width) where it holds one row per sequence."""
+    """An input or output of a group: (M, width) fp32."""
 
     name: str
     width: int
-    per_sequence: bool = False
+
+
+MASK = Port("mask", 1)  # of layer fusion's groups: see `maths.Maths.shift`
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,10 @@ class Group:
     @property
     def name(self) -> str:
         return self.role if self.layer < 0 or self.role in ("first", "last") else f"{self.role}.{self.layer}"
+
+    def fixed_inputs(self, rows: int) -> tuple[Port, ...]:
+        """The inputs of a graph that is built for `rows` rows. A single row follows no other: it needs no mask."""
+        return tuple(port for port in self.inputs if rows > 1 or port != MASK)
 
 
 _ATT_OUTPUTS = {
@@ -310,8 +316,8 @@ def deep_embedding(spec: Spec) -> Port:
     return Port("s", spec.ranks["s"] ** 2)
 
 
-def walk_inputs(spec: Spec) -> tuple[Port, ...]:
-    """What all layers together read beside the state: the embedding, and of 7a a matrix for each layer."""
+def fused_inputs(spec: Spec) -> tuple[Port, ...]:
+    """The inputs of the fused forward: the embedding, and of 7a a matrix for each layer."""
     deep = [replace(deep_embedding(spec), name=f"s.{i}") for i in range(spec.L) if spec.generation == "7a"]
     return (Port("x", spec.D), *deep)
 
@@ -342,13 +348,18 @@ def groups(spec: Spec, fusion: str) -> list[Group]:
         )
         return [group for layer in per_layer for group in layer] + [head]
     check_fusion(fusion)
-    att_last, ffn_last = Port("att_last", spec.D, True), Port("ffn_last", spec.D, True)
+    att_prev, ffn_prev = Port("att_prev", spec.D), Port("ffn_prev", spec.D)
     att_h, ffn_h, x_out = Port("att_h", spec.D), Port("ffn_h", spec.D), Port("x_out", spec.D)
     deep = tuple(port for port in ffn_inputs(spec) if port.name == "s")
-    first = Group("first", 0, (x, att_last), (att_h, *att_outputs(spec, 0)))
+    first = Group("first", 0, (x, att_prev, MASK), (att_h, *att_outputs(spec, 0)))
     mids = [
-        Group("mid", i, (y, x, ffn_last, *deep, att_last), (x_out, ffn_h, att_h, *att_outputs(spec, i + 1)))
+        Group(
+            "mid",
+            i,
+            (y, x, ffn_prev, *deep, att_prev, MASK),
+            (x_out, ffn_h, att_h, *att_outputs(spec, i + 1)),
+        )
         for i in range(spec.L - 1)
     ]
-    last = Group("last", spec.L - 1, (y, x, ffn_last, *deep), (x_out, ffn_h))
+    last = Group("last", spec.L - 1, (y, x, ffn_prev, *deep, MASK), (x_out, ffn_h))
     return [first, *mids, last, head]

@@ -129,10 +129,10 @@ def graph_ms(cycles: Mapping[str, int], rows: int, dram: str, terms: Terms, boun
     return max(memory, factor * cycles.get("npu", 0)) / rk3588.NPU_HZ * 1e3
 
 
-def port_ms(elements: int, per_sequence: int, rows: int, terms: Terms, bound: str) -> tuple[float, float]:
+def port_ms(elements: int, rows: int, terms: Terms, bound: str) -> tuple[float, float]:
     """(transposes in the graph, conversion of fp32 on the CPU) of inputs and outputs. `elements` are of a row."""
     transposed = rows * elements * terms["transpose_element"].at(bound) if rows > 1 else 0.0
-    converted = (rows * elements + per_sequence) * terms["conversion_element"].at(bound)
+    converted = rows * elements * terms["conversion_element"].at(bound)
     return transposed / 1e6, converted / 1e6
 
 
@@ -216,7 +216,7 @@ def on_npu(
         for artifact, times in used:
             group = counts[artifact.fusion, artifact.rows][artifact.group]
             part = "head" if artifact.group == "head" else "projections"
-            transposes, io = port_ms(group.ports, group.sequence_ports, artifact.rows, terms, bound)
+            transposes, io = port_ms(group.ports, artifact.rows, terms, bound)
             found[part] += times * graph_ms(artifact.cycles, artifact.rows, dram, terms, bound)
             found["operators"] += times * (operators_ms(group, artifact.rows, terms, bound) + transposes)
             found["io"] += times * io

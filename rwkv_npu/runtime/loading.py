@@ -36,8 +36,11 @@ class Options:
     npu_cores: str = "auto"
 
 
-def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
-    """An engine on the plan's backends. Raises RwkvNpuError, with nothing left open."""
+def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: bool = True) -> Engine:
+    """An engine on the plan's backends; without `fused` it runs group by group.
+
+    Raises RwkvNpuError, with nothing left open.
+    """
     groups = source.program.groups
     if not _serves(plan, source):
         raise UsageError(
@@ -66,10 +69,11 @@ def open_engine(source: ModelSource, plan: Plan, options: Options) -> Engine:
         engine = Engine(
             source.program,
             source.tensor,
-            serve=lambda group, decode: opened[plan.backend(group, decode)],
+            assign=lambda group, decode: opened[plan.backend(group, decode)],
             fingerprint=source.fingerprint,
             initial=source.initial_states(),
             faults=faults,
+            fused=fused,
             # The NumPy backend alone is the reference, all of it.
             recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
@@ -156,6 +160,8 @@ def why_absent(backend: str, source: ModelSource) -> str | None:
     if chip is None:
         return "this machine has no Rockchip NPU"
     if backend == "rknn":
+        if source.outdated:
+            return source.outdated
         if not any(artifact.target == chip for artifact in source.artifacts()):
             in_precision = f", in {source.precision}" if source.precision else ""
             return f"there are no artifacts for the {chip}, {source.program.fusion} fusion{in_precision}"

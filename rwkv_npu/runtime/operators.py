@@ -23,7 +23,6 @@ class Operators:
     other: int = 0
     count: int = 0
     ports: int = 0
-    sequence_ports: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,12 @@ class Counter:
 
     sigmoid = relu = tanh
 
-    def shift(self, h: Width, last: Width) -> Width:
+    def shift(self, h: Width, previous: Width, mask: Width) -> Width:
         if self.rows == 1:
-            return last
-        self.operator(h.width)  # Concat, then Slice
-        return self.operator(h.width)
+            return previous
+        for _ in ("Concat", "Slice", "Mul"):
+            self.operator(h.width)
+        return self.operator(h.width)  # Add
 
     def row_matmul(self, x: Width, s: Width) -> Width:
         self.operator(s.width)
@@ -100,9 +100,5 @@ def count_operators(spec: Spec, fusion: str, rows: int) -> dict[str, Operators]:
 def _count(program: Program, group: Group, shapes: dict[str, tuple[int, ...]], rows: int) -> Operators:
     counter = Counter(shapes, rows)
     program.evaluate(group, counter, {port.name: Width(counter, port.width) for port in group.inputs})
-    for port in (*group.inputs, *group.outputs):
-        if port.per_sequence:
-            counter.found.sequence_ports += port.width
-        else:
-            counter.found.ports += port.width
+    counter.found.ports += sum(port.width for port in (*group.fixed_inputs(rows), *group.outputs))
     return counter.found

@@ -85,6 +85,19 @@ class ModelSource:
     def onnx(self, group: Group) -> str | bytes:
         raise KeyError(group.name)
 
+    def _traced(self, group: Group, dtype: type[np.floating] = np.float32) -> bytes:
+        """The group's graph with its projections inside, in `dtype`."""
+        from rwkv_npu.graphs.onnx import inline_model
+        from rwkv_npu.graphs.trace import trace_group
+
+        trace = trace_group(self.program, group)
+        return inline_model(trace, group.name, self.tensor, dtype).SerializeToString()
+
+    @property
+    def outdated(self) -> str:
+        """The reason why the artifacts of an old bundle cannot be used, "" if they can."""
+        return ""
+
     def artifacts(self) -> list[Artifact]:
         """The artifacts that there are for this fusion."""
         return []
@@ -153,9 +166,16 @@ class BundleSource(ModelSource):
     def has(self, name: str) -> bool:
         return name in self.bundle
 
+    @property
+    def outdated(self) -> str:
+        """The reason why the bundle's graphs and artifacts cannot be used, "" if they can: they have other ports."""
+        return self.bundle.manifest.outdated
+
     def artifacts(self) -> list[Artifact]:
         """Those of the bundle's default precision come first."""
         manifest = self.bundle.manifest
+        if self.outdated:
+            return []
         all_ = [a for a in manifest.artifacts if a.fusion == self.program.fusion]
         all_.sort(key=lambda artifact: artifact.precision != manifest.npu_default)
         return [a for a in all_ if self.precision in (None, a.precision)]
@@ -186,6 +206,8 @@ class BundleSource(ModelSource):
     def onnx(self, group: Group) -> str | bytes:
         if self._quantised:
             return self._quantised_onnx(group)
+        if self.outdated:  # its files have the ports of another format: trace the graph anew
+            return self._traced(group, np.float16)
         path = self.bundle.graph_path(self.program.fusion, group.name)
         if not path.is_file():
             raise BundleError(f"{path} is missing from the bundle: convert the checkpoint again")
@@ -222,8 +244,4 @@ class CheckpointSource(ModelSource):
         return name in self.checkpoint
 
     def onnx(self, group: Group) -> bytes:
-        from rwkv_npu.graphs.onnx import inline_model
-        from rwkv_npu.graphs.trace import trace_group
-
-        model = inline_model(trace_group(self.program, group), group.name, self.tensor)
-        return model.SerializeToString()
+        return self._traced(group)

@@ -53,10 +53,10 @@ class Bundles:
         if "product" in said:
             return _product(*map(int, said["product"].split("x")))
         backend, group = self._groups[said["fingerprint"], said["group"], said.get("int8", "")]
-        names = [port.name for port in group.inputs], [port.name for port in group.outputs]
+        rows = next(iter(outputs.values())) // group.outputs[0].width
+        names = [port.name for port in group.fixed_inputs(rows)], [port.name for port in group.outputs]
         if names != (list(inputs), list(outputs)):
             raise KeyError(f"{group.name} has other inputs and outputs than its file")
-        rows = outputs[names[1][0]] // group.outputs[0].width
         runner = backend.open(group, rows)
 
         def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:

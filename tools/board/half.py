@@ -55,8 +55,10 @@ class HalfMaths:
     def relu(self, x: np.ndarray) -> np.ndarray:
         return np.maximum(x, np.float16(0))
 
-    def shift(self, h: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return np.concatenate([last, h])[: len(h)]
+    def shift(self, h: np.ndarray, previous: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if len(h) == 1:
+            return previous
+        return np.where(mask != 0, np.concatenate([previous[:1], h[:-1]]), previous)
 
     def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
         rank = x.shape[1]
@@ -71,9 +73,9 @@ class HalfMaths:
 
 
 class HalfRunner:
-    def __init__(self, source: ModelSource, maths: HalfMaths, group: Group, rows: int, batch: int):
+    def __init__(self, source: ModelSource, maths: HalfMaths, group: Group, rows: int):
         self._source, self._maths, self._group = source, maths, group
-        self.inputs = allocate_inputs(group, rows, batch)
+        self.inputs = allocate_inputs(group, rows)
 
     def run(self) -> Mapping[str, np.ndarray]:
         inputs = {name: _half(array) for name, array in self.inputs.items()}
@@ -90,8 +92,8 @@ class HalfBackend:
     def row_counts(self, group: Group) -> None:
         return None
 
-    def open(self, group: Group, rows: int, batch: int = 1) -> HalfRunner:
-        return HalfRunner(self._source, self._maths, group, rows, batch)
+    def open(self, group: Group, rows: int) -> HalfRunner:
+        return HalfRunner(self._source, self._maths, group, rows)
 
     def close(self) -> None:
         self._maths = HalfMaths(self._source)

@@ -1,0 +1,277 @@
+"""Gives a recording its place in memory: the result, a `MachineProgram`, is what the machine in `machine.py` executes.
+
+Nothing here needs numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rwkv_npu.kernels.instructions import (
+    ALIGNMENT,
+    ARGUMENTS,
+    INSTRUCTION,
+    LINEAR,
+    QUANTISE,
+    ROW_MATMUL,
+    S_COUNT,
+    S_FIRST,
+    S_RECURRENT,
+    S_ROWS,
+    S_SEGMENTS,
+    S_STATE,
+    SEGMENT_WORDS,
+    SHIFT,
+    STORE_STATE,
+    TILE_ROWS,
+    WKV,
+)
+from rwkv_npu.kernels.recorder import Matrix, Op, Recording, Shape
+from rwkv_npu.models.rows import Rows
+from rwkv_npu.models.spec import Spec, state_shapes
+from rwkv_npu.quant.cpu import BLOCK, PANEL, padded
+
+WORD = 8  # bytes: every field of an instruction and every argument of a recurrence
+
+
+class Bound(NamedTuple):
+    """A matrix in memory: K is padded for quantised ones, N for all; addresses of the numbers and of their scales."""
+
+    format: int
+    k: int
+    n: int
+    data: int
+    scales: int
+
+
+class Code(NamedTuple):
+    """A compiled recurrence: its address, and those of the parameters of each layer."""
+
+    address: int
+    tables: Sequence[int]
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def aligned_bytes(count: int) -> np.ndarray:
+    """Zeroed memory that begins on a whole vector."""
+    raw = np.zeros(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count]
+
+
+def tiled(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of rows in memory. unit: the stride of a row is a multiple of so many floats."""
+
+    unit: int
+
+    @staticmethod
+    def of(spec: Spec) -> Layout:
+        """Whole panels, so that products may write all of their columns; and whole heads, so that a recurrence finds
+        one beside the other. (RWKV-4 has no heads.)"""
+        return Layout(PANEL if spec.generation == "4" else lcm(PANEL, spec.N))
+
+    def stride(self, width: int) -> int:
+        """Floats from one row to the next."""
+        return -(-width // self.unit) * self.unit
+
+    def allocate(self, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Memory for (rows, width) floats as the machine needs it, and the part of it that counts."""
+        shape = tiled(rows), self.stride(width)
+        whole = aligned_bytes(4 * shape[0] * shape[1]).view(np.float32).reshape(shape)
+        return whole, whole[:rows, :width]
+
+    def bytes_of(self, shape: Shape, rows: int) -> int:
+        k = padded(shape.width, 0)[0]
+        row = k + 8 * k // BLOCK if shape.quantised else 4 * self.stride(shape.width)
+        return -(-tiled(rows) * row // ALIGNMENT) * ALIGNMENT
+
+    def place(self, recording: Recording, rows: int) -> tuple[list[int | None], int]:
+        """By value, its offset in bytes; and the bytes of all together. Inputs and outputs lie elsewhere and have none.
+
+        Memory is used again from the stage after the last that reads its value: within a stage threads are apart.
+        """
+        last_use = [0] * len(recording.values)
+        for op in recording.ops:
+            for value in op.inputs if op.out is None else (op.out, *op.inputs):
+                last_use[value] = op.stage
+        elsewhere = {*recording.inputs.values(), *recording.outputs.values()}
+        offsets: list[int | None] = [None] * len(recording.values)
+        end_of_all = 0
+        live: list[tuple[int, int, int]] = []  # (offset, end, stage of the last use)
+        for op in recording.ops:
+            if op.out is None or op.out in elsewhere:
+                continue
+            live = [piece for piece in live if piece[2] >= op.stage]
+            size, offset = self.bytes_of(recording.values[op.out], rows), 0
+            for begin, end, _ in sorted(live):
+                if offset + size <= begin:
+                    break
+                offset = max(offset, end)
+            offsets[op.out] = offset
+            end_of_all = max(end_of_all, offset + size)
+            live.append((offset, offset + size, last_use[op.out]))
+        return offsets, end_of_all
+
+
+# -- segments ----------------------------------------------------------------------------------------------
+
+
+def segment_table(capacity: int) -> np.ndarray:
+    """An empty table (1 + capacity, SEGMENT_WORDS) for as many segments."""
+    return aligned_bytes((1 + capacity) * SEGMENT_WORDS * WORD).view(np.int64).reshape(-1, SEGMENT_WORDS)
+
+
+def fill_segments(table: np.ndarray, rows: Rows, spec: Spec) -> None:
+    """Describe the segments of `rows`. Raises UsageError for states that cannot be updated where they lie."""
+    addresses = rows.addresses(spec)
+    lines = table[1 : 1 + len(addresses)]
+    lines[:, S_STATE : S_STATE + addresses.shape[1]] = addresses
+    lines[:, S_FIRST], lines[:, S_COUNT] = rows.firsts, rows.counts
+    table[0, S_SEGMENTS], table[0, S_ROWS] = len(addresses), len(rows)
+
+
+def part_bytes(spec: Spec, part: str) -> int:
+    """Bytes of one layer of a part of a state."""
+    return 4 * int(np.prod(state_shapes(spec)[part]))
+
+
+def recurrent_bytes(spec: Spec) -> int:
+    """The same of the parts that the recurrence updates: they are equally large."""
+    return part_bytes(spec, list(state_shapes(spec))[S_RECURRENT - S_STATE])
+
+
+# -- programs ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MachineProgram:
+    """`length` instructions, then the arguments of recurrences, all as int64 words.
+
+    clocks: nanoseconds by section, which every run adds to. segments: the table that the instructions read.
+    """
+
+    words: np.ndarray
+    length: int
+    clocks: np.ndarray
+    sections: list[str]
+    segments: np.ndarray
+
+    def __post_init__(self) -> None:
+        size = self.length * INSTRUCTION.itemsize // WORD
+        self._rows = self.words[:size].view(INSTRUCTION)["rows"]
+
+    @property
+    def address(self) -> int:
+        return int(self.words.ctypes.data)
+
+    def set_rows(self, rows: int) -> None:
+        """Have it compute so many rows from now on, at most those that it was bound for."""
+        if self._rows[0] != rows:
+            self._rows[:] = rows
+
+
+@dataclass
+class Binder:
+    """Everything that turns operations into a program for up to M = `rows` rows.
+
+    addresses: of every value, by its number. vectors: addresses by name. segments: the segment table.
+    """
+
+    spec: Spec
+    layout: Layout
+    rows: int
+    addresses: Sequence[int]
+    vectors: Mapping[str, int]
+    matrices: Mapping[Matrix, Bound]
+    segments: np.ndarray
+    code: Code | None = None
+
+    def bind(self, recording: Recording) -> MachineProgram:
+        ops, self._values = recording.ops, recording.values
+        sections = list(dict.fromkeys(op.section for op in ops))
+        clocks = np.zeros(len(sections), np.int64)
+        recurrences = sum(op.code == WKV for op in ops)
+        size = end = len(ops) * INSTRUCTION.itemsize // WORD
+        words = aligned_bytes((size + ARGUMENTS * recurrences) * WORD).view(np.int64)
+        names = INSTRUCTION.names or ()
+        lines, stage = [], 0
+        for op in ops:
+            fields = self._instruction(op)
+            fields["wait"], stage = op.stage != stage, op.stage
+            fields["clock"] = clocks.ctypes.data + sections.index(op.section) * WORD
+            if op.code == WKV:
+                words[end : end + ARGUMENTS] = self._arguments(op)
+                fields["vector"] = words.ctypes.data + end * WORD
+                end += ARGUMENTS
+            lines.append(tuple(fields.get(name, 0) for name in names))
+        words[:size].view(INSTRUCTION)[:] = np.array(lines, INSTRUCTION)
+        return MachineProgram(words, len(ops), clocks, sections, self.segments)
+
+    def _instruction(self, op: Op) -> dict[str, Any]:
+        """The fields that are not 0: see the table in `instructions.py`."""
+        code = op.code
+        fields: dict[str, Any] = {"op": code, "rows": self.rows, "number": op.number}
+        fields |= {name: self.addresses[v] for name, v in zip("ab", op.inputs, strict=False)}
+        fields |= {name: self.vectors[v] for name, v in zip(("vector", "bias"), op.vectors, strict=False)}
+        if op.out is not None:
+            width = self._values[op.out].width
+            fields |= {"out": self.addresses[op.out], "width": width, "stride": self.layout.stride(width)}
+        if code == WKV:
+            assert self.code is not None
+            return {**fields, "a": 0, "b": 0, "weights": self.code.address, "n": self.spec.H}
+        if code == ROW_MATMUL:
+            fields["other_stride"] = self._stride(op.inputs[1])
+        elif code == LINEAR:
+            fields["other_stride"] = self._stride(op.inputs[0])
+        elif code == SHIFT:
+            fields["vector"] = self.addresses[op.inputs[2]]
+            fields["other_stride"] = self._stride(op.inputs[2])
+        elif code == STORE_STATE:
+            fields["width"] = self._values[op.inputs[0]].width
+            fields["other_stride"] = self._stride(op.inputs[0])
+        if op.state is not None:
+            fields["vector"] = self.segments.ctypes.data
+            fields["k"] = S_STATE + list(state_shapes(self.spec)).index(op.state.part)
+            fields["n"] = op.state.layer * part_bytes(self.spec, op.state.part)
+        if code == QUANTISE:
+            assert op.out is not None
+            fields["k"] = padded(self._values[op.out].width, 0)[0]
+            fields["b"], fields["sums"] = self._scales_and_sums(op.out)
+        if code == LINEAR:
+            assert op.matrix is not None
+            fields |= self.matrices[op.matrix]._asdict()
+            fields["weights"] = fields.pop("data")
+            if self._values[op.inputs[0]].quantised:
+                fields["b"], fields["sums"] = self._scales_and_sums(op.inputs[0])
+        return fields
+
+    def _arguments(self, op: Op) -> list[int]:
+        """As `instructions.A_SEGMENTS` and the names after it say."""
+        assert self.code is not None and op.out is not None
+        spec = self.spec
+        layer = op.layer * recurrent_bytes(spec)
+        found = [self.segments.ctypes.data, layer, spec.H, spec.N, self._stride(op.out)]
+        found += [self.code.tables[op.layer], self.addresses[op.out]]
+        found += [self.addresses[value] for value in op.inputs]
+        return found + [0] * (ARGUMENTS - len(found))
+
+    def _stride(self, value: int) -> int:
+        return self.layout.stride(self._values[value].width)
+
+    def _scales_and_sums(self, value: int) -> tuple[int, int]:
+        """Where the scales and the sums of a quantised value lie: after its bytes."""
+        size = tiled(self.rows) * padded(self._values[value].width, 0)[0]
+        scales = self.addresses[value] + size
+        return scales, scales + size // BLOCK * 4

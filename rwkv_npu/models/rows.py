@@ -1,0 +1,73 @@
+"""The rows of one forward: tokens of some sequences, one sequence after the other, and the states that they continue.
+
+Letters: M rows, S segments, L layers, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from rwkv_npu.errors import UsageError
+from rwkv_npu.models.common import Arrays
+from rwkv_npu.models.spec import Spec, state_shapes
+
+
+class Rows:
+    """M rows in S segments. A segment is some consecutive tokens of one sequence.
+
+    ids (M,): the tokens. counts, firsts, lasts (S,): each segment's number of rows, its first row and its last.
+    states: each segment's state, part -> (L, ...) fp32, updated in place by whoever computes the rows.
+    """
+
+    def __init__(self, tokens: Sequence[Sequence[int] | np.ndarray], states: Sequence[Arrays]):
+        self.ids = np.concatenate([np.asarray(piece, np.int64) for piece in tokens])
+        self.counts = np.array([len(piece) for piece in tokens], np.int64)
+        self.lasts = np.cumsum(self.counts) - 1
+        self.firsts = self.lasts + 1 - self.counts
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def segments(self) -> Iterator[tuple[slice, Arrays]]:
+        """Each segment's rows and its state."""
+        bounds = zip(self.firsts.tolist(), self.lasts.tolist(), self.states, strict=True)
+        return ((slice(first, last + 1), state) for first, last, state in bounds)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(M, 1) fp32: 0 at the first row of each segment, 1 at the rows that follow the row above them."""
+        mask = np.ones((len(self), 1), np.float32)
+        mask[self.firsts] = 0
+        return mask
+
+    def previous(self, part: str, layer: int) -> np.ndarray:
+        """(M, D): at the first row of each segment the row before it, which its state holds; 0 elsewhere."""
+        stored = [state[part][layer] for state in self.states]
+        if len(self) == 1:
+            return stored[0][None]
+        rows = np.zeros((len(self), len(stored[0])), np.float32)
+        rows[self.firsts] = stored
+        return rows
+
+    def store(self, part: str, layer: int, rows: np.ndarray) -> None:
+        """Keep the last row of each segment, of `rows` (M, D), in its state."""
+        for last, state in zip(self.lasts.tolist(), self.states, strict=True):
+            state[part][layer] = rows[last]
+
+    def addresses(self, spec: Spec) -> np.ndarray:
+        """(S, parts) int64: where each part of each state lies, for code that updates it there.
+
+        Raises UsageError for arrays that such code cannot update.
+        """
+        shapes = {name: (spec.L, *shape) for name, shape in state_shapes(spec).items()}
+        for name, shape in shapes.items():
+            for state in self.states:
+                part = state[name]
+                if part.shape != shape or part.dtype != np.float32 or not part.flags.carray:
+                    raise UsageError(f"{name} of a state must be float32 {shape}, writable and in C order")
+        return np.array([[state[name].ctypes.data for name in shapes] for state in self.states], np.int64)
