@@ -20,6 +20,7 @@ from rwkv_npu.runtime import loading, placement, tuning
 from rwkv_npu.runtime.loading import Options, machine_key
 from rwkv_npu.runtime.placement import TUNED, USES, Plan, parse, save_tuned, tuned
 from rwkv_npu.runtime.tuning import Measured, best_plan
+from rwkv_npu.runtime.weights import BundleSource
 from tests.tiny import run_main, write_model
 
 SPEC_GROUPS: list[Group] = []
@@ -141,6 +142,38 @@ def test_fast_calls_do_not_hide_what_they_cost_the_host() -> None:
     assert best_plan([spinning, quiet])[1] == Plan(
         "numba", (), "layer", "decode 6000.00 ms a token, prefill 4000.00 ms a token"
     )
+
+
+def test_a_mixture_is_not_promised_the_speed_of_the_fused_forward() -> None:
+    """Within it a layer takes 2 here, and 5 as a group of its own: ONNX Runtime's faster `first` is not worth that."""
+    numba = Measured(
+        "layer",
+        "numba",
+        10,
+        {"decode": {"first": 2.0, "mid": 5.0, "head": 2.0}, "prefill": {"first": 2.0, "mid": 5.0}},
+        {"decode": 1.0, "prefill": 1.0},
+        {"decode": 5.5, "prefill": 3.5},
+    )
+    ort = measured("ort", {"first": 0.1, "mid": 6.0, "head": 2.1}, {"first": 0.1, "mid": 6.0}, host=0.1)
+    seconds, plan = best_plan([numba, ort])
+    assert plan.text() == "decode=numba,prefill=numba"
+    assert seconds == pytest.approx(128 * 5.5 + 128 * 3.5 / 10)
+    # A faster head leaves the fused forward as it is.
+    ort = measured("ort", {"first": 3.0, "mid": 6.0, "head": 0.5}, {"first": 3.0, "mid": 6.0}, host=0.1)
+    seconds, plan = best_plan([numba, ort])
+    assert plan.text() == "decode=numba,head:decode=ort,prefill=numba"
+    assert seconds == pytest.approx(128 * 4.0 + 128 * 3.5 / 10)
+
+
+def test_the_fused_forward_is_measured_beside_its_groups(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    source = BundleSource(open_bundle(bundle), "layer")
+    numba, ort = (tuning.measure(source, backend, Options(), 16) for backend in ("numba", "ort"))
+    assert numba.fused.keys() == set(USES) and not ort.fused
+    assert numba.calls["decode"].keys() == ort.calls["decode"].keys() == {"first", "mid", "last", "head"}
+    assert numba.seconds("decode") == numba.fused["decode"] != sum(numba.calls["decode"].values())
 
 
 def test_tune_measures_and_load_follows(

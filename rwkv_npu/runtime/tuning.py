@@ -1,15 +1,16 @@
-"""Measures the groups on every backend that is there, and makes the fastest plan of it for this machine.
+"""Measures every available backend, and makes the fastest plan for this machine.
 
-A backend reads a prompt and some tokens as it would in use, so that caches, threads and the cost of a call are those
-of the real thing, while the engine counts the time of each role. What is left of a pass is the host's share, which
-differs between backends too: threads of theirs that wait for work take cores from it.
+A backend reads a prompt and some tokens as it would in use, so that caches, threads and the cost of a call are real,
+while the engine counts the time of each role. The rest of a pass is the host's time, which differs between backends
+too: their threads that wait for work take cores from it. A backend with a fused forward is measured twice: with it, as
+it runs alone, and group by group, as it would run in a mixture.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,20 +33,31 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians in seconds: of a call, by use and role (all groups of the role together), and of the host's share. A
-    prefill pass has `chunk` tokens."""
+    """Medians in seconds, by use. A prefill pass has `chunk` tokens, and no head.
+
+    calls: of a pass group by group, by role (all groups of the role together); host: the rest of that pass. fused: of a
+    whole pass with the fused forward; empty where the backend has none.
+    """
 
     fusion: str
     backend: str
     chunk: int
     calls: Mapping[str, Mapping[str, float]]
     host: Mapping[str, float]
+    fused: Mapping[str, float] = field(default_factory=dict)
 
     def rows(self, use: str) -> int:
         return self.chunk if use == "prefill" else 1
 
+    def seconds(self, use: str) -> float:
+        """Of a pass with this backend alone."""
+        return self.fused[use] if self.fused else sum(self.calls[use].values()) + self.host[use]
+
     def per_token(self, use: str) -> float:
-        return (sum(self.calls[use].values()) + self.host[use]) / self.rows(use)
+        return self.seconds(use) / self.rows(use)
+
+    def head(self, use: str) -> float:
+        return self.calls[use].get("head", 0.0)
 
 
 def measure(source: BundleSource, backend: str, options: Options, chunk: int | None) -> Measured:
@@ -53,23 +65,31 @@ def measure(source: BundleSource, backend: str, options: Options, chunk: int | N
 
     Raises RwkvNpuError where it cannot be opened, or faults.
     """
+    fused: dict[str, float] = {}
     engine = open_engine(source, Plan(backend), options)
     try:
         chunk = chunk or engine.chunk
         ids = np.random.default_rng(0).integers(1, source.spec.V, chunk)
-        results = {use: _passes(engine, ids if use == "prefill" else ids[:1]) for use in USES}
+        results = _uses(engine, ids)
+        if engine.fused:
+            fused = {use: sum(calls.values()) + host for use, (calls, host) in results.items()}
+            engine.close()
+            engine = open_engine(source, Plan(backend), options, fused=False)
+            results = _uses(engine, ids)
         if faults := engine.counters.faults.groups:
             raise BackendError(f"{backend} fails at {', '.join(faults)}")
     finally:
         engine.close()
-    calls = {use: found[0] for use, found in results.items()}
-    return Measured(
-        source.program.fusion, backend, chunk, calls, {use: found[1] for use, found in results.items()}
-    )
+    calls, host = ({use: found[i] for use, found in results.items()} for i in (0, 1))
+    return Measured(source.program.fusion, backend, chunk, calls, host, fused)  # type: ignore[arg-type]
+
+
+def _uses(engine: Engine, ids: np.ndarray) -> dict[str, tuple[dict[str, float], float]]:
+    return {use: _passes(engine, ids if use == "prefill" else ids[:1]) for use in USES}
 
 
 def _passes(engine: Engine, ids: np.ndarray) -> tuple[dict[str, float], float]:
-    """Seconds by role, and the host's, of reading `ids`: medians."""
+    """Median seconds of reading `ids`: by role, and the host's."""
     roles = {group.role for group in engine.program.groups if len(ids) == 1 or group.role != "head"}
     engine.forward(ids)  # opens what is not open, and fills caches
     totals: list[float] = []
@@ -121,20 +141,33 @@ def best_plan(found: Sequence[Measured]) -> tuple[float, Plan]:
     seconds, rules, speeds = 0.0, list[tuple[str, str]](), []
     for use in USES:
         single = min(found, key=lambda measured: measured.per_token(use))
-        best = {
-            role: min(found, key=lambda measured: measured.calls[use][role]) for role in single.calls[use]
-        }
-        host = max(m.host[use] for m in best.values())
-        mixed = (sum(m.calls[use][role] for role, m in best.items()) + host) / single.rows(use)
-        if mixed < WORTH * single.per_token(use):
-            rules += [(f"{role}:{use}", measured.backend) for role, measured in best.items()]
-            token = mixed
-        else:
-            rules.append((use, single.backend))
-            token = single.per_token(use)
+        chosen, own_rules = single.seconds(use), [(use, single.backend)]
+        mixtures = [_by_role(found, use), _own_head(found, use)]
+        mixed, mixed_rules = min(mixtures, key=lambda mixture: mixture[0])
+        if mixed < WORTH * chosen:
+            chosen, own_rules = mixed, mixed_rules
+        rules += own_rules
+        token = chosen / single.rows(use)
         seconds += TYPICAL[use] * token
         speeds.append(f"{use} {1e3 * token:.2f} ms a token")
     names = {name for _, name in rules}
     default = rules[0][1]
     plan = Plan(default, () if len(names) == 1 else tuple(rules), found[0].fusion, ", ".join(speeds))
     return seconds, plan
+
+
+def _own_head(found: Sequence[Measured], use: str) -> tuple[float, list[tuple[str, str]]]:
+    """Seconds and rules of the best mixture that leaves a backend its fused forward: another has the head."""
+    body = min(found, key=lambda measured: measured.seconds(use) - measured.head(use))
+    head = min(found, key=lambda measured: measured.head(use))
+    host = max(head.host[use] - body.host[use], 0.0)  # waiting threads of the head's backend cost it as well
+    seconds = body.seconds(use) - body.head(use) + head.head(use) + host
+    return seconds, [(use, body.backend), (f"head:{use}", head.backend)]
+
+
+def _by_role(found: Sequence[Measured], use: str) -> tuple[float, list[tuple[str, str]]]:
+    """Seconds and rules of the mixture of the fastest backend for each role, run group by group."""
+    best = {role: min(found, key=lambda measured: measured.calls[use][role]) for role in found[0].calls[use]}
+    host = max(measured.host[use] for measured in best.values())
+    seconds = sum(measured.calls[use][role] for role, measured in best.items()) + host
+    return seconds, [(f"{role}:{use}", measured.backend) for role, measured in best.items()]
