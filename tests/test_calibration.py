@@ -20,6 +20,7 @@ from rwkv_npu.graphs.trace import trace_group
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
+from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.quant.ranges import Samples
 from rwkv_npu.runtime.weights import CheckpointSource
@@ -79,8 +80,8 @@ def test_rows_are_what_a_pass_gives_the_groups(folder: Path) -> None:
         return source.evaluate(group, maths, dict(inputs))
 
     for context in contexts(some_ids()):
-        parts = {name: part[:, None] for name, part in new_state(source.spec, "", {}).parts.items()}
-        network.hidden(run, context[:, None], parts)
+        state = new_state(source.spec, "", {})
+        network.hidden(run, Rows([context], [state.parts]))
     rows = calibrate(source, some_ids()).projections["blocks.1.att.key.weight"].rows
     np.testing.assert_allclose(rows, np.concatenate(keys), rtol=1e-5, atol=1e-5)
 

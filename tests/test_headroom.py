@@ -16,6 +16,7 @@ from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import new_state
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Network
+from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Scaling
 from rwkv_npu.runtime.weights import CheckpointSource
 from tests.tiny import V, write_model
@@ -50,12 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(source: CheckpointSource) -> np.ndarray:
     network, maths = Network(source.program, source.tensor), NumpyMaths(source.tensor)
     state = new_state(source.spec, source.fingerprint, {})
-    parts = {name: part[:, None] for name, part in state.parts.items()}
 
     def run(group, inputs):  # type: ignore[no-untyped-def]
         return source.program.evaluate(group, maths, dict(inputs))
 
-    return network.logits(run, network.hidden(run, IDS[:, None], parts))
+    return network.logits(run, network.hidden(run, Rows([IDS], [state.parts])))
 
 
 def in_the_graphs(source: CheckpointSource) -> dict[str, float]:
