@@ -18,8 +18,8 @@ from numba import njit
 from rwkv_npu.kernels import products
 from rwkv_npu.kernels.instruction_sets import SETS, current
 from rwkv_npu.kernels.processor import available
-from rwkv_npu.kernels.program import aligned_bytes
 from rwkv_npu.kernels.products import ROWS, SCRATCH_BYTES
+from rwkv_npu.kernels.program import aligned_bytes
 from rwkv_npu.quant.cpu import BLOCK, LANES, PANEL, SCALE, ZERO, Packed, pack, unpack
 
 # Values that a sum of products could overflow with, among others.

@@ -235,7 +235,9 @@ class Build:
             out_path=self.out,
             weight_bytes=self.graph.weight_bytes,
             options=self.graph.options,
-            verify_inputs={port.name: self.verify.inputs[port.name] for port in ports} if self.verify else None,
+            verify_inputs={port.name: self.verify.inputs[port.name] for port in ports}
+            if self.verify
+            else None,
             write_graph=self.write_graph,
         )
 

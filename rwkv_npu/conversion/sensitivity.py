@@ -66,7 +66,9 @@ class KLEvaluator:
         inside = parts[2] == "ffn" or parts[3] == "output"
         return layer + 1 if inside else layer
 
-    def _logits(self, chunks: Sequence[Sequence[np.ndarray]], maths: NumpyMaths, first: int) -> Iterator[np.ndarray]:
+    def _logits(
+        self, chunks: Sequence[Sequence[np.ndarray]], maths: NumpyMaths, first: int
+    ) -> Iterator[np.ndarray]:
         """(rows, V) of each chunk; groups before number `first`, if that is not 0, are not computed again."""
 
         def run(group: Group, inputs: Arrays) -> Outputs:
