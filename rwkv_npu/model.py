@@ -22,7 +22,7 @@ from rwkv_npu.runtime.loading import CPU_BACKEND, Options, measured_plan, open_a
 from rwkv_npu.runtime.placement import Plan, parse
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource, ModelSource
 from rwkv_npu.text import generation, sampling
-from rwkv_npu.text.tokenizer import Tokenizer, builtin, find_tokenizer
+from rwkv_npu.text.tokenizer import Tokenizer, builtin, find_or_explain, find_tokenizer, unknown_vocabulary
 
 
 class Model:
@@ -32,8 +32,16 @@ class Model:
     weights come from. reason: why these backends were chosen.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, source: ModelSource, reason: str = ""):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        source: ModelSource,
+        reason: str = "",
+        no_text: str = "",
+    ):
         self.engine, self.tokenizer, self.source, self.reason = engine, tokenizer, source, reason
+        self._no_text = no_text or unknown_vocabulary(engine.spec.V)
         usable = None if tokenizer is None else tokenizer.has_text(engine.spec.V)
         self._banned = None if usable is None else ~usable
 
@@ -121,7 +129,7 @@ class Model:
         uncounted = self.tokenizer.uncounted if self.tokenizer else None
         sampler = sampling.Sampler(options, seed=seed, banned=self._banned, uncounted=uncounted)
         stream = generation.TextStream(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         if len(ids):
             logits, current = self.forward(ids, state, progress=progress)
         elif state is not None and state.logits is not None:
@@ -132,11 +140,16 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises TokenizerError where the model has no tokenizer."""
+        return self._words().encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to continue: of a Pile model blank lines at its end are fed newline by newline."""
+        return self._words().encode_prompt(text)
+
+    def _words(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise TokenizerError(
-                f"no vocabulary is known for this model of {self.spec.V} tokens: give --tokenizer FILE, or ids"
-            )
-        return self.tokenizer.encode(text)
+            raise TokenizerError(self._no_text)
+        return self.tokenizer
 
     def load_state(self, path: str | os.PathLike[str], layout: str | None = None) -> State:
         """Read a state file, or the `time_state` of a state-tuned file; `layout` as in `load`.
@@ -201,6 +214,7 @@ def load(
         threads = min(threads, os.cpu_count() or 1)  # more would only wait for each other
     where = Path(path) if path is not None else demo_model()
     measured: Plan | None = None
+    no_text = ""
     if is_bundle(where):
         bundle = open_bundle(where)
         manifest = bundle.manifest
@@ -216,7 +230,10 @@ def load(
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
         source = CheckpointSource(checkpoint, fusion, precision)
-        words = find_tokenizer(vocab_size=source.spec.V, beside=where, override=_text(tokenizer))
+        if tokenizer is None:
+            words, no_text = find_or_explain(vocab_size=source.spec.V, beside=where)
+        else:
+            words = find_tokenizer(vocab_size=source.spec.V, override=_text(tokenizer))
     options = Options(threads, npu_cores)
     if backend == "auto" and plan is None:
         _check_precision(precision, present)
@@ -225,7 +242,7 @@ def load(
         parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
         _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
         engine, reason = open_engine(source, parsed, options), "as asked"
-    return Model(engine, words, source, reason)
+    return Model(engine, words, source, reason, no_text)
 
 
 def load_state(path: str | os.PathLike[str], model: Model) -> State:

@@ -364,9 +364,8 @@ def test_world_text_is_read_back(tmp_path: Path, end: str, start: str) -> None:
         ("-5 'a' 1", "expected"),
         ("5 a 1", "expected"),
         ("5 'a' one", "expected"),
-        ("0 'a' 1", r"id 0 is outside 1..16777215 \(0 is end-of-text\)"),
         ("99999999999 'a' 1", "id 99999999999 is outside"),
-        ("5 '' 0", "id 5 has no bytes"),
+        ("5 '' 1", "id 5 has 0 bytes, but the line says 1"),
         ("5 'é' 1", "id 5 has 2 bytes, but the line says 1"),
         ("5 b'\\xff' 2", "id 5 has 1 bytes, but the line says 2"),
         ("5 'a\" 1", "not a Python string"),
@@ -443,6 +442,8 @@ def test_a_file_beside_the_checkpoint_comes_first(tmp_path: Path) -> None:
         assert found is not None and found.source == tmp_path / "my_vocab.txt"
     assert find_tokenizer(vocab_size=301, beside=tmp_path) is None  # id 301 has no row
     (tmp_path / "other_vocab.txt").write_text(world_text(SMALL), encoding="utf-8")
+    assert find_tokenizer(vocab_size=65536, beside=tmp_path) is not None  # the same one twice
+    (tmp_path / "other_vocab.txt").write_text("1 'a' 1\n", encoding="utf-8")
     with pytest.raises(TokenizerError, match=r"more than one .*\(my_vocab.txt, other_vocab.txt\)"):
         find_tokenizer(vocab_size=65536, beside=tmp_path)
 
@@ -508,3 +509,24 @@ def test_a_tokenizer_json_that_needs_too_much_memory_is_refused(
     path.write_text(tokenizer_json())
     with pytest.raises(TokenizerError, match="reading it takes more than|not a usable"):
         load_tokenizer(path)
+
+
+def test_lines_without_a_token_are_skipped() -> None:
+    """Padding of the head: some files list it."""
+    assert parse_world_vocab("0 '<|endoftext|>' 13\n1 'A' 1\n2 '' 0\n3 b'' 0\n4 'B' 1\n", "x") == {
+        1: b"A",
+        4: b"B",
+    }
+
+
+def test_a_pile_prompt_that_ends_in_a_blank_line_is_fed_as_two_newlines(pile: Tokenizer) -> None:
+    newline, blank = pile.encode("\n"), pile.encode("\n\n")
+    assert len(newline) == len(blank) == 1 and newline != blank
+    assert pile.encode_prompt("A:\n\n") == [*pile.encode("A:"), *newline, *newline]
+    assert pile.encode_prompt("A\n\nB") == pile.encode("A\n\nB")
+
+
+def test_the_json_form_of_web_rwkv_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rwkv_vocab_v20230424.json").write_text('{"1": "a", "2": [128]}')
+    with pytest.raises(TokenizerError, match="web-rwkv"):
+        load_tokenizer(tmp_path / "rwkv_vocab_v20230424.json")

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(arguments, verbose=arguments.verbose)
     with model, Interrupt() as interrupt:
         state = model.new_state() if start is None else model.load_state(start, arguments.layout)
-        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode(prompt)
+        ids: Sequence[int] = _parse_ids(prompt) if arguments.ids else model.encode_prompt(prompt)
         if not len(ids) and state.logits is None:
             raise UsageError(
                 f"the prompt is empty, and {start} holds no prediction to continue from: give a prompt"

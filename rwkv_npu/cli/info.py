@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu.formats.bundle import is_bundle, open_bundle, verify_files
     from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
     from rwkv_npu.model import demo_model
-    from rwkv_npu.text.tokenizer import find_tokenizer
+    from rwkv_npu.text.tokenizer import find_or_explain
 
     path = Path(arguments.path) if arguments.path else demo_model()
     if is_bundle(path):
@@ -47,12 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.check:
             check_finite(checkpoint)
             print(f"all {len(checkpoint.names)} tensors hold finite numbers", file=sys.stderr)
-        words = find_tokenizer(vocab_size=checkpoint.spec.V, beside=path)
+        words, no_text = find_or_explain(vocab_size=checkpoint.spec.V, beside=path)
         facts = {
             "path": str(path),
             "kind": "checkpoint",
             **_spec_facts(checkpoint.spec),
             "tokenizer": words.name if words else None,
+            "no_text": no_text,
             "fingerprint": checkpoint.fingerprint,
         }
     print(json.dumps(facts, indent=1) if arguments.json else _table(facts))
@@ -137,7 +138,7 @@ def _table(facts: dict[str, Any]) -> str:
         f"  model        RWKV-{spec['generation']}, {facts['parameters'] / 1e6:.1f} M parameters",
         f"  dimensions   D {spec['D']}, L {spec['L']}, H {spec['H']}, N {spec['N']}, F {spec['F']}, V {spec['V']}",
         *([f"  low ranks    {ranks}"] if ranks else []),
-        f"  tokenizer    {facts['tokenizer'] or 'unknown: give --tokenizer FILE for text'}",
+        f"  tokenizer    {facts['tokenizer'] or facts.get('no_text') or 'unknown: give --tokenizer FILE for text'}",
         f"  calls        {calls['layer']} a token with layer fusion, {calls['projection']} with projection",
     ]
     if facts["kind"] == "bundle":

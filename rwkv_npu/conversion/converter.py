@@ -80,7 +80,7 @@ from rwkv_npu.progress import progress
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.runtime.selftest import write_self_test
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
-from rwkv_npu.text.tokenizer import Tokenizer, find_tokenizer
+from rwkv_npu.text.tokenizer import Tokenizer, find_or_explain, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 
 STATISTICS = "calib/statistics.safetensors"  # until the bundle is finished
@@ -177,7 +177,7 @@ def prepare(request: Request) -> Prepared:
     RwkvNpuError."""
     checkpoint = open_checkpoint(request.checkpoint, request.layout)
     spec = checkpoint.spec
-    tokenizer = find_tokenizer(vocab_size=spec.V, beside=request.checkpoint, override=request.tokenizer)
+    tokenizer, no_text = _find_tokenizer(request, spec.V)
     out = bundle_place(request.checkpoint, request.out)
     check_place(out, request.checkpoint)
     before = stamp(out)
@@ -186,8 +186,17 @@ def prepare(request: Request) -> Prepared:
     request = replace(request, cpu=cpu)
     mapped = None if request.precision_map is None else read_map(request.precision_map, spec)
     ids = read_ids(request.calibrate, tokenizer, spec)
+    if no_text:
+        log.info(no_text)
     manifest = found or _new_manifest(checkpoint, request)
     return Prepared(request, checkpoint, tokenizer, out, before, manifest, found is not None, mapped, ids)
+
+
+def _find_tokenizer(request: Request, vocab_size: int) -> tuple[Tokenizer | None, str]:
+    """The tokenizer for the bundle, or None and the reason: a bundle can do without."""
+    if request.tokenizer is None:
+        return find_or_explain(vocab_size=vocab_size, beside=request.checkpoint)
+    return find_tokenizer(vocab_size=vocab_size, override=request.tokenizer), ""
 
 
 def run(request: Request) -> Path:

@@ -135,7 +135,8 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
             raise CheckpointError(f"{name!r:.80} is a Python {type(value).__name__}, not a tensor")
     foreign = is_huggingface(list(stored))
     folder = path if is_folder(path) else path.parent
-    config = read_config(folder) if foreign or is_folder(path) else {}
+    # A folder of BlinkDL's may hold the config.json of something else.
+    config = read_config(folder) if foreign or (is_folder(path) and "emb.weight" not in stored) else {}
     arrays = to_blinkdl(stored, tied=config.get("tie_word_embeddings") is True)
     refuse_unsupported(arrays)
     pickled = any(_is_zip(file) for file in weight_files(path))
@@ -186,6 +187,8 @@ _FOREIGN = (
     (b"fmgg", "an rwkv.cpp file"),
     (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file itself)"),
     (b"\x89HDF", "an HDF5 file"),
+    (b"{", "a JSON file"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
 )
 
 
@@ -205,6 +208,10 @@ def _read_file(path: Path) -> dict[str, Any]:
     if start[8:9] == b"{":
         file = TensorFile(path)
         return {name: file.array(name) for name in file.names}
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path} is a web page, not a checkpoint: download the file itself (its raw form)"
+        )
     for magic, what in _FOREIGN:
         if start.startswith(magic):
             raise CheckpointError(f"{path} is {what}, not a checkpoint (.pth or .safetensors)")

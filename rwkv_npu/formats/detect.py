@@ -145,6 +145,14 @@ def validate(spec: Spec, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     that is missing, surplus, or of a wrong shape or dtype."""
     expected = {tensor.name: tensor for tensor in tensors(spec)}
     missing = [t.name for t in expected.values() if t.name not in arrays and not t.optional]
+    if missing and (found := re.match(r"blocks\.(\d+)\.", missing[0])):
+        stray = [name for name in arrays if name.startswith(f"blocks.{found[1]}.")]
+        lacking = [name for name in missing if name.startswith(f"blocks.{found[1]}.")]
+        if len(stray) < len(lacking):
+            raise CheckpointError(
+                f"the checkpoint (RWKV-{spec.generation}) has only {_first(stray)} of layer {found[1]}, and lacks "
+                f"{_first(lacking)}: is it cut short, or left over from a larger model?"
+            )
     if missing:
         raise CheckpointError(f"the checkpoint (RWKV-{spec.generation}) lacks tensor {_first(missing)}")
     surplus = [name for name in arrays if name not in expected]

@@ -20,7 +20,10 @@ from rwkv_npu.formats.files import is_file, is_folder
 _MAX_JSON = 64 << 20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".st", ".pth", ".pt", ".bin")
+_UNFINISHED = (".part", ".crdownload", ".incomplete", ".download", ".tmp")  # of a download that goes on
 _MIXES = "rwkvag"  # the order within fla's older `x_x`
+
+_SHARD = re.compile(r".+-\d+-of-\d+\.\w+")
 
 # -- folders ---------------------------------------------------------------------------------------------
 
@@ -30,6 +33,7 @@ def weight_files(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         return _shards(path)
     if not is_folder(path):
+        _refuse_by_name(path)
         return [path]
     for name in _WEIGHTS:
         if is_file(path / f"{name}.index.json"):
@@ -39,12 +43,24 @@ def weight_files(path: Path) -> list[Path]:
     if is_file(path / "manifest.json"):
         raise CheckpointError(f"{path} is a bundle, which was converted already, not a checkpoint")
     try:
-        found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+        # Names with a dot first are not models: macOS keeps attributes of a file in ._FILE.
+        visible = [file for file in path.iterdir() if not file.name.startswith(".")]
+        found = sorted(file for file in visible if file.suffix in _SUFFIXES and is_file(file))
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from None
+    loading = sorted(file.name for file in visible if file.suffix in _UNFINISHED)
+    if not found and loading:
+        raise CheckpointError(
+            f"{path} holds {loading[0]}, a download that is not finished, and no checkpoint"
+        )
     if not found:
         raise CheckpointError(
             f"{path} holds no checkpoint: no {', '.join('*' + s for s in _SUFFIXES[:3])} file"
+        )
+    if len(found) > 1 and all(_SHARD.fullmatch(file.name) for file in found):
+        raise CheckpointError(
+            f"{path} holds {len(found)} shards and no index: download its {found[0].name.split('-')[0]}."
+            f"{found[0].suffix[1:]}.index.json too"
         )
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:4]) + (", ..." if len(found) > 4 else "")
@@ -52,6 +68,18 @@ def weight_files(path: Path) -> list[Path]:
             f"{path} holds {len(found)} weight files ({names}) and no index: name one of them"
         )
     return found
+
+
+def _refuse_by_name(path: Path) -> None:
+    """Raises CheckpointError for a file whose name says that it is no whole model."""
+    if path.suffix in _UNFINISHED:
+        raise CheckpointError(f"{path} is a download that is not finished")
+    if path.name.startswith("._"):
+        raise CheckpointError(f"{path} holds attributes that macOS keeps of {path.name[2:]}: name that file")
+    if (found := re.fullmatch(r".+-(\d+)-of-(\d+)\.\w+", path.name)) and int(found[2]) > 1 and is_file(path):
+        raise CheckpointError(
+            f"{path} is shard {int(found[1])} of {int(found[2])}: name the folder, or its .index.json file"
+        )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -81,7 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or {}. Raises CheckpointError if it is damaged or describes another model."""
+    """config.json of a folder, or {}. Raises CheckpointError if it is damaged, describes another model, or asks for
+    other maths than that of BlinkDL's models."""
     path = folder / "config.json"
     if not is_file(path):
         return {}
@@ -89,10 +118,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = str(config.get("model_type") or config.get("architectures") or "rwkv")
     if "rwkv" not in kind.lower():
         raise CheckpointError(f"{folder} is not an RWKV checkpoint: its config.json says {kind!r:.60}")
-    for key in ("layer_norm_epsilon", "norm_eps"):
-        if config.get(key, 1e-5) != 1e-5:
-            raise CheckpointError(f"{path} sets {key} to {config[key]!r:.20}: only 1e-05 is supported")
+    for key, supported in _MATHS.items():
+        if config.get(key, supported[0]) not in supported:
+            shown = " or ".join(map(repr, supported))
+            raise CheckpointError(f"{path} sets {key} to {config[key]!r:.20}: only {shown} is supported")
+    if "rwkv7" in kind.lower():
+        # flash-linear-attention's group norm has the epsilon head_dim * norm_eps, BlinkDL's always has 64e-5.
+        head = config.get("head_dim", 64)
+        if head != 64:
+            raise CheckpointError(
+                f"{path} sets head_dim to {head!r:.20}, which makes another epsilon of the group norm: only 64 is "
+                "supported"
+            )
     return config
+
+
+# Keys of config.json that change the maths: the values that this project computes, the default first.
+_MATHS: dict[str, tuple[Any, ...]] = {
+    "layer_norm_epsilon": (1e-5,),
+    "norm_eps": (1e-5,),
+    "head_size_divisor": (8,),
+    "hidden_act": ("sqrelu", "relu2", "squared_relu"),
+    "norm_bias": (True,),
+    "norm_first": (True,),
+}
 
 
 # -- names -----------------------------------------------------------------------------------------------
@@ -142,8 +191,18 @@ def to_blinkdl(stored: dict[str, np.ndarray], tied: bool = False) -> dict[str, n
             "the checkpoint holds some tensors both under BlinkDL's and Hugging Face's names"
         )
     if tied and "emb.weight" in result:
-        result.setdefault("head.weight", result["emb.weight"])
+        if not _same(result.setdefault("head.weight", result["emb.weight"]), result["emb.weight"]):
+            raise CheckpointError(
+                "config.json ties the head to the embedding, and the checkpoint has another head: set "
+                "tie_word_embeddings to false, or remove the head"
+            )
     return result
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """True if two matrices agree in shape and in a sample of their rows."""
+    step = max(1, len(a) // 64) if a.ndim else 1
+    return a is b or (a.shape == b.shape and np.array_equal(a[::step], b[::step]))
 
 
 def _from_rwkv(name: str) -> str:

@@ -299,6 +299,11 @@ def _call(function: Any, arguments: Any) -> Any:
     known = _CALLABLES.get(function) if isinstance(function, _Global) else None
     if known is None or not isinstance(arguments, tuple):
         what = ".".join(function) if isinstance(function, _Global) else type(function).__name__
+        if what.startswith(("pytorch_lightning", "lightning", "deepspeed")):
+            raise _Invalid(
+                f"it is a training checkpoint ({what:.80}), which holds more than weights: load it where it was made, "
+                'and torch.save its ["state_dict"]'
+            )
         raise _Invalid(
             f"its pickle would call {what!r:.80}, which is not part of plain weights: refused. "
             "Save only the weights: torch.save(model.state_dict(), path)"

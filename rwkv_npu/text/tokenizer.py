@@ -29,7 +29,8 @@ from rwkv_npu.formats.files import os_reason
 
 END_OF_TEXT = 0
 WORLD, PILE = "world", "pile"
-BUILTIN_BY_VOCAB_SIZE = {65536: WORLD, 50277: PILE}
+PILE_IDS = 50277
+BUILTIN_BY_VOCAB_SIZE = {65536: WORLD, PILE_IDS: PILE}
 _RESOURCES = {WORLD: "world_vocab.bin.gz", PILE: "20B_tokenizer.json.gz"}
 _LARGEST_FILE = 64 << 20  # bytes; a checkpoint named by mistake is refused before it is read
 _LARGEST_ID = (1 << 24) - 1
@@ -103,6 +104,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; [] for "". TokenizerError where the vocabulary cannot write it."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that the model continues: as `encode`, unless the vocabulary has a token that hides its end."""
+        return self.encode(text)
 
     @property
     @abstractmethod
@@ -209,6 +214,11 @@ class PileTokenizer(Tokenizer):
         _utf8(text)
         return list(self._hf.encode(text, add_special_tokens=False).ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Blank lines at the end are fed newline by newline, as the Pile models were trained to continue them."""
+        body = text[:-2] if text.endswith("\n\n") else text
+        return self.encode(body) + self.encode("\n") * (len(text) - len(body))
+
     @property
     def digest(self) -> str:
         return _digest(self._hf.to_str())
@@ -253,9 +263,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     text = _read_text(path)
     if text.lstrip().startswith("{"):
+        if re.match(r'\s*\{\s*"\d+"\s*:', text):
+            raise TokenizerError(f"{path}: a vocabulary in web-rwkv's JSON form: use world, or its .txt form")
         _try_tokenizer_json(text, str(path))
         return PileTokenizer(text, name=path.name, source=path)
     return WorldTokenizer(parse_world_vocab(text, str(path)), name=path.name, source=path)
+
+
+def find_or_explain(*, vocab_size: int, beside: Path) -> tuple[Tokenizer | None, str]:
+    """As `find_tokenizer`, for a caller that can do without text: the tokenizer, or None and the reason."""
+    try:
+        found = find_tokenizer(vocab_size=vocab_size, beside=beside)
+    except TokenizerError as error:
+        return None, str(error)
+    return found, "" if found else unknown_vocabulary(vocab_size)
+
+
+def unknown_vocabulary(vocab_size: int) -> str:
+    """The message for text where a model of this head has no tokenizer."""
+    pile = 0 <= vocab_size - PILE_IDS < 256  # 50277, rounded up for the sake of some processor
+    hint = "give --tokenizer pile if it is a Pile model" if pile else "give --tokenizer FILE"
+    return f"no vocabulary is known for this model of {vocab_size} tokens: {hint}, or ids"
 
 
 def find_tokenizer(
@@ -283,7 +311,8 @@ def find_tokenizer(
 def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     world = [load_tokenizer(path) for path in sorted(folder.glob("*vocab*.txt")) if _looks_like_world(path)]
-    fitting = [tokenizer for tokenizer in world if tokenizer.vocab_size <= vocab_size]
+    # The same vocabulary under two names is one.
+    fitting = list({one.digest: one for one in world if one.vocab_size <= vocab_size}.values())
     if len(fitting) > 1:
         names = ", ".join(tokenizer.name for tokenizer in fitting)
         raise TokenizerError(
@@ -320,6 +349,8 @@ def parse_world_vocab(text: str, where: str) -> dict[int, bytes]:
                 continue
             try:
                 token, data = _parse_world_line(line)
+                if token == END_OF_TEXT or not data:  # padding: some files list the rows that have no token
+                    continue
                 if token in tokens or data in line_of:
                     what = f"id {token}" if token in tokens else f"the token of line {line_of[data]}"
                     raise ValueError(f"{what} was given before")
@@ -337,11 +368,9 @@ def _parse_world_line(line: str) -> tuple[int, bytes]:
     if match is None:
         raise ValueError(f"expected `id 'token' length`, found {line[:60]!r}")
     token, literal, length = int(match[1]), match[2], int(match[3])
-    if not 1 <= token <= _LARGEST_ID:
+    if token > _LARGEST_ID:
         raise ValueError(f"id {token} is outside 1..{_LARGEST_ID} (0 is end-of-text)")
     data = _literal_bytes(literal)
-    if not data:
-        raise ValueError(f"id {token} has no bytes")
     if len(data) != length:
         raise ValueError(f"id {token} has {len(data)} bytes, but the line says {length}")
     return token, data
