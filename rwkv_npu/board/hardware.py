@@ -66,12 +66,19 @@ def core_numbers(root: Path = ROOT) -> list[int]:
     return [int(number) for number in _cpuinfo(root, "processor")]
 
 
+def usable_cores() -> list[int]:
+    """The cores that this process may use, in order; all of the machine where the system does not tell (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def big_cores(root: Path = ROOT, among: Collection[int] | None = None) -> list[int]:
     """Numbers of the cores of the fastest kind, ascending, of those that this process may use (or of `among`).
 
     All of them where they are alike, or where nothing tells them apart.
     """
-    allowed = sorted(os.sched_getaffinity(0) if among is None else among)
+    allowed = sorted(usable_cores() if among is None else among)
     speeds = {number: _speed(root, number) for number in allowed}
     if not all(speeds.values()):
         return allowed

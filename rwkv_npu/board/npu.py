@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import resource
 import stat
 import sys
 import tempfile
@@ -65,6 +63,10 @@ class Lock:
 
     def _take(self) -> None:
         try:
+            import fcntl
+        except ImportError:
+            raise BackendError("Rockchip's NPUs are on Linux only") from None
+        try:
             file = self._open()
         except OSError as error:
             raise BackendError(f"cannot open the NPU's lock {self.path}: {error.strerror}") from error
@@ -102,6 +104,8 @@ LOCK = Lock()
 
 def raise_file_limit() -> int:
     """Let this process open as many files as the system allows, up to FILES; the limit after it."""
+    import resource  # Linux and macOS have it
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

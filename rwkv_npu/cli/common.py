@@ -54,7 +54,11 @@ def use_big_cores(threads: int | None) -> str:
     cores are alike, or more threads are asked for than there are large cores.
     """
     big = hardware.big_cores()
-    if len(big) == len(os.sched_getaffinity(0)) or (threads or 0) > len(big):
+    if (
+        not hasattr(os, "sched_setaffinity")
+        or len(big) == len(hardware.usable_cores())
+        or (threads or 0) > len(big)
+    ):
         return ""
     for thread in os.listdir("/proc/self/task"):  # NumPy has started some already
         with contextlib.suppress(ProcessLookupError):

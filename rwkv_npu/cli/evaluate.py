@@ -34,6 +34,9 @@ def add(commands: Any) -> None:
         "UTF-8 text, or token ids (.json, .npy); - is stdin (default: one that the demo model has not seen)"
     )
     p.add_argument("--text", metavar="FILE", help=what)
+    p.add_argument(
+        "--raw", action="store_true", help="keep a byte order mark and carriage returns of the text"
+    )
     jsonl = 'measure last-word accuracy on these texts instead: {"text": ...} a line, as of LAMBADA'
     p.add_argument("--lambada", metavar="FILE", help=jsonl)
     p.add_argument(
@@ -89,7 +92,8 @@ def _measure_text(
         return models()[0].encode(text)
 
     # A file of ids needs no model: an error in it is reported before one is loaded.
-    tokens = read_tokens(arguments.text, encode) if arguments.text is not None else held_out_text(encode)
+    text = arguments.text
+    tokens = held_out_text(encode) if text is None else read_tokens(text, encode, raw=arguments.raw)
     model, reference = models()
     ids = tokens.ids[: arguments.max_tokens]
     whole = tokens.bytes is not None and len(ids) == len(tokens.ids)

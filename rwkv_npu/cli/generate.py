@@ -46,6 +46,9 @@ def add(commands: Any) -> None:
     p.add_argument(
         "-e", "--escape", action="store_true", help=r"\n, \t, \r and \\ in --prompt and --stop are escapes"
     )
+    p.add_argument(
+        "--raw", action="store_true", help="keep a byte order mark and carriage returns of the file"
+    )
     p.add_argument("--ids", action="store_true", help="prompt and output are token ids, not text")
     limit = "(default: 256); -1: no limit; 0: only read the prompt into --state"
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help=limit)
@@ -366,7 +369,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if source is None and (arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty())):
         source = "-"
     if source is not None:
-        return read_text(source).removesuffix("\n")  # editors and echo end with one; prompts do not
+        return read_text(source, raw=arguments.raw).removesuffix(
+            "\n"
+        )  # editors and echo end with one; prompts do not
     if arguments.prompt is None and not (arguments.state or arguments.state_in):
         raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
     prompt: str = arguments.prompt or ""

@@ -97,7 +97,9 @@ def check_place(place: Path, checkpoint: Path) -> None:
     """Raises UsageError for an output that cannot be made, or whose replacement would remove what is needed."""
     if place.name in ("", ".."):
         raise UsageError(f"the output cannot be {place}: name a folder to make")
-    holds = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd(), "your home": Path.home()}
+    holds = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd()}
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        holds["your home"] = Path.home()
     for what, path in holds.items():
         inside = path.resolve()
         if place.resolve() in (inside, *inside.parents):

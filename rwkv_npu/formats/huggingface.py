@@ -92,7 +92,7 @@ def _shards(index: Path) -> list[Path]:
     shards = [index.parent / name for name in sorted(set(names))]
     for shard in shards:
         if not is_file(shard):
-            raise CheckpointError(f"{shard}, a shard of the checkpoint, is missing")
+            raise CheckpointError(f"{index} names the shard {shard.name!r:.100}, which is missing")
     return shards
 
 

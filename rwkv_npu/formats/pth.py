@@ -216,6 +216,9 @@ class _Interpreter:
             self._pop(1)  # the attributes of an OrderedDict, such as the `_metadata` of a state dict
             if not isinstance(stack[-1], dict):
                 raise _Invalid("its pickle sets the state of an object; only plain dicts of tensors are read")
+        elif name == "NEWOBJ":
+            _refuse_training(self._pop(2)[0])
+            raise _Invalid("its pickle uses NEWOBJ; only plain dicts of tensors are read")
         elif name not in ("PROTO", "FRAME"):
             raise _Invalid(f"its pickle uses {name}; only plain dicts of tensors are read")
 
@@ -299,16 +302,21 @@ def _call(function: Any, arguments: Any) -> Any:
     known = _CALLABLES.get(function) if isinstance(function, _Global) else None
     if known is None or not isinstance(arguments, tuple):
         what = ".".join(function) if isinstance(function, _Global) else type(function).__name__
-        if what.startswith(("pytorch_lightning", "lightning", "deepspeed")):
-            raise _Invalid(
-                f"it is a training checkpoint ({what:.80}), which holds more than weights: load it where it was made, "
-                'and torch.save its ["state_dict"]'
-            )
+        _refuse_training(function)
         raise _Invalid(
             f"its pickle would call {what!r:.80}, which is not part of plain weights: refused. "
             "Save only the weights: torch.save(model.state_dict(), path)"
         )
     return known(*arguments)
+
+
+def _refuse_training(function: Any) -> None:
+    """Raises _Invalid for the objects that training frameworks save beside the weights."""
+    if isinstance(function, _Global) and function.module.split(".")[0] in _TRAINERS:
+        raise _Invalid(
+            f"it is a training checkpoint ({'.'.join(function):.80}), which holds more than weights: load it where it "
+            'was made, and torch.save its ["state_dict"]'
+        )
 
 
 def _ordered_dict(*items: Any) -> dict[str, Any]:
@@ -346,6 +354,7 @@ _CALLABLES: dict[_Global, Callable[..., Any]] = {
     _Global("torch._utils", "_rebuild_parameter"): _parameter,
 }
 
+_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "deepspeed")
 _WRAPPERS = ("model", "state_dict", "module")
 
 

@@ -31,6 +31,9 @@ ALIGNMENT = 64
 _MAX_HEADER = 100_000_000  # bytes; the bound of the reference implementation
 _MAX_RANK = 8
 _MAX_SIZE = 2**56  # elements of one tensor: keeps NumPy's index arithmetic from overflowing
+_NONBLOCK = getattr(
+    os, "O_NONBLOCK", 0
+)  # opening a pipe does not wait for its writer; Windows has no such pipes
 _PAD = re.compile(r"_pad\.\d+")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -65,7 +68,7 @@ class TensorPlan:
 def map_file(path: Path, error: Callable[[str], RwkvNpuError] = CheckpointError) -> mmap.mmap:
     """The whole file, mapped read-only. Raises `error` if there is no regular, readable, non-empty file."""
     try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | _NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"{path} is not a regular file")
@@ -117,7 +120,7 @@ class TensorFile:
         """Gives back the memory that the file's pages with a tensor take; whoever reads it again reads the file."""
         _, _, offset, nbytes = self.entry(name)
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._map is not None and nbytes:
+        if self._map is not None and nbytes and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,14 @@ def holds_ids(path: str) -> bool:
     return Path(path).suffix.lower() in IDS
 
 
-def read_tokens(path: str, encode: Encode) -> Tokens:
-    """The tokens of a file, or of stdin for `-`. Raises UsageError for one that is empty, or not what its name says,
-    and what `encode` raises.
+def read_tokens(path: str, encode: Encode, *, raw: bool = False) -> Tokens:
+    """The tokens of a file, or of stdin for `-`; `raw` as in `read_text`.
+
+    Raises UsageError for a file that is empty, or not what its name says, and what `encode` raises.
     """
     if holds_ids(path):
         return Tokens(_read_ids(path), None)
-    text = read_text(path)
+    text = read_text(path, raw=raw)
     if "\0" in text:
         raise UsageError(f"{_name(path)} holds zero bytes: it is no text (ids come as .json or .npy)")
     if not text.strip():
@@ -83,15 +85,28 @@ def _bytes(parts: list[Tokens]) -> int:
     return sum(part.bytes or 0 for part in parts)
 
 
-def read_text(path: str) -> str:
-    """A UTF-8 file, or stdin for `-`. Raises UsageError."""
+def read_text(path: str, *, raw: bool = False) -> str:
+    """A UTF-8 file, or stdin for `-`. Raises UsageError.
+
+    A byte order mark goes and line ends become newlines, with a warning, unless `raw`: models were trained without.
+    """
     data = _read_bytes(path)
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{_name(path)} is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}"
         ) from None
+    return text if raw else _normalised(text, _name(path))
+
+
+def _normalised(text: str, name: str) -> str:
+    found = {"its byte order mark": text.startswith("\ufeff"), "carriage returns": "\r\n" in text}
+    marks = [mark for mark, there in found.items() if there]
+    if not marks:
+        return text
+    warnings.warn(f"{name} is read without {' and '.join(marks)} (raw=True, --raw keeps them)", stacklevel=3)
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _read_ids(path: str) -> np.ndarray:
