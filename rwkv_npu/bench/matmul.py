@@ -299,7 +299,8 @@ class Sweep:
         if settings.file and settings.file.exists() and settings.file.stat().st_size:
             self.document = Document.load(settings.file, ProductRow)
             self.document.check_same_machine(settings.file, here, settings.threads)
-            self.document.command = settings.command or self.document.command
+            if settings.command not in self.document.command:
+                self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
         spoilt = {"busy", "throttled"} if settings.redo else set()
         # Failed rows and estimates are made again. Rows to be measured again stay until the new ones exist.
         self._known = {

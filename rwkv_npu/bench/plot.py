@@ -316,7 +316,7 @@ def _outside_labels(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None
     lowest = 0.0
     for y, text, colour in labels:
         level = float(np.log(y / bottom) / np.log(top / bottom))
-        height = 0.042 * (1 + text.count("\n"))
+        height = 0.05 * (1 + text.count("\n"))
         place = max(level, lowest + height / 2)
         lowest = place + height / 2
         axes.annotate(
