@@ -27,7 +27,7 @@ campaign: .venv/dev
 	RWKV_FUZZ_SECONDS=$${RWKV_FUZZ_SECONDS:-3600} RWKV_FUZZ_SEED=$${RWKV_FUZZ_SEED:-$$(date +%s)} \
 	  .venv/bin/python -m pytest -m fuzz -s tests/fuzz
 
-board: .venv/dev
+board: .venv/demo
 	.venv/bin/python -m tools.board build
 
 .venv/bin/python:

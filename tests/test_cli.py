@@ -6,6 +6,8 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,25 @@ def test_what_is_printed_is_one_line(model: Model) -> None:
     state = model.new_state()
     assert str(state) == repr(state) == "State(RWKV-7, 2 layers, 0 tokens seen)"
     assert repr(model).startswith("Model(RWKV-7, 0.1 M parameters, ") and "\n" not in repr(model)
+
+
+def test_shells_complete_commands_flags_and_files(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install shtab" in error_line(run("completion", "bash"))
+    monkeypatch.undo()
+    pytest.importorskip("shtab")
+    status, script, err = run("completion", "bash")
+    assert (status, err) == (0, "")
+    (tmp_path / "model.rwkv").touch()
+    for words, expected in (
+        ("rwkv-npu gen", "generate"),
+        ("rwkv-npu generate --backend num", "numpy numba"),
+        (f"rwkv-npu generate -m {tmp_path}/mod", f"{tmp_path}/model.rwkv"),
+    ):
+        count = len(words.split()) - 1
+        ask = f"COMP_WORDS=({words}); COMP_CWORD={count}; _shtab_rwkv_npu; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True)
+        assert done.stdout.split() == expected.split(), done.stderr
 
 
 def test_defaults_of_flags_are_those_of_python() -> None:
