@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def _name(model: Model) -> str:
 
 def _text_table(result: Evaluation, model: Model, reference: Model | None) -> str:
     lines = [
-        f"model          {_name(model)}",
+        _wrapped(f"model          {_name(model)}"),
         f"tokens         {result.tokens}",
         f"perplexity     {result.perplexity:.3f} per token",
     ]
@@ -183,9 +184,13 @@ def _text_table(result: Evaluation, model: Model, reference: Model | None) -> st
         lines += [
             f"KL             {result.kl_mean:.3g} nats per token (99th percentile {result.kl_p99:.3g})",
             f"top-1 agrees   {100 * (result.top1 or 0):.2f} %",
-            f"compared with  {_name(reference)}",
+            _wrapped(f"compared with  {_name(reference)}"),
         ]
     return "\n".join([*lines, "", *_positions(result)])
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 80, subsequent_indent=" " * 15, break_on_hyphens=False)
 
 
 def _positions(result: Evaluation) -> list[str]:
@@ -203,9 +208,9 @@ def _positions(result: Evaluation) -> list[str]:
 
 
 def _lambada_table(result: Lambada, model: Model, reference: Model | None) -> str:
-    lines = [f"model          {_name(model)}", *_lambada_lines(result)]
+    lines = [_wrapped(f"model          {_name(model)}"), *_lambada_lines(result)]
     if reference and result.reference:
-        lines += ["", f"compared with  {_name(reference)}", *_lambada_lines(result.reference)[1:]]
+        lines += ["", _wrapped(f"compared with  {_name(reference)}"), *_lambada_lines(result.reference)[1:]]
     return "\n".join(lines)
 
 

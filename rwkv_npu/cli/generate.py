@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"statistics": statistics.to_json()}))
     else:
         _end_line(ends_line)
-    print(statistics.line(), file=sys.stderr)
+    print(_fitted(statistics.line()), file=sys.stderr)
     return 130 if interrupt.asked else 0
 
 
@@ -293,6 +294,20 @@ def _end_line(ends_line: bool) -> None:
         print(flush=True)
     elif not ends_line and (sys.stderr.isatty() or _same_file(sys.stdout, sys.stderr)):
         print(file=sys.stderr)
+
+
+def _fitted(line: str) -> str:
+    """Break a line of statistics where it is wider than the terminal; in a log it stays one line."""
+    if not sys.stderr.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    rows: list[str] = []
+    for part in line.split(" | "):
+        if rows and len(f"{rows[-1]} | {part}") <= width:
+            rows[-1] += f" | {part}"
+        else:
+            rows.append(part)
+    return "\n".join(rows)
 
 
 def _same_file(a: Any, b: Any) -> bool:

@@ -139,7 +139,7 @@ def _table(facts: dict[str, Any]) -> str:
         f"  dimensions   D {spec['D']}, L {spec['L']}, H {spec['H']}, N {spec['N']}, F {spec['F']}, V {spec['V']}",
         *([f"  low ranks    {ranks}"] if ranks else []),
         f"  tokenizer    {facts['tokenizer'] or facts.get('no_text') or 'unknown: give --tokenizer FILE for text'}",
-        f"  calls        {calls['layer']} a token with layer fusion, {calls['projection']} with projection",
+        f"  NPU calls    {calls['layer']} a token with layer fusion, {calls['projection']} with projection fusion",
     ]
     if facts["kind"] == "bundle":
         lines.append(f"  on disk      {size(facts['bytes_on_disk'])}")
@@ -163,7 +163,11 @@ def summary(bundle: Bundle) -> str:
             f"  NPU  {artifact['target']} {artifact['precision']}{mark}, {size(artifact['npu_bytes'])} of its memory, "
             f"{facts['calls_per_token'][artifact['fusion']]} calls a token"
         )
-    return "\n".join([*lines, f'next: rwkv-npu generate -m {shlex.quote(facts["path"])} -p "Hello"'])
+    path = shlex.quote(facts["path"])
+    if facts["tokenizer"] is None:
+        lines.append("  no vocabulary is known for it: --tokenizer FILE names one, and --ids does without")
+        return "\n".join([*lines, f"next: rwkv-npu generate -m {path} --ids -p 1,2,3"])
+    return "\n".join([*lines, f'next: rwkv-npu generate -m {path} -p "Hello"'])
 
 
 def _cpu(facts: dict[str, Any]) -> str:
