@@ -132,6 +132,15 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+(?:/\w+)*/\w+\.py)`", text))
+    missing = {
+        path for path in named if not any((ROOT / where / path).is_file() for where in ("rwkv_npu", "."))
+    }
+    assert len(named) > 10 and missing == {"models/v8.py", "kernels/v8.py"}  # the generation to be added
+
+
 def test_the_file_map_names_every_folder() -> None:
     (tree,) = [block.code for block in blocks(ROOT / "README.md") if block.code.startswith("rwkv_npu/")]
     named = set(re.findall(r"^  (\w+)(?:/|\.py)", tree, re.M))
