@@ -284,3 +284,23 @@ def test_squares_are_rewritten_for_older_compilers(
     if changed:
         assert list(onnx.load(adapted, load_external_data=False).graph.node[1].input) == ["r", "a"]
         assert (tmp_path / "scratch" / "weights.bin").read_bytes() == bytes(16)
+
+
+def test_small_builds_share_a_process(
+    fake: toolkit.Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Worker] = []
+
+    class Counted(Worker):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            started.append(self)
+
+    monkeypatch.setattr(schedule, "Worker", Counted)
+    builds = jobs(tmp_path, *["sleep 0"] * 4)
+    assert len(list(schedule.compile_many(fake, builds, parallel=1))) == 4
+    assert len(started) == 1 and not started[0].scratch.exists()
+    monkeypatch.setattr(schedule, "SMALL", 0)
+    builds = jobs(tmp_path, *["sleep 0"] * 4, weight_bytes=1)
+    assert len(list(schedule.compile_many(fake, builds, parallel=1))) == 4
+    assert len(started) == 5 and not any(worker.scratch.exists() for worker in started)

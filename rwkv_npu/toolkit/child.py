@@ -2,14 +2,15 @@
 
 It runs inside the compiler's environment, so it imports the standard library, NumPy and what the compiler
 itself needs, never rwkv_npu. A process of its own because the C library may call exit(1), prints on file
-descriptor 1, leaks files in TMPDIR and drops others in the current folder: both are SCRATCH, which the parent
-deletes.
+descriptor 1, leaks files in TMPDIR and drops others in the current folder: both are a folder of each build in
+SCRATCH, which the parent deletes. One process serves several builds: starting it takes as long as ten small ones.
 
 Messages, both ways, are a JSON header, preceded by its length as a little-endian u64, then the bytes of the
 arrays that it describes. Requests arrive on stdin, replies go to stdout; what the library prints goes to
 SCRATCH/log.
     {"action": "build", "onnx", "out", "options", "verbose"}   arrays: calibration rows, named "ROW/INPUT"
-                                                               (none where options["int8"] gives ranges)
+                                                               (none where options["int8"] gives ranges);
+                                                               the log and the simulator are then this graph's
     {"action": "run"}                                          arrays: inputs for the simulator
 A reply has "error" if the request failed.
 """
@@ -23,6 +24,7 @@ import select
 import shutil
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -175,8 +177,22 @@ def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
 def _printed() -> str:
     sys.stdout.flush()
     sys.stderr.flush()
-    with open("log", errors="replace") as file:
+    with open("../log", errors="replace") as file:
         return file.read()
+
+
+def _enter_new_folder(scratch: str, number: int) -> None:
+    """Make a folder for a build the current one and the one for temporary files; remove that of the build before."""
+    os.chdir(scratch)
+    shutil.rmtree(f"build{number - 1}", ignore_errors=True)
+    os.mkdir(f"build{number}")
+    os.chdir(f"build{number}")
+    os.environ["TMPDIR"] = tempfile.tempdir = os.getcwd()
+    for name in ("check0_base_optimize", "check3_fuse_ops"):  # verbose writes copies of the weights there
+        os.symlink(os.devnull, f"{name}.onnx")
+    os.truncate("../log", 0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the largest resident size counts from here
 
 
 def _check(step: str, code: int | None) -> None:
@@ -302,11 +318,10 @@ def main(scratch: str) -> None:
     os.dup2(log, 2)
     libc = ctypes.CDLL(None)
     libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
-    for name in ("check0_base_optimize", "check3_fuse_ops"):  # verbose writes copies of the weights there
-        os.symlink(os.devnull, f"{name}.onnx")
     leash = threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True)
     leash.start()
-    graph = None
+    graph: Graph | None = None
+    builds = 0
     while message := receive(requests):
         request, arrays = message
         outputs: dict[str, np.ndarray] = {}
@@ -314,6 +329,11 @@ def main(scratch: str) -> None:
         start = time.monotonic()
         try:
             if request["action"] == "build":
+                if graph is not None:
+                    graph.rknn.release()
+                    graph = None
+                builds += 1
+                _enter_new_folder(scratch, builds)
                 graph = Graph(request, arrays)
                 reply = {"inputs": graph.inputs, "outputs": graph.outputs}
             elif graph is not None:

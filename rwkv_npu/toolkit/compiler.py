@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,21 +120,19 @@ def compile_graph(
     options: CompileOptions | None = None,
     verify_inputs: Mapping[str, np.ndarray] | None = None,
     *,
-    on_start: Callable[[Worker], None] | None = None,
+    worker: Worker | None = None,
 ) -> CompileResult:
     """Compile `onnx_path` to `out_path`, which is replaced in one step; its folder must exist.
 
     With `verify_inputs`, arrays by input name, the graph is also run in the simulator, without being built
-    again: `verify_outputs` holds its outputs by name, as float32. `on_start` receives the process, to `kill`
-    it from another thread. Raises ToolkitError with the compiler's own reason; `out_path` is then as it was
-    before, unless only the simulator failed.
+    again: `verify_outputs` holds its outputs by name, as float32. `worker` is the process to compile in, made
+    for the folder of `out_path`; by default one of its own. Raises ToolkitError with the compiler's own reason;
+    `out_path` is then as it was before, unless only the simulator failed.
     """
     options = options or CompileOptions()
     out = Path(out_path).absolute()
     begin = time.monotonic()
-    with Worker(environment, out.parent) as worker:
-        if on_start:
-            on_start(worker)
+    with contextlib.nullcontext(worker) if worker else Worker(environment, out.parent) as worker:
         built = _build(worker, Path(onnx_path), out, options)
         text, outputs, peak = worker.log(), None, built["peak_rss_bytes"]
         if verify_inputs is not None:

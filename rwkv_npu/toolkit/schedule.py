@@ -6,6 +6,7 @@ One build takes about `estimated_rss` bytes, 6 times the weights as fp32; a head
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from rwkv_npu.toolkit.worker import Worker
 RSS_BASE, RSS_PER_BYTE = 250_000_000, 6.0
 INT8_RSS_PER_BYTE = 8.0  # products in int8 are built in two steps: 1.77 GB for 201
 HELD_PER_BYTE = 3.2  # what a simulator keeps once it is built: 0.73 GB for 206 MB
+SMALL = 64_000_000  # bytes of weights as fp32, up to which a build leaves its process to the next one
 SHARE = 0.8  # of the limit, for builds that run together: an estimate may be short
 
 
@@ -114,15 +116,17 @@ def _run(
     finally:
         workers.kill()
         pool.shutdown(wait=True, cancel_futures=True)
+        workers.close()
 
 
 def _compile(environment: Environment, job: Job, workers: _Workers) -> CompileResult:
     try:
         if job.write_graph:
             job.write_graph()
-        return compile_graph(
-            environment, job.onnx_path, job.out_path, job.options, job.verify_inputs, on_start=workers.add
-        )
+        with workers.borrow(environment, job) as worker:
+            return compile_graph(
+                environment, job.onnx_path, job.out_path, job.options, job.verify_inputs, worker=worker
+            )
     finally:
         if job.write_graph:
             job.onnx_path.unlink(missing_ok=True)
@@ -150,21 +154,53 @@ def _refusal(job: Job, limit: int) -> str:
 
 
 class _Workers:
-    """The processes under way, to end them all; one that starts afterwards ends at once."""
+    """The processes of `compile_many`. Small builds share them; one that starts after `kill` ends at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._workers: list[Worker] = []
+        self._all: list[Worker] = []
+        self._idle: dict[Path, list[Worker]] = {}
         self._stopped = False
 
-    def add(self, worker: Worker) -> None:
-        with self._lock:
-            self._workers.append(worker)
-            if self._stopped:
-                worker.kill()
+    @contextlib.contextmanager
+    def borrow(self, environment: Environment, job: Job) -> Iterator[Worker]:
+        """A process for one build: an idle one, or a new one. It is idle again after a small build that succeeded."""
+        folder, small = job.out_path.absolute().parent, job.weight_bytes <= SMALL
+        worker = self._take(folder) if small else None
+        if worker is None:
+            worker = Worker(environment, folder)
+            self._add(worker)
+        done = False
+        try:
+            yield worker
+            done = True
+        finally:
+            if done and small:
+                with self._lock:
+                    self._idle.setdefault(folder, []).append(worker)
+            else:
+                worker.close()
 
     def kill(self) -> None:
+        """End all processes, and what they are doing."""
         with self._lock:
             self._stopped = True
-            for worker in self._workers:
+            for worker in self._all:
+                worker.kill()
+
+    def close(self) -> None:
+        """After `kill`, when no build is under way: delete the files of idle processes."""
+        for workers in self._idle.values():
+            for worker in workers:
+                worker.close()
+
+    def _take(self, folder: Path) -> Worker | None:
+        with self._lock:
+            idle = self._idle.get(folder)
+            return idle.pop() if idle else None
+
+    def _add(self, worker: Worker) -> None:
+        with self._lock:
+            self._all.append(worker)
+            if self._stopped:
                 worker.kill()
