@@ -33,7 +33,7 @@ MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
 FEW = 1000  # tokens: fewer are logged as too few to choose parameters by
-VERSION = 7  # of the way in which parameters are chosen, and graphs made
+VERSION = 8  # of the way in which parameters are chosen, and graphs made
 
 # `--remedies`: calibration methods that are tried, and whether SmoothQuant is.
 REMEDIES: dict[str, tuple[Sequence[str], bool]] = {

@@ -1,14 +1,14 @@
-"""Products in int8 as the NPU computes them: inputs, weights and results all of 8 bits.
+"""Products in int8 as the NPU computes them: inputs, weights and results all have 8 bits.
 
-    Affine      int8 numbers q that stand for scale * (q - zero), fixed before anything is run
-    Ranges      what the numbers of one projection stand for that go in and come out
-    Quantised   the same with its weights, in steps of their column
-    Int8Maths   the reference, with some projections quantised
+    Affine      quantization parameters: int8 numbers q stand for scale * (q - zero), fixed before anything is run
+    Ranges      the parameters of a projection's input and products
+    Quantised   the same with its weights, which have per-channel scales
+    Int8Maths   the reference, with some projections in int8
 
-Between the projections everything stays in floating point; the chip converts in both directions. Rounding is to the
-nearest, sums are exact (int32 there, and integers below 2^24, or as good as, in fp32 here): from the same inputs this
-computes what Rockchip's simulator does. In a graph they arrive in fp16, of which some round to the next step, and the
-parts of a wide product are added up in fp16.
+Everything between the projections stays in floating point; the chip converts in both directions. Rounding is to the
+nearest. Sums are exact: int32 on the chip, and here fp32 that holds integers below 2^24, or nearly so. From the same
+inputs this computes the same as Rockchip's simulator. In a graph, inputs arrive in fp16, and some round to the next
+number; the parts of a wide product are added up in fp16.
 
 Letters: M rows, K width of the input, N of the output.
 """
@@ -25,44 +25,44 @@ import numpy as np
 
 from rwkv_npu.models.maths import NumpyMaths, matmul
 
-PRECISIONS = ("w8a8", "mixed")  # in which large projections are in int8: all of them, or those that may be
+PRECISIONS = ("w8a8", "mixed")  # with large projections in int8: all of them, or some
 
 LOWEST, HIGHEST = -128, 127
-SILENT = 1e-20  # a step below which fp16 has nothing, and division would leave fp32
+SILENT = 1e-20  # fp16 has no scale below this, and division by one would leave fp32
 
 # At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
 NPU_WIDTH = 8192
-# K of a product in int8: wider ones the compiler cuts by itself for the RK3588, into parts with names and ranges of its
-# own.
+# Widest K of a product in int8: the compiler cuts wider ones by itself for the RK3588, into parts with names and
+# parameters of its own.
 INT8_WIDTH = 3072
 
 
 def cut(width: int, widest: int) -> list[int]:
-    """The widths of as few equal parts as are no wider than `widest`, in steps of 32."""
+    """The widths of the fewest equal parts that are no wider than `widest`, in multiples of 32."""
     step = ceil(width / ceil(width / widest) / 32) * 32
     return [min(step, width - start) for start in range(0, width, step)]
 
 
 def int8_parts(K: int) -> list[int]:
-    """The widths in which a product in int8 goes through its K, for any number of rows."""
+    """The widths of the parts of K in which a product in int8 is computed, for any number of rows."""
     return [part for wide in cut(K, NPU_WIDTH) for part in cut(wide, INT8_WIDTH)]
 
 
 def spans(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """Where parts of `widths`, side by side, begin and end."""
+    """(begin, end) of parts of `widths`, side by side."""
     return [(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]
 
 
 @dataclass(frozen=True)
 class Affine:
-    """int8 numbers q for the values scale * (q - zero), of which 0 is one."""
+    """Quantization parameters: int8 numbers q stand for scale * (q - zero). One of them stands for 0."""
 
     scale: float
     zero: int
 
     @staticmethod
     def covering(low: float, high: float) -> Affine:
-        """The finest steps that reach from `low` to `high`, and to 0."""
+        """The smallest scale that reaches from `low` to `high`, and to 0."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
         scale = float(np.float32((high - low) / (HIGHEST - LOWEST)))
         scale = scale if scale > SILENT else 1.0
@@ -74,17 +74,17 @@ class Affine:
         return self.scale * (LOWEST - self.zero), self.scale * (HIGHEST - self.zero)
 
     def round(self, x: np.ndarray) -> np.ndarray:
-        """The nearest values that there are numbers for, fp32."""
+        """x rounded to the nearest values that int8 numbers stand for, fp32."""
         steps = np.rint(x / np.float32(self.scale))
         return np.clip(steps, LOWEST - self.zero, HIGHEST - self.zero) * np.float32(self.scale)
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What the numbers of a projection (K, N) stand for: of its input, and of what each part of K makes
-    (widths.int8_parts), whose sum is its product.
+    """Quantization parameters of a projection (K, N): of its input, and of the product of each part of K
+    (`int8_parts`). The sum of these is the projection's product.
 
-    smoothing: (K,), what the channels of the input are divided by before they are rounded, or None.
+    smoothing: (K,) of SmoothQuant, by which the channels of the input are divided before they are rounded, or None.
     """
 
     input: Affine
@@ -92,14 +92,14 @@ class Ranges:
     smoothing: np.ndarray | None = None
 
     def smoothed(self, x: np.ndarray) -> np.ndarray:
-        """The input as it is rounded, (M, K)."""
+        """The input after SmoothQuant, before it is rounded, (M, K)."""
         return x if self.smoothing is None else x * reciprocal(self.smoothing)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A projection (K, N). weight: in steps from 0, of which those of column n in part p are steps[p, n]; int8 numbers
-    less the one that stands for 0."""
+    """A projection (K, N) in int8. weight: int8 numbers less the zero point, (K, N). steps: per-channel scales, of
+    column n in part p of K steps[p, n]."""
 
     ranges: Ranges
     weight: np.ndarray
@@ -107,7 +107,7 @@ class Quantised:
 
     @staticmethod
     def of(ranges: Ranges, weight: np.ndarray) -> Quantised:
-        """`weight` (K, N) rounded, smoothing included."""
+        """`weight` (K, N) in int8, after SmoothQuant."""
         return Quantised(ranges, *round_weight(weight, ranges.smoothing))
 
     def linear(self, x: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ class Quantised:
         return self.product(self.ranges.smoothed(x))
 
     def product(self, x: np.ndarray) -> np.ndarray:
-        """Of a smoothed input, (M, K) -> (M, N) fp32."""
+        """As `linear`, of an input after SmoothQuant."""
         x = self.ranges.input.round(x)
         parts = zip(spans(int8_parts(len(self.weight))), self.ranges.outputs, self.steps, strict=True)
         return reduce(
@@ -124,7 +124,7 @@ class Quantised:
         )
 
     def values(self) -> np.ndarray:
-        """What the weights stand for, (K, N) fp32, smoothing included."""
+        """The values that the weights stand for, (K, N) fp32, after SmoothQuant."""
         return self.weight * np.repeat(self.steps, int8_parts(len(self.weight)), axis=0)
 
 
@@ -133,10 +133,10 @@ def reciprocal(smoothing: np.ndarray) -> np.ndarray:
 
 
 def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) -> how many steps each weight is from 0, (K, N), and the steps of each part of K and column (P, N), fp32.
+    """(K, N) -> int8 numbers less their zero points (K, N), and scales of each part of K and column (P, N), fp32.
 
-    The 256 numbers of a column in a part reach from its lowest weight to its highest. Rounded again they are the same,
-    which is what the compiler does with the weights that it is given.
+    The 256 numbers of a column in a part reach from its lowest weight to its highest. The compiler rounds the weights
+    once more: that leaves them as they are.
     """
     numbers, steps = np.empty(weight.shape, np.int16), []
     for k0, k1 in spans(int8_parts(len(weight))):
@@ -155,7 +155,7 @@ def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tup
 
 
 class Int8Maths(NumpyMaths):
-    """The reference, but for the projections that `lookup(name)` has quantised; those of a stack are never."""
+    """The reference, with those projections in int8 that `lookup(name)` returns; those of a stack never are."""
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
-"""What is done about channels that stand out: candidates, of which `ranges.choose` takes what held-out rows favour.
+"""SmoothQuant (arXiv 2211.10438) against outlier channels: candidates, of which `ranges.choose` takes the best.
 
-One range serves all channels of an input, so that a channel fifty times as large as the others leaves them a fiftieth
-of the steps. Smoothing (SmoothQuant, arXiv 2211.10438) divides each channel by a number of its own and multiplies that
-row of the weights by it, which moves some of the trouble to the weights; columns of weights have steps of their own.
+One scale serves all channels of an input: a channel fifty times as large as the others leaves them a fiftieth of the
+int8 numbers. SmoothQuant divides each channel by a factor of its own and multiplies that row of the weights by it. That
+moves part of the error to the weights, which have per-channel scales.
 
-A rotation (Hadamard) would spread what stands out over all channels, and has no place to be folded into here: the
-token shift mixes each channel by a factor of its own, LayerNorm's gain and the gate on y do the same, and the square of
-the channel mix is taken channel by channel. As a product of its own it would cost what int8 saves. Only a1 -> a2 and
-v1 -> v2 of v7 have nothing in between, and nothing that stands out either.
+A rotation (Hadamard) would spread outliers over all channels, but it cannot be folded into anything here: the token
+shift mixes each channel by a factor of its own, so do LayerNorm's gain and the gate on y, and the channel mix squares
+each channel. As a product of its own it would cost what int8 saves. Only a1 -> a2 and v1 -> v2 of v7 have nothing in
+between, and no outliers either.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from rwkv_npu.quant.ranges import Samples
 
-ALPHAS = (0.25, 0.5, 0.75)  # how much of what stands out goes to the weights
-_SMALLEST = 1e-5  # of the largest channel or row: one that is silent is not blown up without end
+ALPHAS = (0.25, 0.5, 0.75)  # share of the outliers that moves to the weights
+_SMALLEST = 1e-5  # of the largest channel or row: a channel near 0 is not scaled up without end
 
 
 def smoothings(weight: np.ndarray, samples: Samples) -> list[np.ndarray | None]:
     """Candidates for a projection (K, N): none at all, and one (K,) for each of ALPHAS.
 
-    By the fitted rows alone, so that those held out show what becomes of a channel that is silent in one text only.
+    By the fitted rows alone: the held-out rows then show the error of a channel that is 0 in one text only.
     """
     fitted, _ = samples.halves()
     absmax = np.abs(fitted).max(0)
@@ -31,9 +31,9 @@ def smoothings(weight: np.ndarray, samples: Samples) -> list[np.ndarray | None]:
 
 
 def smoothing(absmax: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:
-    """(K,): what each channel is divided by, powers of two, so that to divide and multiply changes no bit.
+    """(K,): the divisor of each channel, a power of two, so that dividing and multiplying change no bit.
 
-    absmax: (K,), the largest magnitude of each channel. The typical channel is left as it is.
+    absmax: (K,), the largest magnitude of each channel. The median channel is left as it is.
     """
     channels, rows = _bounded(absmax), _bounded(np.abs(weight.astype(np.float32)).max(1))
     exponents = alpha * np.log2(channels) - (1 - alpha) * np.log2(rows)
