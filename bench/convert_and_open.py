@@ -1,4 +1,4 @@
-"""What converting and opening a model costs: time, memory, size.
+"""The cost of converting and opening a model: time, memory, size.
 
     python bench/convert_and_open.py --size v7-0.4b --folder /tmp/bench [--save bench/results/NAME.json]
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from rwkv_npu.bench.machine import describe
 
 OPENINGS = [  # backend, the CPU's precision, prepacking of ONNX Runtime
     ("numpy", "fp16", True),
@@ -41,7 +42,7 @@ def main() -> int:
     if not checkpoint.exists():
         run([sys.executable, "tools/make_checkpoint.py", str(checkpoint), "--size", arguments.size])
     command = f"python bench/convert_and_open.py --size {arguments.size} --folder FOLDER"
-    results: dict[str, Any] = {"machine": machine(), "command": command, "size": arguments.size}
+    results: dict[str, Any] = {"machine": describe(), "command": command, "size": arguments.size}
     bundles = {cpu: folder / f"{arguments.size}.{cpu}.rwkv" for cpu in ("fp16", "fp32")}
     convert = ["rwkv-npu", "convert", str(checkpoint), "--force", "-o"]
     rk3588 = ["--target", "rk3588", "--rows", "1,64"]
@@ -123,18 +124,6 @@ def anonymous_bytes() -> int:
 
 def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def machine() -> dict[str, Any]:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-    }
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """Starting, and memory: `python -m bench.cpu_start BUNDLE [--save STEM]`.
 
-For every precision of the bundle on backend numba, in fresh processes, with files in the page cache and kernels and
-Python's bytecode compiled (by a first round that does not count):
-the seconds from the start of `rwkv-npu generate -n 1` to the first byte that it writes, and to its end; where they go;
-and the memory of a process that has read a prompt and written some tokens. Medians of the rounds, in which precisions
-take turns.
+Every precision of the bundle runs on backend numba in fresh processes. A first round, which does not count, fills the
+page cache and compiles kernels and Python's bytecode. Measured are the seconds from the start of `rwkv-npu generate
+-n 1` to the first byte that it writes and to its end, the stages between, and the memory of a process that has read a
+prompt and written some tokens. Medians of the rounds, in which precisions take turns.
 
-Imports stand in the functions: a start is measured.
+Imports are inside functions, since they are part of a start.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ STAGES = ("numpy", "rwkv_npu", "numba", "kernels", "opening", "first token")
 
 
 def environment() -> dict[str, str]:
-    """This one, in which Python keeps the bytecode that it compiles, as installers do."""
+    """The environment of this process, in which Python keeps the bytecode that it compiles, as installers do."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -98,7 +97,7 @@ def _numbers(file: str) -> dict[str, int]:
 
 
 def weight_bytes(bundle: Path, precision: str) -> int:
-    """Of the projections in their run-time format."""
+    """Bytes of the projections as the backend holds them."""
     from rwkv_npu.formats.bundle import read_manifest
     from rwkv_npu.runtime.estimate import weight_bytes as by_part
 

@@ -1,4 +1,4 @@
-"""What a study leaves behind: STEM.json with all of it, and STEM.md for people."""
+"""The files of a study: STEM.json with all results, and STEM.md for people."""
 
 from __future__ import annotations
 

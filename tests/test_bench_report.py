@@ -1,4 +1,4 @@
-"""What `rwkv-npu bench matmul` makes of its rows: tables, crossovers, steps, fits and pictures."""
+"""Tables, crossovers, steps, fits and pictures of `rwkv-npu bench matmul`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What a call of the NPU costs the host: dispatch and marshalling, with a stand-in that returns at once.
+"""The host's cost of a call of the NPU: dispatch and marshalling, with a stand-in that returns at once.
 
     python -m bench.board_dispatch [--save bench/results/NAME]
 
 On the emulated board: RKNNLite's own inference(), this project's `rknn`, and `rknn-matmul`; the last also on this
-machine as it is. The group is v7's `mid`, everything between two recurrences, by its inputs and outputs; what it
-computes does not matter here. `rknn-matmul` takes the six large products of a layer for the same work.
+machine as it is. The group is v7's `mid`, everything between two recurrences, by its inputs and outputs; its
+computation does not matter here. `rknn-matmul` takes the six large products of a layer for the same work.
 
-Times under emulation are of the emulator: their ratios say which way to call is cheaper, they themselves say nothing
-of a board.
+Times under emulation are the emulator's. Their ratios tell which way to call is cheaper; they tell nothing else of a
+board.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import numpy as np
 
 from bench.saving import save
 from rwkv_npu.backends.rknn_api import OVERRIDE
-from rwkv_npu.board.hardware import cpu_model
+from rwkv_npu.bench.machine import describe
 from rwkv_npu.graphs.onnx import IR_VERSION, OPSET
 from rwkv_npu.models.official import official_spec
 from rwkv_npu.models.spec import Group, groups
@@ -52,7 +51,7 @@ def main() -> int:
     parser.add_argument("--save", metavar="NAME", help="NAME.json and NAME.md")
     arguments = parser.parse_args()
     command = "python -m bench.board_dispatch"
-    results: dict[str, Any] = {"machine": machine(), "command": command, "emulated": [], "native": []}
+    results: dict[str, Any] = {"machine": describe(), "command": command, "emulated": [], "native": []}
     board = build.make(lambda line: print(line, file=sys.stderr))
     library = build.make_standin(lambda line: print(line, file=sys.stderr)) / "x86_64" / "librknnrt.so"
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
@@ -70,15 +69,6 @@ def main() -> int:
     if arguments.save:
         save(arguments.save, results, text)
     return 0
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 def ask(python: list[Any], request: dict[str, Any], **variables: str) -> list[dict[str, Any]]:

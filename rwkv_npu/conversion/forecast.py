@@ -100,7 +100,7 @@ class Graphs:
         return self._look(group, rows)[0]
 
     def matrices(self, group: Group, rows: int | None = None) -> list[Matrix]:
-        """What it multiplies with."""
+        """The matrices that it multiplies with."""
         return self._look(group, rows)[1]
 
 
@@ -110,16 +110,16 @@ def forecast(
     chosen: Collection[str] | None = None,
     there: Sequence[Artifact] = (),
 ) -> Forecast:
-    """What `request` would make of a checkpoint, in each of PRECISIONS; its own does not count.
+    """Forecast `request` for a checkpoint, in each of PRECISIONS, whatever its own.
 
     chosen: names of the projections that `mixed` has in int8; None where they are not known yet. there: artifacts of
-    the bundle that would be added to, whose memory counts where they are of the same kind.
+    an existing bundle, whose memory counts where they are of the same kind.
     """
     spec = checkpoint.spec
     programs = {fusion: Program(spec, fusion, default_scaling(spec)) for fusion in FUSIONS}
     graphs = {fusion: Graphs(program, apart=chosen is not None) for fusion, program in programs.items()}
     parts = _bundle_parts(checkpoint, request, list(graphs.values()))
-    # What every process holds: embedding and vectors, and the state of one sequence.
+    # Every process holds embedding and vectors, and the state of one sequence.
     held = parts["embedding and vectors"] + 4 * spec.L * sum(map(prod, state_shapes(spec).values()))
     ours, variants = graphs[request.fusion], []
     for precision in PRECISIONS if request.compiles else ():
@@ -134,7 +134,7 @@ def forecast(
 
 
 def _share(spec: Spec, precision: str, chosen: Collection[str] | None) -> Share:
-    """How much of a projection is in int8, by its name: all or nothing where that is known."""
+    """Share of a projection in int8, by its name: 0 or 1 where the choice is known."""
     able = {} if precision == "fp16" else sizes(spec)
     if precision == "mixed" and chosen is not None:
         return lambda name: float(name in chosen)
@@ -290,7 +290,7 @@ def _bundle_parts(checkpoint: Checkpoint, request: Request, graphs: Sequence[Gra
 
 
 def _small_bytes(graphs: Graphs, group: Group, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Of a graph, whose projections are elsewhere, and of the rows with which a board tests its NPU."""
+    """Bytes of a graph without its projections, and of the rows of its self-test."""
     trace, rows = graphs.trace(group), 1 if group.role == "head" else SELF_TEST_ROWS
     numbers = sum(prod(shapes[constant.name]) for constant in trace.vectors.values())
     numbers += sum(array.size for array in trace.literals.values())

@@ -1,4 +1,4 @@
-"""How long a model would take on an RK3588: estimates, added up from the terms of `rk3588.py`.
+"""Estimates of a model's times on an RK3588, added up from the terms of `rk3588.py`.
 
 `convert --dry-run`, `info` and `bench inference` all print what these functions return, so they agree. Every part
 of a sum is named, every term has a source, and every total has a low and a high end: all terms at their fast ends,
