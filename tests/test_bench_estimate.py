@@ -15,7 +15,7 @@ from rwkv_npu.bench import inference, plot, report
 from rwkv_npu.bench.document import MEASURED_PARTS, Document, ModelRow
 from rwkv_npu.bench.inference import Assumptions, estimates, open_subject
 from rwkv_npu.cli import info
-from rwkv_npu.formats.bundle import MANIFEST, read_manifest
+from rwkv_npu.formats.bundle import MANIFEST, read_manifest, record_file
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.official import official_spec
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group, groups, tensors
@@ -33,7 +33,7 @@ LP5, LP4X = rk3588.DRAMS
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With artifacts of both fusions in its manifest that nobody compiled: nothing here opens them."""
+    """With artifacts of both fusions that nobody compiled: empty files, which nothing here opens."""
     path = rwkv_npu.convert(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny.rwkv", target="none")
     manifest = read_manifest(path)
     layer = artifacts(total=2_000_000, ddr=1_800_000, npu=40_000)
@@ -43,6 +43,10 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rows in ((1,) if group.role == "head" else (1, 64))
     ]
     manifest = replace(manifest, artifacts=[*layer, *(replace(a, precision="w8a8") for a in parts)])
+    for artifact in manifest.artifacts:
+        (path / artifact.path).parent.mkdir(parents=True, exist_ok=True)
+        (path / artifact.path).write_bytes(b"")
+        manifest.files[artifact.path] = record_file(path / artifact.path)
     (path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return path
 
@@ -247,8 +251,6 @@ def test_estimates_stand_beside_measured_rows(
 
 def test_info_and_bench_agree(bundle: Path) -> None:
     manifest = read_manifest(bundle)
-    files = dict.fromkeys((a.path for a in manifest.artifacts), next(iter(manifest.files.values())))
-    manifest = replace(manifest, files=files)
     kinds = [("fp16", "layer"), ("w8a8", "projection")]
     told = {kind: info._artifact_facts(manifest, "rk3588", *kind) for kind in kinds}
     rows = estimates(open_subject(bundle), [], Assumptions())
@@ -258,7 +260,10 @@ def test_info_and_bench_agree(bundle: Path) -> None:
             assert facts["estimated_ms_per_token"] == pytest.approx(1e3 / row.decode_tps)
             low, high = facts["estimated_ms_per_token_range"]
             assert (1e3 / high, 1e3 / low) == pytest.approx((row.decode_tps_p10, row.decode_tps_p90))
-    assert all("not measured" in info._estimate(facts) for facts in told.values())
+    facts = next(iter(told.values()))
+    assert "not measured" in info._estimate(facts)
+    large = {"estimated_ms_per_prefill": 1234.5, "estimated_ms_per_prefill_range": [999.9, 4321.0]}
+    assert "1234 ms (1000 to 4321) for 128" in info._estimate({**facts, **large})
 
 
 @pytest.mark.parametrize("name", ["v7-0.1b", "v7-2.9b"])

@@ -376,7 +376,7 @@ def test_the_command_refuses(run: Run, flags: list[str], message: str) -> None:
 def test_cycles_are_those_of_the_compiler(
     generation: str, board_bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Cycles of a whole token and a whole prompt. The compiler counts operators that it fuses into products of many rows."""
+    """A whole token and a whole prompt. The compiler also counts operators that it fuses into products of many rows."""
     bundle = board_bundles[generation]
     made = {artifact.path: artifact for artifact in open_bundle(bundle).manifest.artifacts}
     checkpoint = demo_model() if generation == "7" else bundle.with_suffix(".pth")

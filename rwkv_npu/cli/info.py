@@ -202,8 +202,8 @@ def _estimate(facts: dict[str, Any]) -> str:
     if facts["estimated_ms_per_token"] is None:
         return f"none: no measurements of the {facts['target']} are known"
     token, prefill = (
-        "{:.3g} ms ({:.3g} to {:.3g})".format(
-            facts[f"estimated_ms_per_{use}"], *facts[f"estimated_ms_per_{use}_range"]
+        "{} ms ({} to {})".format(
+            *map(_figure, (facts[f"estimated_ms_per_{use}"], *facts[f"estimated_ms_per_{use}_range"]))
         )
         for use in ("token", "prefill")
     )
@@ -211,3 +211,7 @@ def _estimate(facts: dict[str, Any]) -> str:
         f"{token} a token, {prefill} for {PREFILL_TOKENS}\n"
         "               (one core, LPDDR5, with the CPU's part; not measured)"
     )
+
+
+def _figure(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
