@@ -327,7 +327,7 @@ def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> Non
     assert mixed("--force") == assumed  # the bundle would be replaced
     # What the bundle has already takes of the NPU's memory too.
     before = run(*flags)[1]
-    kind = ("head", "rk3588", "fp16", "layer", 1)
+    kind = ("mid.0", "rk3588", "fp16", "layer", 7)
     manifest.artifacts = [Artifact("rknn/rk3588/other.rknn", *kind, weight_bytes=10**9)]
     manifest.files["rknn/rk3588/other.rknn"] = manifest.files[WEIGHTS]
     (tmp_path / "out" / MANIFEST).write_text(manifest.to_json())
@@ -338,7 +338,7 @@ def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize("free", [0, 3_000_000])
 def test_what_the_bundle_has_leaves_less_room(free: int) -> None:
     """All of the NPU's memory, or all but a little."""
-    kind = ("head", "rk3588", "fp16", "layer", 1)
+    kind = ("mid.0", "rk3588", "fp16", "layer", 7)
     there = [Artifact("rknn/rk3588/other.rknn", *kind, weight_bytes=BUDGET_BYTES - free)]
     found = forecast(open_checkpoint(demo_model()), request(), None, there)
     fp16, _, w8a8 = found.variants
