@@ -66,8 +66,8 @@ def child(path: str, precision: str) -> dict[str, Any]:
     from rwkv_npu.formats import bundle
 
     spec = bundle.read_manifest(Path(path)).spec
-    for module in ("pool", f"v{spec.generation[0]}"):
-        kernels.load(module, "")
+    for module in ("linear", "pool", f"v{spec.generation[0]}"):
+        kernels.load(module)
     lap()
     model = rwkv_npu.load(path, backend="numba", precision=precision)
     lap()

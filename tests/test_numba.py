@@ -17,7 +17,7 @@ from rwkv_npu.backends.numba import NumbaBackend, Weights
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.files import cache_dir
-from rwkv_npu.kernels import instructions, recurrence
+from rwkv_npu.kernels import instructions, pool, recurrence
 from rwkv_npu.kernels.program import Layout
 from rwkv_npu.kernels.recorder import Recorder, fuse_mixes, record, record_forward
 from rwkv_npu.models.maths import NumpyMaths
@@ -89,6 +89,30 @@ def test_all_threads_compute_the_same(bundle: Path) -> None:
         results.append((logits, more))
     for logits, more in results[1:]:
         assert (logits == results[0][0]).all() and (more == results[0][1]).all()
+
+
+def test_any_order_of_pieces_gives_the_same_bits(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than cores take pieces in any order; a helper that never runs holds nothing up."""
+    source = BundleSource(open_bundle(bundle), "layer")
+    backend = NumbaBackend(source, threads=1)
+    pools = [pool.Pool(1), pool.Pool(5), pool.Pool(3)]
+    for group in (source.program.groups[1], source.program.groups[-1]):
+        for rows in ROWS:
+            runner = backend.open(group, rows)
+            random = np.random.default_rng(rows)
+            for array in runner.inputs.values():
+                array[:] = random.standard_normal(array.shape)
+            results = []
+            for runner._pool in pools:
+                with monkeypatch.context() as patch:
+                    if runner._pool is pools[-1]:
+                        patch.setattr(threading.Thread, "start", lambda thread: None)
+                    results += [{n: part.copy() for n, part in runner.run().items()} for _ in range(20)]
+            for result in results[1:]:
+                assert all((part == results[0][name]).all() for name, part in result.items())
+    pools[-1]._helpers.clear()
+    for made in pools:
+        made.close()
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -339,7 +363,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
         "if child == 0: os._exit(0 if same else 3)\n"
         "print(same, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.stdout == "True 0\n", done.stderr
 
 
@@ -349,13 +373,12 @@ def test_the_second_start_compiles_nothing() -> None:
 
     def start() -> tuple[dict[Path, int], str]:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300
+            [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
-        return {
-            file: file.stat().st_mtime_ns for file in (cache_dir() / "kernels").rglob("*.nb?")
-        }, done.stderr
+        kept = (cache_dir() / "kernels").rglob("*.*")
+        return {file: file.stat().st_mtime_ns for file in kept if file.suffix != ".lock"}, done.stderr
 
     first, _ = start()
     second, said = start()
-    assert first == second and first and "this run only" not in said
+    assert first and first.items() <= second.items() and not said

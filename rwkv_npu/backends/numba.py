@@ -115,8 +115,7 @@ class NumbaBackend:
 
     def __init__(self, source: Source, *, threads: int | None = None):
         self._source, self._layout = source, Layout.of(source.spec)
-        pool = kernels.load("pool", "products of matrices")
-        self._pool = pool.shared_pool(threads or len(hardware.big_cores()))
+        self._pool = kernels.load("pool").shared_pool(threads or len(hardware.big_cores()))
         self.close()
 
     def close(self) -> None:
@@ -176,7 +175,15 @@ class NumbaBackend:
                 addresses[value] = memory.address(port)
         table = segment_table(capacity if name == FUSED else 0)
         binder = Binder(
-            self._source.spec, layout, capacity, addresses, self._vectors, self._matrices, table, self._code
+            self._source.spec,
+            layout,
+            capacity,
+            addresses,
+            self._vectors,
+            self._matrices,
+            self._products,
+            table,
+            self._code,
         )
         shared.bound[name] = BoundProgram(binder.bind(recording), *ends, arena)
         return shared.bound[name]
@@ -194,6 +201,18 @@ class NumbaBackend:
             part[:] = array
             self._vectors[vector] = self._keep(whole)
         self._recordings[name] = recording
+        self._prepare({self._matrices[matrix].format for matrix in weights})
+
+    def _prepare(self, formats: set[int]) -> None:
+        """Have the kernels compiled, together, that programs on matrices of these formats need."""
+        pool, linear = kernels.load("pool"), kernels.load("linear")
+        products = [table[format_] for format_ in sorted(formats) for table in (linear.GEMV, linear.GEMM)]
+        kernels.load("compiler").prepare([pool.work, recurrence.kernel(self._source.spec).run, *products])
+
+    def _products(self, format_: int) -> tuple[int, int]:
+        """The addresses of the kernels that multiply with a matrix of a format: of few and of many rows."""
+        linear = kernels.load("linear")
+        return linear.GEMV[format_].address, linear.GEMM[format_].address
 
     def _matrix(self, weight: Weight) -> Bound:
         if isinstance(weight, Packed):

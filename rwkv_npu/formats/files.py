@@ -200,19 +200,32 @@ def _fcntl() -> Any:
 # -- cache -----------------------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """The folder for files that can be made again: $RWKV_NPU_CACHE, or rwkv_npu in the user's cache folder.
+def cache_dirs() -> list[Path]:
+    """The folders for files that can be made again: all that $RWKV_NPU_CACHE lists, as PATH does, or rwkv_npu in the
+    user's cache folder.
 
     A user without a home folder gets a private one in the system's folder for temporary files. Raises UsageError if
     somebody else owns that.
     """
     try:
-        if own := os.environ.get("RWKV_NPU_CACHE"):
-            return Path(own).expanduser().absolute()
+        if own := [part for part in os.environ.get("RWKV_NPU_CACHE", "").split(os.pathsep) if part]:
+            return [Path(part).expanduser().absolute() for part in own]
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(base).expanduser().absolute() / "rwkv_npu"
+        return [Path(base).expanduser().absolute() / "rwkv_npu"]
     except RuntimeError:  # neither HOME nor an entry in the list of users
-        return _private_folder(Path(tempfile.gettempdir()) / f"rwkv_npu-{os.getuid()}")
+        return [_private_folder(Path(tempfile.gettempdir()) / f"rwkv_npu-{os.getuid()}")]
+
+
+def cache_dir() -> Path:
+    """The first of `cache_dirs` that can be written, or the first. Raises UsageError as it does."""
+    folders = cache_dirs()
+    return next((folder for folder in folders if _is_writable(folder)), folders[0])
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether the folder can be written, or made where it is missing."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def _private_folder(path: Path) -> Path:

@@ -38,7 +38,8 @@ INT4, INT8, FP16, BF16, FP32 = range(5)  # formats of a matrix
 # STORE_STATE         (none; out: 0) each segment's      a, other_stride: of a, vector, k, n: as SHIFT_STATE
 #                       last row of a, into its state
 # LINEAR              a times a matrix (k, n)            a, format, k, n, weights, scales: of the matrix; a fp32 with
-#                                                          other_stride, or int8 with b: its scales, and sums
+#                                                          other_stride, or int8 with b: its scales, and sums;
+#                                                          gemv, gemm: the kernels for few and for many rows
 # WKV                 a layer's recurrence               vector: its arguments, weights: its code, n: heads
 INSTRUCTION = np.dtype(
     [
@@ -61,6 +62,8 @@ INSTRUCTION = np.dtype(
         ("sums", np.int64),
         ("weights", np.int64),
         ("scales", np.int64),
+        ("gemv", np.int64),
+        ("gemm", np.int64),
     ],
     align=True,
 )

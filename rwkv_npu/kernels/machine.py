@@ -1,21 +1,22 @@
-"""Executes tapes, compiled.
+"""Executes instructions, compiled: one piece of a stage at a time, which pool.py hands out to the threads.
 
-All threads run the same tape: of rows each takes its own, of products its own columns, of recurrences its own heads.
-Where the tape says `wait` they meet.
+A stage is the instructions from one that says `wait` to the next.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, types
+from typing import Any
 
+import numpy as np
+from llvmlite import ir
+from numba import carray, from_dtype, types
+from numba.extending import intrinsic
+
+from rwkv_npu.kernels.compiler import inner
 from rwkv_npu.kernels.instructions import (
     ADD,
     ADD_VECTOR,
-    BF16,
-    FP16,
-    INT4,
-    INT8,
+    INSTRUCTION,
     LAYER_NORM,
     LINEAR,
     MIX,
@@ -36,24 +37,10 @@ from rwkv_npu.kernels.instructions import (
     TANH,
     WKV,
 )
-from rwkv_npu.kernels.products import (
-    GEMV_ROWS,
-    ROWS,
-    gemm_bf16,
-    gemm_fp16,
-    gemm_fp32,
-    gemm_int4,
-    gemm_int8,
-    gemv_bf16,
-    gemv_fp16,
-    gemv_fp32,
-    gemv_int4,
-    gemv_int8,
-    quantise_rows,
-)
+from rwkv_npu.kernels.products import GEMV_ROWS, quantise_rows
 from rwkv_npu.kernels.simd import (
+    ADDRESS,
     add,
-    add_atomically,
     at_least,
     call_code,
     floats,
@@ -62,55 +49,41 @@ from rwkv_npu.kernels.simd import (
     load_floats,
     load_long,
     mul,
-    pause,
-    read_atomically,
+    operation,
     sigmoid,
     store_float,
     store_floats,
-    store_long,
     sub,
     tanh,
     total,
 )
-from rwkv_npu.quant.cpu import PANEL
 
-PATIENCE = 4096  # rounds of waiting, some 100 us, before the core is offered to others
-
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
-_MONOTONIC = 1
-_SECOND = 1_000_000_000  # nanoseconds
+INSTRUCTION_BYTES = INSTRUCTION.itemsize
+_Instructions = types.CPointer(from_dtype(INSTRUCTION))
 
 
-@njit(nogil=True)
-def _now(scratch):  # type: ignore[no-untyped-def]
-    """Nanoseconds; 16 bytes of scratch are overwritten."""
-    _clock_gettime(types.int32(_MONOTONIC), scratch)  # type: ignore[call-overload]
-    return load_long(scratch) * _SECOND + load_long(scratch + 8)
+@intrinsic
+def _instructions(_context: Any, address: Any) -> Any:
+    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(_Instructions))
+
+    return _Instructions(types.int64), code
 
 
-@njit(nogil=True)
-def _charge(clock, since, scratch):  # type: ignore[no-untyped-def]
-    """Add the time since then to a clock; the time now."""
-    now = _now(scratch)
-    store_long(load_long(clock) + now - since, clock)
-    return now
+@inner
+def instruction(program, i):  # type: ignore[no-untyped-def]
+    """Instruction i of a program, by its address."""
+    return carray(_instructions(program + i * INSTRUCTION_BYTES), (1,))[0]  # type: ignore[call-arg]
 
 
-@njit(nogil=True)
-def _meet(counter, goal):  # type: ignore[no-untyped-def]
-    """Wait until the threads have come here `goal` times, all together."""
-    add_atomically(counter, 1)
-    rounds = 0
-    while read_atomically(counter) < goal:
-        rounds += 1
-        if rounds % PATIENCE:
-            pause()
-        else:  # the others have lost their core to another process: it may be this one
-            _sched_yield()
+@operation(types.void, ADDRESS, ADDRESS, types.int64, types.int64, ADDRESS)
+def call_product(b: Any, code: Any, op: Any, piece: Any, pieces: Any, scratch: Any) -> None:
+    """Call a kernel of linear.py."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
+    b.call(b.inttoptr(code, kind.as_pointer()), [op, piece, pieces, scratch])
 
 
-@njit(nogil=True)
+@inner
 def _layer_norm(row, out, width, weight, bias, eps):  # type: ignore[no-untyped-def]
     whole = width // 16 * 16
     sums = floats(types.float32(0))
@@ -134,7 +107,7 @@ def _layer_norm(row, out, width, weight, bias, eps):  # type: ignore[no-untyped-
         store_floats(fma(x, load_floats(weight + n * 4), load_floats(bias + n * 4)), out + n * 4)
 
 
-@njit(nogil=True)
+@inner
 def _row_matmul(x, s, out, R):  # type: ignore[no-untyped-def]
     """(R,) times an (R, R) matrix, row-major."""
     for n in range(R):
@@ -144,7 +117,7 @@ def _row_matmul(x, s, out, R):  # type: ignore[no-untyped-def]
         store_float(value, out + n * 4)
 
 
-@njit(nogil=True)
+@inner
 def _copy(source, target, count):  # type: ignore[no-untyped-def]
     """So many floats and no more: a state has no padding."""
     whole = count // 16 * 16
@@ -154,7 +127,7 @@ def _copy(source, target, count):  # type: ignore[no-untyped-def]
         store_float(load_float(source + n * 4), target + n * 4)
 
 
-@njit(nogil=True)
+@inner
 def _of_row(t, row):  # type: ignore[no-untyped-def]
     """What an instruction does to one row."""
     op, width = t.op, t.width
@@ -197,7 +170,7 @@ def _of_row(t, row):  # type: ignore[no-untyped-def]
             store_floats(tanh(load_floats(a + n * 4)), out + n * 4)
 
 
-@njit(nogil=True)
+@inner
 def _shift(t, first, last):  # type: ignore[no-untyped-def]
     """Rows of a, each taken from the row above where the mask is not 0, else rows of b."""
     for row in range(first, last):
@@ -206,14 +179,14 @@ def _shift(t, first, last):  # type: ignore[no-untyped-def]
         _copy(t.a + at - t.stride * 4 if above else t.b + at, t.out + at, t.width)
 
 
-@njit(nogil=True)
+@inner
 def _segment(table, number):  # type: ignore[no-untyped-def]
     """The address of a segment's line in the segment table: its first row, its number of rows, its state."""
     line = table + (1 + number) * SEGMENT_WORDS * 8
     return load_long(line + S_FIRST * 8), load_long(line + S_COUNT * 8), line
 
 
-@njit(nogil=True)
+@inner
 def _shift_state(t, first, last):  # type: ignore[no-untyped-def]
     """Rows of a, each taken from the row above, and at the first row of a segment from its state."""
     for row in range(max(first, 1), last):
@@ -225,7 +198,7 @@ def _shift_state(t, first, last):  # type: ignore[no-untyped-def]
             _copy(load_long(line + t.k * 8) + t.n, t.out + row * t.stride * 4, t.width)
 
 
-@njit(nogil=True)
+@inner
 def _store_state(t, first, last):  # type: ignore[no-untyped-def]
     """The last row of each segment, into its state."""
     for number in range(load_long(t.vector)):
@@ -235,7 +208,7 @@ def _store_state(t, first, last):  # type: ignore[no-untyped-def]
             _copy(t.a + row * t.other_stride * 4, load_long(line + t.k * 8) + t.n, t.width)
 
 
-@njit(nogil=True)
+@inner
 def _unit(table, heads, work):  # type: ignore[no-untyped-def]
     """The number of the first unit, a head of a segment, that begins where so much work is done; work counts rows times
     heads, and unit u is head u % heads of segment u // heads."""
@@ -248,7 +221,7 @@ def _unit(table, heads, work):  # type: ignore[no-untyped-def]
     return segments * heads
 
 
-@njit(nogil=True)
+@inner
 def _quantise(t, first, last):  # type: ignore[no-untyped-def]
     """Rows as int8; what lies beyond their width is cleared first, since it would count."""
     for row in range(first, last):
@@ -257,73 +230,29 @@ def _quantise(t, first, last):  # type: ignore[no-untyped-def]
     quantise_rows(t.a, t.stride, first, last, t.k, t.out, t.b, t.sums)
 
 
-@njit(nogil=True)
-def _gemv(t, thread, threads):  # type: ignore[no-untyped-def]
-    """A few rows times this thread's columns of a matrix."""
-    strips, rows, stride = t.n // 16, t.rows, t.stride
-    first, last = strips * thread // threads, strips * (thread + 1) // threads
-    if t.format == INT4:
-        gemv_int4(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
-    elif t.format == INT8:
-        gemv_int8(t.a, t.b, t.sums, rows, t.weights, t.scales, t.k, first, last, t.out, stride)
-    elif t.format == FP16:
-        gemv_fp16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
-    elif t.format == BF16:
-        gemv_bf16(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
-    else:
-        gemv_fp32(t.a, t.other_stride, rows, t.weights, t.k, first, last, t.out, stride)
-
-
-@njit(nogil=True)
-def _gemm(t, thread, threads, scratch):  # type: ignore[no-untyped-def]
-    """All rows times this thread's panels; where there are fewer panels than threads, they share the rows too."""
-    panels, tiles = -(-t.n // PANEL), -(-t.rows // ROWS)
-    pieces = 1 if panels >= threads else min(tiles, -(-threads // panels))
-    jobs = panels * pieces
-    for job in range(jobs * thread // threads, jobs * (thread + 1) // threads):
-        panel, piece = job // pieces, job % pieces
-        first, last = tiles * piece // pieces * ROWS, tiles * (piece + 1) // pieces * ROWS
-        if t.format == INT4:
-            gemm_int4(
-                t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
-            )
-        elif t.format == INT8:
-            gemm_int8(
-                t.a, t.b, t.sums, first, last, t.weights, t.scales, t.k, panel, scratch, t.out, t.stride
-            )
-        elif t.format == FP16:
-            gemm_fp16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
-        elif t.format == BF16:
-            gemm_bf16(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
-        else:
-            gemm_fp32(t.a, t.other_stride, first, last, t.weights, t.k, panel, scratch, t.out, t.stride)
-
-
-@njit(nogil=True)
-def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-untyped-def]
-    """This thread's share of a tape. counter: the address of what the threads meet at, which stands at `met`.
-
-    Returns where it stands afterwards: all threads are done then.
-    """
-    since, clock = _now(scratch), tape[0].clock
-    for i in range(len(tape)):
-        t = tape[i]
-        if t.wait:
-            met += threads
-            _meet(counter, met)
-            if thread == 0:
-                since, clock = _charge(clock, since, scratch), t.clock
+@inner
+def run_piece(program, begin, end, piece, pieces, scratch):  # type: ignore[no-untyped-def]
+    """Piece `piece` of `pieces` of the instructions begin .. end, one stage: a share of the columns of each product,
+    of the heads of each recurrence, of the rows of all else."""
+    for i in range(begin, end):
+        t = instruction(program, i)
         if t.op == LINEAR:
-            if t.rows <= GEMV_ROWS:
-                _gemv(t, thread, threads)
-            else:
-                _gemm(t, thread, threads, scratch)
+            call_product(
+                t.gemv if t.rows <= GEMV_ROWS else t.gemm,
+                program + i * INSTRUCTION_BYTES,
+                piece,
+                pieces,
+                scratch,
+            )
         elif t.op == WKV:
             table, work = load_long(t.vector), t.rows * t.n
-            begin = _unit(table, t.n, work * thread // threads)
-            call_code(t.weights, t.vector, begin, _unit(table, t.n, work * (thread + 1) // threads))
+            first, last = (
+                _unit(table, t.n, work * piece // pieces),
+                _unit(table, t.n, work * (piece + 1) // pieces),
+            )
+            call_code(t.weights, t.vector, first, last)
         else:
-            first, last = t.rows * thread // threads, t.rows * (thread + 1) // threads
+            first, last = t.rows * piece // pieces, t.rows * (piece + 1) // pieces
             if t.op == QUANTISE:
                 _quantise(t, first, last)
             elif t.op == SHIFT:
@@ -335,8 +264,3 @@ def execute(tape, thread, threads, counter, met, scratch):  # type: ignore[no-un
             else:
                 for row in range(first, last):
                     _of_row(t, row)
-    met += threads
-    _meet(counter, met)
-    if thread == 0:
-        _charge(clock, since, scratch)
-    return met

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from rwkv_npu import kernels
+from rwkv_npu.kernels.compiler import Kernel
 from rwkv_npu.kernels.instructions import (
     A_H,
     A_LAYER,
@@ -48,27 +48,26 @@ inlined = njit(forceinline=True, **_OPTIONS)
 # -- arguments -------------------------------------------------------------------------------------------
 
 
-def recurrence(run: Any) -> Any:
-    """Compile run(arguments, begin, end) at once, or read what was compiled before.
+def recurrence(run: Any) -> Kernel:
+    """The kernel run(arguments, begin, end), called from Python by its `.ctypes`, from compiled code by its `.address`.
 
     arguments: the address of what `instructions.A_SEGMENTS` and the names after it list. begin, end: numbers of units;
-    unit u is head u % H of segment u // H. What results is called from Python
-    (`.ctypes`), whose other threads run on meanwhile, or from compiled code, by its `.address`.
+    unit u is head u % H of segment u // H.
     """
-    return cfunc("void(i8, i8, i8)", cache=kernels.KEEP, **_OPTIONS)(run)
+    return Kernel(run, **_OPTIONS)
 
 
 @intrinsic
 def _words(_context: Any, address: Any) -> Any:
-    return _as_pointer(types.CPointer(types.int64))
+    return as_pointer(types.CPointer(types.int64))
 
 
 @intrinsic
-def _floats(_context: Any, address: Any) -> Any:
-    return _as_pointer(types.CPointer(types.float32))
+def float32s(_context: Any, address: Any) -> Any:
+    return as_pointer(types.CPointer(types.float32))
 
 
-def _as_pointer(kind: Any) -> Any:
+def as_pointer(kind: Any) -> Any:
     def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         return builder.inttoptr(values[0], context.get_value_type(kind))
 
@@ -82,7 +81,7 @@ def arguments(address: Any) -> Any:
 
 @inlined
 def array(address: Any, shape: Any) -> Any:
-    return carray(_floats(address), shape)  # type: ignore[call-arg]
+    return carray(float32s(address), shape)  # type: ignore[call-arg]
 
 
 @inlined

@@ -1,8 +1,15 @@
-"""The threads that execute tapes: one pool for the process.
+"""The threads that execute programs: one pool for the process.
 
-Between tapes the helpers look for the next one for a moment before they go to sleep: a token is many tapes with little
-in between, and to wake a sleeper takes longer than most of them. All of that happens in compiled code, so that no
-exception of Python's (Ctrl-C) can come between handing out a tape and doing one's own share of it.
+A program is a sequence of stages. The work of a stage is cut into pieces, and a thread that has nothing to do takes
+the next one from a counter that all share. The thread that finishes the last piece opens the next stage. So a thread
+that is not scheduled, because another process has its core, holds up no more than the piece it has begun. A stage with
+too little work for two threads is one piece, which the thread that opens it executes at once.
+
+A thread without work looks for it for a moment, then sleeps; whoever opens a stage wakes the sleepers. A helper that
+had to wait for its core stays away until the core is free again: else it would sooner or later lose the core within a
+piece, and all others would wait for it.
+
+All of that happens in compiled code, so that no exception of Python's (Ctrl-C) can come in between.
 """
 
 from __future__ import annotations
@@ -10,121 +17,306 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import sys
 import threading
 import weakref
 from typing import Any
 
 import numpy as np
-from numba import carray, from_dtype, njit, types
-from numba.extending import intrinsic
+from llvmlite import ir
+from numba import types
 
-from rwkv_npu import kernels
-from rwkv_npu.kernels.instructions import INSTRUCTION
-from rwkv_npu.kernels.machine import execute
+from rwkv_npu.kernels.compiler import Kernel, inner
+from rwkv_npu.kernels.instructions import LINEAR, WKV
+from rwkv_npu.kernels.machine import instruction, run_piece
 from rwkv_npu.kernels.products import SCRATCH_BYTES
 from rwkv_npu.kernels.program import aligned_bytes
-from rwkv_npu.kernels.simd import add_atomically, pause, read_atomically, write_atomically
+from rwkv_npu.kernels.simd import (
+    ADDRESS,
+    add_atomically,
+    load_long,
+    operation,
+    pause,
+    pointer,
+    read_atomically,
+    store_long,
+    write_atomically,
+)
 
-ROUNDS = 20_000  # of looking for a tape before a helper goes to sleep: about a millisecond
+SPIN_NS = 100_000  # how long a thread looks for work within a program before it sleeps
+LINGER_NS = (
+    1_000_000  # the same of a helper after a program: a token is a few programs, with little in between
+)
+LOOKS = 64  # between two looks at the clock
+LATE_NS = 500_000  # time without its core by which a helper knows that the core is contended
+AWAY_NS = 50_000_000  # time without such a delay after which it comes back
+AWAY_US = 5_000  # between two looks for one
+NAP_US = 50  # where there are no semaphores: between two looks for work
 
-# What the threads share, by offset in bytes: 64-bit numbers, each on a cache line of its own.
+GRAIN = 1 << 15  # multiplications that are worth handing out: some microseconds
+PIECES = 4  # for each thread, where there is work for so many
+# What else costs as much time as so many multiplications, by element.
+ROW_COST, RECURRENCE_COST = 4, 256
+
+# What the threads share, by offset in bytes: 64-bit numbers. Those that change all the time have a cache line each.
 _LINE = 64
-_TICKET, _MET, _TAPE, _LENGTH, _PER_THREAD = (_LINE * i for i in range(5))
-_ASLEEP, _SEMAPHORE, _THREAD_BYTES = 0, _LINE, 2 * _LINE  # within what each thread has
+_NEXT = 0  # the pieces of the open stage (upper half) and the number of the next one to take (lower half)
+_DONE = _LINE  # its pieces that are finished
+_ENDED = 2 * _LINE  # programs that have ended
+_CLOSED = 3 * _LINE  # 1: the helpers end
+_WAITED = 4 * _LINE  # how often a thread fell asleep within a program
+_STAGE = 5 * _LINE  # written by the thread that opens a stage, and read by who has a piece of it:
+_PROGRAM, _LENGTH, _BEGIN, _END, _CLOCK, _SINCE = (_STAGE + 8 * i for i in range(6))
+_PER_THREAD = 6 * _LINE
+# Within what each thread has. The times: when it was woken last, and its own and its core's when they were noted last.
+_ASLEEP, _SEMAPHORE, _WOKEN, _WALL, _CPU, _THREAD_BYTES = (
+    *(_LINE * i for i in range(3)),
+    136,
+    144,
+    3 * _LINE,
+)
 
-# Semaphores of the C library: a helper sleeps, and is woken, without Python.
+_HALF = 32
+_LOW = (1 << _HALF) - 1
+
+# Unnamed semaphores. Elsewhere threads look for work now and then.
+SEMAPHORES = sys.platform == "linux"
 _libc = ctypes.CDLL(None)
 _sem_post = types.ExternalFunction("sem_post", types.int32(types.intp))
 _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.intp))
-
-_Instructions = types.CPointer(from_dtype(INSTRUCTION))
-_I8 = types.int64
-
-
-@intrinsic
-def _instructions(_context: Any, address: Any) -> Any:
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(_Instructions))
-
-    return _Instructions(types.int64), code
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+_MONOTONIC, _THREAD_CPU = (6, 16) if sys.platform == "darwin" else (1, 3)
+_SECOND = 1_000_000_000  # nanoseconds
 
 
-@njit(nogil=True)
-def _tape(address, length):  # type: ignore[no-untyped-def]
-    return carray(_instructions(address), (length,))  # type: ignore[call-arg]
+@operation(types.int64, ADDRESS, types.int64)
+def _swap(b: Any, address: Any, number: Any) -> Any:
+    """Replace an int64 that other threads use too; the value before."""
+    return b.atomic_rmw("xchg", pointer(b, address, ir.IntType(64)), number, "seq_cst")
 
 
-@njit(nogil=True)
+@inner
+def _time(clock, scratch):  # type: ignore[no-untyped-def]
+    """Nanoseconds by a clock of the C library; 16 bytes of scratch are overwritten."""
+    _clock_gettime(types.int32(clock), scratch)
+    return load_long(scratch) * _SECOND + load_long(scratch + 8)
+
+
+@inner
 def _of_thread(control, thread):  # type: ignore[no-untyped-def]
     return control + _PER_THREAD + thread * _THREAD_BYTES
 
 
-@njit(nogil=True)
-def _publish(control, threads, tape, length):  # type: ignore[no-untyped-def]
-    """Hand a tape to the helpers; no length ends them."""
-    write_atomically(control + _TAPE, tape)
-    write_atomically(control + _LENGTH, length)
-    add_atomically(control + _TICKET, 1)
-    for thread in range(1, threads):
-        if read_atomically(_of_thread(control, thread) + _ASLEEP):
-            _sem_post(_of_thread(control, thread) + _SEMAPHORE)
+@inner
+def _is_open(control):  # type: ignore[no-untyped-def]
+    """Whether there is a piece to take."""
+    word = read_atomically(control + _NEXT)
+    return (word & _LOW) < (word >> _HALF)
 
 
-@njit(nogil=True)
-def _help(control, thread, threads, scratch):  # type: ignore[no-untyped-def]
-    """Execute this thread's share of every tape that is published, until one without length."""
-    mine = _of_thread(control, thread)
-    ticket, met, rounds = 0, 0, 0
-    while True:
-        if read_atomically(control + _TICKET) != ticket:
-            ticket += 1
-            length = read_atomically(control + _LENGTH)
-            if length == 0:
-                return
-            tape = _tape(read_atomically(control + _TAPE), length)
-            met = execute(tape, thread, threads, control + _MET, met, scratch)
-            rounds = 0
-        elif rounds < ROUNDS:
-            rounds += 1
-            pause()
+@inner
+def _measure(program, begin, length, threads):  # type: ignore[no-untyped-def]
+    """The end of the stage that begins there, and into how many pieces it is cut."""
+    work, most, end = 0, 1, begin
+    while end < length:
+        t = instruction(program, end)
+        if end > begin and t.wait:
+            break
+        if t.op == LINEAR:
+            work += t.rows * t.k * t.n
+            most = max(most, t.rows * t.n // 16)
+        elif t.op == WKV:
+            work += t.rows * t.width * RECURRENCE_COST
+            most = max(most, t.n * load_long(load_long(t.vector)))  # heads of segments
         else:
-            write_atomically(mine + _ASLEEP, 1)
-            # Looked at once more, now that whoever publishes can see that we sleep.
-            while read_atomically(control + _TICKET) == ticket:
-                _sem_wait(mine + _SEMAPHORE)
-            write_atomically(mine + _ASLEEP, 0)
-            rounds = 0
+            work += t.rows * t.width * ROW_COST
+            most = max(most, t.rows)
+        end += 1
+    pieces = min(work // GRAIN, PIECES * threads)
+    if pieces > threads:
+        pieces -= pieces % threads
+    return end, max(1, min(pieces, most)) if threads > 1 else 1
 
 
-# The one entry: each is compiled, and read again, with a copy of the whole machine.
-@njit(types.void(_I8, _I8, _I8, _I8, _I8, _I8), nogil=True, cache=kernels.KEEP)
+@inner
+def _wake(control, first, last, count, scratch):  # type: ignore[no-untyped-def]
+    """Wake as many of the threads first .. last that sleep."""
+    for thread in range(first, last):
+        mine = _of_thread(control, thread)
+        if count > 0 and read_atomically(mine + _ASLEEP) and _swap(mine + _ASLEEP, 0):
+            store_long(_time(_MONOTONIC, scratch), mine + _WOKEN)
+            if SEMAPHORES:
+                _sem_post(mine + _SEMAPHORE)
+            count -= 1
+
+
+@inner
+def _charge(control, clock, scratch):  # type: ignore[no-untyped-def]
+    """Add the time since the last change of clocks to the clock that ran, and have another run."""
+    last = load_long(control + _CLOCK)
+    if last != clock:
+        now = _time(_MONOTONIC, scratch)
+        if last:
+            store_long(load_long(last) + now - load_long(control + _SINCE), last)
+        store_long(now, control + _SINCE)
+        store_long(clock, control + _CLOCK)
+
+
+@inner
+def _advance(control, begin, threads, scratch):  # type: ignore[no-untyped-def]
+    """Open the stage that begins there, or execute it if it is one piece; after the last one the program ends."""
+    program, length = load_long(control + _PROGRAM), load_long(control + _LENGTH)
+    while begin < length:
+        _charge(control, instruction(program, begin).clock, scratch)
+        end, pieces = _measure(program, begin, length, threads)
+        if pieces > 1:
+            store_long(begin, control + _BEGIN)
+            store_long(end, control + _END)
+            write_atomically(control + _DONE, 0)
+            write_atomically(control + _NEXT, pieces << _HALF)
+            _wake(control, 0, threads, pieces - 1, scratch)
+            return
+        run_piece(program, begin, end, 0, 1, scratch)
+        begin = end
+    _charge(control, 0, scratch)
+    add_atomically(control + _ENDED, 1)
+    _wake(control, 0, 1, 1, scratch)
+
+
+@inner
+def _is_over(control, thread, ended):  # type: ignore[no-untyped-def]
+    """Whether the program that this thread started has ended; of helpers, the pool."""
+    if thread == 0:
+        return read_atomically(control + _ENDED) != ended
+    return read_atomically(control + _CLOSED) != 0
+
+
+@inner
+def _sleep(control, thread, ended):  # type: ignore[no-untyped-def]
+    """Until a stage is opened or it is over; it may be a little sooner."""
+    mine = _of_thread(control, thread)
+    write_atomically(mine + _ASLEEP, 1)
+    # Looked at once more, now that whoever opens a stage can see that we sleep.
+    if _is_open(control) or _is_over(control, thread, ended):
+        if _swap(mine + _ASLEEP, 0):
+            return
+    if SEMAPHORES:
+        _sem_wait(mine + _SEMAPHORE)
+    else:
+        _usleep(types.uint32(NAP_US))  # type: ignore[call-overload]
+    write_atomically(mine + _ASLEEP, 0)  # a signal may have woken us
+
+
+@inner
+def _note_times(mine, scratch):  # type: ignore[no-untyped-def]
+    store_long(_time(_MONOTONIC, scratch), mine + _WALL)
+    store_long(_time(_THREAD_CPU, scratch), mine + _CPU)
+
+
+@inner
+def _lost(mine, scratch):  # type: ignore[no-untyped-def]
+    """Time without a core since the times were noted."""
+    wall = _time(_MONOTONIC, scratch) - load_long(mine + _WALL)
+    return wall - (_time(_THREAD_CPU, scratch) - load_long(mine + _CPU))
+
+
+@inner
+def _stay_away(control, scratch):  # type: ignore[no-untyped-def]
+    """Until this thread has had a core for a while whenever it wanted one: the others do better without it."""
+    now = _time(_MONOTONIC, scratch)
+    until = now + AWAY_NS
+    while now < until and not read_atomically(control + _CLOSED):
+        _usleep(types.uint32(AWAY_US))  # type: ignore[call-overload]
+        after = _time(_MONOTONIC, scratch)
+        if after - now > AWAY_US * 1000 + LATE_NS:
+            until = after + AWAY_NS
+        now = after
+
+
+@inner
+def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-untyped-def]
+    """Execute pieces until it is over."""
+    mine, is_helper = _of_thread(control, thread), thread > 0
+    looks, since, before = 0, 0, 0
+    late = False
+    if is_helper:
+        _note_times(mine, scratch)
+    while True:
+        if late:
+            _stay_away(control, scratch)
+            _note_times(mine, scratch)
+            late, looks = False, 0
+        if _is_open(control):
+            waited = read_atomically(control + _WAITED)
+            word = add_atomically(control + _NEXT, 1)
+            piece, pieces = word & _LOW, word >> _HALF
+            if piece < pieces:
+                begin, end = load_long(control + _BEGIN), load_long(control + _END)
+                run_piece(load_long(control + _PROGRAM), begin, end, piece, pieces, scratch)
+                if add_atomically(control + _DONE, 1) + 1 == pieces:
+                    _advance(control, end, threads, scratch)
+                if is_helper and read_atomically(control + _WAITED) != waited:
+                    late = _lost(mine, scratch) > LATE_NS
+                    _note_times(mine, scratch)
+                looks = 0
+        elif _is_over(control, thread, ended):
+            return
+        else:
+            pause()
+            if looks % LOOKS == 0:
+                now = _time(_MONOTONIC, scratch)
+                between = load_long(control + _CLOCK) == 0
+                if looks == 0:
+                    since = before = now
+                late = is_helper and now - before > LATE_NS
+                before = now
+                if not late and now - since > (LINGER_NS if between else SPIN_NS):
+                    if not between:
+                        add_atomically(control + _WAITED, 1)
+                    _sleep(control, thread, ended)
+                    if is_helper:
+                        _note_times(mine, scratch)
+                        woken = load_long(mine + _WOKEN)  # before `now`: nobody had to wake it
+                        late = woken > now and load_long(mine + _WALL) - woken > LATE_NS
+                    looks = -1
+            looks += 1
+
+
 def _work(control, thread, threads, address, length, scratch):  # type: ignore[no-untyped-def]
-    """Thread 0: have a tape executed by all threads, this one among them. Others: help until there are no more."""
-    if thread > 0:
-        _help(control, thread, threads, scratch)
-        return
-    met = read_atomically(control + _MET)  # all are done with the tape before: nobody counts on
-    _publish(control, threads, address, length)
-    if length > 0:
-        execute(_tape(address, length), 0, threads, control + _MET, met, scratch)
+    """Thread 0: have a program executed. Others: help until the pool is closed. No length closes it."""
+    ended = read_atomically(control + _ENDED)
+    if thread == 0:
+        if length == 0:
+            write_atomically(control + _CLOSED, 1)
+            _wake(control, 1, threads, threads, scratch)
+            return
+        store_long(address, control + _PROGRAM)
+        store_long(length, control + _LENGTH)
+        _advance(control, 0, threads, scratch)
+    _take_pieces(control, thread, threads, ended, scratch)
+
+
+work = Kernel(_work, name="work")
 
 
 class Pool:
-    """`threads` threads, the caller's among them. One tape at a time."""
+    """`threads` threads, the caller's among them. One program at a time."""
 
     def __init__(self, threads: int):
         self.threads = threads
         self._lock = threading.Lock()
         self._scratch: list[np.ndarray] = []
-        self._start()
+        self._helpers: list[threading.Thread] = []
+        self._owner = 0  # the process whose threads these are: none before the first run
         _open_pools.add(self)
 
     def run(self, address: int, length: int) -> None:
-        """Execute the tape of so many instructions at `address`."""
+        """Execute the program of so many instructions at `address`."""
         with self._lock:
-            if self._owner != os.getpid():  # a forked child has no threads but its own
+            if self._owner != os.getpid():  # a forked child has none of its parent's threads
                 self._start()
-            _work(self._address, 0, self.threads, address, length, self._own)
+            work.ctypes(self._address, 0, self.threads, address, length, self._own)
 
     def close(self) -> None:
         with self._lock:
@@ -141,7 +333,7 @@ class Pool:
             _libc.sem_init(ctypes.c_void_p(control + _PER_THREAD + thread * _THREAD_BYTES + _SEMAPHORE), 0, 0)
         self._helpers = [
             threading.Thread(
-                target=_work,
+                target=work.ctypes,
                 args=(control, thread, self.threads, 0, 0, self._scratch[thread].ctypes.data),
                 name=f"rwkv_npu-{thread}",
                 daemon=True,
@@ -153,7 +345,7 @@ class Pool:
 
     def _stop(self) -> None:
         if self._owner == os.getpid():
-            _work(self._address, 0, self.threads, 0, 0, self._own)
+            work.ctypes(self._address, 0, self.threads, 0, 0, self._own)
             for helper in self._helpers:
                 helper.join()
         self._helpers = []
@@ -164,7 +356,7 @@ _open_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 @atexit.register
 def _close_pools() -> None:
-    """Compiled code must not run on when the memory it lies in is given back."""
+    """Compiled code must not run on when the memory it lies in is freed."""
     for pool in list(_open_pools):
         pool.close()
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit, types
+from numba import types
 
 from rwkv_npu.kernels import instruction_sets, simd
+from rwkv_npu.kernels.compiler import inner
 from rwkv_npu.kernels.instructions import TILE_ROWS
 from rwkv_npu.kernels.simd import (
     absolute,
@@ -65,7 +66,7 @@ load_tile, add_products, store_tile = _float_tile.load, _float_tile.add_products
 _store_offset = store_offset(SET.gemv)
 
 
-@njit(nogil=True)
+@inner
 def quantise_rows(x, stride, first, last, K, q, scales, offsets):  # type: ignore[no-untyped-def]
     """Rows first .. last of x as int8 of -127 .. 127: by block the scale, and the offset of `instruction_sets`.
 
@@ -100,7 +101,7 @@ def _gemv_strip_quantised(R: int, bits: int) -> Any:
     zeros, store = float_tile(R, 1).zeros, float_tile(R, 1).store
     add_block = add_block_to(QuantisedTile(SET.gemv, R, 1, bits, unpacked=False))
 
-    @njit(nogil=True)
+    @inner
     def gemv(q, scales, offsets, weights, weight_scales, K, strip, y, stride):  # type: ignore[no-untyped-def]
         """R rows times a strip, in which weights go from memory to the sums without a stop."""
         blocks = K // BLOCK
@@ -120,7 +121,7 @@ def _gemv_quantised(bits: int) -> Any:
     one, two, four = (_gemv_strip_quantised(R, bits) for R in (1, 2, 4))
     most = SET.rows
 
-    @njit(nogil=True)
+    @inner
     def gemv(q, scales, offsets, rows, weights, weight_scales, K, first, last, y, stride):  # type: ignore[no-untyped-def]
         """Quantised rows times strips first .. last, whose weights are read from memory once."""
         for strip in range(first, last):
@@ -144,7 +145,7 @@ def _gemv_strip_floats(R: int, load: Any, size: int) -> Any:
     tile = float_tile(R, 1)
     zeros, store, add_products, plus = tile.zeros, tile.store, tile.add_products_of, tile.plus
 
-    @njit(nogil=True)
+    @inner
     def gemv(x, x_stride, weights, K, strip, y, stride):  # type: ignore[no-untyped-def]
         """R rows times a strip. Four sums take turns, so that an addition need not wait for the one before.
 
@@ -169,7 +170,7 @@ def _gemv_strip_floats(R: int, load: Any, size: int) -> Any:
 def _gemv_floats(load: Any, size: int) -> Any:
     one, two, four = (_gemv_strip_floats(R, load, size) for R in (1, 2, 4))
 
-    @njit(nogil=True)
+    @inner
     def gemv(x, x_stride, rows, weights, K, first, last, y, stride):  # type: ignore[no-untyped-def]
         """The same for floats."""
         for strip in range(first, last):
@@ -198,7 +199,7 @@ gemv_fp32 = _gemv_floats(load_floats, 4)
 # -- gemm ----------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True)
+@inner
 def _clear(y, stride, first, last):  # type: ignore[no-untyped-def]
     """A panel's columns of rows first .. last."""
     for row in range(first, last):
@@ -214,7 +215,7 @@ def _gemm_quantised(bits: int) -> Any:
     zeros, load, store = sums_of.zeros, sums_of.load, sums_of.store
     add_block = add_block_to(QuantisedTile(SET.gemm, rows_of_tile, strips_of_tile, bits, unpacked=True))
 
-    @njit(nogil=True)
+    @inner
     def unpack_strips(weights, weight_scales, K, strip, k0, count, scratch):  # type: ignore[no-untyped-def]
         blocks = K // BLOCK
         for s in range(strips_of_tile):
@@ -226,7 +227,7 @@ def _gemm_quantised(bits: int) -> Any:
             for block in range(count // BLOCK):
                 store_floats(load_bfloats(source + block * 32), target + block * 64)
 
-    @njit(nogil=True)
+    @inner
     def gemm(q, scales, offsets, first, last, weights, weight_scales, K, panel, scratch, y, stride):  # type: ignore[no-untyped-def]
         """Quantised rows first .. last (whole tiles) times one panel of the matrix."""
         blocks = K // BLOCK
@@ -260,7 +261,7 @@ gemm_int4, gemm_int8 = _gemm_quantised(4), _gemm_quantised(8)
 
 
 def _gemm_floats(load: Any, size: int) -> Any:
-    @njit(nogil=True)
+    @inner
     def gemm(x, x_stride, first, last, weights, K, panel, scratch, y, stride):  # type: ignore[no-untyped-def]
         """Rows first .. last (whole tiles) of x times one panel of a float matrix."""
         strips, out = weights + panel * STRIPS * K * 16 * size, y + panel * PANEL * 4

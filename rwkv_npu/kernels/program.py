@@ -5,7 +5,7 @@ Nothing here needs numba.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, NamedTuple
@@ -186,7 +186,8 @@ class MachineProgram:
 class Binder:
     """Everything that turns operations into a program for up to M = `rows` rows.
 
-    addresses: of every value, by its number. vectors: addresses by name. segments: the segment table.
+    addresses: of every value, by its number. vectors: addresses by name. products: a format -> the addresses of its
+    kernels, gemv and gemm. segments: the segment table.
     """
 
     spec: Spec
@@ -195,6 +196,7 @@ class Binder:
     addresses: Sequence[int]
     vectors: Mapping[str, int]
     matrices: Mapping[Matrix, Bound]
+    products: Callable[[int], tuple[int, int]]
     segments: np.ndarray
     code: Code | None = None
 
@@ -253,6 +255,7 @@ class Binder:
             assert op.matrix is not None
             fields |= self.matrices[op.matrix]._asdict()
             fields["weights"] = fields.pop("data")
+            fields["gemv"], fields["gemm"] = self.products(fields["format"])
             if self._values[op.inputs[0]].quantised:
                 fields["b"], fields["sums"] = self._scales_and_sums(op.inputs[0])
         return fields

@@ -36,7 +36,7 @@ SHARE = 1 << 20
 
 def kernel(spec: Spec) -> ModuleType:
     """The compiled recurrence of a generation."""
-    return load(f"v{spec.generation[0]}", f"the recurrence of RWKV-{spec.generation}")
+    return load(f"v{spec.generation[0]}")
 
 
 def parameters(vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:

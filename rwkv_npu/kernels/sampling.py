@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
-from rwkv_npu import kernels
-from rwkv_npu.kernels.parts import exp64
+from rwkv_npu.kernels.compiler import PLAIN, Kernel
+from rwkv_npu.kernels.parts import as_pointer, exp64, float32s
 from rwkv_npu.kernels.simd import at_least, largest, load_floats
 from rwkv_npu.quant.cpu import LANES
 
@@ -23,8 +24,17 @@ REMAINDER = 1e-3  # share of a sum that must be left when some is subtracted: ni
 
 TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings
 
-_options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
-compiled = njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
+compiled = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", **PLAIN)
+
+
+@intrinsic
+def _float64s(_context: Any, address: Any) -> Any:
+    return as_pointer(types.CPointer(types.float64))
+
+
+@intrinsic
+def _uint32s(_context: Any, address: Any) -> Any:
+    return as_pointer(types.CPointer(types.uint32))
 
 
 @compiled
@@ -215,7 +225,6 @@ def _mask(x: Any, tops: Any, words: Any) -> None:
         tops[b] = _block_max(x, b)
 
 
-@njit("void(f4[:,::1], f8[:,::1], f8[:,::1], u4[:,::1], f8[:,::1])", cache=kernels.KEEP, **_options)
 def choose(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
     """Choose a token for each row of logits (B, V).
 
@@ -223,6 +232,27 @@ def choose(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> No
     amounts. masks: (B, words), or empty. out: (B, 2 + 2n), the token, its log-probability, and the same of the n most
     likely tokens; the token is -1 where there is none to choose.
     """
+    kinds = np.float32, np.float64, np.float64, np.uint32, np.float64
+    given = logits, settings, changes, masks, out
+    arrays = [np.ascontiguousarray(array, kind) for array, kind in zip(given, kinds, strict=True)]
+    assert arrays[-1] is out  # it is written
+    shapes = *logits.shape, len(changes), *masks.shape, out.shape[1]
+    _choose.ctypes(*(array.ctypes.data for array in arrays), *shapes)
+
+
+def _choose_rows(
+    x: Any, s: Any, c: Any, m: Any, o: Any, B: Any, V: Any, n: Any, M: Any, words: Any, top: Any
+) -> None:
+    logits, masks = carray(float32s(x), (B, V)), carray(_uint32s(m), (M, words))  # type: ignore[call-arg]
+    settings, changes = carray(_float64s(s), (B, 6)), carray(_float64s(c), (n, 2))
+    _choose_each(logits, settings, changes, masks, carray(_float64s(o), (B, top)))
+
+
+_choose = Kernel(_choose_rows, name="choose", error_model="numpy")
+
+
+@njit(error_model="numpy", **PLAIN)
+def _choose_each(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
     B, V = logits.shape
     changed, tops = np.empty(V, np.float32), np.empty(V // BLOCK + 1, np.float32)
     tokens, weights = np.empty(V + 1, np.int32), np.empty(V)

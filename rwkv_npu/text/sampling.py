@@ -273,7 +273,7 @@ def _log_sum(logits: np.ndarray) -> float:
 @functools.cache
 def _compiled() -> ModuleType | None:
     """`kernels.sampling`; None where numba is not installed."""
-    return kernels.load("sampling", "the sampler") if kernels.available() else None
+    return kernels.load("sampling") if kernels.available() else None
 
 
 def _choose_compiled(

@@ -1,0 +1,107 @@
+"""Where compiled kernels are kept: one file of machine code each, in a folder named after all that they depend on.
+
+$RWKV_NPU_CACHE may list several folders, as PATH does. All are read; the first that can be written is written. So an
+image ships the kernels in a folder that nobody may change.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv_npu.formats.files import cache_dirs, write_atomically
+from rwkv_npu.kernels import processor
+
+_own: list[str] = []  # a folder that goes with this process
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@functools.cache
+def key() -> str:
+    """Processor and a hash of everything else that machine code depends on: sources, features, compilers."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    used = [*package.glob("kernels/*.py"), *package.glob("models/*.py"), package / "quant" / "cpu.py"]
+    for file in sorted(used):
+        digest.update(file.read_bytes())
+    versions = [importlib.metadata.version(package) for package in ("numba", "llvmlite")]
+    system = platform.machine(), platform.system(), platform.python_version_tuple()[:2]
+    name = processor.name()
+    digest.update(repr((name, sorted(processor.features()), system, versions)).encode())
+    return f"{name}-{digest.hexdigest()[:16]}"
+
+
+def roots() -> list[str]:
+    """The folders that may hold a cache, and the one of this process alone where none of them can be written."""
+    return [str(folder) for folder in cache_dirs()] + _own
+
+
+def folders() -> list[Path]:
+    """The folders in which kernels for this processor are looked for, in that order."""
+    return [Path(root) / "kernels" / key() for root in roots()]
+
+
+def read(name: str) -> bytes | None:
+    """The machine code of a kernel; None where no folder has it whole."""
+    for folder in folders():
+        with contextlib.suppress(OSError):
+            data = (folder / name).read_bytes()
+            digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+            if hashlib.sha256(code).digest() == digest:
+                return code
+    return None
+
+
+def write(folder: Path, name: str, code: bytes) -> None:
+    """Keep the machine code of a kernel. Raises OSError."""
+    write_atomically(folder / name, hashlib.sha256(code).digest() + code)
+
+
+def writable_folder() -> Path:
+    """The first of `folders` that files can be made in, made where it is missing; where there is none, a folder that
+    goes with this process, of which a line on stderr tells."""
+    problem: OSError | None = None
+    for folder in folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = problem or error
+        else:
+            return folder
+    print(
+        f"compiled kernels cannot be kept, every start compiles them anew: {problem}\n"
+        "set RWKV_NPU_CACHE to a folder that can be written, or add one that `rwkv-npu kernels build` has filled",
+        file=sys.stderr,
+    )
+    _own.append(tempfile.mkdtemp(prefix="rwkv_npu-"))
+    atexit.register(shutil.rmtree, _own[0], ignore_errors=True)
+    folder = folders()[-1]
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextlib.contextmanager
+def lock(folder: Path, name: str, *, wait: bool) -> Iterator[bool]:
+    """Hold a kernel against other processes that want to compile it; False where one does and `wait` is not set."""
+    import fcntl  # not on Windows
+
+    with (folder / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,152 @@
+"""Compiles kernels to machine code and loads it.
+
+A kernel is a function of whole numbers and addresses (int64) that returns nothing. It is compiled by numba, or read
+from the cache, when its address is first asked for, alone: so a model pays for the kernels that it uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+from numba import cfunc, njit
+
+from rwkv_npu.kernels import cache, processor
+from rwkv_npu.progress import progress
+
+processor.configure()
+
+# Functions that only kernels call: without the wrappers for Python, which take a third of the time to compile.
+PLAIN: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner = njit(**PLAIN)
+
+# By name: those of the modules that are loaded.
+KERNELS: dict[str, Kernel] = {}
+
+_SYMBOL = "rwkv_npu_kernel"  # what the function is called in its machine code
+_loading = threading.Lock()
+_kept: list[Any] = []  # machine code lies in memory of its engine
+
+
+class Kernel:
+    """A function of a module of this package as machine code. options: of numba's cfunc."""
+
+    def __init__(self, function: Callable[..., None], *, name: str | None = None, **options: Any):
+        self.function, self._options = function, options
+        self.name = f"{function.__module__.rpartition('.')[2]}.{name or function.__name__}"
+        self.arguments = len(inspect.signature(function).parameters)
+        self._address = 0
+        KERNELS[self.name] = self
+
+    @property
+    def address(self) -> int:
+        """Where the machine code begins, for other compiled code to call."""
+        with _loading:
+            if not self._address:
+                code = cache.read(self.name)
+                if code is None:
+                    prepare([self])
+                    code = cache.read(self.name)
+                self._address = _load(self.compile() if code is None else code)
+            return self._address
+
+    @property
+    def missing(self) -> bool:
+        """Whether it has to be compiled."""
+        return not self._address and cache.read(self.name) is None
+
+    @functools.cached_property
+    def ctypes(self) -> Any:
+        """The kernel as a function of Python's. Other threads run on meanwhile."""
+        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * self.arguments)(self.address)
+
+    def compile(self) -> bytes:
+        """The machine code, compiled now, in some seconds."""
+        signature = f"void({', '.join(['i8'] * self.arguments)})"
+        compiled: Any = cfunc(signature, **self._options)(self.function)
+        module = llvm.parse_assembly(compiled.inspect_llvm())
+        for function in module.functions:
+            if function.name == compiled.native_name:
+                function.name = _SYMBOL
+            elif not function.is_declaration:
+                function.linkage = "internal"
+        code: bytes = _target_machine().emit_object(module)
+        return code
+
+    def keep(self, folder: Path, *, wait: bool = False) -> bool:
+        """Compile into a folder of the cache what is not there, unless another process does so; with `wait`, once
+        that is done. True where the kernel is in the cache afterwards. Raises OSError."""
+        if cache.read(self.name) is not None:
+            return True
+        with cache.lock(folder, self.name, wait=wait) as held:
+            if held and cache.read(self.name) is None:
+                cache.write(folder, self.name, self.compile())
+            return held
+
+
+def prepare(kernels: Iterable[Kernel]) -> None:
+    """Have these kernels in the cache. Several that are missing are compiled by as many processes as there are cores.
+
+    Processes that start at the same time share the work: each compiles what no other has begun.
+    """
+    missing = [kernel for kernel in kernels if kernel.missing]
+    if not missing:
+        return
+    folder = cache.writable_folder()
+    count = f"{len(missing)} kernels" if len(missing) > 1 else "a kernel"
+    print(f"compiling {count} for this processor: some seconds, this once", file=sys.stderr)
+    command = [sys.executable, "-m", "rwkv_npu.kernels.build", *(kernel.name for kernel in missing)]
+    root = str(Path(__file__).parent.parent.parent)
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "RWKV_NPU_CACHE": os.pathsep.join(cache.roots())}
+    helpers = [
+        subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        for _ in range(min(len(missing), os.cpu_count() or 1) - 1)
+    ]
+    try:
+        with progress("compiling kernels", "kernel", total=len(missing)) as bar:
+            left = [kernel for kernel in missing if not kernel.keep(folder)]
+            bar.update(len(missing) - len(left))
+            for kernel in left:
+                kernel.keep(folder, wait=True)
+                bar.update()
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.wait()
+
+
+def _target_machine() -> Any:
+    """LLVM's for the processor in use, as numba sets it up. An engine takes it over."""
+    from numba.core.registry import cpu_target
+
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    relocation = "static" if target.name.startswith("x86") else "default"
+    options = {"cpu": name, "features": features, "opt": 3, "reloc": relocation, "codemodel": "jitdefault"}
+    return target.create_target_machine(**options, jit=True)
+
+
+def _load(code: bytes) -> int:
+    """Put machine code in memory; its address."""
+    if b"NRT_" in code or b"numba_" in code or b"PyErr_" in code:  # it calls numba's own functions
+        from numba.core.registry import cpu_target
+        from numba.core.runtime import rtsys
+
+        rtsys.initialize(cpu_target.target_context)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _kept.append(engine)
+    address: int = engine.get_function_address(_SYMBOL)
+    assert address
+    return address
