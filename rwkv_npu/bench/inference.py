@@ -281,6 +281,13 @@ class _Maker:
     assumptions: Assumptions
     host: ModelRow | None
 
+    @property
+    def basis(self) -> str:
+        factor = self.assumptions.host_factor
+        if self.host is None or factor is None:
+            return "terms of the estimates"
+        return f"terms of the estimates; recurrence, sampling and rest as {self.host.name} took here, times {factor:g}"
+
     def cpu(self, precision: str, dram: str) -> ModelRow:
         spec, terms = self.subject.spec, self.assumptions.terms
         return self._row(
@@ -324,14 +331,9 @@ class _Maker:
     ) -> ModelRow:
         row = self.subject.row(backend, weights=precision, stored=precision, device=device, estimated=True)
         row.bytes_per_token = weight_bytes + estimate.state_bytes(self.subject.spec)
-        row.basis = "terms of the estimates"
+        row.basis = self.basis
         for name, tokens in (("decode", 1), *((f"prefill_{count}", count) for count in PREFILLS)):
             host = self._host_ms(name)
-            if host is not None:
-                row.basis = (
-                    f"terms of the estimates; recurrence, sampling and rest as {self.host.name} took here, times "  # type: ignore[union-attr]
-                    f"{self.assumptions.host_factor:g}"
-                )
             found = compute(tokens, host)
             slow, central, fast = found.speeds(tokens)
             row.update({f"{name}_tps": central, f"{name}_tps_p10": slow, f"{name}_tps_p90": fast})
