@@ -192,6 +192,26 @@ def read_all_ways(model: rwkv_npu.Model) -> list[np.ndarray]:
     return [*found, np.asarray(logits), *parts, *(one.logits for one in batch)]
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_row_is_the_same_bits_alone_and_among_others(bundle: Path, precision: str, fusion: str) -> None:
+    """Few rows or many, tokens beside prompts: seeded answers and cached states rest on it."""
+    rng = np.random.default_rng(0)
+    with rwkv_npu.load(bundle, backend="numba", precision=precision, fusion=fusion, threads=2) as model:
+        tokens = [rng.integers(1, 40, length) for length in (1, 3, 1, 40, 1, 7)]
+        states = [model.forward(rng.integers(1, 40, 5 + i))[1] for i in range(len(tokens))]
+        alone = [model.forward(*pair, all_logits=True) for pair in zip(tokens, states, strict=True)]
+        every, after = model.forward_batch(tokens, states, all_logits=True)
+        last, _ = model.forward_batch(tokens, states)
+        two, _ = model.forward_batch(tokens[:2], states[:2])
+        for i, (logits, state) in enumerate(alone):
+            np.testing.assert_array_equal(every[i], logits)
+            np.testing.assert_array_equal(last[i], logits[-1])
+            for name, part in state.parts.items():
+                np.testing.assert_array_equal(after[i].parts[name], part, err_msg=name)
+        np.testing.assert_array_equal(two, last[:2])
+
+
 WIDTHS = {
     "4": {"D": 82},
     "5.0": {"D": 85, "N": 5},

@@ -23,6 +23,10 @@ from rwkv_npu.models.maths import LAYER_NORM_EPS, Maths, NumpyMaths, layer_norm,
 from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import Group, Scaling, Spec
 
+# Rows of a product of the host. BLAS adds up one row in another order than several, and a token's numbers should not
+# depend on the rows beside it: so there are always as many.
+BLAS_ROWS = 8
+
 # Rows (M, width) in, rows out. The outputs are valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]
 
@@ -246,7 +250,11 @@ class Network:
         """7a: (M, R*R), each token's matrix: its row of s_emb plus its embedding `x0` (M, D) times s_emb_x."""
         name = f"blocks.{layer}.ffn.s_emb"
         rows = self._host(f"{name}.weight")[ids].astype(np.float32)
-        return rows + matmul(x0, self._host(f"{name}_x.weight").T)
+        padded = np.zeros((-(-len(x0) // BLAS_ROWS), BLAS_ROWS, x0.shape[1]), np.float32)
+        padded.reshape(-1, x0.shape[1])[: len(x0)] = x0
+        weight = self._host(f"{name}_x.weight").T
+        products = np.concatenate([matmul(block, weight) for block in padded])
+        return rows + products[: len(x0)]
 
     def time_mix(self, layer: int, out: Mapping[str, np.ndarray], rows: Rows, carry: Arrays) -> np.ndarray:
         """The recurrence of a layer over the outputs of its projections: (M, A) each -> y (M, A)."""
