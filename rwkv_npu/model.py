@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,14 @@ from rwkv_npu.runtime.loading import CPU_BACKEND, Options, measured_plan, open_a
 from rwkv_npu.runtime.placement import Plan, parse
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource, ModelSource
 from rwkv_npu.text import generation, sampling
-from rwkv_npu.text.tokenizer import Tokenizer, builtin, find_or_explain, find_tokenizer, unknown_vocabulary
+from rwkv_npu.text.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    builtin,
+    find_or_explain,
+    find_tokenizer,
+    unknown_vocabulary,
+)
 
 
 class Model:
@@ -39,9 +46,11 @@ class Model:
         source: ModelSource,
         reason: str = "",
         no_text: str = "",
+        stop_ids: Iterable[int] = (),
     ):
         self.engine, self.tokenizer, self.source, self.reason = engine, tokenizer, source, reason
         self._no_text = no_text or unknown_vocabulary(engine.spec.V)
+        self.stop_ids = frozenset(stop_ids) | (tokenizer.special if tokenizer else frozenset())
         usable = None if tokenizer is None else tokenizer.has_text(engine.spec.V)
         self._banned = None if usable is None else ~usable
 
@@ -111,12 +120,15 @@ class Model:
         penalty_decay: float = 0.996,
         seed: int | None = None,
         *,
+        stop_ids: Iterable[int] = (),
+        banned: Iterable[int] = (),
         progress: Callable[[int], object] | None = None,
     ) -> Iterator[generation.Step]:
         """Continue `prompt` (text, or ids) after `state`, one `Step` a token, as soon as it is sampled.
 
-        Ends after `max_tokens` (None: not by number), at the end-of-text token 0, or at a stop string; closing
-        the generator stops it.
+        Ends after `max_tokens` (None: not by number), at a stop string, or at the end-of-text token 0, a special token
+        of the vocabulary, the model's own end (config.json's eos_token_id) or one of `stop_ids`; closing the generator
+        stops it. Ids in `banned` are never sampled.
         `state` is left as it was; `step.state` is the state after a step, and has read its token.
         Raises UsageError for values out of range or an empty prompt without a state, TokenizerError for text
         where the model has no tokenizer.
@@ -127,7 +139,8 @@ class Model:
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
         uncounted = self.tokenizer.uncounted if self.tokenizer else None
-        sampler = sampling.Sampler(options, seed=seed, banned=self._banned, uncounted=uncounted)
+        mask = self._banned_with(list(banned))
+        sampler = sampling.Sampler(options, seed=seed, banned=mask, uncounted=uncounted)
         stream = generation.TextStream(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         if len(ids):
@@ -136,7 +149,28 @@ class Model:
             logits, current = state.logits, state.copy()
         else:
             raise UsageError("the prompt is empty and there is no state to continue: give one of them")
-        return generation.steps(self.engine, stream, logits, current, sampler, max_tokens=max_tokens)
+        ends = {END_OF_TEXT, *self.stop_ids, *self._ids(stop_ids, "stop_ids")}
+        return generation.steps(
+            self.engine, stream, logits, current, sampler, max_tokens=max_tokens, stop_ids=ends
+        )
+
+    def _banned_with(self, ids: list[int]) -> np.ndarray | None:
+        """(V,) bool: the rows of the head without a token, and `ids`. Raises UsageError if nothing is left."""
+        if not ids:
+            return self._banned
+        mask = np.zeros(self.spec.V, bool) if self._banned is None else self._banned.copy()
+        mask[self._ids(ids, "banned")] = True
+        if mask.all():
+            raise UsageError("every token is banned: there is nothing to sample")
+        return mask
+
+    def _ids(self, ids: Iterable[int], name: str) -> list[int]:
+        """Raises UsageError for what is no id of the model's vocabulary."""
+        found = list(ids)
+        for token in found:
+            if not isinstance(token, int | np.integer) or not 0 <= token < self.spec.V:
+                raise UsageError(f"{name} holds {token!r:.40}: ids of this model are 0 to {self.spec.V - 1}")
+        return [int(token) for token in found]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises TokenizerError where the model has no tokenizer."""
@@ -215,6 +249,7 @@ def load(
     where = Path(path) if path is not None else demo_model()
     measured: Plan | None = None
     no_text = ""
+    stop_ids: Sequence[int]
     if is_bundle(where):
         bundle = open_bundle(where)
         manifest = bundle.manifest
@@ -224,12 +259,14 @@ def load(
             measured = measured if measured and fusion in (None, measured.fusion) else None
         source: ModelSource = BundleSource(bundle, measured.fusion if measured else fusion, precision)
         words = _bundle_tokenizer(bundle, tokenizer)
+        stop_ids = manifest.stop_ids
     else:
         present = {"fp32"}
         checkpoint = open_checkpoint(where, layout)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
         source = CheckpointSource(checkpoint, fusion, precision)
+        stop_ids = checkpoint.stop_ids
         if tokenizer is None:
             words, no_text = find_or_explain(vocab_size=source.spec.V, beside=where)
         else:
@@ -242,7 +279,7 @@ def load(
         parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
         _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
         engine, reason = open_engine(source, parsed, options), "as asked"
-    return Model(engine, words, source, reason, no_text)
+    return Model(engine, words, source, reason, no_text, stop_ids)
 
 
 def load_state(path: str | os.PathLike[str], model: Model) -> State:

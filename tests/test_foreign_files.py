@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 import rwkv_npu
-from rwkv_npu.errors import CheckpointError, TokenizerError
+from rwkv_npu.errors import CheckpointError, TokenizerError, UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.text.corpus import read_text
 from tests.checkpoints import SMALL, refused, saved, small, weights
@@ -259,3 +259,43 @@ def test_commands_run_for_a_user_without_a_home(checkpoint: Path, tmp_path: Path
     """
     text = alone(code, checkpoint, tmp_path)
     assert "generate 0" in text and "convert 0" in text and "toolkit" in text and "doctor" in text
+
+
+# Ends of a text
+
+
+def greedy(model: rwkv_npu.Model, **options: Any) -> list[int]:
+    return [step.token for step in model.generate([5, 6], temperature=0, max_tokens=8, **options)]
+
+
+def test_other_tokens_end_a_text_or_are_banned(run: Run, checkpoint: Path) -> None:
+    model = rwkv_npu.load(checkpoint, backend="numpy")
+    ids = greedy(model)
+    end = ids[3]
+    stopped = list(model.generate([5, 6], temperature=0, max_tokens=8, stop_ids=[end]))
+    assert [step.token for step in stopped] == ids[: ids.index(end) + 1]
+    assert stopped[-1].finish_reason == "stop"
+    assert stopped[-1].text in ("", "\ufffd")  # at most the half of a character that came before
+    other = greedy(model, banned=[ids[0]])
+    assert ids[0] not in other and other != ids
+    for options in (
+        {"stop_ids": [10**6]},
+        {"banned": [-1]},
+        {"banned": ["a"]},
+        {"banned": range(model.spec.V)},
+    ):
+        with pytest.raises(UsageError):
+            greedy(model, **options)
+    arguments = ("generate", "-m", checkpoint, "--ids", "-p", "5 6", "--temp", 0, "-n", 8)
+    status, text, _ = run(*arguments, "--stop-id", end, "--ban", 0)
+    assert status == 0 and text.split() == [str(token) for token in ids[: ids.index(end) + 1]]
+
+
+def test_the_end_that_config_json_names_is_kept_in_a_bundle(run: Run, tmp_path: Path) -> None:
+    folder = fla(tmp_path / "hf", eos_token_id=[3, 2])
+    assert rwkv_npu.load(folder, backend="numpy").stop_ids == {2, 3}
+    assert run("convert", folder, "--target", "none", "-o", tmp_path / "out.rwkv")[0] == 0
+    assert rwkv_npu.load(tmp_path / "out.rwkv", backend="numpy").stop_ids == {2, 3}
+    for wrong in ("2", 10**6, [1.5]):
+        with pytest.raises(CheckpointError, match="eos_token_id"):
+            open_checkpoint(fla(tmp_path / "wrong", eos_token_id=wrong))

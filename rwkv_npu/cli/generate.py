@@ -66,6 +66,10 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
+    ids = "end at this token too, beside the model's own end of text; repeatable"
+    p.add_argument("--stop-id", action="append", default=[], type=int, metavar="ID", help=ids)
+    never = "never sample this token; repeatable"
+    p.add_argument("--ban", action="append", default=[], type=int, metavar="ID", help=never)
     keep = "continue from this state file if it exists, and save the state there at the end"
     p.add_argument("--state", metavar="FILE", help=keep)
     p.add_argument("--state-in", metavar="FILE", help="start from this state file, which is never written")
@@ -242,6 +246,8 @@ def _generate(
         [],
         state,
         stop=arguments.stop,
+        stop_ids=arguments.stop_id,
+        banned=arguments.ban,
         max_tokens=None if arguments.max_tokens == -1 else arguments.max_tokens,
         **_sampling(arguments),
     ):

@@ -472,6 +472,7 @@ def _new_manifest(checkpoint: Checkpoint, request: Request) -> Manifest:
         cpu=request.storage,
         scaling=default_scaling(checkpoint.spec),
         tokenizer=None,
+        stop_ids=checkpoint.stop_ids,
         made_by=f"rwkv_npu {rwkv_npu.__version__}",
         groups=describe_groups(checkpoint.spec),
     )

@@ -127,7 +127,8 @@ class Int8Set:
 class Manifest:
     """All that a bundle says of itself.
 
-    tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None. fingerprint: of a sample of the
+    tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None. stop_ids: tokens that end a text,
+    beside token 0. fingerprint: of a sample of the
     weights, quick to have of any checkpoint; weights_digest: of every value.
     cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
     cpu_default: the one in which the CPU runs unless told otherwise.
@@ -156,6 +157,7 @@ class Manifest:
     int8: dict[str, Int8Set] = field(default_factory=dict)
     sensitivity: list[Sensitivity] = field(default_factory=list)
     int8_key: str = ""
+    stop_ids: list[int] = field(default_factory=list)
     headroom: dict[str, Any] = field(default_factory=dict)
 
     @property

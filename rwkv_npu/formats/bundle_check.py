@@ -130,6 +130,8 @@ def check_manifest(manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         if not (stays_inside(name) and name.isprintable() and record.size >= 0):
             raise ValueError(f"it lists {name!r:.80}")
+    if not all(0 <= token < spec.V for token in manifest.stop_ids):
+        raise ValueError("its stop_ids are outside the vocabulary")
     _check_groups(manifest)
     projections = {tensor.name for tensor in tensors(spec) if tensor.kind.is_projection}
     chosen = {name for one in manifest.int8.values() for name in one.projections}

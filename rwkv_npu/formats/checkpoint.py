@@ -42,6 +42,7 @@ class Checkpoint:
 
     path: what was opened. folder: where a vocabulary may lie beside it. spec: generation and dimensions.
     names: canonical names of the tensors that are present, in the order of the layers.
+    stop_ids: tokens that end a text, as config.json names them.
     notes: lines worth telling the user, such as a suspicion that the weights are not what they should be.
     """
 
@@ -49,6 +50,7 @@ class Checkpoint:
         self.path = path
         self.folder = path if is_folder(path) else path.parent
         self.notes: list[str] = []
+        self.stop_ids: list[int] = []
         self.spec: Spec = detect(stored)
         self._tensors: dict[str, Tensor] = validate(self.spec, stored)
         self._stored = stored
@@ -142,6 +144,7 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
     pickled = any(_is_zip(file) for file in weight_files(path))
     arrays, logarithmic = _canonical(arrays, BLINKDL if foreign and layout is None else layout, pickled)
     checkpoint = Checkpoint(path, arrays, logarithmic)
+    checkpoint.stop_ids = _stop_ids(config.get("eos_token_id"), checkpoint.spec.V)
     every = config.get("rescale_every", 6)
     if foreign and checkpoint.spec.generation[0] in "456" and type(every) is int:
         if looks_rescaled(arrays, checkpoint.spec.L, every):
@@ -150,6 +153,14 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
                 "them after use; if the text makes no sense, save the model anew without having run it"
             )
     return checkpoint
+
+
+def _stop_ids(eos: Any, V: int) -> list[int]:
+    """The ids of config.json's eos_token_id: one, a list, or none. Raises CheckpointError."""
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int and 0 <= token < V for token in ids):
+        raise CheckpointError(f"config.json sets eos_token_id to {eos!r:.40}: the vocabulary has {V} tokens")
+    return ids
 
 
 def _canonical(

@@ -123,7 +123,10 @@ def _is_zip(path: Path) -> bool:
     """True for a file as torch.save writes it. Raises StateError for a pipe or a folder, which would block."""
     if path.exists() and not path.is_file():
         raise StateError(f"cannot read the state {path}: it is not a regular file")
-    return is_file(path) and zipfile.is_zipfile(path)
+    try:
+        return is_file(path) and zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end of what looks like one
+        return False
 
 
 def _ours(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]] | None:

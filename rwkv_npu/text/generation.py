@@ -6,7 +6,7 @@ Stop strings are searched in the text, across tokens; text that may be the start
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -123,13 +123,17 @@ def steps(
     sampler: Sampler,
     *,
     max_tokens: int | None,
+    stop_ids: Collection[int] = (END_OF_TEXT,),
 ) -> Iterator[Step]:
-    """Sample from `logits` on, at most `max_tokens` tokens (None: no bound); `state` is updated in place."""
+    """Sample from `logits` on, at most `max_tokens` tokens (None: no bound); `state` is updated in place.
+
+    A token of `stop_ids` ends the text, and has none itself.
+    """
     reader = _Reader(engine, logits, state)
     for count in itertools.count(1):
         token, logprob = reader.sample(sampler)
-        text, stopped = stream.push(token)
-        reason = "stop" if stopped or token == END_OF_TEXT else "length" if count == max_tokens else None
+        text, stopped = ("", True) if token in stop_ids else stream.push(token)
+        reason = "stop" if stopped else "length" if count == max_tokens else None
         if reason:
             text += stream.finish()
         yield Step(token, logprob, text, reason, stream.held, reader)

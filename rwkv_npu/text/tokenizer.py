@@ -94,6 +94,9 @@ class Tokenizer(ABC):
     """
 
     eos_id = END_OF_TEXT
+    special: frozenset[int] = (
+        frozenset()
+    )  # ids of tokens such as <|im_end|>, which end a text beside `eos_id`
 
     def __init__(self, name: str, source: str | Path, ids: Iterable[int]) -> None:
         self.name = name
@@ -207,7 +210,8 @@ class PileTokenizer(Tokenizer):
         if not ids:
             raise TokenizerError(f"{source}: the vocabulary is empty")
         super().__init__(name, source, ids)
-        self._special = {i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
+        added = self._hf.get_added_tokens_decoder().items()
+        self.special = frozenset(token for token, added_token in added if added_token.special)
         self._byte_level = type(self._hf.decoder).__name__ == "ByteLevel"
 
     def encode(self, text: str) -> list[int]:
@@ -227,7 +231,7 @@ class PileTokenizer(Tokenizer):
         piece = self._hf.id_to_token(token) if 0 <= token < self.vocab_size else None
         if piece is None:
             return None
-        if token in self._special:
+        if token in self.special:
             return b""
         if not self._byte_level:
             return self._hf.decode([token]).encode()

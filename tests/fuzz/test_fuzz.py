@@ -18,7 +18,7 @@ from tests.fuzz.target import KINDS
 
 SECONDS = float(os.environ.get("RWKV_FUZZ_SECONDS", "60"))
 FIRST = int(os.environ.get("RWKV_FUZZ_SEED", "0"))
-SEEDS: dict[str, tuple[int, ...]] = {"bundles": (), "files": ()}  # inputs that have failed before
+SEEDS: dict[str, tuple[int, ...]] = {"bundles": (), "files": (64, 1986)}  # inputs that have failed before
 
 
 def fuzz(kind: str, folder: Path, seed: int, count: int, seconds: float) -> list[int]:
