@@ -12,20 +12,38 @@ from onnx.reference import ReferenceEvaluator
 
 from rwkv_npu import toolkit
 from rwkv_npu.backends.base import relative_error
+from rwkv_npu.conversion.calibration import calibrate
+from rwkv_npu.conversion.quantise import sizes
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs import trace as tracing
-from rwkv_npu.graphs.onnx import compiler_model
+from rwkv_npu.graphs.onnx import compiler_model, zeros_in
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
+from rwkv_npu.quant.npu import Int8Maths, Quantised
+from rwkv_npu.quant.ranges import choose
+from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import CompileOptions, compile_graph
 from tests.ragged import ragged_inputs
-from tests.tiny import write_model
+from tests.tiny import V, write_model
 
 # Ends of names of tensors, of every generation: what one model has of zeros. "att" and "ffn" are all matrices there.
 CASES = {
     "unused": ("att.v1", "att.v2", "ln2.weight", "ffn.x_k", "ffn.time_maa_k", "ffn.time_mix_k"),
     "attention": ("att.receptance.weight", "att.key.weight", "att.value.weight", "att.gate.weight"),
+    "shifts": (
+        *(f"att.x_{c}" for c in "rwkvag"),
+        *(f"att.time_mix_{c}" for c in "rkvg"),
+        *(f"att.time_maa_{c}" for c in "xwkvrg"),
+        *(
+            "ffn.x_k",
+            "ffn.time_mix_k",
+            "ffn.time_mix_r",
+            "ffn.time_maa_k",
+            "ffn.time_maa_r",
+            "att.time_maa_w2",
+        ),
+    ),
     "output": ("att.output.weight", "ffn.value.weight"),
     "channel mix": ("ffn.key.weight", "ffn.receptance.weight", "ffn.s1"),
     "low rank": ("att.w1", "att.a2", "att.g1", "att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1"),
@@ -174,3 +192,41 @@ def test_the_compiler_builds_it(
         assert [port["name"] for port in info["inputs"]] == [port.name for port in group.inputs]
         expected = source.evaluate(group, NumpyMaths(source.tensor), dict(given))
         assert relative_error(result.verify_outputs, expected) < 0.01
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("generation", ["4", "6", "7"])
+def test_the_compiler_builds_it_in_int8(
+    generation: str,
+    rows: int,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    toolkit_environment: toolkit.Environment,
+) -> None:
+    """Every large projection in int8, those of zeros too, and what they leave of the others."""
+    source = Silent(models(generation), "layer", CASES["unused"] + ("att.key.weight", "ffn.value.weight"))
+    samples = calibrate(source, np.random.default_rng(0).integers(1, V, 128), rows=32).projections
+    chosen = {}
+    for name in sizes(source.spec):
+        weight = source.tensor(name)
+        chosen[name] = Quantised.of(choose(name, weight, samples[name]).ranges, weight)
+    group = source.program.group("mid", 0)
+    parameters = {name: quantised.ranges for name, quantised in chosen.items()}
+    trace = tracing.compiler_trace(source.program, group, rows, parameters, zeros_in(source.tensor))
+    int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
+    assert int8 and not any(name.startswith("blocks.1.att.key") for name in int8)
+    (tmp_path / "g.onnx").write_bytes(
+        compiler_model(source.program, group, rows, source.tensor, chosen).SerializeToString()
+    )
+    recorded = record(source, rows)[group.name].inputs
+    given = {port.name: recorded[port.name] for port in group.fixed_inputs(rows)}
+    options = CompileOptions(int8=int8)
+    result = compile_graph(toolkit_environment, tmp_path / "g.onnx", tmp_path / "g.rknn", options, given)
+    assert result.cpu_fallback == () and result.verify_outputs is not None
+    expected = source.evaluate(group, Int8Maths(source.tensor, chosen.get), dict(recorded))
+    for name, array in expected.items():
+        if not array.any():
+            assert not result.verify_outputs[name].any(), name
+        else:  # an input in fp16 may round to another number
+            assert relative_error({name: result.verify_outputs[name]}, {name: array}) < 0.05, name

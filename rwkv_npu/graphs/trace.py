@@ -391,7 +391,8 @@ def _use_inputs(tracer: Tracer, inputs: Sequence[Port], output: Port) -> None:
         for node in nodes:
             for names in (node.input, node.output):
                 names[:] = [inner if name == output.name else name for name in names]
-        zeros = tracer.zeros_from(port.name, port.width, output.width)
+        # Of the mask, of width 1, one column serves all.
+        zeros = tracer.zeros_from(port.name, port.width, output.width if port.width > 1 else 1)
         nodes.append(helper.make_node("Add", [inner, zeros], [output.name], name=output.name))
 
 
