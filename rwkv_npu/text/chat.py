@@ -1,0 +1,389 @@
+"""Chats as text: templates that turn messages into a prompt, and a parser for the answer.
+
+A template is data: the names of the roles, how a model is told to think, and how it is sampled by default. The forms
+are those that the authors of RWKV train with and publish (RWKV-LM, `RWKV7-G1x-templates.txt`; ChatRWKV,
+`API_DEMO_CHAT.py`). Two details decide the quality of answers: a prompt ends with `Assistant:` and no space, and the
+opening of a thought is `<think` without `>`, which the model writes itself.
+
+Nothing here knows a model or a backend.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rwkv_npu.errors import UsageError
+
+# Ways to think, from none to long. `off` gives an empty thought in advance, which the model answers at once.
+THINKING = ("off", "free", "low", "medium", "high")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat. tool_calls: of an assistant, `{"name": ..., "arguments": {...}}` each."""
+
+    role: str
+    content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a family of models is talked to.
+
+    names: the label of each role. begin: text before the first turn. hints: by way of thinking, what is added to the
+    last user's message; empty for models that do not think. sampling: defaults, by the names of `Model.generate`.
+    """
+
+    name: str
+    names: Mapping[str, str]
+    sampling: Mapping[str, float]
+    begin: str = ""
+    hints: Mapping[str, str] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def thinks(self) -> bool:
+        return bool(self.hints)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Text that ends an answer outside of thoughts and fences."""
+        return ("\n\n", f"\n{self.names['user']}:")
+
+
+_WORLD = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "User"}
+_G1_PRESETS = {
+    "math": {"temperature": 0.3, "top_p": 0.3, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    "creative": {
+        "temperature": 0.6,
+        "top_p": 0.7,
+        "presence_penalty": 1.5,
+        "frequency_penalty": 0.2,
+        "penalty_decay": 0.99,
+    },
+}
+_CHAT = {
+    "temperature": 1.0,
+    "top_p": 0.3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "penalty_decay": 0.996,
+}
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template(
+            "raven",
+            {"system": "System", "user": "Bob", "assistant": "Alice", "tool": "Bob"},
+            {"temperature": 1.2, "top_p": 0.5, "presence_penalty": 0.4, "frequency_penalty": 0.4},
+        ),
+        Template("world", _WORLD, _CHAT),
+        # The first models that think know one way to do it; later ones a length too.
+        Template(
+            "g1", _WORLD, _CHAT, hints={"free": "", "low": "", "medium": "", "high": ""}, presets=_G1_PRESETS
+        ),
+        Template(
+            "g1-20250922",
+            _WORLD,
+            _CHAT,
+            hints={
+                "free": "",
+                "low": " (think a bit)",
+                "medium": " (think)",
+                "high": " (think a lot)",
+            },
+            presets=_G1_PRESETS,
+        ),
+    )
+}
+HINTS_SINCE = 20250922  # the date in the name of a G1 file from which it knows how long to think
+
+_G1_NAME = re.compile(r"(?<![a-z])g[01][a-z]?\d*(?![a-z0-9])", re.IGNORECASE)
+_DATE = re.compile(r"20\d{6}")
+
+
+def choose_template(name: str, vocab_size: int) -> Template:
+    """The template for a checkpoint of this file name and size of vocabulary.
+
+    Pile models (RWKV-4 Raven) are told by their vocabulary, thinking models by `g0` or `g1` in the name, and their age
+    by the date there.
+    """
+    if vocab_size < 65536 and vocab_size > 50000:
+        return TEMPLATES["raven"]
+    if _G1_NAME.search(name):
+        date = max((int(found) for found in _DATE.findall(name)), default=0)
+        return TEMPLATES["g1-20250922" if date >= HINTS_SINCE else "g1"]
+    return TEMPLATES["world"]
+
+
+def template_named(name: str) -> Template:
+    """A template by its name. Raises UsageError, with the names there are."""
+    if name not in TEMPLATES:
+        raise UsageError(f"there is no chat template {name[:40]!r}: there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+# -- prompts ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered chat. `opened` is the part of the answer that the prompt already holds, such as `<think`."""
+
+    text: str
+    opened: str = ""
+
+
+def clean(text: str) -> str:
+    """A message without blank lines, which would end the turn; indentation stays.
+
+    Source: `RWKV7-G1x-templates.txt`.
+    """
+    return re.sub(r"\n(?:[ \t]*\n)+", "\n", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+
+
+def without_thought(text: str) -> str:
+    """An old answer without its thought: models are not shown their old thoughts."""
+    before, mark, after = text.rpartition("</think>")
+    return after.strip() if mark else text
+
+
+def render(
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    think: str = "off",
+    tools: Sequence[Mapping[str, Any]] = (),
+    call: bool = False,
+) -> Prompt:
+    """The prompt for the next answer of the assistant.
+
+    think: one of THINKING. tools: JSON functions (`name`, `parameters`). call: open the fence of a tool call, so that
+    the answer must be one. A last message of the assistant is continued. Raises UsageError for an unknown role.
+    """
+    turns = list(messages)
+    continued = turns.pop().content if turns and turns[-1].role == "assistant" else None
+    text = history(template, turns, tools=tools, hint=template.hints.get(think, ""))
+    text += f"{template.names['assistant']}:"
+    opened = ""
+    if continued is not None:
+        opened = f" {continued.strip()}" if continued.strip() else ""
+    elif call:
+        opened = " ```json\n"
+    elif template.thinks:
+        opened = " <think>\n</think" if think == "off" else " <think"
+    return Prompt(text + opened, opened)
+
+
+def history(
+    template: Template, turns: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), hint: str = ""
+) -> str:
+    """Finished turns as text, which ends with a blank line. hint: added to the user's last message.
+
+    It is the beginning of every later prompt of the same chat.
+    """
+    turns = _with_tools(list(turns), tools) if tools else turns
+    last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    text = template.begin
+    for i, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise UsageError(
+                f"a message has the role {turn.role[:40]!r}: it must be one of {', '.join(ROLES)}"
+            )
+        text += f"{template.names[turn.role]}: {_content(turn)}{hint if i == last_user else ''}\n\n"
+    return text
+
+
+def _content(turn: Message) -> str:
+    if turn.tool_calls:
+        calls = "\n".join(_call(call) for call in turn.tool_calls)
+        return f"```json\n{calls}\n```"
+    if turn.role == "tool":
+        return f"Function output:\n{clean(turn.content)}"
+    return clean(without_thought(turn.content) if turn.role == "assistant" else turn.content)
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+
+
+def _with_tools(turns: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The chat with its tools described in the system's message, as the models were trained."""
+    lines = "\n".join(f"- {_signature(tool)}" for tool in tools)
+    text = f"Tools:\n{lines}\nReturn only a JSON function call."
+    if turns and turns[0].role == "system":
+        return [replace(turns[0], content=f"{turns[0].content}\n{text}"), *turns[1:]]
+    return [Message("system", text), *turns]
+
+
+def _signature(tool: Mapping[str, Any]) -> str:
+    """`get_weather(location: string, unit?: "celsius" | "fahrenheit")`, and the description behind it."""
+    schema = tool.get("parameters") or {}
+    required = set(schema.get("required") or ())
+    parameters = []
+    for name, kind in (schema.get("properties") or {}).items():
+        shown = (
+            " | ".join(f'"{value}"' for value in kind["enum"])
+            if kind.get("enum")
+            else kind.get("type", "any")
+        )
+        parameters.append(f"{name}{'' if name in required else '?'}: {shown}")
+    described = clean(str(tool.get("description") or ""))
+    return f"{tool['name']}({', '.join(parameters)})" + (f": {described}" if described else "")
+
+
+# -- answers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of an answer. thought: whether it belongs to the thinking."""
+
+    text: str
+    thought: bool = False
+
+
+_THINK, _END_THINK, _FENCE = "<think>", "</think>", "```"
+
+
+class AnswerParser:
+    """Splits an answer, as it comes, into thought and content, and finds its end.
+
+    Blank lines end an answer, but not inside a thought or a fence, nor before its first visible character. A user's
+    label at the start of a line always ends it. Text that may belong to a mark or a stop string is held back.
+
+    opened: the part of the answer that the prompt holds. stops: of the template, outside fences. always: the caller's
+    own stop strings, anywhere in the content. raw: nothing but `always` ends the answer (structured output). plain: the
+    text is no answer of a chat: it begins with its first character, and has no thoughts.
+    """
+
+    def __init__(
+        self,
+        *,
+        opened: str = "",
+        stops: Sequence[str] = (),
+        always: Sequence[str] = (),
+        raw: bool = False,
+        plain: bool = False,
+    ):
+        self.stopped = False
+        self._stops, self._always, self._raw = tuple(stops), tuple(always), raw
+        self._buffer = ""
+        self.thinking = self._begun = self._fenced = False
+        self._line_start = True
+        if opened.lstrip().startswith("<think"):
+            self._buffer, self.thinking = opened.lstrip(), True
+            self._buffer = self._buffer[len("<think") :]
+            self._skip_mark = True  # the model writes the `>` itself
+        else:
+            self._skip_mark = False
+            self._fenced = opened.lstrip().startswith(_FENCE)
+            self._begun = plain or bool(opened.strip())
+
+    def push(self, text: str) -> list[Piece]:
+        """The pieces that are certain once `text` has come; `stopped` is set when the answer has ended."""
+        if self.stopped:
+            return []
+        self._buffer += text
+        return self._pieces(final=False)
+
+    def finish(self) -> list[Piece]:
+        """The rest that was held back, at the end of the text."""
+        return [] if self.stopped else self._pieces(final=True)
+
+    def _pieces(self, final: bool) -> list[Piece]:
+        out: list[Piece] = []
+        while not self.stopped:
+            before = (self._buffer, self.thinking, self._begun, self._fenced)
+            if self.thinking:
+                self._think(out, final)
+            else:
+                self._answer(out, final)
+            if (self._buffer, self.thinking, self._begun, self._fenced) == before:
+                break
+        return [piece for piece in out if piece.text]
+
+    def _think(self, out: list[Piece], final: bool) -> None:
+        if self._skip_mark:
+            if not self._buffer:
+                return
+            self._buffer, self._skip_mark = self._buffer.removeprefix(">"), False
+        content, mark, rest = self._buffer.partition(_END_THINK)
+        if mark:
+            out.append(Piece(content, True))
+            self._buffer, self.thinking = rest, False
+            return
+        keep = 0 if final else overlap(self._buffer, (_END_THINK,))
+        cut = len(self._buffer) - keep
+        out.append(Piece(self._buffer[:cut], True))
+        self._buffer = self._buffer[cut:]
+
+    def _answer(self, out: list[Piece], final: bool) -> None:
+        if not self._begun:
+            self._buffer = self._buffer.lstrip()
+            if not self._buffer:
+                return
+            if self._buffer.startswith(_THINK):
+                self._buffer, self.thinking = self._buffer[len(_THINK) :], True
+                return
+            if _THINK.startswith(self._buffer) and not final:
+                return
+            self._begun = True
+        stops = self._always if self._fenced or self._raw else (*self._stops, *self._always)
+        stop = min((at for mark in stops if (at := self._buffer.find(mark)) >= 0), default=None)
+        fence = None if self._raw else self._find_fence()
+        if fence is not None and (stop is None or fence < stop):
+            end = fence + len(_FENCE)
+            self._emit(out, end)
+            self._fenced = not self._fenced
+            self._line_start = False
+            return
+        if stop is not None:
+            self._emit(out, stop)
+            self._buffer, self.stopped = "", True
+            return
+        keep = 0
+        if not final:
+            keep = overlap(self._buffer, stops)
+            if not self._raw:
+                keep = max(keep, self._fence_overlap())
+        self._emit(out, len(self._buffer) - keep)
+
+    def _emit(self, out: list[Piece], end: int) -> None:
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        if text:
+            out.append(Piece(text))
+            line = text.rpartition("\n")
+            self._line_start = not line[2].strip() if line[1] else self._line_start and not text.strip()
+
+    def _find_fence(self) -> int | None:
+        """Where a line of the buffer begins with a fence."""
+        pattern = r"(?:^|\n)[ \t]*```" if self._line_start else r"\n[ \t]*```"
+        found = re.search(pattern, self._buffer)
+        return found.end() - len(_FENCE) if found else None
+
+    def _fence_overlap(self) -> int:
+        """How much of the buffer's end may be the start of a fence."""
+        line = self._buffer.rpartition("\n")
+        at_start = bool(line[1]) or self._line_start
+        tail = line[2].lstrip(" \t")
+        return len(tail) if at_start and tail in ("`", "``") else 0
+
+
+def overlap(text: str, marks: Iterable[str]) -> int:
+    """Length of the longest end of `text` that is the start of one of `marks`."""
+    longest = 0
+    for mark in marks:
+        for size in range(min(len(text), len(mark) - 1), longest, -1):
+            if text.endswith(mark[:size]):
+                longest = size
+                break
+    return longest
