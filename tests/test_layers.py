@@ -20,7 +20,7 @@ PACKAGE = ROOT / "rwkv_npu"
 ROOMS = """
 __main__
 cli
-bench evaluation
+serve bench evaluation
 conversion model
 text
 runtime
@@ -46,6 +46,10 @@ HOMES = {
     "safetensors": {"formats"},
     "numba": {"kernels", "backends"},
     "llvmlite": {"kernels"},
+    "starlette": {"serve", "cli"},
+    "uvicorn": {"serve", "cli"},
+    "llguidance": {"serve"},
+    "prompt_toolkit": {"cli"},
 }
 NUMPY_ONLY = {"errors", "models", "runtime"}
 # Modules of distributions with other names, and what only serves a benchmark where somebody installed it.

@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,10 @@ class State:
     def copy(self) -> State:
         return replace(self, parts={name: part.copy() for name, part in self.parts.items()})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file, `blocks.N.PART` and `logits`, aside and then by one rename.
 
+        notes: further metadata, which `read_notes` gives back.
         Raises StateError when it cannot be written; a file that was there before is then still there.
         """
         from safetensors.numpy import save
@@ -68,6 +70,7 @@ class State:
         if self.logits is not None:
             tensors["logits"] = self.logits
         metadata = {
+            **(notes or {}),
             "format": FORMAT,
             "generation": self.spec.generation,
             "spec": json.dumps(self.spec.to_json()),
@@ -191,6 +194,17 @@ def _tuned(path: Path, spec: Spec, fingerprint: str, tensors: dict[str, Any], la
         array = found.astype(np.float32)
         tuned[layer] = transposed_state(array) if layout == WEB_RWKV else array
     return new_state(spec, fingerprint, tuned)
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Metadata of a state file; {} for another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _part(path: Any, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,123 @@
+"""One answer while it is written: tokens chosen, their text parsed, events for whoever listens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from rwkv_npu.errors import RwkvNpuError
+from rwkv_npu.text.chat import AnswerParser, Piece
+from rwkv_npu.text.sampling import Choice, Sampler, SamplingOptions
+from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
+
+CLOSE_THOUGHT = "\n</think>\n"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A chosen token, its bytes and log-probability. top: the most likely tokens as (token, log-probability)."""
+
+    token: int
+    bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of answer number `index`: text that is certain, tokens, and at the end the reason.
+
+    reason: None while it goes on, else "stop", "length" or "error".
+    """
+
+    index: int
+    pieces: Sequence[Piece] = ()
+    tokens: Sequence[Chosen] = ()
+    reason: str | None = None
+    error: RwkvNpuError | None = None
+
+
+class Grammar(Protocol):
+    """What tokens an answer may go on with."""
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next, as `sampling.sample` takes them."""
+
+    def push(self, token: int) -> bool:
+        """Take a token; whether nothing can follow it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is written. bias: added to logits, by token. top_logprobs: None for no log-probabilities."""
+
+    sampling: SamplingOptions = SamplingOptions()
+    seed: int | None = None
+    max_tokens: int = 1024
+    bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
+    think_budget: int | None = None
+
+
+class Answer:
+    """Writes one answer (`scheduler.Writer`).
+
+    listen: gets each Event, in the scheduler's thread. parser: splits the text; a plain completion has one without
+    stops of a template. vocabulary: (V,) bool, the ids that have text.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        vocabulary: np.ndarray,
+        options: Options,
+        parser: AnswerParser,
+        listen: Callable[[Event], None],
+        grammar: Grammar | None = None,
+    ):
+        self.index, self.options, self.count, self.thought_tokens = index, options, 0, 0
+        self._tokenizer, self._parser, self._listen, self._grammar = tokenizer, parser, listen, grammar
+        self.top = options.top_logprobs or 0
+        self.sampler = Sampler(
+            options.sampling,
+            seed=options.seed,
+            banned=~vocabulary,
+            uncounted=tokenizer.uncounted,
+            logit_bias=options.bias,
+        )
+        self._decoder = tokenizer.decoder()
+        self._forced: deque[int] = deque()
+
+    def allowed(self) -> np.ndarray | None:
+        return None if self._grammar is None else self._grammar.allowed()
+
+    def take(self, choice: Choice) -> int | None:
+        if self._forced:  # the end of a thought that has gone on for too long
+            choice = Choice(self._forced.popleft(), 0.0, [])
+        token = choice.token
+        self.count += 1
+        pieces = self._parser.push(self._decoder.push(token)) if token != END_OF_TEXT else []
+        complete = self._grammar is not None and self._grammar.push(token)
+        self.thought_tokens += self._parser.thinking
+        budget = self.options.think_budget
+        if self._parser.thinking and budget is not None and self.thought_tokens == budget:
+            self._forced.extend(self._tokenizer.encode(CLOSE_THOUGHT))
+        reason = None
+        if token == END_OF_TEXT or self._parser.stopped or complete:
+            reason = "stop"
+        elif self.count >= self.options.max_tokens:
+            reason = "length"
+        if reason and not self._parser.stopped:
+            pieces = [*pieces, *self._parser.push(self._decoder.finish()), *self._parser.finish()]
+        data = self._tokenizer.token_bytes(token) or b""
+        chosen = Chosen(token, data, choice.logprob, tuple(choice.top[: self.top]))
+        self._listen(Event(self.index, pieces, [chosen], reason))
+        return None if reason else token
+
+    def fail(self, error: RwkvNpuError) -> None:
+        self._listen(Event(self.index, reason="error", error=error))

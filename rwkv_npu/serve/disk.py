@@ -1,0 +1,98 @@
+"""States in a folder, so that a restarted server, or another one, goes on with old conversations.
+
+A file is a state file like any other, named by the key of its tokens. It is validated like one from a stranger.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_npu.errors import RwkvNpuError, UsageError
+from rwkv_npu.formats.state import State
+from rwkv_npu.model import Model
+
+KEY = re.compile(r"[0-9a-f]{32}")
+PENDING = 32  # states that wait to be written: more are forgotten, since they can be read again
+
+log = logging.getLogger("rwkv_npu.serve")
+
+
+class Folder:
+    """A store of states in a folder (`cache.Store`), the least recently used of which go first.
+
+    budget: bytes. Writing happens in a thread of its own.
+    """
+
+    def __init__(self, folder: Path, budget: int, model: Model):
+        self._folder, self._budget, self._model = folder, budget, model
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise OSError(13, "it cannot be written to")
+        except OSError as error:
+            raise UsageError(f"states cannot be kept in {folder}: {error.strerror}") from None
+        self._queue: queue.Queue[tuple[str, State] | None] = queue.Queue(PENDING)
+        self._thread = threading.Thread(target=self._write_all, name="rwkv-npu states", daemon=True)
+        self._thread.start()
+
+    def get(self, key: str) -> State | None:
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            state = self._model.load_state(path)
+            if not all(np.isfinite(part).all() for part in state.parts.values()):
+                raise RwkvNpuError(f"{path} holds numbers that are not finite")
+            os.utime(path)
+        except (RwkvNpuError, OSError) as error:
+            log.warning("a kept state is not used: %s", error)
+            path.unlink(missing_ok=True)
+            return None
+        return state
+
+    def put(self, key: str, state: State) -> None:
+        try:
+            self._queue.put_nowait((key, state))
+        except queue.Full:
+            log.info("the folder of states is slow: one is not kept")
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        self._queue.join()
+
+    def _path(self, key: str) -> Path:
+        assert KEY.fullmatch(key), "keys are made here, never by a client"
+        return self._folder / f"{key}.safetensors"
+
+    def _write_all(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            try:
+                path = self._path(item[0])
+                if not path.exists():
+                    item[1].save(path)
+                    self._trim()
+            except (RwkvNpuError, OSError) as error:
+                log.warning("a state is not kept: %s", error)
+            finally:
+                self._queue.task_done()
+
+    def _trim(self) -> None:
+        files = sorted(
+            (path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.glob("*.safetensors")
+        )
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= self._budget:
+                break
+            path.unlink(missing_ok=True)
+            total -= size

@@ -1,0 +1,154 @@
+"""Checkpoints of token sequences, and the states that are kept at them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rwkv_npu
+from rwkv_npu.errors import UsageError
+from rwkv_npu.formats.state import State
+from rwkv_npu.serve.cache import NEAR, SPACING, Checkpoints, StateCache, size_of
+from rwkv_npu.serve.disk import Folder
+from rwkv_npu.text.tokenizer import builtin
+
+WORLD = builtin("world")
+CHAT = "User: Tell me a long story about the sea and its many fish, please\n\nAssistant: Once there was a fish.\n\n"
+
+
+def checkpoints(identity: str = "model") -> Checkpoints:
+    return Checkpoints(WORLD, identity, ["Assistant:"])
+
+
+def test_checkpoints_stand_after_blank_lines_and_labels() -> None:
+    ids = WORLD.encode(CHAT * 3)
+    for one in checkpoints().of(ids):
+        assert WORLD.decode(ids[: one.position]).endswith(("\n\n", "Assistant:"))
+    assert len(checkpoints().of(ids)) >= 3
+
+
+def test_a_long_text_has_checkpoints_whatever_it_says() -> None:
+    ids = WORLD.encode("a, b; " * 800)
+    assert [one.position for one in checkpoints().of(ids)] == list(range(SPACING, len(ids) + 1, SPACING))
+
+
+@given(
+    st.lists(st.sampled_from(["a", "\n\n", "Assistant:", " sea", "。", "\n"]), max_size=200),
+    st.integers(0, 200),
+)
+def test_checkpoints_of_a_prefix_are_the_first_of_the_whole(parts: list[str], cut: int) -> None:
+    ids = [token for part in parts for token in WORLD.encode(part)]
+    whole, part = checkpoints().of(ids), checkpoints().of(ids[:cut])
+    assert part == [one for one in whole if one.position <= cut]
+    distances = np.diff([0, *(one.position for one in whole)])
+    assert (distances >= NEAR).all() and (distances <= SPACING).all()
+
+
+def test_keys_name_the_tokens_and_the_model() -> None:
+    ids = WORLD.encode(CHAT * 2)
+    (first, *_), (other, *_) = checkpoints().of(ids), checkpoints("other").of(ids)
+    changed = checkpoints().of([ids[0] + 1, *ids[1:]])[0]
+    assert len({first.key, other.key, changed.key}) == 3
+    assert first.position == other.position == changed.position
+
+
+# -- memory
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> rwkv_npu.Model:
+    return rwkv_npu.load(checkpoint, backend="numpy")
+
+
+def state_after(model: rwkv_npu.Model, tokens: list[int]) -> State:
+    return model.forward(tokens)[1]
+
+
+def test_a_kept_state_is_a_copy_both_ways(model: rwkv_npu.Model) -> None:
+    cache, state = StateCache(1 << 20), state_after(model, [1, 2])
+    cache.keep("k", state)
+    state.parts["att.shift"][:] = 0
+    found = cache.get("k")
+    assert found is not None and np.abs(found.parts["att.shift"]).max() > 0
+    found.parts["att.shift"][:] = 0
+    again = cache.get("k")
+    assert again is not None and np.abs(again.parts["att.shift"]).max() > 0
+
+
+def test_the_least_recently_used_goes_first_and_pins_stay(model: rwkv_npu.Model) -> None:
+    state = state_after(model, [1])
+    cache = StateCache(3 * size_of(state))
+    cache.keep("pinned", state, pinned=True)
+    cache.keep("old", state)
+    cache.keep("new", state)
+    assert cache.get("old") is not None  # used: "new" is the oldest now
+    cache.keep("newest", state)
+    assert [cache.get(key) is not None for key in ("pinned", "old", "new", "newest")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert cache.bytes == 3 * size_of(state) and len(cache) == 3
+
+
+def test_a_state_larger_than_the_budget_is_not_kept(model: rwkv_npu.Model) -> None:
+    cache = StateCache(10)
+    cache.keep("k", state_after(model, [1]))
+    assert cache.get("k") is None and cache.bytes == 0
+
+
+# -- the folder
+
+KEY = "0" * 31 + "a"
+
+
+def test_a_folder_gives_states_back_after_a_restart(model: rwkv_npu.Model, tmp_path: Path) -> None:
+    state = state_after(model, [1, 2, 3])
+    folder = Folder(tmp_path / "states", 1 << 30, model)
+    StateCache(0, [folder]).keep(KEY, state)
+    folder.flush()
+    found = StateCache(1 << 20, [Folder(tmp_path / "states", 1 << 30, model)]).get(KEY)
+    assert found is not None and found.tokens_seen == 3
+    for name, part in state.parts.items():
+        np.testing.assert_array_equal(found.parts[name], part)
+
+
+def test_a_damaged_file_is_not_used_and_goes(
+    model: rwkv_npu.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Folder(tmp_path, 1 << 30, model)
+    folder.put(KEY, state_after(model, [1]))
+    folder.flush()
+    file = tmp_path / f"{KEY}.safetensors"
+    broken = state_after(model, [1])
+    broken.parts["att.shift"][:] = np.nan
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:100]), lambda: broken.save(file)):
+        damage()
+        assert folder.get(KEY) is None and not file.exists()
+    assert caplog.text.count("a kept state is not used") == 2
+
+
+def test_the_folder_keeps_its_budget(model: rwkv_npu.Model, tmp_path: Path) -> None:
+    state = state_after(model, [1])
+    folder = Folder(tmp_path, 1 << 30, model)
+    folder.put(KEY, state)
+    folder.flush()
+    size = (tmp_path / f"{KEY}.safetensors").stat().st_size
+    os.utime(tmp_path / f"{KEY}.safetensors", (1, 1))
+    small = Folder(tmp_path, 2 * size, model)
+    for i in range(2):
+        small.put(f"{i:032x}", state)
+        small.flush()
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [f"{i:032x}" for i in range(2)]
+
+
+def test_a_folder_that_cannot_be_is_refused(model: rwkv_npu.Model, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UsageError, match="states cannot be kept in .*file"):
+        Folder(tmp_path / "file", 1, model)

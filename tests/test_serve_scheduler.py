@@ -1,0 +1,262 @@
+"""The scheduler: many sequences in one forward, and the same answers alone and among others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rwkv_npu
+from rwkv_npu.errors import BackendError, RwkvNpuError
+from rwkv_npu.serve.cache import Checkpoints, StateCache
+from rwkv_npu.serve.scheduler import GRAIN, BusyError, Job, Scheduler
+from rwkv_npu.text.sampling import Choice, Sampler, SamplingOptions
+
+WAIT = 120.0  # seconds that anything here may take: the sampler may have to be compiled
+
+
+class Recorder:
+    """Writes greedily, so many tokens, and remembers them."""
+
+    def __init__(self, count: int):
+        self.count, self.tokens, self.error = count, list[int](), None
+        self.ended = threading.Event()
+        self.sampler, self.top = Sampler(SamplingOptions(temperature=0)), 0
+
+    def allowed(self) -> np.ndarray | None:
+        return None
+
+    def take(self, choice: Choice) -> int | None:
+        self.tokens.append(choice.token)
+        if len(self.tokens) < self.count:
+            return choice.token
+        self.ended.set()
+        return None
+
+    def fail(self, error: RwkvNpuError) -> None:
+        self.error = error  # type: ignore[assignment]
+        self.ended.set()
+
+    def wait(self) -> list[int]:
+        assert self.ended.wait(WAIT), "the answer does not end"
+        if self.error is not None:
+            raise self.error
+        return self.tokens
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Iterator[rwkv_npu.Model]:
+    with rwkv_npu.load(checkpoint, backend="numpy") as loaded:
+        yield loaded
+
+
+Make = Callable[..., Scheduler]
+
+
+@pytest.fixture
+def scheduler(model: rwkv_npu.Model) -> Iterator[Make]:
+    made: list[Scheduler] = []
+
+    def make(budget: int = 1 << 24, **options: Any) -> Scheduler:
+        checkpoints = Checkpoints(model.tokenizer, "test", ["ing "])
+        made.append(Scheduler(model.engine, checkpoints, StateCache(budget), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def greedy(model: rwkv_npu.Model, ids: Sequence[int], count: int) -> list[int]:
+    """The tokens that the engine alone writes after a prompt."""
+    logits, state = model.forward(ids)
+    tokens = [int(np.argmax(logits))]
+    while len(tokens) < count:
+        logits, state = model.forward(tokens[-1:], state)
+        tokens.append(int(np.argmax(logits)))
+    return tokens
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 250, length).tolist() for length in rng.integers(1, 90, count)]
+
+
+def test_one_answer(model: rwkv_npu.Model, scheduler: Make) -> None:
+    ids, writer = prompts(1)[0], Recorder(10)
+    scheduler().submit(Job(ids, [writer]))
+    assert writer.wait() == greedy(model, ids, 10)
+
+
+def test_many_at_once_are_as_if_alone(model: rwkv_npu.Model, scheduler: Make) -> None:
+    """More than there are slots, of all lengths, joining and leaving at different times."""
+    jobs = [(ids, Recorder(4 + 3 * i)) for i, ids in enumerate(prompts(12))]
+    running = scheduler(slots=5)
+    for i, (ids, writer) in enumerate(jobs):
+        running.submit(Job(ids, [writer]))
+        time.sleep(0.01 * (i % 3))
+    for ids, writer in jobs:
+        assert writer.wait() == greedy(model, ids, writer.count)
+    assert running.counters.answers == 12 and not running.writing and not running.reading
+
+
+def test_several_answers_read_their_prompt_once(model: rwkv_npu.Model, scheduler: Make) -> None:
+    ids, writers = prompts(1, 3)[0], [Recorder(n) for n in (3, 9, 5)]
+    running = scheduler()
+    running.submit(Job(ids, writers))
+    expected = greedy(model, ids, 9)
+    assert [writer.wait() for writer in writers] == [expected[:3], expected, expected[:5]]
+    assert running.counters.prompt_tokens == len(ids)
+
+
+LONG = [*([40] * 20), *b"returning ", *([41] * 600), *b"turn\n\n", *([42] * 30)]
+
+
+def test_a_prompt_that_is_known_is_not_read_again(model: rwkv_npu.Model, scheduler: Make) -> None:
+    ids = [one + 1 for one in LONG]
+    running, writers = scheduler(), [Recorder(6) for _ in range(2)]
+    for writer in writers:
+        job = Job(ids, [writer])
+        running.submit(job)
+        writer.wait()
+    assert writers[0].tokens == writers[1].tokens == greedy(model, ids, 6)
+    assert job.cached > len(ids) - 60 and running.cache.hits == 1
+
+
+def test_two_of_a_prompt_at_once_read_it_once(scheduler: Make) -> None:
+    ids = [one + 1 for one in LONG]
+    running, writers = scheduler(), [Recorder(6) for _ in range(3)]
+    for writer in writers:
+        running.submit(Job(ids, [writer]))
+    texts = [writer.wait() for writer in writers]
+    assert texts[0] == texts[1] == texts[2]
+    assert running.counters.prompt_tokens < 1.5 * len(ids)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([b"a ", b"\n\n", b"ing ", b"turn" * 9]), max_size=40), min_size=1, max_size=5
+    ),
+    st.sampled_from([0, 40_000, 1 << 24]),
+)
+def test_the_cache_changes_no_answer(model: rwkv_npu.Model, parts: list[list[bytes]], budget: int) -> None:
+    """Conversations that share beginnings, with any eviction."""
+    encode = model.encode
+    asked = [encode(b"".join(sum(parts[: i + 1], [])).decode() + "x") for i in range(len(parts))]
+    checkpoints = Checkpoints(model.tokenizer, "test", ["ing "])
+    running = Scheduler(model.engine, checkpoints, StateCache(budget))
+    try:
+        for ids in asked:
+            writer = Recorder(4)
+            running.submit(Job(ids, [writer]))
+            assert writer.wait() == greedy(model, ids, 4)
+    finally:
+        running.close()
+
+
+def test_what_the_cache_wants_waits_for_idle_times(scheduler: Make) -> None:
+    ids = [one + 1 for one in LONG]
+    running = scheduler()
+    running.read_when_idle(ids)
+    for _ in range(500):
+        if len(running.cache) >= 2:
+            break
+        time.sleep(0.01)
+    writer = Recorder(2)
+    job = Job(ids, [writer])
+    running.submit(job)
+    writer.wait()
+    assert job.cached > 500
+
+
+def test_a_full_queue_refuses(scheduler: Make) -> None:
+    running = scheduler(slots=1, queue=2)
+    endless = Recorder(100_000)
+    job = Job([1, 2], [endless])
+    running.submit(job)
+    while not running.writing:
+        time.sleep(0.01)
+    waiting = [Job([3], [Recorder(1)]) for _ in range(2)]
+    for one in waiting:
+        running.submit(one)
+    assert [running.place(one) for one in waiting] == [0, 1] and running.place(job) is None
+    with pytest.raises(BusyError, match="2 requests are waiting"):
+        running.submit(Job([4], [Recorder(1)]))
+    job.cancel()
+    for one in waiting:
+        one.writers[0].wait()  # type: ignore[attr-defined]
+    assert running.counters.cancelled == 1 and len(endless.tokens) < 100_000
+
+
+def test_a_fault_ends_the_answers_of_its_step_and_no_other(
+    model: rwkv_npu.Model, scheduler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, forward = scheduler(), model.engine.forward_batch
+
+    def broken(tokens: Any, states: Any, **options: Any) -> Any:
+        if any(99 in list(piece) for piece in tokens):
+            raise BackendError("the backend failed")
+        return forward(tokens, states, **options)
+
+    monkeypatch.setattr(model.engine, "forward_batch", broken)
+    bad, good = Recorder(5), Recorder(5)
+    running.submit(Job([99], [bad]))
+    with pytest.raises(BackendError, match="the backend failed"):
+        bad.wait()
+    running.submit(Job([1, 2, 3], [good]))
+    assert len(good.wait()) == 5 and running.counters.failed == 1
+
+
+def test_an_answer_that_has_no_token_left_ends_alone(model: rwkv_npu.Model, scheduler: Make) -> None:
+    class Picky(Recorder):
+        def allowed(self) -> np.ndarray | None:
+            return np.zeros(-(-model.spec.V // 32), np.uint32)
+
+    picky, other = Picky(3), Recorder(3)
+    running = scheduler()
+    running.submit(Job([1, 2], [picky, other]))
+    assert len(other.wait()) == 3
+    with pytest.raises(BackendError, match="no token is left to choose"):
+        picky.wait()
+
+
+def test_closing_ends_what_runs(model: rwkv_npu.Model) -> None:
+    running = Scheduler(model.engine, Checkpoints(model.tokenizer, "t", []), StateCache(0))
+    writer = Recorder(100_000)
+    running.submit(Job([1], [writer]))
+    running.refuse()
+    with pytest.raises(BusyError, match="shutting down"):
+        running.submit(Job([1], [Recorder(1)]))
+    running.close()
+    with pytest.raises(RwkvNpuError, match="was stopped"):
+        writer.wait()
+
+
+def test_prompts_are_cut_at_grains_counted_from_a_checkpoint(
+    model: rwkv_npu.Model, scheduler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a prompt is cut may change with what else runs; not beside a multiple of GRAIN, where chunks begin."""
+    cuts: list[int] = []
+    forward = model.engine.forward_batch
+
+    def watched(tokens: Any, states: Any, **options: Any) -> Any:
+        cuts.extend(len(piece) for piece in tokens if len(piece) > 1)
+        return forward(tokens, states, **options)
+
+    monkeypatch.setattr(model.engine, "forward_batch", watched)
+    running, endless = scheduler(budget=0), Recorder(100_000)
+    job = Job([1], [endless])
+    running.submit(job)
+    writer = Recorder(1)
+    running.submit(Job([1 + i % 200 for i in range(500)], [writer]))
+    writer.wait()
+    job.cancel()
+    assert all(cut % GRAIN == 0 for cut in cuts[:-1]) and sum(cuts) in (500, 499)
