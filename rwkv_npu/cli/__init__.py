@@ -17,11 +17,39 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rwkv_npu import __version__
-from rwkv_npu.cli import bench, completion, convert, doctor, evaluate, generate, info, models, toolkit, tune
+from rwkv_npu.cli import (
+    batch,
+    bench,
+    chat,
+    completion,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    info,
+    models,
+    serve,
+    toolkit,
+    tune,
+)
 from rwkv_npu.errors import RwkvNpuError
 
 # In the order of --help. Each has `add`, its flags and help, and `run`, which imports what it needs when it is called.
-COMMANDS = (models, convert, generate, evaluate, info, tune, doctor, bench, toolkit, completion)
+COMMANDS = (
+    models,
+    convert,
+    generate,
+    chat,
+    serve,
+    batch,
+    evaluate,
+    info,
+    tune,
+    doctor,
+    bench,
+    toolkit,
+    completion,
+)
 
 STDOUT = "<stdout>"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk

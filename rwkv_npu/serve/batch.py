@@ -1,0 +1,138 @@
+"""Requests from a file, through the same application as those of HTTP clients, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_npu.errors import UsageError
+from rwkv_npu.progress import progress
+from rwkv_npu.serve.service import Service
+from rwkv_npu.serve.web import application
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+Request = dict[str, Any]
+
+
+def read_requests(path: Path, out: Path) -> list[Request]:
+    """The requests of a file that have no answer in `out` yet.
+
+    Raises UsageError for a line that is no request, or an `out` that holds something else. A last line of `out` that
+    was cut short, by a kill or a full disk, is taken away.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8')}") from None
+    requests = [_request(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    names = [request["custom_id"] for request in requests]
+    twice = (
+        next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if len(set(names)) < len(names)
+        else None
+    )
+    if twice is not None:
+        raise UsageError(f"{path}: the custom_id {twice!r:.80} stands there twice")
+    done = _answered(out)
+    return [request for request in requests if request["custom_id"] not in done]
+
+
+def _request(line: str, where: str) -> Request:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{where} is not JSON") from None
+    if not isinstance(request, dict) or not isinstance(request.get("custom_id"), str):
+        raise UsageError(f"{where}: a request is an object with a custom_id")
+    if request.get("url") not in URLS:
+        raise UsageError(f"{where}: its url must be one of {', '.join(URLS)}")
+    if not isinstance(request.get("body"), dict):
+        raise UsageError(f"{where}: it has no body")
+    return {**request, "body": {**request["body"], "stream": False}}
+
+
+def _answered(out: Path) -> set[str]:
+    """The custom_ids in a file of answers."""
+    if not out.exists():
+        return set()
+    data = out.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        done = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{out} holds something else than answers: give another --out") from None
+    if len(whole) < len(data):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+def answer_all(service: Service, requests: Sequence[Request], out: Path) -> int:
+    """Answer the requests, twice as many at a time as there are slots, and append each answer as it is complete.
+
+    Returns how many ended in an error, whose lines say so.
+    """
+    return asyncio.run(_answer_all(service, requests, out))
+
+
+async def _answer_all(service: Service, requests: Sequence[Request], out: Path) -> int:
+    app, room = application(service, hosts=None), asyncio.Semaphore(2 * service.scheduler.slots)
+    failed = 0
+    try:
+        file = out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}") from None
+    with file, progress("requests", "request", total=len(requests)) as bar:
+
+        async def one(request: Request) -> None:
+            nonlocal failed
+            async with room:
+                status, body = await _ask(app, request["url"], request["body"])
+            failed += status != 200
+            response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
+            line = {
+                "id": f"batch_req_{uuid.uuid4().hex}",
+                "custom_id": request["custom_id"],
+                "response": response,
+            }
+            file.write(json.dumps({**line, "error": None}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+
+        await asyncio.gather(*map(one, requests))
+    return failed
+
+
+async def _ask(app: Any, url: str, body: Any) -> tuple[int, Any]:
+    """(status, body) of a request to an ASGI application."""
+    asked = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+    status, data = 500, bytearray()
+
+    async def receive() -> MutableMapping[str, Any]:
+        message = next(asked, None)
+        return message if message is not None else await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        data.extend(message.get("body", b""))
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": url,
+        "raw_path": url.encode(),
+        "query_string": b"",
+        "headers": [],
+        "scheme": "http",
+        "server": ("batch", 0),
+        "client": ("batch", 0),
+    }
+    await app(scope, receive, send)
+    return status, json.loads(data)

@@ -1,0 +1,88 @@
+"""Listens, serves until it is told to stop, and lets running answers end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rwkv_npu.errors import UsageError
+from rwkv_npu.serve.service import Service
+from rwkv_npu.serve.web import LOOPBACK, PATIENCE_S, application
+
+CONNECTIONS = 256
+HEADER_S = 20  # for the first line and the headers of a request
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that hangs up on a client which does not send its headers in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_S, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which tells the scheduler to take no more jobs as soon as it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.scheduler.refuse()
+        super().handle_exit(sig, frame)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address. Raises UsageError where it is taken or none of this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"cannot listen at {host}:{port} ({reason}): give another --port or --host"
+        ) from None
+    bound.set_inheritable(True)
+    return bound
+
+
+def serve(service: Service, bound: socket.socket, *, key: str | None, verbose: bool) -> None:
+    """Serve until SIGINT or SIGTERM; answers that run have PATIENCE_S to end."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("rwkv_npu.serve")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    local = bound.getsockname()[0] in ("127.0.0.1", "::1")
+    config = uvicorn.Config(
+        application(service, key=key, hosts=LOOPBACK if local else None),
+        http=PatientProtocol,
+        ws="none",
+        loop="asyncio",
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=PATIENCE_S,
+        server_header=False,
+    )
+    # uvicorn raises a signal again once all is done: it has had its effect by then.
+    restored = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        Server(config, service).run(sockets=[bound])
+    finally:
+        for number, before in restored.items():
+            signal.signal(number, before)

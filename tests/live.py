@@ -1,0 +1,39 @@
+"""A server in a process of its own, on a free port."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.tiny import command
+
+
+class LiveServer:
+    def __init__(self, process: subprocess.Popen[str], url: str):
+        self.process, self.url = process, url
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def live_server(*arguments: object, log: Path) -> Iterator[LiveServer]:
+    """`rwkv-npu serve` with these flags; what it says goes to `log`."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command("serve", "--port", 0, *arguments), stdout=subprocess.PIPE, stderr=file, text=True
+        )
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            assert url.startswith("http://"), log.read_text()
+            yield LiveServer(process, url)
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
