@@ -252,6 +252,16 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
         row.update({"speed": 1})
 
 
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Rows had `terms` then; what this version does not know is left out."""
+    row = {"model": "m", "fingerprint": "f", "generation": "7", "parameters": 5, "backend": "rknn"}
+    row |= {"device": "RK3588 NPU, 1 core, compiler's table", "estimated": True, "terms": {"cores": 1}}
+    old = {"format": "inference 1", "command": "c", "machine": {"cpu": "x"}, "notes": [], "results": [row]}
+    (tmp_path / "x.json").write_text(json.dumps(old))
+    (found,) = Document.load(tmp_path / "x.json", ModelRow).results
+    assert found.estimated and found.backend == "rknn" and not hasattr(found, "terms")
+
+
 # -- what is refused -------------------------------------------------------------------------------------
 
 
