@@ -154,7 +154,7 @@ def clean(raw: str) -> str:
 
 
 def _continues(above: str, line: str) -> bool:
-    """Whether `line` goes on with the paragraph that ends in `above`."""
+    """True if `line` goes on with the paragraph that ends in `above`."""
 
     def indent(text: str) -> int:
         return len(text) - len(text.lstrip())

@@ -220,7 +220,7 @@ class DemoModel(nn.Module):
         self.head = Projection(size.embedding, size.vocabulary, 0.5 / math.sqrt(size.embedding))
 
     def multiply_in_bf16(self, wanted: bool) -> None:
-        """Whether training multiplies by the large matrices in bf16; evaluation never does."""
+        """True if training multiplies by the large matrices in bf16; evaluation never does."""
         for module in self.modules():
             if isinstance(module, Projection):
                 module.in_bf16 = wanted

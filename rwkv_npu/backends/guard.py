@@ -154,7 +154,7 @@ class Guard:
         warnings.warn(f"{self.name}: {counted}; their groups run on the CPU{self._advice}", stacklevel=4)
 
     def run(self, group: Group, rows: int, runner: Runner) -> Mapping[str, np.ndarray] | None:
-        """What `runner` makes of its inputs, at the second attempt if need be; None where the CPU has to do it."""
+        """Run `runner`, twice if the first call fails; None if the CPU has to take over."""
         fault, advice = "the NPU was given up", ""
         for _ in range(2):
             if self._worker is None:
@@ -204,7 +204,7 @@ class Guard:
             raise
 
     def _test(self, group: Group, rows: int, runner: Runner) -> str:
-        """What is wrong with a context, "" if nothing: its answer to recorded rows, as many as it takes."""
+        """Test a context on golden vectors, as many rows as it takes. Returns what is wrong, "" if nothing."""
         recorded = self._recorded()[group.name]
         for name, array in recorded.inputs.items():
             target = runner.inputs[name]
@@ -225,7 +225,7 @@ class Guard:
         return "" if error <= self._bound else f"its error is {error:.2g}, relatively"
 
     def _flaw(self, group: Group, rows: int, outputs: Mapping[str, np.ndarray]) -> str:
-        """What no right answer looks like."""
+        """Describe outputs that cannot be right: of a wrong shape, not finite, or all zero; "" if there is no flaw."""
         for port in group.outputs:
             array = outputs.get(port.name)
             if array is None or array.shape != (rows, port.width):

@@ -17,13 +17,13 @@ INT8_COLUMN_BYTES = 8  # what every column of an int8 matrix has beside it: a bi
 
 
 def matrix_bytes(k: int, n: int, bits: int) -> int:
-    """What a constant (k, n) matrix of 16 or 8 bits takes of the NPU's memory."""
+    """Bytes of NPU memory for a constant (k, n) matrix of 16 or 8 bits."""
     return 2 * k * n if bits == 16 else (k + INT8_COLUMN_BYTES) * n
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the NPU has to hold, in bytes: weights of every artifact, and the buffers of their inputs and outputs."""
+    """Bytes that the NPU has to hold: weights of every artifact, and the buffers of their inputs and outputs."""
 
     weights: int
     buffers: int

@@ -96,8 +96,8 @@ class Memory:
 
 @dataclass
 class _Shaped:
-    """What a context has for one M. `a` (M, K / k) and `c` (M, N / 4) are blocks, as callers see them, over the native
-    layouts."""
+    """Buffers of a context for one M. `a` (M, K / k) and `c` (M, N / 4) are blocks, as callers see them, over the
+    native layouts."""
 
     handle: int
     shape: Shape

@@ -236,14 +236,14 @@ def _open_context(rknnlite: Any, path: Path, artifact: Artifact, cores: str) -> 
 
 
 def _misfits(lite: Any, artifact: Artifact) -> str:
-    """What of runtime and driver is older than it should be, "" if nothing."""
+    """Names the runtime or driver if it is older than it should be, "" if neither is."""
     with captured():
         _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
     return hardware.outdated(runtime, driver, artifact.toolkit)
 
 
 def explain(text: str, artifact: Artifact, cores: str) -> str:
-    """What RKNNLite logged, as one line that says what to do."""
+    """Turns RKNNLite's log into one line that says what to do."""
     library = hardware.runtime_library()
     runtime = hardware.runtime_version(library) if library else None
     remedies = {

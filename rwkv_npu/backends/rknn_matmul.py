@@ -123,7 +123,7 @@ class RknnMatmulBackend:
 
 
 def _no_product(x: np.ndarray, weight: Weight) -> np.ndarray:
-    """Of a pass that packs weights: the NPU has not been tested yet, and must not be asked."""
+    """Stands for the NPU in a pass that only packs weights: it has not been tested yet, and must not be asked."""
     return np.zeros((len(x), weight.cut.N), np.float32)
 
 
@@ -138,7 +138,7 @@ def _rows(name: str) -> tuple[int, ...]:
 
 
 def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryPlan, bool]:
-    """What the model takes, and whether every weight has contexts of its own: they share where those are too many."""
+    """Memory of the model, and True if every weight has contexts of its own: they share if those are too many."""
     cuts = {name: cut(K, N, kind, cores) for name, (K, N) in _large(spec).items()}
     for own in (True, False):
         shapes = {

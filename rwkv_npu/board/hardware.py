@@ -1,4 +1,4 @@
-"""What a machine says of itself: chip, cores, clocks, memory, the NPU's driver and runtime.
+"""Reads what the system tells of the machine: chip, cores, clocks, memory, the NPU's driver and runtime.
 
 Everything is read below `root`, where Linux on a board shows it, and is None or empty where it does not. Nothing is
 changed, and the NPU is not touched.
@@ -62,7 +62,7 @@ def cpu_model(root: Path = ROOT) -> str:
 
 
 def core_numbers(root: Path = ROOT) -> list[int]:
-    """Those that are online."""
+    """Numbers of the cores that are online."""
     return [int(number) for number in _cpuinfo(root, "processor")]
 
 
@@ -96,7 +96,7 @@ def _speed(root: Path, core: int) -> int:
 
 
 def _kinds(root: Path) -> dict[int, str]:
-    """What each core is, where all of them say it."""
+    """The kind of each core; empty if one of them is not known."""
     numbers, parts = core_numbers(root), _cpuinfo(root, "CPU part")
     return dict(zip(numbers, parts, strict=True)) if len(parts) == len(numbers) else {}
 
@@ -146,7 +146,7 @@ def runtime_library(root: Path = ROOT) -> Path | None:
 
 
 def runtime_build(library: Path) -> str | None:
-    """What a librknnrt.so says of itself, without loading it: 2.3.2 (429f97ae6b@2025-04-09T09:09:27)."""
+    """Version and build of a librknnrt.so, without loading it: 2.3.2 (429f97ae6b@2025-04-09T09:09:27)."""
     try:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             match = re.search(rb"librknnrt version: (\d+\.\d+\.\d+( \([^)\0]*\))?)", data)
@@ -173,7 +173,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def outdated(runtime: str | None, driver: str | None, compiler: str = "") -> str:
-    """What is older than it should be, "" if nothing, of versions as libraries say them; unknown ones go unjudged.
+    """Names the versions that are older than they should be, "" if none is; unknown ones are not judged.
 
     It may work all the same, and the self-test has to show it.
     """

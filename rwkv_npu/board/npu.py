@@ -115,7 +115,7 @@ def raise_file_limit() -> int:
 
 
 class Printed:
-    """What was printed while it was captured."""
+    """Text printed while output was captured."""
 
     text = ""
 

@@ -1,4 +1,4 @@
-"""What an evaluation has scored so far, in a file: where the next one goes on after Ctrl-C or a kill.
+"""The scores of an unfinished evaluation in a file, from which it goes on after Ctrl-C or a kill.
 
 A safetensors file: a column of numbers for each score, one number an item (a token, a text), and the recurrent states
 after the last of them. Its metadata says what was evaluated, and another evaluation refuses it.
@@ -122,7 +122,7 @@ class Journal:
 
 
 def digest(content: bytes) -> str:
-    """What an identity has in place of something large."""
+    """A short digest that stands for large content in an identity."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

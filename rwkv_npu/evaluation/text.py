@@ -24,7 +24,7 @@ POSITIONS = (0, 64, 512, 4096)  # where the stretches begin that drift is looked
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of some tokens. bits_per_token, perplexity: of the model's own predictions, per token.
+    """Figures of some tokens. bits_per_token, perplexity: of the model's own predictions, per token.
 
     kl_mean, kl_p99: KL(reference || model) in nats per token; top1: share of tokens before which both would choose the
     same one. None without a reference.
@@ -64,7 +64,7 @@ class Evaluation(Figures):
 
 
 def count_bytes(model: Model, ids: np.ndarray) -> int | None:
-    """Of the text of `ids`; None where the vocabulary is not known."""
+    """Bytes of the text of `ids`; None where the vocabulary is not known."""
     if model.tokenizer is None:
         return None
     return sum(len(model.tokenizer.token_bytes(int(token)) or b"") for token in ids)
@@ -147,7 +147,7 @@ def _identity(models: Sequence[Model], targets: np.ndarray, context: int | None)
 
 
 def _pieces(count: int, context: int | None, done: int) -> Iterator[slice]:
-    """What is read at once, after `done` tokens: CHUNK tokens, or what is left of a document."""
+    """Slices to read at once, after `done` tokens: CHUNK tokens, or the rest of a document."""
     length = context or count
     for document in range(0, count, length):
         end = min(document + length, count)

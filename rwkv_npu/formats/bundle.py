@@ -95,7 +95,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What int8 does to one projection alone.
+    """The error of int8 in one projection alone.
 
     bytes: of its weights in int8. error: relative, rms, of its product on rows that were held out. kl: of the model's
     logits, in nats a token, None where it was not measured. algorithm and smoothed: how its ranges were found.
@@ -162,7 +162,7 @@ class Manifest:
 
     @property
     def cpu_precisions(self) -> tuple[str, ...]:
-        """Those in which the CPU can run, its default first."""
+        """Precisions in which the CPU can run, its default first."""
         return tuple(dict.fromkeys([self.cpu_default or self.cpu, self.cpu, *self.packed]))
 
     @property
@@ -250,7 +250,7 @@ class Bundle:
         return Quantised.of(self.ranges(name), self.tensor(name))
 
     def ranges(self, name: str) -> Ranges:
-        """What the numbers of such a projection stand for. Raises BundleError."""
+        """The quantization parameters of such a projection. Raises BundleError."""
         _fits(check_ranges, self._ranges, name, self._weights.entry(name).shape[-2])
         given, *made = (Affine(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
         smoothed = f"{name}.smoothing" in self._ranges
@@ -369,7 +369,7 @@ def check_plain(root: Path) -> None:
 
 
 def artifacts_digest(manifest: Manifest) -> str:
-    """Of the content of all artifacts and weights: what was measured or found with them holds for the same ones."""
+    """Digest of the content of all artifacts and weights: a measurement holds as long as it is the same."""
     files = {name: record.digest for name, record in manifest.files.items() if not name.endswith(".onnx")}
     return _checksum(files)
 

@@ -176,7 +176,7 @@ def _canonical(
 
 
 def read_tensors(path: Path | str) -> dict[str, Any]:
-    """What the file or folder holds under its own names: read-only views of the mapped files, unchecked.
+    """Contents of a file or folder under its own names: read-only views of the mapped files, unchecked.
 
     A `.pth` may hold plain values besides. Raises CheckpointError.
     """

@@ -1,4 +1,4 @@
-"""Which generation a checkpoint is, its dimensions, and whether every tensor is there and fits.
+"""Detects the generation and the dimensions of a checkpoint, and checks that every tensor is there and fits.
 
 Works on names, shapes and dtypes alone (BlinkDL's names), in the order of tests that tells all generations
 apart: each has what the one before it has, and something more.

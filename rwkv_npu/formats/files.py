@@ -223,7 +223,7 @@ def cache_dir() -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether the folder can be written, or made where it is missing."""
+    """True if the folder can be written, or made where it is missing."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
 

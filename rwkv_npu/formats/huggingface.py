@@ -236,7 +236,7 @@ def _from_fla(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def looks_rescaled(arrays: dict[str, np.ndarray], L: int, every: int) -> bool:
-    """Whether output matrices seem to be divided by 2 after every `every` layers.
+    """True if output matrices seem to be divided by 2 after every `every` layers.
 
     transformers does that to the weights of a model in use, so that a model saved after it has answered
     something is saved so. Nothing in the file tells: only the sizes of the weights halve, all at once.

@@ -1,4 +1,4 @@
-"""Which program wrote a checkpoint, as far as it changes the meaning of a tensor's name.
+"""Layouts of a checkpoint: the same tensor names mean different things in files of different programs.
 
     blinkdl    the names and shapes of BlinkDL's own files; `time_first` of RWKV-5 and -6 is the logarithm of the bonus
     web-rwkv   made by the converter of web-rwkv and ai00 (`.st`): names in lower case, `time_faaaa` called

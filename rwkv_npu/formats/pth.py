@@ -44,7 +44,7 @@ _STORAGE_DTYPES = {
 
 
 class _Invalid(ValueError):
-    """What is wrong with the file, to be prefixed with its name."""
+    """A fault of the file; the caller puts the file's name before the message."""
 
 
 class _Global(NamedTuple):

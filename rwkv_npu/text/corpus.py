@@ -37,12 +37,12 @@ class Tokens:
 
     @property
     def bytewise(self) -> bool:
-        """Whether the vocabulary has words for hardly anything of the text."""
+        """True if the vocabulary writes nearly all of the text byte by byte."""
         return self.bytes is not None and len(self.ids) >= _BYTEWISE * self.bytes
 
 
 def holds_ids(path: str) -> bool:
-    """Whether a file of this name holds ids, and needs no tokenizer."""
+    """True if a file of this name holds ids, and needs no tokenizer."""
     return Path(path).suffix.lower() in IDS
 
 

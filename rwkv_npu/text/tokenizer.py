@@ -54,7 +54,7 @@ class StreamDecoder:
         return self._utf8.decode(self._bytes_of(token))
 
     def finish(self) -> str:
-        """What is still held back, as U+FFFD, or "". The decoder can be used afresh afterwards."""
+        """The bytes still held back, as U+FFFD, or "". The decoder can be used afresh afterwards."""
         rest = self._utf8.decode(b"", True)
         self._utf8.reset()
         return rest
@@ -87,7 +87,7 @@ class _WindowDecoder(StreamDecoder):
 
 
 class Tokenizer(ABC):
-    """What the rest of the package knows of a vocabulary.
+    """The interface of a vocabulary.
 
     name: "world", "pile", or the file's name. source: the builtin's name, or the Path it was read from.
     vocab_size: 1 + the largest id with a token; a head may have more rows than that.
@@ -137,7 +137,7 @@ class Tokenizer(ABC):
         return mask
 
     def uncounted(self, token: int) -> bool:
-        """Whether repeats of this id are free in RWKV's frequency penalty: a space, a tab, a run of digits.
+        """True if repeats of this id are free in RWKV's frequency penalty: a space, a tab, a run of digits.
 
         Source: `PIPELINE.generate` in the rwkv package.
         """
