@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from rwkv_npu.board import hardware
 from rwkv_npu.cli import diagnosis
 from rwkv_npu.cli.diagnosis import BAD, NOTE, OK, Finding, examine
 from rwkv_npu.formats.bundle import open_bundle
+from rwkv_npu.kernels import instruction_sets
 from tests.boards import plant
 from tests.fake_rknnlite import fake_bundle
 from tests.tiny import run_main, write_model
@@ -235,7 +237,18 @@ def test_a_board_that_lacks_something_ends_with_1(
 
 
 def test_numba_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert importlib.metadata.version("numba") in found(plant(tmp_path), "numba").found
+    finding = found(plant(tmp_path), "numba")
+    assert finding.level == OK and importlib.metadata.version("numba") in finding.found
+    assert instruction_sets.describe() in finding.found
+
+    config = importlib.import_module("numba.core.config")
+    monkeypatch.setattr(config, "CPU_FEATURES", "+")
+    finding = found(tmp_path, "numba")
+    better = instruction_sets.best() is not instruction_sets.SETS[-1]
+    assert finding.level == (NOTE if better else OK) and "int8 products: plain code" in finding.found
+    monkeypatch.setattr(config, "CPU_FEATURES", "+a-feature-of-no-processor")
+    finding = found(tmp_path, "numba")
+    assert finding.level == BAD and "which this processor lacks" in finding.found
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -402,3 +402,22 @@ def test_the_second_start_compiles_nothing() -> None:
     first, _ = start()
     second, said = start()
     assert first and first.items() <= second.items() and not said
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_row_has_the_same_bits_alone_and_among_others(bundle: Path, precision: str) -> None:
+    """Of several sequences, by gemv and by gemm: what a server answers does not depend on who else asks."""
+    source = BundleSource(open_bundle(bundle), "layer", precision)
+    backend = NumbaBackend(source, threads=2)
+    for group in source.program.groups:
+        for rows in (3, 21):
+            together, alone = backend.open(group, rows), backend.open(group, 1)
+            inputs = ragged_inputs(group, rows, range(rows), np.random.default_rng(rows))
+            for name, array in inputs.items():
+                together.inputs[name][:] = array
+            expected = {name: array.copy() for name, array in together.run().items()}
+            for row in range(rows):
+                for name, array in inputs.items():
+                    alone.inputs[name][:] = array[row : row + 1]
+                for name, array in alone.run().items():
+                    assert (array[0] == expected[name][row]).all(), (group.name, name)

@@ -17,6 +17,7 @@ from rwkv_npu.backends.memory import plan_memory
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import ROOT, Clock, numbers
 from rwkv_npu.board.npu import FILES
+from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, Bundle
 from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 
@@ -230,7 +231,15 @@ def _numba() -> Finding:
         return Finding(NOTE, "numba", slower, "in the clone of rwkv_npu: pip install '.[fast]'")
     from rwkv_npu.kernels import instruction_sets
 
-    return Finding(OK, "numba", f"{version}: the CPU runs compiled code, {instruction_sets.describe()}")
+    unset = "unset NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX"
+    try:
+        used, best = instruction_sets.current(), instruction_sets.best()
+    except BackendError as error:
+        return Finding(BAD, "numba", f"{version}: {error}", unset)
+    found = f"{version}: the CPU runs compiled code, {instruction_sets.describe()}"
+    if used is best:
+        return Finding(OK, "numba", found)
+    return Finding(NOTE, "numba", f"{found}, where this processor has {best.name}", unset)
 
 
 def _toolkit() -> Iterator[Finding]:

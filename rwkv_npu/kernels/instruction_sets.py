@@ -366,13 +366,22 @@ def select(architecture: str, features: frozenset[str]) -> InstructionSet:
 
 def current() -> InstructionSet:
     """The set that kernels are compiled for. Raises BackendError where a forced feature is missing here."""
-    architecture = llvmlite.binding.get_process_triple().partition("-")[0]
-    return select({"arm64": "aarch64"}.get(architecture, architecture), processor.features())
+    return select(_architecture(), processor.features())
+
+
+def best() -> InstructionSet:
+    """The best that this processor has, whatever is forced."""
+    return select(_architecture(), processor.available())
 
 
 def describe() -> str:
     """One line for the user: "int8 products: Arm dotprod"."""
     return f"int8 products: {current().name}"
+
+
+def _architecture() -> str:
+    name = llvmlite.binding.get_process_triple().partition("-")[0]
+    return {"arm64": "aarch64"}.get(name, name)
 
 
 def _total(b: Any, v: Any, count: int) -> Values:
