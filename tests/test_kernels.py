@@ -25,6 +25,7 @@ from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models import MODULES, common
 from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import GENERATIONS, Spec, att_outputs, state_shapes
+from tests.tiny import Run
 from tools.make_checkpoint import make_spec
 
 Arrays = dict[str, np.ndarray]
@@ -331,6 +332,25 @@ def test_folders_of_the_cache(tmp_path: Path) -> None:
     out, _ = outcome(loaded(shipped, NUMBA_CPU_FEATURES="+"))
     assert out == "compiled called"
     assert len(list((shipped / "kernels").iterdir())) == 2
+
+
+def test_the_cache_is_filled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    from rwkv_npu.kernels import build
+
+    names = {kernel.name for kernel in build.every_kernel()}
+    generations = {f"{module}.run" for module in ("v4", "v5", "v6", "v7")}
+    products = {
+        f"linear.{kind}_{f}" for kind in ("gemv", "gemm") for f in ("int4", "int8", "fp16", "bf16", "fp32")
+    }
+    assert names >= {"pool.work", "sampling.choose"} | generations | products
+    monkeypatch.setenv("RWKV_NPU_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        build, "every_kernel", lambda: [recurrence.kernel(make_spec("4", D=64, L=2, V=8)).run]
+    )
+    monkeypatch.setattr(recurrence.kernel(make_spec("4", D=64, L=2, V=8)).run, "_address", 0)
+    status, out, err = run("kernels", "build", "--all")
+    assert status == 0 and (Path(out.strip()) / "v4.run").exists() and "compiling a kernel" in err
+    assert run("kernels", "build", "--all")[1:] == (out, "")
 
 
 def test_a_change_of_the_sources_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

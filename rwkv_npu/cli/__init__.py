@@ -27,6 +27,7 @@ from rwkv_npu.cli import (
     evaluate,
     generate,
     info,
+    kernels,
     models,
     serve,
     toolkit,
@@ -47,6 +48,7 @@ COMMANDS = (
     tune,
     doctor,
     bench,
+    kernels,
     toolkit,
     completion,
 )
