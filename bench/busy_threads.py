@@ -70,7 +70,7 @@ def table(results: dict[str, Any]) -> str:
         f"# Threads beside a busy process: {results['model']}",
         "",
         f"{machine['cpu']}, {machine['cores']} cores; `{results['command']}`; {results['rounds']} rounds of "
-        f"{SPELL_S} s a case. Tokens a second, medians:",
+        f"{SPELL_S} s a case, at a load average of {machine['load_average']:.0f}. Tokens a second, medians:",
         "",
         f"| machine | 1 thread | {n} threads | ratio | lowest ratio |",
         "| --- | --- | --- | --- | --- |",
