@@ -304,6 +304,18 @@ def test_where_a_prompt_is_cut_depends_on_its_tokens_alone(
     assert all(decode == all(stop - start == 1 for _, start, stop in wave) for wave, decode in waves)
 
 
+def test_numpy_quantises_a_matrix_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maths keeps the matrices that it has quantised: it must outlive the runners, made anew for every chunk."""
+    source, made = source_of(folder, "7"), []
+    plain = source.maths
+    monkeypatch.setattr(source, "maths", lambda: made.append(1) or plain())
+    engine = engine_of(source, NumpyBackend(source))
+    engine.forward(TOKENS)
+    engine.forward(TOKENS[:40])
+    engine.forward(TOKENS[:1])
+    assert made == [1]
+
+
 def test_nothing_is_opened_that_the_fused_forward_does(folder: Path) -> None:
     source = source_of(folder, "7")
     numba, prefill = open_backend("numba", source), FixedRows(source, (8,))
