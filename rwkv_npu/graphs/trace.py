@@ -43,7 +43,7 @@ class Constant:
 
     @property
     def whole(self) -> Constant:
-        """What this is a part of."""
+        """The constant that this is a part of."""
         return Constant(self.name, self.index)
 
     def of(self, array: np.ndarray) -> np.ndarray:
@@ -78,8 +78,8 @@ class Value:
 
 @dataclass
 class Trace:
-    """What was recorded: everything of the graph but the numbers in its constants. int8: of weights whose products are,
-    by label, the numbers of the input and of the product."""
+    """A recorded graph without the numbers of its constants. int8: by label of a weight whose product is in int8, the
+    quantization parameters of its input and of its product."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     projections: dict[str, Constant] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Opens the backends of a model: what `auto` means, and the guard that stands before an NPU."""
+"""Opens the backends of a model: it chooses for `auto`, and puts the fallback before an NPU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from rwkv_npu.runtime.placement import Plan, tuned
 from rwkv_npu.runtime.selftest import self_test
 from rwkv_npu.runtime.weights import ModelSource
 
-# What steps in for an NPU, on the weights as they are stored, and the choice where there is none: the fastest that is
-# installed.
+# The fastest backend of the CPU that is installed. It steps in for an NPU, on the weights as they are stored, and runs
+# the model where there is no NPU.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
 NPU_BACKEND, SIMULATOR = "rknn", "rknn-sim"
 PACKAGES = {"numba": "numba", "torch": "torch"}  # that a backend needs and an installation may lack
@@ -30,7 +30,7 @@ PACKAGES = {"numba": "numba", "torch": "torch"}  # that a backend needs and an i
 
 @dataclass(frozen=True)
 class Options:
-    """What backends are opened with: threads of the CPU's, cores of the NPU's."""
+    """Options of backends: threads of those on the CPU, cores of those on the NPU."""
 
     threads: int | None = None
     npu_cores: str = "auto"
@@ -53,7 +53,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     advice = _advice(source)
 
     def cpu() -> Backend:
-        """A backend of its own, even where the plan has one: that may multiply in fewer bits than the NPU did."""
+        """A CPU backend for the fallback alone: one of the plan may multiply in fewer bits than the NPU did."""
         return open_backend(CPU_BACKEND, source.unquantised(), threads=options.threads)
 
     with contextlib.ExitStack() as on_failure:
@@ -84,28 +84,28 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
 
 
 def _serves(plan: Plan, source: ModelSource) -> bool:
-    """Whether a backend of the plan multiplies in what was asked for."""
+    """True if a backend of the plan multiplies in the precision that was asked for."""
     found = {source.precision_on(name) for name in plan.backends(source.program.groups)}
     return source.precision not in INT8_PRECISIONS or source.precision in found
 
 
 def _in_int8(backend: str, source: ModelSource) -> bool:
-    """Whether a backend multiplies in int8: as it is told, or as the artifacts that it finds."""
+    """True if a backend multiplies in int8: by the precision it is given, or by its artifacts."""
     return source.precision_on(backend) in INT8_PRECISIONS
 
 
 def _advice(source: ModelSource) -> str:
-    """What else may be tried where an NPU's numbers come out wrong."""
+    """Advice for the case that an NPU's results are wrong."""
     if source.program.fusion == "layer":
         return "; where the residual leaves fp16's range, --fusion projection keeps it on the CPU"
     return "; rwkv-npu doctor compares the versions of compiler, runtime and driver"
 
 
 def open_automatically(source: ModelSource, options: Options, measured: Plan | None) -> tuple[Engine, str]:
-    """The engine on the fastest that is there and works, and why it was chosen.
+    """The engine on the fastest backend that works here, and the reason for the choice.
 
-    That is the plan that was measured on this machine, or the NPU where it, its runtime and artifacts are there and
-    pass their self-test, else the CPU. What is there and does not work is warned of.
+    It is the plan that was measured on this machine; else the NPU, if its runtime and artifacts are present and pass
+    their self-test; else the CPU. An NPU that is present and does not work causes a warning.
     """
     absent, on_cpu = why_absent(NPU_BACKEND, source), Plan(CPU_BACKEND)
     if measured and _serves(measured, source):
@@ -131,7 +131,7 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
 
 
 def measured_plan(bundle: Bundle) -> Plan | None:
-    """What `rwkv-npu tune` found on this machine."""
+    """The plan that `rwkv-npu tune` made on this machine, None if there is none."""
     plan = tuned(bundle.path, machine_key(), artifacts_digest(bundle.manifest))
     if plan is None or not plan.names <= BACKENDS.keys():  # of another version, with other backends
         return None
@@ -155,7 +155,7 @@ def machine_key() -> str:
 
 
 def why_absent(backend: str, source: ModelSource) -> str | None:
-    """Why an NPU backend cannot be tried here; None where it can. The NPU is not touched."""
+    """The reason why an NPU backend cannot be tried here; None if it can. The NPU is not touched."""
     chip = hardware.soc()
     if chip is None:
         return "this machine has no Rockchip NPU"

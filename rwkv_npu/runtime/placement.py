@@ -1,4 +1,4 @@
-"""Which backend serves what: a few rules from keys to backends, and the plans that were measured for machines.
+"""Placement: a few rules from keys to backends, and the plans that were measured for machines.
 
 A key is a use (`decode`: one row a sequence, `prefill`: more), a group (its name `mid.3`, or its role `mid`), or both
 (`head:decode`). The most particular rule that fits wins: a name before a role before a use.
@@ -25,8 +25,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """`default` serves what no rule speaks of. `fusion`, `note`: of a measured plan, the fusion that it is for and how
-    it came about."""
+    """`default` runs the groups that no rule names. `fusion`, `note`: of a measured plan, the fusion that it is for and
+    its speeds."""
 
     default: str
     rules: tuple[tuple[str, str], ...] = ()
@@ -48,7 +48,7 @@ class Plan:
         return ",".join(f"{key}={name}" for key, name in rules)
 
     def backends(self, groups: Iterable[Group]) -> list[str]:
-        """Those that serve something, without repetitions; decode first."""
+        """The backends that run some group, without repetitions; those of decode first."""
         groups = list(groups)
         return list(
             dict.fromkeys(self.backend(group, decode) for decode in (True, False) for group in groups)
@@ -58,7 +58,7 @@ class Plan:
 def parse(
     plan: str | Mapping[str, str] | None, default: str, known: Iterable[str], groups: list[Group]
 ) -> Plan:
-    """A plan of "prefill=rknn,decode=ort" or {"prefill": "rknn", ...}. Raises UsageError for what is not there."""
+    """A plan of "prefill=rknn,decode=ort" or {"prefill": "rknn", ...}. Raises UsageError for unknown keys and names."""
     if isinstance(plan, str):
         parts = [part.partition("=") for part in plan.split(",")]
         pairs = [(key.strip(), name.strip()) for key, _, name in parts]
