@@ -34,7 +34,7 @@ Arrays = dict[str, np.ndarray]
 BOUND = 1e-5
 
 shapes = st.tuples(
-    st.sampled_from([1, 2, 15, 16, 17, 33, 70]),  # T: a state of N = 64 is turned round for 16 tokens
+    st.sampled_from([1, 2, 15, 16, 17, 33, 70]),  # T: from 16 tokens on, heads of N = 64 run in chunks of 8
     st.integers(1, 3),
     st.integers(1, 3),
     st.sampled_from([1, 2, 5, 16, 64]),
@@ -209,6 +209,26 @@ def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: 
     compiled._kernel.run = SimpleNamespace(ctypes=recorded)
     run(compiled, compiled.prepare(layer.vector, layer.spec), layer.inputs(16, 1, 0), layer.state(1), {})
     assert sorted(shares) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 43])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_same_bits_alone_and_among_others(
+    generation: str, T: int, kernels: Callable[[Spec], Compiled]
+) -> None:
+    """A sequence's y and state, whatever else is in the call: chunks are counted from its own first row."""
+    layer = Layer(generation, 2, 64, np.random.default_rng(3), "all kinds")
+    compiled = kernels(layer.spec)
+    table, x, state = compiled.prepare(layer.vector, layer.spec), layer.inputs(T, 3, 0), layer.state(3)
+    alone = []
+    for b in range(3):
+        own = {name: part[b : b + 1].copy() for name, part in state.items()}
+        given = {name: np.ascontiguousarray(array[:, b : b + 1]) for name, array in x.items()}
+        alone.append((run(compiled, table, given, own, {}).copy(), own))
+    together = run(compiled, table, x, state, {})
+    for b, (y, own) in enumerate(alone):
+        assert (together[:, b] == y[:, 0]).all()
+        assert all((part[b] == own[name][0]).all() for name, part in state.items())
 
 
 @pytest.mark.parametrize("T", [1, 20])

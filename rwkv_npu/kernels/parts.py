@@ -3,8 +3,8 @@
 A compiled `math.exp` is a call for every number; the polynomials here are a few instructions for a whole vector of
 them, on any processor. NaN passes through: a comparison with it leaves it as it is.
 
-Whatever loops over a head indexes (M, H, N) by its loop's own counter, or the rows of a small scratch array: an
-index that is computed could be negative, for all the compiler knows, and its loop would not be vectorised.
+Loops over a head are written in vectors (`simd`), by address: the compiler vectorises few of the loops over arrays
+that may overlap.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from rwkv_npu.kernels.compiler import Kernel
@@ -24,7 +26,6 @@ from rwkv_npu.kernels.instructions import (
     A_STRIDE,
     A_TABLE,
     A_VALUES,
-    A_Y,
     ARGUMENTS,
     S_COUNT,
     S_FIRST,
@@ -32,18 +33,38 @@ from rwkv_npu.kernels.instructions import (
     S_ROWS,
     SEGMENT_WORDS,
 )
+from rwkv_npu.kernels.simd import (
+    ADDRESS,
+    Floats,
+    Ints,
+    add,
+    at_least,
+    at_most,
+    constant,
+    div,
+    floats,
+    fma,
+    load_float,
+    load_floats,
+    mul,
+    operation,
+    store_float,
+    sub,
+    total,
+)
 from rwkv_npu.models.common import GROUP_NORM_EPS
+from rwkv_npu.quant.cpu import LANES
 
 F = np.float32
 ZERO, ONE = F(0), F(1)
 
 # Sums may be taken in any order and products added unrounded: by that kernel and reference differ. NaN and infinity
 # keep their meaning; a division by zero is IEEE's and needs no branch.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+COMPILED: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 # Where an addition rounds on purpose.
 _IN_ORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
-inlined = njit(forceinline=True, **_OPTIONS)
+inlined = njit(forceinline=True, **COMPILED)
 
 # -- arguments -------------------------------------------------------------------------------------------
 
@@ -54,7 +75,7 @@ def recurrence(run: Any) -> Kernel:
     arguments: the address of what `instructions.A_SEGMENTS` and the names after it list. begin, end: numbers of units;
     unit u is head u % H of segment u // H.
     """
-    return Kernel(run, **_OPTIONS)
+    return Kernel(run, **COMPILED)
 
 
 @intrinsic
@@ -85,18 +106,6 @@ def array(address: Any, shape: Any) -> Any:
 
 
 @inlined
-def values(a: Any, number: Any) -> Any:
-    """An output of the projections, (M, heads, N). There may be more heads than H: rows have padding."""
-    return array(a[A_VALUES + number], (row_count(a), a[A_STRIDE] // a[A_N], a[A_N]))
-
-
-@inlined
-def result(a: Any) -> Any:
-    """y, of the same shape."""
-    return array(a[A_Y], (row_count(a), a[A_STRIDE] // a[A_N], a[A_N]))
-
-
-@inlined
 def row_count(a: Any) -> Any:
     return carray(_words(a[A_SEGMENTS]), (SEGMENT_WORDS,))[S_ROWS]  # type: ignore[call-arg]
 
@@ -116,15 +125,68 @@ def state(a: Any, number: Any, part: Any, shape: Any) -> Any:
 
 
 @inlined
-def matrices(a: Any, number: Any) -> Any:
-    """The state of all heads of a segment, (H, N, N)."""
-    return state(a, number, 0, (a[A_H], a[A_N], a[A_N]))
+def padded(N: Any) -> Any:
+    """Floats of a row of scratch: whole vectors."""
+    return (N + LANES - 1) // LANES * LANES
 
 
 @inlined
-def table(a: Any, count: Any) -> Any:
-    """The parameters of the layer, (count, H, N)."""
-    return array(a[A_TABLE], (count, a[A_H], a[A_N]))
+def head_at(a: Any, unit: Any) -> Any:
+    """(first, step, count, h, state) of a unit: its `count` rows lie `first` bytes, and then every `step` bytes, after
+    the address of a value or of y; state is the address of the head's own."""
+    H, N, step = a[A_H], a[A_N], 4 * a[A_STRIDE]
+    number, h = unit // H, unit % H
+    first, last = segment(a, number)
+    matrix = state(a, number, 0, (H, N, N)).ctypes.data + 4 * h * N * N
+    return first * step + 4 * h * N, step, last - first, h, matrix
+
+
+@inlined
+def _whole(source: Any, N: Any, target: Any) -> Any:
+    """The address of N floats as whole vectors: where they lie, or a copy where that would read beyond them."""
+    if N % LANES == 0:
+        return source
+    for j in range(N):
+        store_float(load_float(source + 4 * j), target + 4 * j)
+    return target
+
+
+@inlined
+def read_inputs(a: Any, count: Any, place: Any, x: Any, scratch: Any) -> None:
+    """x (count,): addresses of a token's inputs."""
+    N = a[A_N]
+    for i in range(count):
+        x[i] = _whole(a[A_VALUES + i] + place, N, scratch + 4 * i * padded(N))
+
+
+@operation(types.void, ADDRESS)
+def _prefetch(b: Any, address: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3])
+    code = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(code, [b.inttoptr(address, ir.IntType(8).as_pointer()), *map(ir.IntType(32), (0, 3, 1))])
+
+
+@inlined
+def prefetch_inputs(a: Any, count: Any, place: Any) -> None:
+    """Have a token's inputs in the cache by the time they are read: its row is far from the row before, and a
+    processor that guesses what comes next guesses within a page."""
+    for i in range(count):
+        for line in range(0, 4 * a[A_N], 64):
+            _prefetch(a[A_VALUES + i] + place + line)
+
+
+@inlined
+def read_parameters(a: Any, count: Any, h: Any, p: Any, scratch: Any) -> None:
+    """p (count,): addresses of a head's parameters."""
+    N = a[A_N]
+    for i in range(count):
+        p[i] = _whole(a[A_TABLE] + 4 * (i * a[A_H] + h) * N, N, scratch + 4 * i * padded(N))
+
+
+@inlined
+def write_output(source: Any, target: Any, N: Any) -> None:
+    for j in range(N):
+        store_float(load_float(source + 4 * j), target + 4 * j)
 
 
 # -- exponentials ----------------------------------------------------------------------------------------
@@ -176,35 +238,60 @@ def sigmoid(x: Any) -> Any:
     return ONE / (ONE + exp(-x))
 
 
+# The same of vectors.
+
+_SHIFT = 1.5 * 2**23
+
+
+@operation(Floats, Floats)
+def _power_of_two(b: Any, shifted: Any) -> Any:
+    """2^n, where n + 1.5 * 2^23 is given."""
+    bits = b.shl(b.bitcast(shifted, Ints.llvm), constant(Ints, 23))
+    return b.bitcast(b.add(bits, constant(Ints, 127 << 23)), Floats.llvm)
+
+
+@njit(forceinline=True)
+def exp_of(x: Any) -> Any:
+    """`exp` of 16 numbers."""
+    x = at_most(at_least(x, floats(-87.3)), floats(88.3))
+    shifted = fma(x, floats(1.44269504), floats(_SHIFT))
+    n = sub(shifted, floats(_SHIFT))
+    f = fma(n, floats(2.12194440e-4), fma(n, floats(-0.693359375), x))
+    p = fma(f, floats(1 / 5040), floats(1 / 720))
+    p = fma(f, fma(f, p, floats(1 / 120)), floats(1 / 24))
+    p = fma(f, fma(f, p, floats(1 / 6)), floats(1 / 2))
+    p = add(floats(1.0), fma(mul(f, f), p, f))
+    return mul(p, _power_of_two(shifted))
+
+
+@njit(forceinline=True)
+def sigmoid_of(x: Any) -> Any:
+    return div(floats(1.0), add(floats(1.0), exp_of(mul(x, floats(-1.0)))))
+
+
 # -- heads -----------------------------------------------------------------------------------------------
 
 
 @inlined
 def moments(y: Any, N: Any) -> Any:
-    """Of one head: its mean, and what group norm multiplies its distance from it with."""
+    """Mean of a head's N floats, and the factor of group norm for their distance from it."""
     mean, variance = ZERO, ZERO
-    for j in range(N):
-        mean += y[j]
-    mean /= F(N)
-    for j in range(N):
-        variance += (y[j] - mean) * (y[j] - mean)
-    return mean, ONE / np.sqrt(variance / F(N) + GROUP_NORM_EPS)
-
-
-# Rows of the scratch array of v5 and v6: what a token brings to the state of a head, and what it gets.
-R, W, K, V, Y = range(5)
-
-
-@inlined
-def eagle(S: Any, u: Any, c: Any, N: Any) -> None:
-    """y = S r + v (u*k . r); S = S diag(w) + v k^T, in one pass over S (N, N)."""
-    own = ZERO
-    for j in range(N):
-        own += u[j] * c[K, j] * c[R, j]
-    for i in range(N):
-        v, y = c[V, i], ZERO
+    if N % LANES == 0:
+        sums = floats(ZERO)
+        for j in range(0, 4 * N, 4 * LANES):
+            sums = add(sums, load_floats(y + j))
+        mean = total(sums) / F(N)
+        sums = floats(ZERO)
+        for j in range(0, 4 * N, 4 * LANES):
+            distance = sub(load_floats(y + j), floats(mean))
+            sums = fma(distance, distance, sums)
+        variance = total(sums) / F(N)
+    else:
         for j in range(N):
-            old = S[i, j]
-            y += old * c[R, j]
-            S[i, j] = old * c[W, j] + v * c[K, j]
-        c[Y, i] = y + v * own
+            mean += load_float(y + 4 * j)
+        mean /= F(N)
+        for j in range(N):
+            distance_j = load_float(y + 4 * j) - mean
+            variance += distance_j * distance_j
+        variance /= F(N)
+    return mean, ONE / np.sqrt(variance + GROUP_NORM_EPS)

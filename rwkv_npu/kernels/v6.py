@@ -1,6 +1,6 @@
 """RWKV-6: `models.v6.time_mix`, compiled.
 
-Letters: t of M rows, h of H heads, N head size.
+Letters: h of H heads, N head size.
 """
 
 from __future__ import annotations
@@ -9,30 +9,33 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_npu.kernels import chunk
+from rwkv_npu.kernels.instructions import A_N, A_VALUES, A_Y
 from rwkv_npu.kernels.parts import (
-    K,
-    R,
-    V,
-    W,
-    Y,
+    ONE,
     arguments,
-    eagle,
-    exp,
+    array,
+    exp_of,
     exp_of_decay,
+    head_at,
     inlined,
-    matrices,
-    moments,
+    padded,
+    prefetch_inputs,
+    read_inputs,
+    read_parameters,
     recurrence,
-    result,
-    segment,
-    sigmoid,
-    table,
-    values,
+    write_output,
 )
+from rwkv_npu.kernels.simd import add, floats, load_floats, mul, store_floats
+from rwkv_npu.kernels.v5 import enter, finish, fits, own_score, step
 from rwkv_npu.models.common import Arrays
 
 P_DECAY, P_U, P_WEIGHT, P_BIAS, PARAMETERS = range(5)
-X_R, X_W, X_K, X_V, X_G = range(5)
+X_R, X_W, X_K, X_V, X_G, INPUTS = range(6)
+
+# Rows of scratch: inputs and parameters of a head where they need padding, then the decay of a token, and y.
+W, Y = INPUTS + PARAMETERS, INPUTS + PARAMETERS + 1
+SCRATCH = Y + 1
 
 
 def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
@@ -45,35 +48,67 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 
 @inlined
-def _token(x: Any, p: Any, S: Any, c: Any, y: Any, t: Any, h: Any, N: Any) -> None:
-    for j in range(N):
-        c[W, j] = exp_of_decay(-exp(p[P_DECAY, h, j] + x[X_W][t, h, j]))
-    for j in range(N):
-        c[R, j] = x[X_R][t, h, j]
-        c[K, j] = x[X_K][t, h, j]
-        c[V, j] = x[X_V][t, h, j]
-    if N == 64:
-        eagle(S, p[P_U, h], c, 64)
-    else:
-        eagle(S, p[P_U, h], c, N)
-    mean, scale = moments(c[Y], N)
-    for j in range(N):
-        normal = (c[Y, j] - mean) * scale * p[P_WEIGHT, h, j] + p[P_BIAS, h, j]
-        g = x[X_G][t, h, j]
-        y[t, h, j] = normal * (g * sigmoid(g))
+def _decay(x: Any, p: Any, w: Any, row: Any) -> None:
+    """w = exp(-exp(time_decay + x)), row bytes at an address."""
+    for j in range(0, row, 64):
+        rate = exp_of(add(load_floats(p + j), load_floats(x + j)))
+        store_floats(mul(rate, floats(-ONE)), w + j)
+    decays = array(w, (row // 4,))
+    for i in range(len(decays)):
+        decays[i] = exp_of_decay(decays[i])
+
+
+@inlined
+def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, own: Any, first: Any, stride: Any, count: Any) -> None:
+    """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
+    w, begin = at + W * chunk.ROW, 0
+    while begin < count:
+        chunk.start(m)
+        tokens, alone = 0, False
+        while tokens < min(chunk.C, count - begin):
+            place = first + (begin + tokens) * stride
+            prefetch_inputs(
+                a, INPUTS, place + chunk.C * stride if begin + tokens + chunk.C < count else place
+            )
+            read_inputs(a, INPUTS, place, x, at)
+            _decay(x[X_W], p[P_DECAY], w, chunk.ROW)
+            if not fits(m, w):
+                if tokens:
+                    break
+                alone = True
+            own[tokens] = own_score(x[X_R], p[P_U], x[X_K], chunk.ROW)
+            enter(m, tokens, x[X_R], w, x[X_K], x[X_V], alone)
+            tokens += 1
+        chunk.advance_v5(m, tokens, alone)
+        for t in range(tokens):
+            place = first + (begin + t) * stride
+            out, v = m + (chunk.OUT + chunk.C + t) * chunk.ROW, m + (chunk.VALUES + chunk.C + t) * chunk.ROW
+            gate = a[A_VALUES + X_G] + place
+            finish(out, own[t], v, p[P_WEIGHT], p[P_BIAS], gate, chunk.N, a[A_Y] + place)
+        begin += tokens
 
 
 @recurrence
-def run(at: Any, begin: Any, end: Any) -> None:
-    """Units `begin` to `end`: heads of segments. y is written, the states are updated."""
-    a = arguments(at)
-    x = values(a, X_R), values(a, X_W), values(a, X_K), values(a, X_V), values(a, X_G)
-    p, y = table(a, PARAMETERS), result(a)
-    H, N = p.shape[1:]
-    c = np.empty((5, N), np.float32)
+def run(where: Any, begin: Any, end: Any) -> None:
+    """Units `begin` to `end`, heads of segments; y is written, the states are updated."""
+    a = arguments(where)
+    N = a[A_N]
+    c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    x, p, own = np.empty(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
+    at, memory, row = c.ctypes.data, m.ctypes.data, 4 * padded(N)
     for unit in range(begin, end):
-        number, h = unit // H, unit % H
-        first, last = segment(a, number)
-        S = matrices(a, number)[h]
-        for t in range(first, last):
-            _token(x, p, S, c, y, t, h, N)
+        first, stride, count, h, state = head_at(a, unit)
+        read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)
+        if N == chunk.N and count >= chunk.SHORTEST:
+            chunk.transpose_state(state, memory)
+            _chunks(a, x, p, at, memory, own, first, stride, count)
+            chunk.transpose_state(memory, state)
+            continue
+        S, w, y = array(state, (N, N)), c[W], c[Y]
+        for t in range(count):
+            read_inputs(a, INPUTS, first + t * stride, x, at)
+            _decay(x[X_W], p[P_DECAY], at + W * row, row)
+            step(S, array(x[X_R], (N,)), w, array(x[X_K], (N,)), array(x[X_V], (N,)), y)
+            score = own_score(x[X_R], p[P_U], x[X_K], row)
+            finish(at + Y * row, score, x[X_V], p[P_WEIGHT], p[P_BIAS], x[X_G], N, at + Y * row)
+            write_output(at + Y * row, a[A_Y] + first + t * stride, N)

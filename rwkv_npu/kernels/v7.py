@@ -1,6 +1,6 @@
 """RWKV-7 and 7a: `models.v7.time_mix`, compiled.
 
-Letters: t of M rows, h of H heads, N head size.
+Letters: h of H heads, N head size.
 """
 
 from __future__ import annotations
@@ -9,30 +9,35 @@ from typing import Any
 
 import numpy as np
 
+from rwkv_npu.kernels import chunk
+from rwkv_npu.kernels.instructions import A_N, A_VALUES, A_Y
 from rwkv_npu.kernels.parts import (
     ONE,
     ZERO,
     arguments,
-    exp,
+    array,
+    exp_of,
+    head_at,
     inlined,
-    matrices,
     moments,
+    padded,
+    prefetch_inputs,
+    read_inputs,
+    read_parameters,
     recurrence,
-    result,
-    segment,
-    sigmoid,
-    table,
-    values,
+    sigmoid_of,
+    write_output,
 )
+from rwkv_npu.kernels.simd import add, div, floats, fma, load_floats, mul, store_floats, sub, total
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.v7 import LOG_DECAY, NORM_FLOOR
 
 P_W0, P_K_K, P_K_A, P_R_K, P_WEIGHT, P_BIAS, PARAMETERS = range(7)
-X_R, X_W, X_K, X_V, X_A, X_G, X_VMIX, X_FIRST = range(8)
-TURN = 16  # tokens for which it pays to turn a state and to turn it back
+X_R, X_W, X_K, X_V, X_A, X_G, X_VMIX, X_FIRST, INPUTS = range(9)
 
-# Rows of the scratch array: what a token brings to the state of a head, and what it gets.
-R, W, K, V, KAPPA, B, Y, REMOVED = range(8)
+# Rows of scratch: inputs and parameters of a head where they need padding, and what they become.
+W, K, V, KAPPA, B, Y = range(INPUTS + PARAMETERS, INPUTS + PARAMETERS + 6)
+SCRATCH = Y + 1
 
 
 def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
@@ -48,30 +53,33 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 
 @inlined
-def _bring(x: Any, p: Any, c: Any, t: Any, h: Any, N: Any) -> None:
-    square = ZERO
-    for j in range(N):
-        kappa = x[X_K][t, h, j] * p[P_K_K, h, j]
-        c[KAPPA, j] = kappa
-        square += kappa * kappa
-    norm = np.sqrt(square)
-    scale = ONE / (NORM_FLOOR if norm < NORM_FLOOR else norm)
-    for j in range(N):
-        c[W, j] = exp(LOG_DECAY * sigmoid(p[P_W0, h, j] + x[X_W][t, h, j]))
-    for j in range(N):
-        a = x[X_A][t, h, j]
-        kappa = c[KAPPA, j] * scale
-        c[KAPPA, j] = kappa
-        c[B, j] = kappa * a
-        c[K, j] = x[X_K][t, h, j] * (ONE + (a - ONE) * p[P_K_A, h, j])
-    for j in range(N):
-        v = x[X_V][t, h, j]
-        c[V, j] = v + (x[X_FIRST][t, h, j] - v) * x[X_VMIX][t, h, j]
-        c[R, j] = x[X_R][t, h, j]
+def _prepare(x: Any, p: Any, at: Any, row: Any) -> Any:
+    """Write the rows W to B of a token; its bonus. row: bytes of a row of scratch."""
+    square = floats(ZERO)
+    for j in range(0, row, 64):
+        kappa = mul(load_floats(x[X_K] + j), load_floats(p[P_K_K] + j))
+        store_floats(kappa, at + KAPPA * row + j)
+        square = fma(kappa, kappa, square)
+    norm = np.sqrt(total(square))
+    scale = floats(ONE / (NORM_FLOOR if norm < NORM_FLOOR else norm))
+    bonus, one = floats(ZERO), floats(ONE)
+    for j in range(0, row, 64):
+        log_decay = mul(floats(LOG_DECAY), sigmoid_of(add(load_floats(p[P_W0] + j), load_floats(x[X_W] + j))))
+        store_floats(exp_of(log_decay), at + W * row + j)
+        a, kappa = load_floats(x[X_A] + j), mul(load_floats(at + KAPPA * row + j), scale)
+        store_floats(kappa, at + KAPPA * row + j)
+        store_floats(mul(kappa, a), at + B * row + j)
+        k = mul(load_floats(x[X_K] + j), fma(sub(a, one), load_floats(p[P_K_A] + j), one))
+        store_floats(k, at + K * row + j)
+        bonus = fma(mul(load_floats(x[X_R] + j), k), load_floats(p[P_R_K] + j), bonus)
+        v = load_floats(x[X_V] + j)
+        v = fma(sub(load_floats(x[X_FIRST] + j), v), load_floats(x[X_VMIX] + j), v)
+        store_floats(v, at + V * row + j)
+    return total(bonus)
 
 
 @inlined
-def _update(S: Any, c: Any, N: Any) -> None:
+def _update(S: Any, c: Any, r: Any, N: Any) -> None:
     """S = S diag(w) - (S kappa) b^T + v k^T; y = S r. One row of S (N, N) after the other."""
     for i in range(N):
         removed = ZERO
@@ -81,85 +89,81 @@ def _update(S: Any, c: Any, N: Any) -> None:
         for j in range(N):
             new = S[i, j] * c[W, j] - removed * c[B, j] + v * c[K, j]
             S[i, j] = new
-            y += new * c[R, j]
+            y += new * r[j]
         c[Y, i] = y
 
 
 @inlined
-def _transpose(source: Any, target: Any) -> None:
-    for i in range(len(source)):
-        for j in range(len(source)):
-            target[j, i] = source[i, j]
+def _enter(m: Any, x: Any, at: Any, t: Any) -> None:
+    """Make a token the t-th of a chunk: all relative to the decay since the chunk began."""
+    for j in range(0, chunk.ROW, 64):
+        before = load_floats(m + chunk.DECAY * chunk.ROW + j)
+        decay = mul(before, load_floats(at + W * chunk.ROW + j))
+        growth = div(floats(ONE), decay)
+        store_floats(decay, m + chunk.DECAY * chunk.ROW + j)
+        kappa = load_floats(at + KAPPA * chunk.ROW + j)
+        place = m + t * chunk.ROW + j
+        store_floats(mul(mul(kappa, floats(-ONE)), before), place + chunk.QUERIES * chunk.ROW)
+        store_floats(mul(load_floats(x[X_R] + j), decay), place + (chunk.QUERIES + chunk.C) * chunk.ROW)
+        store_floats(mul(load_floats(at + B * chunk.ROW + j), growth), place + chunk.KEYS * chunk.ROW)
+        key = mul(load_floats(at + K * chunk.ROW + j), growth)
+        store_floats(key, place + (chunk.KEYS + chunk.C) * chunk.ROW)
+        store_floats(load_floats(at + V * chunk.ROW + j), place + (chunk.VALUES + chunk.C) * chunk.ROW)
 
 
 @inlined
-def _update_turned(S: Any, c: Any, N: Any) -> None:
-    """The same over S^T: sums run down the columns, so that nothing is added up across a vector."""
-    for i in range(N):
-        c[REMOVED, i] = ZERO
-        c[Y, i] = ZERO
-    half = N // 2
-    for j in range(half):
-        kappa, kappa_ = c[KAPPA, j], c[KAPPA, j + half]
-        for i in range(N):
-            c[REMOVED, i] += S[j, i] * kappa + S[j + half, i] * kappa_
-    for j in range(half):
-        w, b, k, r = c[W, j], c[B, j], c[K, j], c[R, j]
-        w_, b_, k_, r_ = c[W, j + half], c[B, j + half], c[K, j + half], c[R, j + half]
-        for i in range(N):
-            v, removed = c[V, i], c[REMOVED, i]
-            new = S[j, i] * w - removed * b + v * k
-            new_ = S[j + half, i] * w_ - removed * b_ + v * k_
-            S[j, i] = new
-            S[j + half, i] = new_
-            c[Y, i] += new * r + new_ * r_
+def _finish(out: Any, v: Any, bonus: Any, gate: Any, p: Any, N: Any, y: Any) -> None:
+    """y = (group norm of out + bonus * v) * gate."""
+    mean, scale = moments(out, N)
+    for j in range(0, 4 * padded(N), 64):
+        normal = mul(sub(load_floats(out + j), floats(mean)), floats(scale))
+        normal = fma(normal, load_floats(p[P_WEIGHT] + j), load_floats(p[P_BIAS] + j))
+        normal = fma(floats(bonus), load_floats(v + j), normal)
+        store_floats(mul(normal, load_floats(gate + j)), y + j)
 
 
 @inlined
-def _get(x: Any, p: Any, c: Any, y: Any, t: Any, h: Any, N: Any) -> None:
-    """Group norm, bonus and gate."""
-    mean, scale = moments(c[Y], N)
-    bonus = ZERO
-    for j in range(N):
-        bonus += c[R, j] * c[K, j] * p[P_R_K, h, j]
-    for j in range(N):
-        normal = (c[Y, j] - mean) * scale * p[P_WEIGHT, h, j] + p[P_BIAS, h, j]
-        y[t, h, j] = (normal + bonus * c[V, j]) * x[X_G][t, h, j]
+def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, bonuses: Any, first: Any, step: Any, count: Any) -> None:
+    """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
+    for begin in range(0, count, chunk.C):
+        tokens = min(chunk.C, count - begin)
+        chunk.start(m)
+        for t in range(begin + chunk.C, min(begin + 2 * chunk.C, count)):
+            prefetch_inputs(a, INPUTS, first + t * step)
+        for t in range(tokens):
+            read_inputs(a, INPUTS, first + (begin + t) * step, x, at)
+            bonuses[t] = _prepare(x, p, at, chunk.ROW)
+            _enter(m, x, at, t)
+        chunk.advance_v7(m, tokens)
+        for t in range(tokens):
+            place = first + (begin + t) * step
+            out, v = m + (chunk.OUT + chunk.C + t) * chunk.ROW, m + (chunk.VALUES + chunk.C + t) * chunk.ROW
+            _finish(out, v, bonuses[t], a[A_VALUES + X_G] + place, p, chunk.N, a[A_Y] + place)
 
 
 @recurrence
-def run(at: Any, begin: Any, end: Any) -> None:
-    """Units `begin` to `end`: heads of segments. y is written, the states are updated."""
-    a = arguments(at)
-    x = (
-        values(a, X_R),
-        values(a, X_W),
-        values(a, X_K),
-        values(a, X_V),
-        values(a, X_A),
-        values(a, X_G),
-        values(a, X_VMIX),
-        values(a, X_FIRST),
-    )
-    p, y = table(a, PARAMETERS), result(a)
-    H, N = p.shape[1:]
-    c = np.empty((8, N), np.float32)
-    turned = np.empty((N, N), np.float32)
+def run(where: Any, begin: Any, end: Any) -> None:
+    """Units `begin` to `end`, heads of segments; y is written, the states are updated."""
+    a = arguments(where)
+    N = a[A_N]
+    c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    x, p, bonuses = np.empty(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
+    at, memory, row = c.ctypes.data, m.ctypes.data, 4 * padded(N)
     for unit in range(begin, end):
-        number, h = unit // H, unit % H
-        first, last = segment(a, number)
-        S = matrices(a, number)[h]
-        turn = N == 64 and last - first >= TURN
-        if turn:
-            _transpose(S, turned)
-        for t in range(first, last):
-            _bring(x, p, c, t, h, N)
-            if turn:
-                _update_turned(turned, c, 64)
-            elif N == 64:
-                _update(S, c, 64)
+        first, step, count, h, state = head_at(a, unit)
+        read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)
+        if N == chunk.N and count >= chunk.SHORTEST:
+            chunk.transpose_state(state, memory)
+            _chunks(a, x, p, at, memory, bonuses, first, step, count)
+            chunk.transpose_state(memory, state)
+            continue
+        S = array(state, (N, N))
+        for t in range(count):
+            read_inputs(a, INPUTS, first + t * step, x, at)
+            bonus, r = _prepare(x, p, at, row), array(x[X_R], (N,))
+            if N == 64:
+                _update(S, c, r, 64)
             else:
-                _update(S, c, N)
-            _get(x, p, c, y, t, h, N)
-        if turn:
-            _transpose(turned, S)
+                _update(S, c, r, N)
+            _finish(at + Y * row, at + V * row, bonus, x[X_G], p, N, at + Y * row)
+            write_output(at + Y * row, a[A_Y] + first + t * step, N)
