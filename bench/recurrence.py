@@ -28,6 +28,7 @@ SECTION = "--measure"  # a process of its own, of either version
 def measure(generation: str) -> list[float]:
     """Microseconds of a token and head, by round. Layers have inputs of their own, as in a model."""
     from rwkv_npu.kernels.recurrence import Compiled
+    from rwkv_npu.models.rows import Rows
     from rwkv_npu.models.spec import att_outputs, state_shapes
     from tools.make_checkpoint import make_spec
 
@@ -41,17 +42,18 @@ def measure(generation: str) -> list[float]:
 
     compiled = Compiled(spec, threads=1)
     table = compiled.prepare(vector, spec)
-    inputs = [
-        {port.name: rng.uniform(0, 1, (T, 1, port.width)).astype(np.float32) for port in att_outputs(spec, 0)}
+    shapes = state_shapes(spec)
+    state = {name: np.zeros((2, *shape), np.float32) for name, shape in shapes.items()}
+    rows = Rows([range(T)], [state])
+    layers = [
+        {port.name: rng.uniform(0, 1, (T, port.width)).astype(np.float32) for port in att_outputs(spec, 0)}
         for _ in range(LAYERS)
     ]
-    shapes = {name: shape for name, shape in state_shapes(spec).items() if "shift" not in name}
-    states = [{n: np.zeros((1, *shape), np.float32) for n, shape in shapes.items()} for _ in range(LAYERS)]
     found = []
     for _ in range(ROUNDS + 2):
         begin = time.perf_counter()
-        for x, state in zip(inputs, states, strict=True):
-            compiled.time_mix(table, x, state, {})
+        for x in layers:
+            compiled.time_mix(table, x, rows, 1, {})
         found.append((time.perf_counter() - begin) / (LAYERS * T * H) * 1e6)
     return found[2:]
 
