@@ -204,10 +204,12 @@ class NumbaBackend:
         self._prepare({self._matrices[matrix].format for matrix in weights})
 
     def _prepare(self, formats: set[int]) -> None:
-        """Have the kernels compiled, together, that programs on matrices of these formats need."""
-        pool, linear = kernels.load("pool"), kernels.load("linear")
+        """Have the kernels compiled, together, that matrices of these formats need, and a text: the sampler's too."""
+        pool, linear, compiler = (kernels.load(name) for name in ("pool", "linear", "compiler"))
+        kernels.load("sampling")
         products = [table[format_] for format_ in sorted(formats) for table in (linear.GEMV, linear.GEMM)]
-        kernels.load("compiler").prepare([pool.work, recurrence.kernel(self._source.spec).run, *products])
+        others = compiler.KERNELS["sampling.choose"], pool.work, recurrence.kernel(self._source.spec).run
+        compiler.prepare([*others, *products])
 
     def _products(self, format_: int) -> tuple[int, int]:
         """The addresses of the kernels that multiply with a matrix of a format: of few and of many rows."""
