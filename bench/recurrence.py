@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 GENERATIONS = ("5.2", "6", "7")
-T, H, N, LAYERS, ROUNDS, RUNS = 128, 16, 64, 4, 30, 5
+T, H, N, LAYERS, ROUNDS, RUNS = 128, 16, 64, 4, 20, 3
 # Multiplications and additions of the step form, in units of N * N: what a state's element takes.
 FLOP = {"5.2": 5, "6": 5, "7": 9}
 SECTION = "--measure"  # a process of its own, of either version
