@@ -4,7 +4,7 @@
     ffn_mix, ffn        the same for the channel mix
     prepare, time_mix   the recurrence, in fp32 on the host
 
-`network.py` cuts them into groups and walks tokens through those.
+`network.py` partitions the maths into groups and runs the forward pass.
 """
 
 from __future__ import annotations

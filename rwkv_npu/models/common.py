@@ -1,4 +1,4 @@
-"""What several generations share: the channel mix's core, the recurrence of v5 and v6, norms over heads."""
+"""Maths that several generations share: the core of the channel mix, the recurrence of v5 and v6, norms over heads."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Arrays = dict[str, np.ndarray]
 # BlinkDL's constant for every head size: 1e-5 * head_size_divisor^2 with a divisor of 8.
 GROUP_NORM_EPS = np.float32(64e-5)
 
-CHUNK = 32  # tokens that a chunked recurrence takes at once; see `wkv` here and in v7
+CHUNK = 32  # tokens in one chunk of a recurrence: see `wkv` here and in v7
 
-# A chunk divides by its cumulative decay. e^-40 leaves the quotients well inside fp32.
+# A chunk divides by its cumulative decay. Above e^-40 the quotients stay well inside fp32.
 _MAX_LOG_DECAY = 40.0
 
 
 def squared_relu_mix(f: Maths, xk: Any, layer: int, scaling: Scaling, gate: Any = None) -> Any:
-    """Wv(relu(Wk xk)^2 [* gate]), times the residual's scale of the layer.
+    """Wv(relu(Wk xk)^2 [* gate]), times the layer's factor on the residual: (M, D) -> (M, D).
 
-    The pre-activation is divided by the layer's scale and the product multiplied by its square, so that neither
-    the square nor the sums of the second product leave fp16's range. Exact, being powers of two.
+    The pre-activation is divided by the layer's `channel_mix` scale s, and the second product is multiplied by s^2.
+    So neither the square nor the sums of the second product leave fp16's range. s is a power of two: this is exact.
     """
-    smaller = scaling.channel_mix(layer)
-    k = f.relu(f.linear(scale(xk, 1 / smaller), "ffn.key.weight"))
+    s = scaling.channel_mix(layer)
+    k = f.relu(f.linear(scale(xk, 1 / s), "ffn.key.weight"))
     k = k * k
     if gate is not None:
         k = k * gate
-    return scale(f.linear(k, "ffn.value.weight"), smaller**2 * scaling.residual(layer))
+    return scale(f.linear(k, "ffn.value.weight"), s**2 * scaling.residual(layer))
 
 
 def scale(x: Any, factor: float) -> Any:
-    """x * factor, and nothing at all in the graph where the factor is 1."""
+    """x * factor. A factor of 1 adds no operation to a graph."""
     return x if factor == 1 else x * factor
 
 
 def group_norm(y: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """(T, B, H, N) -> (T, B, H*N): normalised per head, then weight and bias (H*N)."""
+    """(T, B, H, N) -> (T, B, H*N): each head is normalised, then scaled and shifted by weight and bias (H*N,)."""
     T, B, H, N = y.shape
     centred = y - y.mean(-1, keepdims=True)
     centred /= np.sqrt(np.square(centred).mean(-1, keepdims=True) + GROUP_NORM_EPS)
@@ -53,6 +53,7 @@ def heads(x: np.ndarray, H: int) -> np.ndarray:
 
 
 def outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(..., I), (..., J) -> (..., I, J)."""
     return a[..., :, None] * b[..., None, :]
 
 
@@ -76,7 +77,7 @@ def wkv(
 
 
 def _safe_chunk(log_w: np.ndarray, start: int) -> int:
-    """End of the longest chunk from `start`, of a power of two tokens, whose decay can be divided by."""
+    """End of the chunk from `start`: CHUNK tokens, halved until one can divide by their cumulative decay."""
     length = min(CHUNK, len(log_w) - start)
     while length > 1 and log_w[start : start + length].sum(0).min() < -_MAX_LOG_DECAY:
         length //= 2
@@ -84,7 +85,7 @@ def _safe_chunk(log_w: np.ndarray, start: int) -> int:
 
 
 def _exp(log_w: np.ndarray) -> np.ndarray:
-    """Decays to the last bit of fp32: with one near 1 the state adds up its error over thousands of tokens."""
+    """exp, rounded to fp32 from fp64. The state accumulates the error of a decay near 1 over thousands of tokens."""
     return np.exp(log_w, dtype=np.float64).astype(np.float32)
 
 
@@ -101,7 +102,7 @@ def _wkv_step(
 def _wkv_chunk(
     r: np.ndarray, log_w: np.ndarray, u: np.ndarray, k: np.ndarray, v: np.ndarray, S: np.ndarray
 ) -> np.ndarray:
-    """The same for C tokens at once, as products over time within each head."""
+    """`wkv` for C tokens at once, as matrix products over time within each head."""
     by_head = (1, 2, 0, 3)  # (C, B, H, N) -> (B, H, C, N)
     log_gamma = np.cumsum(log_w, 0, dtype=np.float64)
     gamma = _exp(log_gamma)
@@ -109,7 +110,7 @@ def _wkv_chunk(
     grown_k = (k / gamma).transpose(by_head)
     values = v.transpose(by_head)
     scores = np.tril(decayed_r @ grown_k.swapaxes(-1, -2), -1)
-    bonus = (r * u * k).sum(-1).transpose(1, 2, 0)[..., None]  # (B, H, C, 1): what a token gets of itself
+    bonus = (r * u * k).sum(-1).transpose(1, 2, 0)[..., None]  # (B, H, C, 1): each token's own term
     y = scores @ values + bonus * values + decayed_r @ S.swapaxes(-1, -2)
     S += values.swapaxes(-1, -2) @ grown_k
     S *= gamma[-1][..., None, :]

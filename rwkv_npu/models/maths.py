@@ -1,8 +1,8 @@
-"""The operations in which every generation's maths is written, and their execution in NumPy.
+"""The operations that the formulas of every generation are written in, and their implementation in NumPy.
 
-A formula in `v4.py` .. `v7.py` takes such an object `f` as its first argument. NumpyMaths computes it (this is
-the reference); a tracer records the same calls into an ONNX graph, torch runs them on tensors. Arrays are
-rows, (M, width); they support +, - and * with each other, with vectors (width,) and with Python numbers.
+A formula in `v4.py` .. `v7.py` takes a `Maths` object `f` as its first argument. NumpyMaths computes the formula and is
+the reference. A tracer records the same calls into an ONNX graph; torch runs them on tensors. Arrays are rows,
+(M, width). They support +, - and * with each other, with vectors (width,) and with Python numbers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 LAYER_NORM_EPS = 1e-5
 
-# Weights that are not fp32 are widened this many elements at a time: a block that stays in the cache.
+# Weights that are not fp32 are converted in blocks of this many elements, which stay in the cache.
 _WIDEN_BLOCK = 1 << 18
 
 Self = TypeVar("Self", bound="Maths")
 
 
 class Maths(Protocol):
-    """What a formula may use. Names are those of the checkpoint, relative to a layer inside `block(i)`."""
+    """The operations that a formula may use. Names are the checkpoint's; `block(i)` makes them relative to a layer."""
 
     def block(self: Self, layer: int) -> Self:
         """The same operations with names relative to `blocks.LAYER.`."""
@@ -30,7 +30,7 @@ class Maths(Protocol):
         """A vector of the model: a norm, mix or bias, (width,)."""
 
     def linear(self, x: Any, name: str, index: int | None = None) -> Any:
-        """(M, in) -> (M, out): x times a projection, or times number `index` of a stack of them."""
+        """(M, in) -> (M, out): x times a projection, or times number `index` of a stack of projections."""
 
     def layer_norm(self, x: Any, name: str, eps: float = LAYER_NORM_EPS) -> Any:
         """LayerNorm over the width with `name`.weight and `name`.bias."""
@@ -42,17 +42,18 @@ class Maths(Protocol):
     def relu(self, x: Any) -> Any: ...
 
     def shift(self, h: Any, previous: Any, mask: Any) -> Any:
-        """Each row's previous token: the row of h above it where `mask` (M, 1) is 1, else its row of `previous`.
+        """The row of the previous token, for each row of h: (M, D).
 
-        `previous` (M, D) is 0 where the mask is 1, so that the sum of both terms is the same.
+        Where `mask` (M, 1) is 1, it is the row above in h. Where `mask` is 0, at the first row of a sequence, it is
+        that row of `previous` (M, D). `previous` is 0 where the mask is 1, so an implementation may add both terms.
         """
 
     def row_matmul(self, x: Any, s: Any) -> Any:
-        """(M, R), (M, R*R) -> (M, R): each row times its own matrix, row-major."""
+        """(M, R), (M, R*R) -> (M, R): each row of x times its own matrix, which s has row-major."""
 
 
 def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(M, K) fp32 @ (K, N) of any float type -> (M, N) fp32, with no more than a block of `weight` widened."""
+    """(M, K) fp32 @ (K, N) of any float type -> (M, N) fp32. `weight` is converted to fp32 block by block."""
     if weight.dtype == np.float32:
         return x @ weight
     result = np.empty((len(x), weight.shape[1]), np.float32)
@@ -64,12 +65,12 @@ def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def largest(x: np.ndarray) -> float:
-    """The largest magnitude, without an array of magnitudes. Of a few rows argmax takes a quarter of max's time."""
+    """The largest magnitude in x, without an array of magnitudes. On a few rows argmax is four times as fast as max."""
     return max(float(x.item(x.argmax())), -float(x.item(x.argmin())))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    # Through tanh, which has no exp to overflow.
+    # As a tanh, which does not overflow.
     return np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)
 
 
@@ -80,14 +81,16 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) 
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(M, V) fp32 -> (M, V) fp64: what two models differ by can be less than fp32 resolves."""
+    """(M, V) fp32 -> (M, V) fp64. Two models can differ by less than fp32 resolves."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def divergence(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(M, V) fp32 each -> (M,) fp64: KL(logits || others) of what they predict, in nats. Row by row: in fp64, many rows
-    of a large vocabulary leave every cache."""
+    """KL divergence of two predictions, KL(logits || others), in nats: (M, V) fp32 each -> (M,) fp64.
+
+    Computed row by row, because many fp64 rows of a large vocabulary fit no cache.
+    """
     kl = np.empty(len(logits))
     for row, (line, other) in enumerate(zip(logits, others, strict=True)):
         p, q = log_softmax(line), log_softmax(other)
@@ -96,7 +99,7 @@ def divergence(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 class NumpyMaths:
-    """The reference. `weight(name)` gives a tensor in the shape in which the maths uses it."""
+    """`Maths` in NumPy: the reference. `weight(name)` returns a tensor in `Tensor.used_shape`."""
 
     def __init__(self, weight: Callable[[str], np.ndarray], prefix: str = ""):
         self._weight = weight

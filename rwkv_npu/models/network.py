@@ -1,10 +1,10 @@
-"""How a model is cut into groups, and how tokens go through them.
+"""A model as a program of groups and recurrences, and its forward pass.
 
 `Program.evaluate` is the maths of one group over any kind of array: NumPy computes it, a tracer records it. `forward`
-is the way through all groups and the recurrences between them. It is written over the small interface `Forward`, of
-which there are two implementations: `EagerForward` here computes with NumPy arrays, the groups behind a function `run`;
-`kernels.recorder.ForwardRecorder` records the same steps once, for every forward to come. Nothing here knows files or
-backends.
+runs all groups and the recurrences between them. It is written over the interface `Forward`, which has two
+implementations. `EagerForward` here computes with NumPy arrays and runs groups by a function `run`.
+`kernels.recorder.ForwardRecorder` records the same steps once, and all later forwards replay them. This module knows
+neither files nor backends.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rwkv_npu.models.maths import LAYER_NORM_EPS, Maths, NumpyMaths, layer_norm,
 from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import Group, Scaling, Spec
 
-# Rows of a product of the host. BLAS adds up one row in another order than several, and a token's numbers should not
-# depend on the rows beside it: so there are always as many.
+# Rows of each product on the host. BLAS sums one row in another order than several rows. A fixed number of rows makes
+# a token's result independent of the rows beside it.
 BLAS_ROWS = 8
 
-# Rows (M, width) in, rows out. The outputs are valid until the next run of the same group.
+# Runs a group: inputs (M, width) by name -> outputs by name, which are valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]
 
 
@@ -35,45 +35,46 @@ class Recurrence(Protocol):
     """Computes the recurrences of a model's layers."""
 
     def prepare(self, vector: Callable[[str], np.ndarray], spec: Spec) -> Any:
-        """The parameters of one layer's recurrence; `vector` gives tensors by their name in the layer."""
+        """The parameters of one layer's recurrence. `vector(name)` returns a tensor by its name in the layer."""
 
     def time_mix(self, p: Any, x: Arrays, rows: Rows, layer: int, carry: Arrays) -> np.ndarray:
         """Outputs of a layer's projections (M, A) -> y (M, A), valid until the next call.
 
-        The states of `rows` are updated in place. `carry` goes from layer to layer of one forward.
+        The states of `rows` are updated in place. `carry` holds values for later layers of the same forward, such as
+        v7's values of layer 0.
         """
 
 
 class Forward(Protocol):
-    """The steps that `forward` is made of. Arrays are rows (M, width), as in `maths.Maths`."""
+    """The steps of a forward pass. Arrays are rows (M, width), as in `maths.Maths`."""
 
     @property
     def maths(self) -> Maths:
-        """Computes what belongs to no group."""
+        """The operations outside groups: with projection fusion, norms and mixes."""
 
     @property
     def mask(self) -> Any:
-        """(M, 1): see `Maths.shift`."""
+        """The mask of `Maths.shift`, (M, 1)."""
 
     def run(self, group: Group, x: dict[str, Any]) -> Mapping[str, Any]:
-        """The outputs of a group."""
+        """Run a group: inputs by name -> outputs by name."""
 
     def previous(self, part: str, layer: int) -> Any:
-        """(M, D): the rows before the first of each sequence, from a part of its state: see `Maths.shift`."""
+        """The argument `previous` of `Maths.shift`, (M, D), from a part of each sequence's state."""
 
     def store(self, part: str, layer: int, rows: Any) -> None:
-        """Keep each sequence's last row, of `rows` (M, D), in that part of its state."""
+        """Store the last of each sequence's `rows` (M, D) in a part of its state."""
 
     def time_mix(self, layer: int, out: Mapping[str, Any]) -> Any:
-        """The recurrence of a layer: outputs of its projections -> y (M, A). The states are updated."""
+        """Run the recurrence of a layer: outputs of its projections -> y (M, A). Updates the states."""
 
     def deep_embedding(self, layer: int) -> Any:
-        """7a: each token's (R*R) matrix, (M, R*R)."""
+        """7a: the (R, R) matrix of each token, as (M, R*R)."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """The computation of a model without its weights: enough to evaluate or trace any of its groups."""
+    """The computation of a model, without weights: it evaluates or traces any group."""
 
     spec: Spec
     fusion: str
@@ -91,7 +92,7 @@ class Program:
         return self._by_role[role, layer]
 
     def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
-        """Outputs of `group`, by name, for its inputs `x`, computed with the operations of `f`."""
+        """Compute a group with the operations of `f`: inputs `x` by name -> outputs by name."""
         if group.role == "head":
             return {"logits": f.linear(x["x"], "head.weight")}
         module, i = MODULES[self.spec.generation], group.layer
@@ -116,7 +117,7 @@ class Program:
         return {"att_h": h, **module.att_in(block, mixed, self.spec, layer)}
 
     def _after_recurrence(self, f: Maths, x: dict[str, Any], group: Group) -> dict[str, Any]:
-        """`mid` and `last`: from the recurrence of layer i to that of layer i+1, or to the head."""
+        """The groups `mid` and `last`: from the recurrence of layer i to that of layer i+1, or to the head."""
         module, i = MODULES[self.spec.generation], group.layer
         block = f.block(i)
         residual = x["x"] + self._att_out(block, x["y"], i)
@@ -132,16 +133,16 @@ class Program:
         return {"x_out": residual, "ffn_h": h, **following}
 
     def rescale(self, layer: int) -> float:
-        """Factor on the residual when it passes from `layer` to the next."""
+        """Factor on the residual between `layer` and the next."""
         return self.scaling.residual(layer + 1) / self.scaling.residual(layer)
 
     def norm_eps(self, layer: int) -> float:
-        """LayerNorm's epsilon for a residual that is scaled: with it, the scale changes nothing."""
+        """LayerNorm's epsilon for the scaled residual of `layer`: with it, scaling does not change the norm."""
         return LAYER_NORM_EPS * self.scaling.residual(layer) ** 2
 
 
 def forward(program: Program, f: Forward, x: Any) -> Any:
-    """(M, D), embedded tokens -> (M, D), the input of the head: every group but the head, and every recurrence."""
+    """All groups but the head, and all recurrences: embedded tokens (M, D) -> the head's input (M, D)."""
     x = scale(x, program.scaling.residual(0))
     return (_by_layers if program.fusion == "layer" else _by_projections)(program, f, x)
 
@@ -191,7 +192,7 @@ def _by_projections(program: Program, f: Forward, x: Any) -> Any:
 
 
 class ReferenceRecurrence:
-    """The recurrence in NumPy, as the generations' modules write it: one segment after the other."""
+    """`Recurrence` in NumPy, by the `time_mix` of the generation's module, one segment after the other."""
 
     def __init__(self, spec: Spec):
         module = MODULES[spec.generation]
@@ -209,10 +210,11 @@ class ReferenceRecurrence:
 
 
 class Network:
-    """The host's half of a model: embedding, recurrences and, with projection fusion, norms and mixes.
+    """The host's part of a model: embedding, recurrences and, with projection fusion, norms and mixes.
 
-    `host(name)` gives the tensors that are no projections, in the shape of the table in `spec.py`: vectors
-    in fp32, tables (rows by token) in whatever float type they are stored. `recurrence`: None is the reference.
+    host(name): returns a tensor that is not a projection, in the shape of `spec.tensors`. Vectors are fp32; tables
+    (rows by token) have the float type in which they are stored.
+    recurrence: None takes the reference in NumPy.
     """
 
     def __init__(
@@ -222,20 +224,20 @@ class Network:
         self._host = host
         self.maths = NumpyMaths(host)
         self._recurrence = recurrence or ReferenceRecurrence(program.spec)
-        self._prepared: dict[int, Any] = {}  # the recurrence's parameters, by layer, made at first use
+        self._prepared: dict[int, Any] = {}  # parameters of the recurrence by layer, prepared at first use
         self._recurrent_ports = [_spec.att_outputs(self.spec, i) for i in range(self.spec.L)]
 
     def hidden(self, run: Run, rows: Rows) -> np.ndarray:
-        """The input of the head, (M, D). The states of `rows` are updated in place."""
+        """Run the forward pass up to the head: M rows -> the head's input (M, D). Updates the states in place."""
         x = self.embed(rows.ids)
         return forward(self.program, EagerForward(self, run, rows, x), x)
 
     def logits(self, run: Run, x: np.ndarray) -> np.ndarray:
-        """(M, D) -> (M, V)."""
+        """Run the head: (M, D) -> (M, V)."""
         return run(self.program.group("head"), {"x": x})["logits"]
 
     def fill(self, inputs: Arrays, ids: np.ndarray) -> None:
-        """Fill the `inputs` of a fused forward (`spec.fused_inputs`) for tokens (M,)."""
+        """Write the inputs of a fused forward (`spec.fused_inputs`) for token ids (M,)."""
         x = inputs["x"][:] = self.embed(ids)
         for i in range(len(inputs) - 1):
             inputs[f"s.{i}"][:] = self.deep_embedding(i, ids, x)
@@ -247,7 +249,7 @@ class Network:
         return layer_norm(rows, weight, bias, LAYER_NORM_EPS)
 
     def deep_embedding(self, layer: int, ids: np.ndarray, x0: np.ndarray) -> np.ndarray:
-        """7a: (M, R*R), each token's matrix: its row of s_emb plus its embedding `x0` (M, D) times s_emb_x."""
+        """7a: each token's matrix, (M, R*R): its row of s_emb plus its embedding `x0` (M, D) times s_emb_x."""
         name = f"blocks.{layer}.ffn.s_emb"
         rows = self._host(f"{name}.weight")[ids].astype(np.float32)
         padded = np.zeros((-(-len(x0) // BLAS_ROWS), BLAS_ROWS, x0.shape[1]), np.float32)
@@ -257,7 +259,7 @@ class Network:
         return rows + products[: len(x0)]
 
     def time_mix(self, layer: int, out: Mapping[str, np.ndarray], rows: Rows, carry: Arrays) -> np.ndarray:
-        """The recurrence of a layer over the outputs of its projections: (M, A) each -> y (M, A)."""
+        """Run the recurrence of a layer: outputs of its projections, (M, A) each -> y (M, A)."""
         if layer not in self._prepared:
             self._prepared[layer] = self._recurrence.prepare(self.maths.block(layer).vector, self.spec)
         inputs = {port.name: out[port.name] for port in self._recurrent_ports[layer]}
@@ -265,7 +267,7 @@ class Network:
 
 
 class EagerForward:
-    """`Forward` over NumPy arrays, computed at once."""
+    """`Forward` over NumPy arrays: each step is computed at once."""
 
     def __init__(self, network: Network, run: Run, rows: Rows, embedded: np.ndarray):
         self.maths, self.run, self.mask = network.maths, run, rows.mask

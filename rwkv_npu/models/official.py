@@ -32,7 +32,7 @@ RANKS = {"v7-0.4b": {"g": 128}}  # the one release that differs from the formula
 
 
 def default_ranks(generation: str, D: int) -> dict[str, int]:
-    """Low ranks as BlinkDL's training code chooses them; v7's follow from the square root of the width."""
+    """Low ranks by name, by the formulas of BlinkDL's training code. v7's follow from the width."""
 
     def rounded(x: float) -> int:
         return max(32, round(x / 32) * 32)
@@ -47,7 +47,7 @@ def default_ranks(generation: str, D: int) -> dict[str, int]:
 
 
 def default_channel_mix(generation: str, D: int) -> int:
-    """F as the training code chooses it."""
+    """F by the formula of BlinkDL's training code."""
     return 4 * D if generation in ("4", "7", "7a") else int(3.5 * D) // 32 * 32
 
 

@@ -1,4 +1,4 @@
-"""The rows of one forward: tokens of some sequences, one sequence after the other, and the states that they continue.
+"""The rows of one forward: tokens of one or more sequences, end to end, and the states that they continue.
 
 Letters: M rows, S segments, L layers, D embedding width.
 """
@@ -16,10 +16,10 @@ from rwkv_npu.models.spec import Spec, state_shapes
 
 
 class Rows:
-    """M rows in S segments. A segment is some consecutive tokens of one sequence.
+    """M rows in S segments. A segment is a run of consecutive tokens of one sequence.
 
-    ids (M,): the tokens. counts, firsts, lasts (S,): each segment's number of rows, its first row and its last.
-    states: each segment's state, part -> (L, ...) fp32, updated in place by whoever computes the rows.
+    ids (M,): token ids. counts, firsts, lasts (S,): number of rows, first row and last row of each segment.
+    states: the state of each segment, part -> (L, ...) fp32. A forward updates it in place.
     """
 
     def __init__(self, tokens: Sequence[Sequence[int] | np.ndarray], states: Sequence[Arrays]):
@@ -34,7 +34,7 @@ class Rows:
 
     @property
     def segments(self) -> Iterator[tuple[slice, Arrays]]:
-        """Each segment's rows and its state."""
+        """Rows and state of each segment."""
         bounds = zip(self.firsts.tolist(), self.lasts.tolist(), self.states, strict=True)
         return ((slice(first, last + 1), state) for first, last, state in bounds)
 
@@ -46,7 +46,7 @@ class Rows:
         return mask
 
     def previous(self, part: str, layer: int) -> np.ndarray:
-        """(M, D): at the first row of each segment the row before it, which its state holds; 0 elsewhere."""
+        """The rows before the segments, (M, D): from the state at the first row of each segment, 0 elsewhere."""
         stored = [state[part][layer] for state in self.states]
         if len(self) == 1:
             return stored[0][None]
@@ -55,14 +55,14 @@ class Rows:
         return rows
 
     def store(self, part: str, layer: int, rows: np.ndarray) -> None:
-        """Keep the last row of each segment, of `rows` (M, D), in its state."""
+        """Store the last of each segment's `rows` (M, D) in its state."""
         for last, state in zip(self.lasts.tolist(), self.states, strict=True):
             state[part][layer] = rows[last]
 
     def addresses(self, spec: Spec) -> np.ndarray:
-        """(S, parts) int64: where each part of each state lies, for code that updates it there.
+        """Addresses of the parts of each state, (S, parts) int64, for compiled code that updates them in place.
 
-        Raises UsageError for arrays that such code cannot update.
+        Raises UsageError for arrays that compiled code cannot update.
         """
         shapes = {name: (spec.L, *shape) for name, shape in state_shapes(spec).items()}
         for name, shape in shapes.items():

@@ -1,12 +1,15 @@
-"""The vocabulary of the project: what a model is, which tensors it has, and how it is cut into groups.
+"""The dimensions of a model, the table of its tensors, and its partition into groups.
 
-One table of tensors feeds the checkpoint reader (what must be there, in which shape), the converter (what is
-a projection, what stays on the host) and the runtime; one table of groups feeds the graphs and everything
-that runs them. Nothing here knows a file format, a formula or a backend.
+One table of tensors feeds the checkpoint reader (required names and shapes), the converter (projections, and tensors
+that stay on the host) and the runtime. One table of groups feeds the graphs and the code that runs them. This module
+knows no file format, no formula and no backend.
+
+A *group* is a part of the maths that a backend runs in one call. *Fusion* is how the maths is partitioned into groups:
+see `groups`.
 
 Letters used everywhere:
     D embedding width   L layers   V vocabulary   A attention width (H*N; D in all official models)
-    H heads   N head size   F channel-mix width   M rows of a call: tokens of any sequences (`rows.py`)
+    H heads   N head size   F channel-mix width   M rows of a call: tokens of one or more sequences (`rows.py`)
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ STACKED = 5  # mixes of v6 that share one matrix
 
 
 class Kind(Enum):
-    """What a tensor is for, which settles where it is kept and how it lies in a checkpoint."""
+    """The use of a tensor. It decides where the tensor is kept, and its layout in a checkpoint."""
 
-    VECTOR = "vector"  # norms, mixes, decays: on the host in fp32; on disk any shape of as many elements
+    VECTOR = "vector"  # norms, mixes, decays: on the host in fp32; on disk in any shape of the same size
     LINEAR = "linear"  # a projection, on disk (out, in), used as x @ W.T
     LOW_RANK = "low-rank"  # a projection, on disk (in, out), used as x @ W; 3-D is a stack of them
     STACK = "stack"  # five projections side by side, on disk (in, 5*out), used as (5, in, out)
@@ -43,7 +46,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: BlinkDL's name, and the shape in which it lies on disk."""
+    """A tensor of a checkpoint: BlinkDL's name, its kind, and its shape on disk. optional: it may be missing."""
 
     name: str
     kind: Kind
@@ -52,14 +55,14 @@ class Tensor:
 
     @property
     def used_shape(self) -> tuple[int, ...]:
-        """Shape in which the maths uses it: projections are (in, out), or (count, in, out)."""
+        """The shape in which the maths uses the tensor: (in, out) or (count, in, out) for projections."""
         if self.kind is Kind.STACK:
             rows, columns = self.shape
             return (STACKED, rows, columns // STACKED)
         return self.shape[::-1] if self.kind is Kind.LINEAR else self.shape
 
     def used(self, stored: np.ndarray) -> np.ndarray:
-        """A projection or table as it lies on disk, seen in `used_shape`, without a copy."""
+        """A projection or table as stored on disk -> a view of it in `used_shape`."""
         if self.kind is Kind.STACK:
             return stored.reshape(len(stored), STACKED, -1).swapaxes(0, 1)
         return stored.T if self.kind is Kind.LINEAR else stored
@@ -67,9 +70,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Spec:
-    """A model's generation and dimensions, read once from the names and shapes of its tensors.
+    """Generation and dimensions of a model, read once from the names and shapes of its tensors.
 
-    `ranks` are the low ranks by name: v6 `mix`, `decay`; v7 `w`, `a`, `v`, `g`; 7a also `s` (DeepEmbed).
+    ranks: the low ranks by name: v6 `mix`, `decay`; v7 `w`, `a`, `v`, `g`; 7a also `s` (DeepEmbed).
     """
 
     generation: str
@@ -91,18 +94,19 @@ class Spec:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters, without optional tensors."""
         return sum(prod(t.shape) for t in tensors(self) if not t.optional)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Powers of two that keep fp16 graphs away from overflow and leave the result as it is.
+    """Powers of two that prevent overflow in fp16 graphs and do not change the result.
 
-    ffn: the channel mix computes (relu(k/ffn))^2, and its product is multiplied by ffn^2.
-    residual_every: layer i works on a residual divided by 2^(i // residual_every); 0 leaves it alone.
-        (BlinkDL's remedy for fp16; with LayerNorm's epsilon scaled along it is exact.)
-    layers: (ffn, factor on the residual) of every layer, where they were chosen by what the model makes of a text;
-        then the other two do not count.
+    ffn: the channel mix computes (relu(k/ffn))^2 and multiplies its product by ffn^2.
+    residual_every: layer i computes with a residual divided by 2^(i // residual_every); 0: not divided. This is
+        BlinkDL's method for fp16. It is exact, because LayerNorm's epsilon is scaled too.
+    layers: (ffn, factor on the residual) of every layer, chosen from activation statistics of a text. If given,
+        `ffn` and `residual_every` are not used.
     """
 
     ffn: float = 1.0
@@ -124,7 +128,7 @@ class Scaling:
 
 
 def default_scaling(spec: Spec) -> Scaling:
-    """What keeps fp16 graphs of a generation in range: v4 to v6 were trained with a residual that grows."""
+    """The scaling of a generation without activation statistics. The residual of v4 to v6 grows from layer to layer."""
     return Scaling(ffn=4.0, residual_every=6 if spec.generation[0] in "456" else 0)
 
 
@@ -206,13 +210,13 @@ def _size(spec: Spec, dim: str) -> int:
 
 
 def tensors(spec: Spec) -> Iterator[Tensor]:
-    """Every tensor a checkpoint of this spec may hold, in the order of the layers."""
+    """Every tensor that a checkpoint of this spec may hold, in layer order."""
     for name, kind, dims in _parse(_TOP):
         yield Tensor(name, kind, tuple(_size(spec, d) for d in dims))
     table = layer_table(spec.generation)
     for layer in range(spec.L):
         for name, kind, dims in table:
-            # v7 mixes v with that of layer 0, which therefore has nothing to mix with: never used there.
+            # v7 mixes v with the v of layer 0. Layer 0 itself mixes nothing and does not use these.
             unused = layer == 0 and name in ("att.v0", "att.v1", "att.v2")
             shape = tuple(_size(spec, d) for d in dims)
             yield Tensor(f"blocks.{layer}.{name}", kind, shape, optional=unused)
@@ -222,7 +226,7 @@ def tensors(spec: Spec) -> Iterator[Tensor]:
 
 
 def state_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Parts of the recurrent state of one layer and one sequence, name -> shape. All fp32.
+    """Shapes of the parts of the recurrent state of one layer and one sequence, by name. All are fp32.
 
     `att.wkv` is (H, N, N) in the order [v, k] for every generation that has it.
     """
@@ -244,12 +248,15 @@ class Port:
     width: int
 
 
-MASK = Port("mask", 1)  # of layer fusion's groups: see `maths.Maths.shift`
+MASK = Port("mask", 1)  # an input of layer fusion's groups: see `maths.Maths.shift`
 
 
 @dataclass(frozen=True)
 class Group:
-    """The unit of dispatch. `role` is its kind, `layer` the layer that its input belongs to (-1: none)."""
+    """A part of the maths that a backend runs in one call.
+
+    role: its position in the model, such as `mid` or `head`. layer: the layer of its first input, -1 for the head.
+    """
 
     role: str
     layer: int
@@ -261,7 +268,7 @@ class Group:
         return self.role if self.layer < 0 or self.role in ("first", "last") else f"{self.role}.{self.layer}"
 
     def fixed_inputs(self, rows: int) -> tuple[Port, ...]:
-        """The inputs of a graph that is built for `rows` rows. A single row follows no other: it needs no mask."""
+        """The inputs of a graph for a fixed number of rows. A graph for one row has no mask: no row precedes it."""
         return tuple(port for port in self.inputs if rows > 1 or port != MASK)
 
 
@@ -271,7 +278,7 @@ _ATT_OUTPUTS = {
     "5.1": "r k v g",
     "5.2": "r k v g",
     "6": "r w k v g",
-    "7": "r w k v a g vmix",  # vmix mixes in the values of layer 0, which has none
+    "7": "r w k v a g vmix",  # vmix mixes in the values of layer 0; layer 0 has no vmix
     "7a": "r w k v a g vmix",
 }
 _ATT_INPUTS = {
@@ -279,7 +286,7 @@ _ATT_INPUTS = {
     "5.0": "xr xk xv",
     "5.1": "xr xk xv xg",
     "5.2": "xr xk xv xg",
-    "6": "h dx",  # the mixes depend on the data, through matrices: they belong to the group
+    "6": "h dx",  # the mixes are computed from the data by projections, inside the group
     "7": "xr xw xk xv xa xg",
     "7a": "xr xw xk xv xa xg",
 }
@@ -295,41 +302,41 @@ _FFN_INPUTS = {
 
 
 def att_outputs(spec: Spec, layer: int) -> tuple[Port, ...]:
-    """What the attention projections of a layer hand to its recurrence, each (M, A)."""
+    """Outputs of the attention projections of a layer, (M, A) each: the inputs of its recurrence."""
     names = _ATT_OUTPUTS[spec.generation].split()
     return tuple(Port(name, spec.A) for name in names if name != "vmix" or layer > 0)
 
 
 def att_inputs(spec: Spec) -> tuple[Port, ...]:
-    """What the attention projections read, mixed on the CPU: the inputs of `att.in`, each (M, D)."""
+    """Inputs of `att.in`, (M, D) each, mixed on the CPU: they feed the attention projections."""
     return tuple(Port(name, spec.D) for name in _ATT_INPUTS[spec.generation].split())
 
 
 def ffn_inputs(spec: Spec) -> tuple[Port, ...]:
-    """What the channel mix reads: the inputs of `ffn`."""
+    """Inputs of `ffn`: they feed the channel mix."""
     names = _FFN_INPUTS[spec.generation].split()
     return tuple(deep_embedding(spec) if name == "s" else Port(name, spec.D) for name in names)
 
 
 def deep_embedding(spec: Spec) -> Port:
-    """7a: per token an (R, R) matrix, row-major, looked up on the host."""
+    """7a's input of an (R, R) matrix for each token, row-major, looked up on the host."""
     return Port("s", spec.ranks["s"] ** 2)
 
 
 def fused_inputs(spec: Spec) -> tuple[Port, ...]:
-    """The inputs of the fused forward: the embedding, and of 7a a matrix for each layer."""
+    """Inputs of the fused forward: the embedding and, in 7a, a matrix for each layer."""
     deep = [replace(deep_embedding(spec), name=f"s.{i}") for i in range(spec.L) if spec.generation == "7a"]
     return (Port("x", spec.D), *deep)
 
 
 def check_fusion(fusion: str) -> None:
-    """Raises UsageError for one that does not exist."""
+    """Raises UsageError for an unknown fusion."""
     if fusion not in FUSIONS:
         raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
 
 
 def groups(spec: Spec, fusion: str) -> list[Group]:
-    """The groups of a model in the order in which a token passes them.
+    """The groups of a model, in the order in which they run.
 
     layer: `first`, L-1 x `mid.i` (from recurrence i to i+1), `last`, `head`: L+2 calls a token.
     projection: `att.in.i`, `att.out.i`, `ffn.i` per layer, `head`: 3L+1 calls a token.

@@ -39,7 +39,7 @@ def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
 
 
 def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
-    """What the recurrence of a layer reads, computed once: w = -exp(time_decay) and u, (A,)."""
+    """Parameters of a layer's recurrence: w = -exp(time_decay) and u, both (A,)."""
     return {"w": -np.exp(vector("att.time_decay")), "u": vector("att.time_first")}
 
 

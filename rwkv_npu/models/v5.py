@@ -36,7 +36,7 @@ def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any
 
 
 def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
-    """What the recurrence of a layer reads: log_w = -exp(time_decay) and u, both (H, N)."""
+    """Parameters of a layer's recurrence: log_w = -exp(time_decay) and u, both (H, N), and the group norm's."""
 
     def per_channel(x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(x.reshape(spec.H, -1), (spec.H, spec.N))

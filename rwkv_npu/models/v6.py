@@ -47,7 +47,7 @@ def ffn_mix(f: Maths, h: Any, previous: Any) -> dict[str, Any]:
 
 
 def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
-    """What the recurrence of a layer reads: time_decay (A,) and u (H, N)."""
+    """Parameters of a layer's recurrence: time_decay (A,), u (H, N), and the group norm's."""
     return {
         "time_decay": vector("att.time_decay"),
         "u": vector("att.time_faaaa"),

@@ -1,4 +1,4 @@
-"""RWKV-7 (Goose, arXiv 2503.14456) and 7a, its form with DeepEmbed: a matrix state under the delta rule.
+"""RWKV-7 (Goose, arXiv 2503.14456) and 7a, its variant with DeepEmbed: a matrix state under the delta rule.
 
 Letters: T tokens, B sequences, H heads, N head size, C tokens of a chunk.
 """
@@ -42,7 +42,7 @@ def ffn_mix(f: Maths, h: Any, previous: Any) -> dict[str, Any]:
 
 
 def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
-    """`s` is there in 7a only: the token's own (R, R) matrix, which gates the channel mix."""
+    """The channel mix. Input `s`, in 7a only, is each token's (R, R) matrix; the gate is computed from it."""
     gate = None
     if "s" in x:
         embedded = f.row_matmul(f.linear(x["h"], "ffn.s1"), x["s"])
@@ -51,7 +51,7 @@ def ffn(f: Maths, x: dict[str, Any], layer: int, scaling: Scaling) -> Any:
 
 
 def prepare(vector: Callable[[str], np.ndarray], spec: Spec) -> Arrays:
-    """What the recurrence of a layer reads: w0, k_k, k_a (A,), r_k (H, N), and the group norm."""
+    """Parameters of a layer's recurrence: w0, k_k, k_a (A,), r_k (H, N), and the group norm's."""
     return {name: vector("att." + name) for name in ("w0", "k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")}
 
 
@@ -125,9 +125,9 @@ def _wkv_chunk(
     b: np.ndarray,
     S: np.ndarray,
 ) -> np.ndarray:
-    """The same for C tokens at once: what the delta rule writes, U, solves a triangular system over time.
+    """`wkv` for C tokens at once. U, the values that the delta rule writes, solves a triangular system over time.
 
-    The decay is above exp(-e^-0.5), so that dividing by its product over CHUNK tokens is safe in fp32.
+    Each decay is above exp(-e^-0.5): dividing by the product of CHUNK decays is safe in fp32.
     """
     gamma = np.cumprod(w, 0)
     by_head = (1, 2, 0, 3)  # (C, B, H, N) -> (B, H, C, N)
