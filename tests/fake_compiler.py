@@ -82,6 +82,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(
         converter.environment,
         "require",
-        lambda version: Environment(Path("python"), version or "2.5.0", False),
+        lambda version: Environment(Path("python"), version or "2.3.2", False),
     )
     return compiler

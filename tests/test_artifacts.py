@@ -18,7 +18,7 @@ from rwkv_npu.models.spec import groups
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import Environment, Job, schedule
 from tests.fake_compiler import Compiler, stand_in
-from tests.tiny import V, write_model
+from tests.tiny import Run, V, write_model
 
 
 @pytest.fixture
@@ -83,11 +83,36 @@ def test_notes_vouch_for_no_file_of_another_conversion(
 def test_another_version_of_the_compiler_builds_again(checkpoint: Path, compiler: Compiler) -> None:
     convert(checkpoint)
     built = list(compiler.built)
-    convert(checkpoint, toolkit="2.5.0")
+    convert(checkpoint, toolkit="2.3.2")
     assert compiler.built == built
-    bundle = open_bundle(convert(checkpoint, toolkit="2.3.2"))
+    bundle = open_bundle(convert(checkpoint, toolkit="2.5.0"))
     assert sorted(compiler.built) == sorted(2 * built)
-    assert {artifact.toolkit for artifact in bundle.manifest.artifacts} == {"2.3.2"}
+    assert {artifact.toolkit for artifact in bundle.manifest.artifacts} == {"2.5.0"}
+
+
+@pytest.mark.parametrize(("options", "version"), [((), "2.3.2"), (("--toolkit", "2.5.0"), "2.5.0")])
+def test_the_runtime_that_a_board_needs_is_named(
+    checkpoint: Path, compiler: Compiler, run: Run, tmp_path: Path, options: tuple[str, ...], version: str
+) -> None:
+    status, _, err = run("convert", checkpoint, "-o", tmp_path / "named.rwkv", *options)
+    assert status == 0 and f"not there yet with rknn-toolkit2 {version}\n" in err
+    assert f"a token, needs librknnrt {version} or later\n" in err
+    status, out, _ = run("info", tmp_path / "named.rwkv")
+    assert status == 0 and f"by toolkit {version}; needs librknnrt {version} or later\n" in out
+
+
+@pytest.mark.parametrize("name", ["RK3588", "rk3588s", "RK3588S2", " Rk3588J "])
+def test_variants_of_a_chip_are_the_chip(checkpoint: Path, compiler: Compiler, run: Run, name: str) -> None:
+    out = checkpoint.parent / "variant.rwkv"
+    assert run("convert", checkpoint, "-o", out, "--target", name)[0] == 0
+    for bundle in (convert(checkpoint, target=name), out):
+        assert {artifact.target for artifact in open_bundle(bundle).manifest.artifacts} == {"rk3588"}
+
+
+@pytest.mark.parametrize("name", ["rk3399", "rk3588 s", "rk35", "3588", ""])
+def test_other_names_are_refused(checkpoint: Path, compiler: Compiler, name: str) -> None:
+    with pytest.raises(UsageError, match="is unknown: use one of rk3588, rk3576"):
+        convert(checkpoint, target=name)
 
 
 def test_row_counts_add_up_over_conversions(
@@ -175,14 +200,14 @@ def test_mixed_that_equals_w8a8_is_stored_once(checkpoint: Path, compiler: Compi
     paths = {p: {a.path for a in bundle.manifest.artifacts if a.precision == p} for p in ("w8a8", "mixed")}
     assert paths["mixed"] == paths["w8a8"] and len(paths["mixed"]) == len(built)
     # Built again for another compiler it is still shared, and another choice of mixed leaves w8a8 its files.
-    bundle = open_bundle(convert(checkpoint, rows="16", toolkit="2.3.2", **options))
+    bundle = open_bundle(convert(checkpoint, rows="16", toolkit="2.5.0", **options))
     assert {(a.precision, a.toolkit) for a in bundle.manifest.artifacts} == {
-        ("w8a8", "2.3.2"),
-        ("mixed", "2.3.2"),
+        ("w8a8", "2.5.0"),
+        ("mixed", "2.5.0"),
     }
     assert len(compiler.built) == 2 * len(built)
     options["precision_map"] = write_map(checkpoint.parent / "head.json", "head")
-    bundle = open_bundle(convert(checkpoint, rows="16", toolkit="2.3.2", **options))
+    bundle = open_bundle(convert(checkpoint, rows="16", toolkit="2.5.0", **options))
     assert {a.path for a in bundle.manifest.artifacts if a.precision == "w8a8"} == paths["w8a8"]
     assert len(compiler.built) == 3 * len(built) - 1  # but for the head
 
@@ -192,7 +217,7 @@ def test_the_default_precision_does_not_hang_on_order(
 ) -> None:
     convert(checkpoint, rows="16")
     convert(checkpoint, rows="16", precision="w8a8", calibrate=ids)
-    out = convert(checkpoint, rows="16", toolkit="2.3.2")  # fp16 again: behind w8a8 in the list
+    out = convert(checkpoint, rows="16", toolkit="2.5.0")  # fp16 again: behind w8a8 in the list
     bundle = open_bundle(out)
     assert bundle.manifest.npu_default == "fp16" and bundle.manifest.artifacts[0].precision == "w8a8"
     assert BundleSource(bundle).precision_on("rknn-sim") == "fp16"

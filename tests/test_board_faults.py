@@ -65,7 +65,7 @@ def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
         (
             "rknn",
             "old-version,fds=1000",
-            "warning: librknnrt 1.5.2 is older than the artifacts' compiler, 2.5.0",
+            "warning: librknnrt 1.5.2 is older than the artifacts' compiler, 2.3.2",
         ),
         ("rknn-matmul", "run-fails@40", "| 1 calls to the NPU failed\n"),
         ("rknn-matmul", "nan@45,zeros@60", "calls to the NPU failed\n"),
@@ -104,7 +104,7 @@ def test_a_hang_is_left_behind(
             "4 of 4 contexts fail their self-test (first at 1 rows: all outputs are zero)",
         ),
         ("rknn", "init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
-        ("rknn", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.2"),
+        ("rknn", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.0"),
         ("rknn", "core-mask", ["--npu-cores", "0"], "--npu-cores 0 is not for this chip: use auto"),
         ("rknn", "fds=200000", [], "failed to allocate NPU memory for first"),
         ("rknn-matmul", "zeros", [], "4 of 4 contexts fail their self-test (first at 1 rows: its error is"),

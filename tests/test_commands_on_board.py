@@ -80,7 +80,7 @@ def test_doctor(ended: dict[str, Ended]) -> None:
     assert findings["librknnrt"]["found"] == "2.5.0 (/usr/lib/librknnrt.so)"
     assert "4, 5, 6, 7" in findings["cores"]["found"]
     assert findings["ddr clock"]["found"] == "2112 of 2112 MHz, governor performance"
-    assert findings["versions"]["found"] == "librknnrt 2.5.0 reads toolkit 2.5.0"
+    assert findings["versions"]["found"] == "librknnrt 2.5.0 reads the artifacts of toolkit 2.3.2"
     assert findings["NPU memory"]["found"].startswith("7 contexts (of 150)")
 
 

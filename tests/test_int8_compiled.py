@@ -117,7 +117,7 @@ def test_a_product_is_the_simulators(
 
 @pytest.mark.parametrize(
     ("target", "version"),
-    [*((target, toolkit.DEFAULT_VERSION) for target in TARGETS[1:]), *((t, OLDEST_INT8) for t in TARGETS)],
+    [*((target, OLDEST_INT8) for target in TARGETS[1:]), *((t, toolkit.VERSIONS[0]) for t in TARGETS)],
 )
 def test_other_chips_and_compilers(
     target: str,

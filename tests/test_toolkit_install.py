@@ -51,8 +51,10 @@ def test_nothing_installed(cache: Path) -> None:
     assert toolkit.find() is None and toolkit.status() == [] and toolkit.remove() == []
     with pytest.raises(ToolkitError, match="run `rwkv-npu toolkit install`$"):
         toolkit.require()
-    with pytest.raises(ToolkitError, match="run `rwkv-npu toolkit install --version 2.3.2`$"):
+    with pytest.raises(ToolkitError, match="2.3.2, is not installed: run `rwkv-npu toolkit install`$"):
         toolkit.require("2.3.2")
+    with pytest.raises(ToolkitError, match="run `rwkv-npu toolkit install --version 2.5.0`$"):
+        toolkit.require("2.5.0")
     with pytest.raises(ToolkitError, match="1.6.0 is not supported: choose one of 2.5.0, 2.3.2"):
         toolkit.require("1.6.0")
 
@@ -62,6 +64,11 @@ def test_private_environments(cache: Path) -> None:
     assert toolkit.find() == toolkit.Environment(older, "2.3.0", private=True)
     assert toolkit.find("2.5.0") is None
     newer = pretend_installed("2.5.0")
+    instead = (
+        "run `rwkv-npu toolkit install`, or choose the one that is there with --toolkit 2.5.0: its files need"
+    )
+    with pytest.raises(ToolkitError, match=f"{instead} librknnrt 2.5.0 or later on the board$"):
+        toolkit.require("2.3.2")
     assert toolkit.require().python == newer and toolkit.require("2.3.0").python == older
     assert [(s.version, s.problem) for s in toolkit.status()] == [("2.5.0", None), ("2.3.0", None)]
     newer.unlink()  # as when the Python that it was made from is uninstalled
@@ -106,9 +113,8 @@ def test_pins() -> None:
     assert set(install.PINS) >= {"numpy", "onnx", "protobuf", "onnxruntime", "setuptools"}
     assert not {"torch", "rknn-toolkit2"} & set(install.PINS)
     assert all(pin.replace(".", "").isdigit() for pin in install.PINS.values())
-    assert toolkit.VERSIONS[0] == toolkit.DEFAULT_VERSION and set(environment.MACHINES) == set(
-        toolkit.VERSIONS
-    )
+    assert toolkit.DEFAULT_VERSION in toolkit.VERSIONS and set(environment.MACHINES) == set(toolkit.VERSIONS)
+    assert list(toolkit.VERSIONS) == sorted(toolkit.VERSIONS, reverse=True)  # newest first
 
 
 def test_stand_in_for_torch(tmp_path: Path) -> None:
@@ -200,7 +206,7 @@ def test_install(cache: Path, steps: Steps) -> None:
         (
             "pip",
             (1, "WARNING: Retrying (Retry(total=1)) after NewConnectionError\nERROR: No matching distribution for x"),
-            "pip could not install rknn-toolkit2 2.5.0: No matching distribution for x .*cannot be reached",
+            "pip could not install rknn-toolkit2 2.3.2: No matching distribution for x .*cannot be reached",
         ),
         (
             "pip",
@@ -241,7 +247,7 @@ def test_debian_python_without_ensurepip(cache: Path, steps: Steps, monkeypatch:
     monkeypatch.setattr(install, "_run", run)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     install.install(python=sys.executable)  # with the running interpreter's pip
-    partial = cache / "toolkit-2.5.0.partial"
+    partial = cache / "toolkit-2.3.2.partial"
     assert commands[2][:5] == [sys.executable, "-m", "pip", "--python", str(partial / "bin" / "python")]
 
 

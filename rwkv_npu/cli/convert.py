@@ -16,7 +16,9 @@ def add(commands: Any) -> None:
     p.add_argument("checkpoint", help=".pth, .safetensors, or a Hugging Face folder")
     p.add_argument("-o", "--out", metavar="DIR", help="the bundle (default: ./STEM.rwkv)")
     p.add_argument(
-        "--target", default="rk3588", help="rk3588 (default), rk3576, rk3562, rk3566, rk3568, or none"
+        "--target",
+        default="rk3588",
+        help="rk3588 (default; rk3588s too), rk3576, rk3562, rk3566, rk3568, or none",
     )
     p.add_argument(
         "--precision",
@@ -40,7 +42,9 @@ def add(commands: Any) -> None:
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary to put into the bundle (or world, pile)")
     p.add_argument(
-        "--toolkit", metavar="X.Y.Z", help="version of the compiler, for a board with an older runtime"
+        "--toolkit",
+        metavar="X.Y.Z",
+        help="version of the compiler (default: 2.3.2); a board needs a librknnrt of this version or later",
     )
     add_layout_flag(p)
     texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
@@ -60,7 +64,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu.cli.info import summary
     from rwkv_npu.conversion import converter
-    from rwkv_npu.conversion.request import Request, parse_rows
+    from rwkv_npu.conversion.request import Request, parse_rows, parse_target
     from rwkv_npu.formats.bundle import open_bundle
 
     for flag in ("json", "explain"):
@@ -69,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = Request(
         checkpoint=Path(arguments.checkpoint),
         out=None if arguments.out is None else Path(arguments.out),
-        target=arguments.target,
+        target=parse_target(arguments.target),
         precision=arguments.precision,
         fusion=arguments.fusion,
         rows=parse_rows(arguments.rows),

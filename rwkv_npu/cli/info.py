@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_npu.board.hardware import numbers
 from rwkv_npu.cli.common import add_layout_flag, size
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
         "npu_bytes": memory.total,
         "left_on_cpu": sorted({f"{a.group}: {name}" for a in chosen for name in a.on_cpu}),
         "toolkit": sorted({a.toolkit for a in chosen}),
+        "runtime": max((a.toolkit for a in chosen), key=numbers),
         "int8_share": int8.share if int8 else 0.0,
         "int8_kl": int8.kl if int8 else None,
         "worst_error": max(errors, default=None),
@@ -161,7 +163,7 @@ def summary(bundle: Bundle) -> str:
         mark = " (default)" if _is_default(facts, artifact) else ""
         lines.append(
             f"  NPU  {artifact['target']} {artifact['precision']}{mark}, {size(artifact['npu_bytes'])} of its memory, "
-            f"{facts['calls_per_token'][artifact['fusion']]} calls a token"
+            f"{facts['calls_per_token'][artifact['fusion']]} calls a token, {_runtime(artifact)}"
         )
     path = shlex.quote(facts["path"])
     if facts["tokenizer"] is None:
@@ -189,13 +191,17 @@ def _artifact_lines(facts: dict[str, Any], default: bool) -> list[str]:
     return [
         f"  NPU          {facts['target']} {facts['precision']}{' (default)' if default else ''}, {facts['fusion']} "
         f"fusion, rows {rows}",
-        f"    artifacts  {facts['count']}, by toolkit {', '.join(facts['toolkit'])}",
+        f"    artifacts  {facts['count']}, by toolkit {', '.join(facts['toolkit'])}; {_runtime(facts)}",
         f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
         f"    estimate   {_estimate(facts)}",
         f"    in int8    {int8}",
         f"    on its CPU {left}",
         f"    verified   {verified} ({facts['verified']} of {facts['count']} simulated)",
     ]
+
+
+def _runtime(facts: dict[str, Any]) -> str:
+    return f"needs librknnrt {facts['runtime'] or '(unknown)'} or later"
 
 
 def _estimate(facts: dict[str, Any]) -> str:

@@ -19,7 +19,10 @@ def add(commands: Any) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     install = actions.add_parser("install", help="install it in the user's cache folder")
     install.add_argument(
-        "--version", dest="toolkit_version", metavar="X.Y.Z", help="(default: the newest known)"
+        "--version",
+        dest="toolkit_version",
+        metavar="X.Y.Z",
+        help="(default: 2.3.2, which most boards can read)",
     )
     install.add_argument("--python", metavar="PATH", help="a Python 3.10 to 3.12 (default: looked for)")
     actions.add_parser("status", help="show what is installed")

@@ -42,7 +42,7 @@ from rwkv_npu.conversion.quantise import (
     sizes,
     split_text,
 )
-from rwkv_npu.conversion.request import Request, parse_rows, read_map
+from rwkv_npu.conversion.request import Request, parse_rows, parse_target, read_map
 from rwkv_npu.conversion.workspace import (
     Notes,
     bundle_place,
@@ -119,7 +119,7 @@ def convert(
         fp16, which the other backends read. None: the precision of the bundle that is added to, int8 for a new one.
     force: replace the bundle at `out`. jobs: builds at a time (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
-    toolkit: version of the compiler, such as "2.3.2" for a board with an older runtime; None: whichever is installed.
+    toolkit: version of the compiler; None: 2.3.2. A board needs a librknnrt of this version or later.
     calibrate: texts, or ids as `.json` or `.npy`, that the model reads for fp16 range scaling and int8; none is the
         text that ships with the package. A bundle for the CPU alone needs none.
     remedies: against the error of int8: all, or for comparison none, ranges (calibration methods other than min-max) or
@@ -133,7 +133,7 @@ def convert(
         Request(
             checkpoint=Path(checkpoint),
             out=None if out is None else Path(out),
-            target=target,
+            target=parse_target(target),
             precision=precision,
             fusion=fusion,
             rows=parse_rows(rows),
@@ -205,7 +205,7 @@ def run(request: Request) -> Path:
     request, manifest = job.request, job.manifest
     compiler = None
     if request.compiles:
-        compiler = environment.require(request.toolkit)
+        compiler = environment.require(request.toolkit or environment.DEFAULT_VERSION)
         request.check_toolkit(compiler.version)
     # The choice of mixed is not known yet: the smallest that it can be must fit.
     smallest = () if not request.quantises else sizes(manifest.spec) if job.mapped is None else job.mapped
@@ -415,7 +415,8 @@ def _drop_other_choice(job: Prepared, int8: Collection[str]) -> None:
 def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> None:
     request, manifest = job.request, job.manifest
     log.info(
-        f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those not there yet"
+        f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those not there yet with "
+        f"rknn-toolkit2 {compiler.version}"
     )
     wanted = {slot(artifact): artifact for artifact in planned}
 

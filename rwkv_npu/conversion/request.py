@@ -128,6 +128,13 @@ class Request:
         return self.compiles or self.quantises
 
 
+def parse_target(target: str) -> str:
+    """The chip of a name in upper or lower case, with or without the letter of a variant: RK3588S -> rk3588."""
+    name = target.strip().lower()
+    variant = re.fullmatch(r"(rk\d{4})[a-z]\d?", name)
+    return variant[1] if variant else name
+
+
 def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
     """`auto` -> None; "1,64", 64 or [1, 64] -> (1, 64). Raises UsageError outside 1 .. 1024."""
     if rows == "auto":

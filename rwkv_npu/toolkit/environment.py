@@ -20,8 +20,10 @@ from rwkv_npu.board.hardware import numbers
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.formats.files import cache_dir
 
-DEFAULT_VERSION = "2.5.0"
-# Newest first. A board's runtime (librknnrt.so) may refuse files of a newer compiler, hence the old ones.
+# A board's runtime (librknnrt.so) reads files of its own version and of older ones. The newest that is public is 2.3.2,
+# so that conversions compile with it unless another version is asked for.
+DEFAULT_VERSION = "2.3.2"
+# Newest first.
 VERSIONS = ("2.5.0", "2.3.2", "2.3.0", "2.2.0")
 PYTHONS = ((3, 12), (3, 11), (3, 10))  # there is no wheel for 3.13
 # The oldest that builds products in int8 into a graph in fp16: 2.3.0 finds no such product where a sum follows it, and
@@ -108,9 +110,16 @@ def require(version: str | None = None) -> Environment:
     option = f" --version {version}" if version and version != DEFAULT_VERSION else ""
     _, problem = _running()
     because = f" (the one in {sys.executable} cannot be used: {problem})" if problem else ""
+    other = find()
+    instead = (
+        f", or choose the one that is there with --toolkit {other.version}: its files need librknnrt {other.version} "
+        "or later on the board"
+        if other
+        else ""
+    )
     raise ToolkitError(
         f"Rockchip's compiler, rknn-toolkit2{wanted}, is not installed{because}: run"
-        f" `rwkv-npu toolkit install{option}`"
+        f" `rwkv-npu toolkit install{option}`{instead}"
     )
 
 

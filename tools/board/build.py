@@ -27,7 +27,7 @@ from pathlib import Path
 
 from rwkv_npu.errors import RwkvNpuError
 from rwkv_npu.formats.files import waited_for
-from rwkv_npu.toolkit.environment import DEFAULT_VERSION, cache_dir
+from rwkv_npu.toolkit.environment import cache_dir
 from tools.board.chip import chip_files, write_chip
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -37,7 +37,7 @@ QEMU = "qemu-aarch64-static"
 CPU = "cortex-a76"  # the RK3588's large core: a wheel that asks for more than it has fails here too
 PYTHON = "python3.11"
 DEBIAN = (PYTHON, "libstdc++6", "libgomp1")
-LITE = "rknn-toolkit-lite2"
+LITE, LITE_VERSION = "rknn-toolkit-lite2", "2.5.0"  # the newest, as pip installs it on a board
 PLATFORMS = (
     "manylinux2014",
     "manylinux_2_17",
@@ -170,7 +170,7 @@ def _download_debian(say: Say) -> list[Path]:
 
 def _wheels(wheel: Path, say: Say) -> Path:
     """Everything that the project's wheel asks for, and RKNNLite."""
-    return _install("wheels", [*_requirements(wheel), f"{LITE}=={DEFAULT_VERSION}"], say)
+    return _install("wheels", [*_requirements(wheel), f"{LITE}=={LITE_VERSION}"], say)
 
 
 def _install(kind: str, wanted: Sequence[str], say: Say, *options: str) -> Path:
