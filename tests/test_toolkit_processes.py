@@ -130,7 +130,7 @@ def test_simulator(fake: toolkit.Environment, tmp_path: Path, monkeypatch: pytes
         for value in (1, 2):
             outputs = simulator.run({"x": np.full(2, value, np.float32)})
             np.testing.assert_array_equal(outputs["x_out"], np.full(2, 2 * value))
-        with pytest.raises(ToolkitError, match="inputs are x; given are z"):
+        with pytest.raises(ToolkitError, match="inputs are x, but got z"):
             simulator.run({"z": np.ones(1)})
     simulator.close()
     with pytest.raises(ToolkitError):

@@ -1,11 +1,11 @@
-"""The one place that knows Rockchip's compiler, rknn-toolkit2, and its simulator.
+"""Rockchip's compiler, rknn-toolkit2, and its simulator. No other room imports or runs them.
 
-    environment, install   where the compiler lives: the running interpreter, or a private environment
-    compiler, schedule     one graph, or many within a bound on memory
-    worker, child          the process that holds the compiler, from outside and from inside
-    log, rknn_file         what the compiler prints and what its files say
+    environment, install   find or install the compiler: the running interpreter, or a private environment
+    compiler, schedule     compile one graph, or many within a memory limit
+    worker, child          the process that runs the compiler: the parent's side and the child's side
+    log, rknn_file         parse the compiler's output and the metadata of its files
 
-It knows graphs as ONNX files with named inputs; what RWKV is, it does not know.
+This room handles ONNX files with named inputs. It knows nothing of RWKV.
 """
 
 from rwkv_npu.toolkit.compiler import TARGETS, CompileOptions, CompileResult, Simulator, compile_graph

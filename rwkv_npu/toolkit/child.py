@@ -1,18 +1,19 @@
-"""Rockchip's compiler and simulator in a process of its own: `python child.py SCRATCH`, started by worker.py.
+"""Run Rockchip's compiler and simulator in a process of their own: `python child.py SCRATCH`, started by worker.py.
 
-It runs inside the compiler's environment, so it imports the standard library, NumPy and what the compiler
-itself needs, never rwkv_npu. A process of its own because the C library may call exit(1), prints on file
-descriptor 1, leaks files in TMPDIR and drops others in the current folder: both are a folder of each build in
-SCRATCH, which the parent deletes. One process serves several builds: starting it takes as long as ten small ones.
+This file runs inside the compiler's environment. It imports the standard library, NumPy and the compiler's own
+packages, never rwkv_npu. The compiler needs its own process because its C library may call exit(1), prints on file
+descriptor 1, leaks files in TMPDIR and writes files to the current folder. Each build has a folder in SCRATCH that is
+both TMPDIR and the current folder; the parent deletes SCRATCH. One process serves several builds, because starting it
+takes as long as ten small builds.
 
-Messages, both ways, are a JSON header, preceded by its length as a little-endian u64, then the bytes of the
-arrays that it describes. Requests arrive on stdin, replies go to stdout; what the library prints goes to
-SCRATCH/log.
+Messages have the same form in both directions: the length of a JSON header as a little-endian u64, the header, then
+the bytes of the arrays that the header describes. Requests arrive on stdin and replies go to stdout. The library's
+output goes to SCRATCH/log.
     {"action": "build", "onnx", "out", "options", "verbose"}   arrays: calibration rows, named "ROW/INPUT"
-                                                               (none where options["int8"] gives ranges);
-                                                               the log and the simulator are then this graph's
+                                                               (none if options["int8"] holds quantization
+                                                               parameters); replaces the log and the simulator
     {"action": "run"}                                          arrays: inputs for the simulator
-A reply has "error" if the request failed.
+A reply has the key "error" if the request failed.
 """
 
 import ctypes
@@ -33,12 +34,12 @@ from typing import IO, Any
 
 import numpy as np
 
-PREFIX = ".rwkv_npu-"  # of the scratch folder's name: nothing else is ever deleted
+PREFIX = ".rwkv_npu-"  # of the scratch folder's name: only a folder with this prefix is ever deleted
 _LENGTH = struct.Struct("<Q")
 
 
 def send(stream: IO[bytes], header: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
-    """Write one message. Arrays are of any shape, and of the dtypes that NumPy has itself."""
+    """Write one message. Arrays may have any shape and any dtype that NumPy defines itself."""
     ordered = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     described = [[name, array.dtype.str, list(array.shape)] for name, array in ordered.items()]
     text = json.dumps({**header, "arrays": described}).encode()
@@ -49,7 +50,7 @@ def send(stream: IO[bytes], header: dict[str, Any], arrays: dict[str, np.ndarray
 
 
 def receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Read one message; None at the end of the stream, EOFError if it ends within a message."""
+    """Read one message. Returns None at the end of the stream; raises EOFError inside a message."""
     start = stream.read(_LENGTH.size)
     if not start:
         return None
@@ -70,7 +71,7 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 
 
 class Graph:
-    """One ONNX graph, built; `run` simulates it."""
+    """One compiled ONNX graph. `run` simulates it."""
 
     def __init__(self, request: dict[str, Any], calibration: dict[str, np.ndarray]) -> None:
         from rknn.api import RKNN
@@ -82,7 +83,7 @@ class Graph:
         _check("config", self.rknn.config(**options["config"]))
         fixed = {"inputs": self.inputs, "input_size_list": self.shapes} if options["input_shapes"] else {}
         _check("load_onnx", self.rknn.load_onnx(model=path, **fixed))
-        if "Generate random data" in _printed():  # in place of external data that it cannot read!
+        if "Generate random data" in _printed():  # the compiler replaces external data that it cannot read
             raise RuntimeError("the weights beside the graph cannot be read")
         if options["int8"]:
             dataset = _write_dataset(self.inputs, self._random_row())
@@ -90,14 +91,16 @@ class Graph:
         else:
             dataset = _write_dataset(self.inputs, calibration)
             _check("build", self.rknn.build(do_quantization=dataset is not None, dataset=dataset))
-        ctypes.CDLL(None).malloc_trim(0)  # a simulator stays: give back half of what the build took
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # frees half of the build's memory; the simulator keeps this process alive
         if request["out"]:
-            # A failed export leaves a truncated file: in the scratch folder, which lies beside the target.
+            # A failed export leaves a truncated file. The scratch folder is on the same disk as the target.
             _check("export_rknn", self.rknn.export_rknn("graph.rknn"))
             os.replace("graph.rknn", request["out"])
 
     def _read(self, path: str, shapes: dict[str, list[int]]) -> str:
-        """Note names, shapes and types of the ends; returns the path of what the compiler is to load."""
+        """Read names, shapes and dtypes of the inputs and outputs. Returns the path of the graph to compile."""
         import onnx
 
         model = onnx.load(path, load_external_data=False)
@@ -110,22 +113,24 @@ class Graph:
         return _adapt(model, path, self.shapes)
 
     def _random_row(self) -> dict[str, np.ndarray]:
-        """What the compiler looks for ranges on: those that count are put in their place."""
+        """One row of random inputs. The compiler insists on calibrating; its parameters are overwritten later."""
         rng = np.random.default_rng(0)
         row = zip(self.inputs, self.shapes, self.dtypes, strict=True)
         return {f"0/{name}": rng.standard_normal(shape).astype(dtype) for name, shape, dtype in row}
 
     def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Simulate once; inputs by name, outputs by name as float32."""
+        """Simulate once. Takes inputs by name, returns outputs by name as float32."""
         if not self.started:
-            _check("init_runtime", self.rknn.init_runtime())  # no target: the simulator; one would start adb
+            _check(
+                "init_runtime", self.rknn.init_runtime()
+            )  # no target means the simulator; a target starts adb
             self.started = True
         rows = []
         for name, shape, dtype in zip(self.inputs, self.shapes, self.dtypes, strict=True):
             if list(arrays[name].shape) != shape:
                 raise ValueError(f"input {name} has shape {list(arrays[name].shape)}; {shape} is expected")
             rows.append(np.asarray(arrays[name], dtype))
-        # "nhwc", the default, transposes 4-D inputs; others are left as they are.
+        # The default, "nhwc", transposes 4-D inputs. "nchw" leaves all inputs as they are.
         results = self.rknn.inference(inputs=rows, data_format=["nchw"] * len(rows))
         if results is None:
             raise RuntimeError("inference returned nothing")
@@ -133,7 +138,7 @@ class Graph:
 
 
 def _shapes(inputs: list[Any], given: dict[str, list[int]]) -> list[list[int]]:
-    """The inputs' shapes, in order: those `given`, else the graph's own (0 where it is symbolic)."""
+    """Shapes of the inputs, in order: from `given`, else from the graph (0 for a symbolic dimension)."""
     if given and set(given) != {value.name for value in inputs}:
         raise ValueError(
             f"shapes given for {', '.join(given)}; inputs are {', '.join(v.name for v in inputs)}"
@@ -142,9 +147,9 @@ def _shapes(inputs: list[Any], given: dict[str, list[int]]) -> list[list[int]]:
 
 
 def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
-    """The path of a graph that this version of the compiler can build: `path` itself, or a changed copy.
+    """Return the path of a graph that this compiler version can build: `path` itself, or an adapted copy.
 
-    Before 2.5, Mul(r, r) of one row is a KeyError in the compiler; where r = Relu(a), Mul(r, a) is the same.
+    Compilers before 2.5 fail with a KeyError on Mul(r, r) of one row. If r = Relu(a), Mul(r, a) has the same result.
     """
     folder = os.path.dirname(path)
     for tensor in model.graph.initializer:
@@ -165,7 +170,7 @@ def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
         return path
     for node in squares:
         node.input[1] = relus[node.input[0]]
-    for tensor in model.graph.initializer:  # external data is looked for beside the graph
+    for tensor in model.graph.initializer:  # ONNX resolves external data relative to the graph's folder
         for entry in tensor.external_data:
             if entry.key == "location" and not os.path.lexists(entry.value):
                 os.symlink(os.path.join(folder, entry.value), entry.value)
@@ -182,17 +187,20 @@ def _printed() -> str:
 
 
 def _enter_new_folder(scratch: str, number: int) -> None:
-    """Make a folder for a build the current one and the one for temporary files; remove that of the build before."""
+    """Create the build's folder and make it the current folder and TMPDIR. Delete the previous build's folder."""
     os.chdir(scratch)
     shutil.rmtree(f"build{number - 1}", ignore_errors=True)
     os.mkdir(f"build{number}")
     os.chdir(f"build{number}")
     os.environ["TMPDIR"] = tempfile.tempdir = os.getcwd()
-    for name in ("check0_base_optimize", "check3_fuse_ops"):  # verbose writes copies of the weights there
+    for name in (
+        "check0_base_optimize",
+        "check3_fuse_ops",
+    ):  # a verbose build writes copies of the weights here
         os.symlink(os.devnull, f"{name}.onnx")
     os.truncate("../log", 0)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the largest resident size counts from here
+        file.write("5")  # resets the peak resident size of this process
 
 
 def _check(step: str, code: int | None) -> None:
@@ -201,7 +209,7 @@ def _check(step: str, code: int | None) -> None:
 
 
 def _write_dataset(inputs: list[str], calibration: dict[str, np.ndarray]) -> str | None:
-    """The file that lists the calibration rows, one a line; None without any."""
+    """Write the file that lists the calibration rows, one a line. Returns its path, or None without rows."""
     if not calibration:
         return None
     lines: dict[str, dict[str, str]] = {}
@@ -215,10 +223,10 @@ def _write_dataset(inputs: list[str], calibration: dict[str, np.ndarray]) -> str
 
 
 def _build_hybrid(rknn: Any, dataset: str | None, products: dict[str, Any], verbose: bool) -> Any:
-    """Build a graph of which some products run in int8, in given ranges, and all else in fp16.
+    """Build a graph with some products in int8, by given quantization parameters, and the rest in fp16.
 
-    `products`: by the name of a weight, {"input": [low, high], "output": [low, high]}. The compiler does it in two
-    steps, with a file between them that says of every tensor how it is rounded.
+    `products`: by the name of a weight, {"input": [low, high], "output": [low, high]}. The compiler works in two
+    steps. A settings file between them holds the dtype and range of every tensor.
     """
     import onnx
 
@@ -234,7 +242,7 @@ def _build_hybrid(rknn: Any, dataset: str | None, products: dict[str, Any], verb
     for name, (low, high) in [*_inputs(graph, products), *rounded.items()]:
         tensors[name].update(min=[low], max=[high])
     kept = {*rounded, *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
-    # The compiler's own conversions, at the ends of the graph, bear this suffix.
+    # Conversions that the compiler inserts at the ends of the graph have the suffix "_int8".
     floats = [name for name in tensors if name not in kept and not name.endswith("_int8")]
     config["custom_quantize_layers"] = dict.fromkeys(floats, "float16")
     with open(settings, "w") as file:
@@ -248,10 +256,10 @@ def _build_hybrid(rknn: Any, dataset: str | None, products: dict[str, Any], verb
 
 
 def _convolutions(graph: Any, products: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """What the compiler has made of each product, with its ranges."""
+    """The compiler's Conv node of each product, with the product's ranges."""
     made = {node.input[1]: node for node in graph.node if node.op_type == "Conv"}
     if lacking := products.keys() - made.keys():
-        raise RuntimeError(f"the compiler makes no product of its own of {', '.join(sorted(lacking))}")
+        raise RuntimeError(f"the compiled graph has no Conv for {', '.join(sorted(lacking))}")
     return [(made[weight], ranges) for weight, ranges in products.items()]
 
 
@@ -260,15 +268,17 @@ def _inputs(graph: Any, products: dict[str, Any]) -> list[tuple[str, list[float]
 
 
 def _rounded(graph: Any, products: dict[str, Any]) -> dict[str, list[float]]:
-    """The tensors that are int8, with their ranges: what the products make, and a Relu of it, which runs with them."""
+    """Ranges of the int8 tensors: the outputs of the products, and of a Relu that the compiler fuses with one."""
     rounded = {node.output[0]: ranges["output"] for node, ranges in _convolutions(graph, products)}
     relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
     return {**rounded, **{relus[name]: span for name, span in rounded.items() if name in relus}}
 
 
 def _json_for_yaml() -> dict[str, Any]:
-    """Modules in place of ruamel.yaml, with which the compiler writes and reads its settings: JSON keeps every bit of a
-    number, and needs no package."""
+    """Modules that replace ruamel.yaml, in which the compiler writes and reads its settings file.
+
+    JSON keeps every bit of a number and needs no extra package.
+    """
 
     class Json:
         def __init__(self, **options: Any) -> None:
@@ -289,18 +299,18 @@ def _json_for_yaml() -> dict[str, Any]:
 
 
 def _peak_rss() -> int:
-    """This process's largest resident size in bytes (ru_maxrss counts what the parent held at the fork)."""
+    """Peak resident size of this process in bytes. (ru_maxrss includes the parent's memory at the fork.)"""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def _die_with_parent(scratch: str) -> None:
-    """Wait for the other end of stdin to close: the parent is done, or dead.
+    """Exit when stdin closes: the parent is done, or dead.
 
-    A death signal would not do: it comes when the *thread* that started this process ends.
+    A parent-death signal does not work here. It is sent when the *thread* that started this process ends.
     """
     poller = select.poll()
-    poller.register(0, 0)  # no events asked for: only a hang-up wakes it, not a request
+    poller.register(0, 0)  # wakes on hang-up only; a request does not wake it
     poller.poll()
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)
@@ -311,7 +321,7 @@ def main(scratch: str) -> None:
     if not os.path.basename(scratch).startswith(PREFIX):
         raise SystemExit(f"{scratch} is not a scratch folder")
     os.chdir(scratch)
-    # The library's output goes to a file, a line at a time so that a crash loses nothing.
+    # Redirect the library's output to a file. Line buffering keeps all output if the process crashes.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
@@ -348,5 +358,5 @@ def main(scratch: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0:1] = []  # this folder: its modules are not the compiler's
+    sys.path[0:1] = []  # this folder: the compiler must not import modules from it
     main(sys.argv[1])

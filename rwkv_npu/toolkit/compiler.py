@@ -1,4 +1,4 @@
-"""Compile one graph, or simulate it, in a child process."""
+"""Compile or simulate one graph in a child process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rwkv_npu.toolkit.worker import Worker
 
 TARGETS = ("rk3588", "rk3576", "rk3562", "rk3566", "rk3568")
 FLOATS = {"fp16": "float16", "bf16": "bfloat16"}
-# Weights and activations of less than 16 bits, by target: what the compiler accepts.
+# Quantized precisions that the compiler accepts, by target (w: bits of weights, a: bits of activations).
 QUANTIZED = {
     "rk3588": ("w8a8", "w16a16i_dfp"),
     "rk3576": ("w8a8", "w4a16", "w16a16i_dfp"),
@@ -30,18 +30,18 @@ QUANTIZED = {
 }
 
 
-Span = tuple[float, float]  # lowest and highest value that there is an int8 number for
+Span = tuple[float, float]  # the lowest and the highest value that int8 can represent
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How a graph is compiled; all of it belongs to an artifact's key.
+    """Options of one compilation. Artifacts that differ in any of them are different artifacts.
 
-    `input_shapes` fixes the shapes of a graph whose dimensions are symbolic. `custom_string` (at most 1023
-    characters) travels inside the file. `calibration` is for the quantized precisions: one mapping of input
-    name to array a sample, of the artifact's own shapes. `int8` names the weights whose products run in int8, with
-    the spans of their inputs and of their results, while the rest of the graph stays in fp16; numbers -128 and 127
-    of a column of such a weight are its lowest and highest value.
+    `input_shapes` fixes the shapes of a graph with symbolic dimensions. `custom_string` (at most 1023 bytes) is
+    stored in the file. `calibration` is for the quantized precisions: one mapping of input name to array for each
+    sample, in the shapes of the artifact. `int8` names the weights whose products run in int8 while the rest of the
+    graph stays in fp16; it gives the spans of each product's input and output. In a column of such a weight, -128
+    and 127 represent the lowest and the highest value.
     """
 
     target: str = "rk3588"
@@ -63,12 +63,14 @@ class CompileOptions:
         if self.precision not in FLOATS and not self.calibration:
             raise UsageError(f"{self.precision} needs calibration rows")
         if self.int8 and self.precision != "fp16":
-            raise UsageError(f"products in int8 leave the rest in fp16, not in {self.precision}")
+            raise UsageError(
+                f"int8 products need precision fp16 for the rest of the graph, not {self.precision}"
+            )
         if self.custom_string is not None and len(self.custom_string.encode()) > 1023:
             raise UsageError("custom_string is longer than 1023 bytes")
 
     def request(self) -> dict[str, Any]:
-        """The options as the child takes them: every argument is one that all supported versions know."""
+        """The options as the child's build request. All supported compiler versions accept every key."""
         config: dict[str, Any] = {
             "target_platform": self.target,
             "optimization_level": self.optimization_level,
@@ -87,17 +89,17 @@ class CompileOptions:
         return {"config": config, "input_shapes": shapes, "int8": int8}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The calibration rows as the child takes them."""
+        """The calibration rows as arrays of the child's build request, named "ROW/INPUT"."""
         used = () if self.precision in FLOATS else self.calibration
         return {f"{index}/{name}": array for index, row in enumerate(used) for name, array in row.items()}
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """An artifact and what the compiler said of it.
+    """An artifact and the compiler's report on it.
 
-    `cycles` is its estimate for one core, None where it prints none. `cpu_fallback` names the layers
-    that the board's CPU would run; the two `npu_` sizes are what the artifact takes of the NPU's memory.
+    `cycles` is the compiler's estimate for one core, None if it prints none. `cpu_fallback` names the layers that
+    run on the board's CPU. `npu_weight_bytes` and `npu_internal_bytes` are the artifact's use of NPU memory.
     """
 
     path: Path
@@ -122,12 +124,12 @@ def compile_graph(
     *,
     worker: Worker | None = None,
 ) -> CompileResult:
-    """Compile `onnx_path` to `out_path`, which is replaced in one step; its folder must exist.
+    """Compile `onnx_path` to `out_path`. An existing file is replaced atomically; the folder must exist.
 
-    With `verify_inputs`, arrays by input name, the graph is also run in the simulator, without being built
-    again: `verify_outputs` holds its outputs by name, as float32. `worker` is the process to compile in, made
-    for the folder of `out_path`; by default one of its own. Raises ToolkitError with the compiler's own reason;
-    `out_path` is then as it was before, unless only the simulator failed.
+    With `verify_inputs`, arrays by input name, the same build is also run in the simulator: `verify_outputs` holds
+    its outputs by name, as float32. `worker` is the process to compile in, which must have been started for the
+    folder of `out_path`; by default a new one. Raises ToolkitError with the compiler's own reason. `out_path` is
+    then unchanged, unless only the simulator failed.
     """
     options = options or CompileOptions()
     out = Path(out_path).absolute()
@@ -157,11 +159,10 @@ def compile_graph(
 
 
 class Simulator:
-    """Rockchip's simulator running one graph. Several may run at the same time, each in its own process.
+    """Rockchip's simulator for one graph. Several may run at the same time, each in its own process.
 
-    A loaded `.rknn` cannot be simulated, so the ONNX is built again: options must be those of the artifact.
-    `inputs` and `outputs` are the names, in the graph's order. Raises ToolkitError if the graph cannot be
-    built.
+    The simulator cannot load a `.rknn`, so the ONNX graph is built again. Pass the options of the artifact.
+    `inputs` and `outputs` are the names in the graph's order. Raises ToolkitError if the graph cannot be built.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Simulator:
         self.outputs = tuple(built["outputs"])
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, float32, for arrays by input name in the shapes that the graph was built for."""
+        """Run once: arrays by input name, in the shapes of the build -> float32 outputs by name."""
         return _run(self._worker, self.inputs, inputs)[1]
 
     def close(self) -> None:
@@ -200,7 +201,7 @@ def _build(worker: Worker, onnx_path: Path, out: Path | None, options: CompileOp
         "onnx": str(onnx_path.absolute()),
         "out": str(out) if out else None,
         "options": options.request(),
-        "verbose": out is not None,  # the layer table
+        "verbose": out is not None,  # prints the layer table
     }
     try:
         return worker.request(request, options.arrays())[0]
@@ -213,6 +214,6 @@ def _run(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if set(names) != set(inputs):
         raise ToolkitError(
-            f"the graph's inputs are {', '.join(names)}; given are {', '.join(inputs) or 'none'}"
+            f"the graph's inputs are {', '.join(names)}, but got {', '.join(inputs) or 'none'}"
         )
     return worker.request({"action": "run"}, inputs)

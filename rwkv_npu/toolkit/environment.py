@@ -1,8 +1,8 @@
-"""Where Rockchip's compiler lives: the running interpreter, or a private environment in the cache folder.
+"""Find Rockchip's compiler: in the running interpreter, or in a private environment in the cache folder.
 
-rknn-toolkit2 pins old packages and asks for torch and, with it, gigabytes of CUDA. So it is not a dependency
-of this package: `install` (in install.py) makes a virtual environment for it alone, and this module finds it.
-Nothing here imports the compiler; it runs in a child process (worker.py).
+rknn-toolkit2 pins old packages and requires torch, which brings gigabytes of CUDA. So it is not a dependency of this
+package: `install` (install.py) creates a virtual environment for it, and this module finds that environment.
+This module never imports the compiler, which runs in a child process (worker.py).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from rwkv_npu.board.hardware import numbers
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.formats.files import cache_dir
 
-# A board's runtime (librknnrt.so) reads files of its own version and of older ones. The newest that is public is 2.3.2,
-# so that conversions compile with it unless another version is asked for.
+# A board's runtime (librknnrt.so) reads files of its own version and of older ones. The newest public runtime is 2.3.2,
+# so conversions compile with 2.3.2 by default.
 DEFAULT_VERSION = "2.3.2"
 # Newest first.
 VERSIONS = ("2.5.0", "2.3.2", "2.3.0", "2.2.0")
-PYTHONS = ((3, 12), (3, 11), (3, 10))  # there is no wheel for 3.13
-# The oldest that builds products in int8 into a graph in fp16: 2.3.0 finds no such product where a sum follows it, and
-# 2.2.0 loses track of its own tensors.
+PYTHONS = ((3, 12), (3, 11), (3, 10))  # Rockchip publishes no wheel for 3.13
+# The oldest version that can build int8 products into an fp16 graph. 2.3.0 misses such a product if an addition follows
+# it, and 2.2.0 fails on tensors that it created itself.
 OLDEST_INT8 = "2.3.2"
-# Machines that Rockchip publishes wheels for, by version.
+# Machines with wheels from Rockchip, by version.
 MACHINES = {version: ("x86_64", "aarch64") for version in VERSIONS} | {"2.2.0": ("x86_64",)}
-# A caller's own interpreter works only below these versions, whatever rknn-toolkit2's metadata says.
+# Versions of other packages from which the compiler fails in a user's own interpreter, despite its own metadata.
 CEILINGS = {"onnx": (1, 19), "setuptools": (82,), "protobuf": (7,)}
 
 Progress = Callable[[str], None]
@@ -39,10 +39,9 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """An interpreter in which `rknn.api` can be imported.
+    """An interpreter that can import `rknn.api`.
 
-    `private` is true for the environment that `install` made, which is then run isolated from the user's own
-    packages and PYTHONPATH.
+    `private` is true for an environment made by `install`. It runs isolated from the user's packages and PYTHONPATH.
     """
 
     python: Path
@@ -51,7 +50,7 @@ class Environment:
 
     @property
     def mixes_int8(self) -> bool:
-        """Whether it builds products in int8 into a graph in fp16."""
+        """True if this version can build int8 products into an fp16 graph."""
         return numbers(self.version) >= numbers(OLDEST_INT8)
 
     def command(self, script: Path, *arguments: str) -> list[str]:
@@ -61,7 +60,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Status:
-    """One line of `toolkit status`: `size_bytes` is 0 if not private, `problem` None if it can be used."""
+    """One line of `toolkit status`. `size_bytes` is 0 unless private; `problem` is None if the compiler is usable."""
 
     version: str
     python: Path
@@ -71,26 +70,29 @@ class Status:
 
 
 def private_dir(version: str) -> Path:
-    """Where the private environment of `version` is, or would be."""
+    """The folder of the private environment of `version`, whether or not it exists."""
     return cache_dir() / f"toolkit-{version}"
 
 
 def check_version(version: str) -> str:
-    """Return `version`; ToolkitError if this package does not know how to install it."""
+    """Return `version`. Raises ToolkitError if this package cannot install it."""
     if version not in VERSIONS:
         raise ToolkitError(f"rknn-toolkit2 {version} is not supported: choose one of {', '.join(VERSIONS)}")
     return version
 
 
 def find(version: str | None = None) -> Environment | None:
-    """The environment to compile with, or None: the running interpreter if the compiler works there, else a
-    private one (the default version first, then the newest). With `version`, only that one."""
-    here, problem = _running()
-    if here is not None and problem is None and version in (None, here.version):
-        return here
+    """The environment to compile with, or None.
+
+    Prefers the running interpreter if its compiler is usable, then a private environment: the default version first,
+    then the newest. With `version`, only that version counts.
+    """
+    running, problem = _running()
+    if running is not None and problem is None and version in (None, running.version):
+        return running
     for candidate in (DEFAULT_VERSION, *VERSIONS) if version is None else (version,):
-        if found := find_private(candidate):
-            return found
+        if environment := find_private(candidate):
+            return environment
     return None
 
 
@@ -101,11 +103,11 @@ def find_private(version: str) -> Environment | None:
 
 
 def require(version: str | None = None) -> Environment:
-    """Like `find`, but raises ToolkitError with the command that installs what is missing."""
+    """Like `find`, but raises ToolkitError with the install command if there is none."""
     if version is not None:
         check_version(version)
-    if found := find(version):
-        return found
+    if environment := find(version):
+        return environment
     wanted = f" {version}" if version else ""
     option = f" --version {version}" if version and version != DEFAULT_VERSION else ""
     _, problem = _running()
@@ -124,24 +126,26 @@ def require(version: str | None = None) -> Environment:
 
 
 def status() -> list[Status]:
-    """What is installed: the running interpreter's compiler first, then the private environments."""
-    here, problem = _running()
-    rows = [Status(here.version, here.python, False, 0, problem)] if here else []
+    """Installed compilers: the running interpreter's first, then the private environments."""
+    running, problem = _running()
+    rows = [Status(running.version, running.python, False, 0, problem)] if running else []
     for version in VERSIONS:
         folder = private_dir(version)
         if folder.is_dir():
             python = folder / "bin" / "python"
-            problem = None if python.exists() else "its Python is gone: run `rwkv-npu toolkit install` again"
+            problem = (
+                None if python.exists() else "its Python is missing: run `rwkv-npu toolkit install` again"
+            )
             rows.append(Status(version, python, True, _size(folder), problem))
     return rows
 
 
 def remove(version: str | None = None) -> list[Path]:
-    """Delete the private environment of `version`, or all, finished or not; returns what was deleted."""
+    """Delete the private environment of `version`, or all of them, unfinished ones too. Returns deleted folders."""
     versions = VERSIONS if version is None else (check_version(version),)
     removed = []
     for folder in [private_dir(v) for v in versions]:
-        # Renamed first, so that an interrupted removal does not look like an installed environment.
+        # Rename first: after an interrupted removal, `find` must not see a half-deleted environment.
         partial = folder.with_name(folder.name + ".partial")
         try:
             if folder.exists():
@@ -156,9 +160,9 @@ def remove(version: str | None = None) -> list[Path]:
 
 
 def _running() -> tuple[Environment | None, str | None]:
-    """The running interpreter if rknn-toolkit2 is installed in it, and why it cannot be used (or None).
+    """The running interpreter if it has rknn-toolkit2, and the reason why it is unusable (or None).
 
-    Looks at metadata only: importing the compiler takes a second and changes the process's logging.
+    Reads package metadata only: importing the compiler takes a second and changes the process's logging.
     """
     try:
         version = importlib.metadata.version("rknn-toolkit2")
@@ -170,7 +174,7 @@ def _running() -> tuple[Environment | None, str | None]:
 
 
 def _conflict() -> str | None:
-    """Which package beside the caller's own rknn-toolkit2 breaks it, or None."""
+    """The first package in the running interpreter that breaks rknn-toolkit2, with the reason, or None."""
     for name, ceiling in CEILINGS.items():
         try:
             text = importlib.metadata.version(name)
@@ -183,7 +187,7 @@ def _conflict() -> str | None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes on disk below `folder`, links not followed."""
+    """Bytes on disk below `folder`. Links are not followed."""
     total = 0
     for root, _, names in os.walk(folder):
         total += sum(os.lstat(os.path.join(root, name)).st_blocks * 512 for name in names)

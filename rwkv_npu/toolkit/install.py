@@ -1,6 +1,6 @@
-"""Make a private environment for Rockchip's compiler: about 600 MB, no torch, no CUDA.
+"""Create a private environment for Rockchip's compiler: about 600 MB, without torch and CUDA.
 
-It is built beside its final place and renamed when the compiler has been imported in it, so an interrupted or
+The environment is built beside its final path and renamed after a first import of the compiler. An interrupted or
 failed installation leaves nothing that looks usable.
 """
 
@@ -27,23 +27,23 @@ from rwkv_npu.toolkit.environment import (
     private_dir,
 )
 
-# All that the compiler imports, installed with --no-deps: its own metadata asks for torch, whose wheels for
-# x86-64 bring 5 GB of CUDA. One set works for every supported version; each pin was tried by building and
-# simulating a graph on Python 3.10, 3.11 and 3.12.
+# Everything that the compiler imports, installed with --no-deps: its own metadata requires torch, whose x86-64 wheels
+# bring 5 GB of CUDA. These versions work with every supported compiler. Each was tested on Python 3.10, 3.11 and 3.12
+# by building and simulating a graph.
 PINS = {
-    "numpy": "1.26.4",  # the last 1.x, which the compiler's metadata asks for
-    "onnx": "1.18.0",  # 1.19 removed onnx.mapping, which it imports
-    "protobuf": "4.25.4",  # its metadata's ceiling; 7 fails
+    "numpy": "1.26.4",  # the last 1.x; the compiler's metadata requires 1.x
+    "onnx": "1.18.0",  # 1.19 removed onnx.mapping, which the compiler imports
+    "protobuf": "4.25.4",  # the upper limit in the compiler's metadata; 7 fails
     "typing-extensions": "4.12.2",  # imported by onnx 1.18
-    "onnxruntime": "1.20.1",  # folds constants; the last with wheels for 3.10 to 3.12 on glibc 2.27
+    "onnxruntime": "1.20.1",  # folds constants; the last version with wheels for 3.10 to 3.12 on glibc 2.27
     "scipy": "1.14.1",
-    "opencv-python-headless": "4.10.0.84",  # headless: the other one wants libGL on the machine
-    "setuptools": "75.8.0",  # 82 removed pkg_resources, which it imports
+    "opencv-python-headless": "4.10.0.84",  # the other opencv-python needs libGL on the machine
+    "setuptools": "75.8.0",  # 82 removed pkg_resources, which the compiler imports
     "tqdm": "4.67.1",
     "packaging": "24.2",
 }
-ROOM = 1_200_000_000  # bytes needed while installing: 600 MB installed and pip's downloads
-SECONDS_TO_START = 60  # a Python that does not answer in this time is not used
+ROOM = 1_200_000_000  # free bytes needed: 600 MB installed, and pip's downloads
+SECONDS_TO_START = 60  # an interpreter that takes longer to answer is not used
 
 
 def install(
@@ -51,65 +51,67 @@ def install(
     python: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Environment:
-    """Install `version` into the user's cache folder, unless it is there, and return it.
+    """Install `version` into the user's cache folder, unless it is installed already. Returns its environment.
 
-    `python` is an interpreter (path or command) of version 3.10 to 3.12, looked for if None. `progress`
-    receives one line at a time. Raises ToolkitError with one line that says what to do; nothing half-made is
-    left then, nor after Ctrl-C.
+    `python` is an interpreter (path or command) of version 3.10 to 3.12; None searches for one. `progress` receives
+    one line of text at a time. Raises ToolkitError with one line that names the remedy. A failure or Ctrl-C leaves
+    no unfinished environment behind.
     """
-    say = progress or (lambda line: None)
+    log = progress or (lambda line: None)
     _check_machine(check_version(version))
     final = private_dir(version)
     partial = final.with_name(final.name + ".partial")
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        # Two installations at once become one.
-        with waited_for(cache_dir() / "lock", say, "another installation to end"):
-            if found := find_private(version):
-                say(f"rknn-toolkit2 {version} is already installed in {final}")
-                return found
+        # A second installation waits here, and then finds the environment of the first.
+        with waited_for(cache_dir() / "lock", log, "another installation to end"):
+            if existing := find_private(version):
+                log(f"rknn-toolkit2 {version} is already installed in {final}")
+                return existing
             base = find_python(python)
             if (free := shutil.disk_usage(cache_dir()).free) < ROOM:
                 need = f"{ROOM / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-                raise ToolkitError(f"not enough room in {cache_dir()}: {need} (RWKV_NPU_CACHE names another)")
-            shutil.rmtree(partial, ignore_errors=True)  # of an installation that was killed
+                raise ToolkitError(
+                    f"not enough disk space in {cache_dir()}: {need} (RWKV_NPU_CACHE sets another folder)"
+                )
+            shutil.rmtree(partial, ignore_errors=True)  # left by an installation that was killed
             try:
-                _fill(partial, base, version, say)
-                shutil.rmtree(final, ignore_errors=True)  # one whose Python is gone
+                _fill(partial, base, version, log)
+                shutil.rmtree(final, ignore_errors=True)  # its Python is missing: `find_private` rejected it
                 partial.rename(final)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
         raise ToolkitError(f"cannot install in {cache_dir()}: {error.strerror or error}") from error
-    say(f"rknn-toolkit2 {version} is installed in {final}")
+    log(f"rknn-toolkit2 {version} is installed in {final}")
     return Environment(final / "bin" / "python", version, private=True)
 
 
 def find_python(wanted: str | Path | None = None) -> Path:
-    """An interpreter that the compiler has wheels for: `wanted`, else the running one, else from PATH.
+    """Find an interpreter that the compiler has wheels for: `wanted`, else the running one, else one on PATH.
 
-    Raises ToolkitError if `wanted` is not such an interpreter, or none is found.
+    Raises ToolkitError if `wanted` is unsuitable, or nothing is found.
     """
     supported = " or ".join(f"{major}.{minor}" for major, minor in PYTHONS)
     if wanted is not None:
-        found = shutil.which(str(wanted))
-        if found is None:
+        path = shutil.which(str(wanted))
+        if path is None:
             raise ToolkitError(f"--python {wanted}: no such program")
-        version = _python_version(found)
+        version = _python_version(path)
         if version is None:
             raise ToolkitError(f"--python {wanted}: this is not a working CPython interpreter")
         if version not in PYTHONS:
             raise ToolkitError(f"--python {wanted}: this is {version[0]}.{version[1]}; {supported} is needed")
-        return Path(found)
+        return Path(path)
     if sys.version_info[:2] in PYTHONS and sys.executable:
         return Path(sys.executable)
     names = [f"python{major}.{minor}" for major, minor in PYTHONS] + ["python3", "python"]
     for name in names:
-        found = shutil.which(name)
-        # A pyenv shim is found on PATH but refuses to run: only one that answers counts.
-        if found and _python_version(found) in PYTHONS:
-            return Path(found)
+        path = shutil.which(name)
+        # PATH may hold a pyenv shim that refuses to run. Only an interpreter that runs counts.
+        if path and _python_version(path) in PYTHONS:
+            return Path(path)
     raise ToolkitError(
         f"Rockchip's compiler needs Python {supported}; this is {platform.python_version()} and none of"
         f" {', '.join(names[:3])} works on PATH: install one, or name it with --python"
@@ -117,7 +119,7 @@ def find_python(wanted: str | Path | None = None) -> Path:
 
 
 def _python_version(python: str) -> tuple[int, int] | None:
-    """(major, minor) of a CPython interpreter, or None if it is not one or does not run."""
+    """(major, minor) of a CPython interpreter. None if it is not CPython or does not run."""
     code = "import sys; print(sys.implementation.name, *sys.version_info[:2])"
     try:
         answer = subprocess.run(
@@ -140,16 +142,16 @@ def _check_machine(version: str) -> None:
         )
 
 
-def _fill(folder: Path, base: Path, version: str, say: Progress) -> None:
-    """Make a virtual environment at `folder` and put the compiler in it."""
-    say(f"making an environment with {base}")
+def _fill(folder: Path, base: Path, version: str, log: Progress) -> None:
+    """Create a virtual environment in `folder` and install the compiler in it."""
+    log(f"creating an environment with {base}")
     pip = _make_venv(folder, base)
     temporary = folder / "tmp"
     temporary.mkdir()
     wanted = [f"{name}=={pin}" for name, pin in {**PINS, "rknn-toolkit2": version}.items()]
-    # --no-compile: only what is imported gets compiled, by the import below.
+    # --no-compile: the import below compiles only the modules that are used.
     command = [*pip, "install", "--no-deps", "--no-compile", "--only-binary=:all:", "--retries=2", *wanted]
-    # PIP_USER undoes a pip.conf that would install elsewhere; TMPDIR is on the same disk, deleted with it.
+    # PIP_USER=0 overrides a pip.conf that installs elsewhere. TMPDIR is on the same disk and deleted with the folder.
     settings = {
         "PIP_USER": "0",
         "PIP_NO_INPUT": "1",
@@ -158,23 +160,23 @@ def _fill(folder: Path, base: Path, version: str, say: Progress) -> None:
     }
     elsewhere = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME")
     environment = {name: value for name, value in os.environ.items() if name not in elsewhere} | settings
-    code, lines = _run(command, environment, say)
+    code, lines = _run(command, environment, log)
     if code:
         raise ToolkitError(f"pip could not install rknn-toolkit2 {version}: {_pip_reason(lines)}")
     (site,) = folder.glob("lib/python3*/site-packages")
     shutil.copyfile(Path(__file__).with_name("stand_in_torch.py"), site / "torch.py")
     shutil.rmtree(temporary)
-    for script in (folder / "bin").iterdir():  # they hold the folder's name of before the rename
+    for script in (folder / "bin").iterdir():  # scripts hold the folder's path before the rename
         if not script.name.startswith("python"):
             script.unlink()
-    say("checking that it can be imported")
-    code, lines = _run([str(folder / "bin" / "python"), "-I", "-c", "import rknn.api"], environment, say)
+    log("checking that it can be imported")
+    code, lines = _run([str(folder / "bin" / "python"), "-I", "-c", "import rknn.api"], environment, log)
     if code:
         raise ToolkitError(f"rknn-toolkit2 {version} was installed but cannot be imported: {_last(lines)}")
 
 
 def _make_venv(folder: Path, base: Path) -> list[str]:
-    """Create the environment; returns the command that runs a pip which installs into it."""
+    """Create the virtual environment. Returns the command of a pip that installs into it."""
     environment = dict(os.environ)
     make = [str(base), "-I", "-m", "venv"]
     code, lines = _run([*make, str(folder)], environment)
@@ -182,7 +184,7 @@ def _make_venv(folder: Path, base: Path) -> list[str]:
         return [str(folder / "bin" / "python"), "-I", "-m", "pip"]
     if "ensurepip" not in " ".join(lines):
         raise ToolkitError(f"{base} cannot make a virtual environment: {_last(lines)}")
-    # Debian's Python without python3-venv: the environment can be made, only pip is missing.
+    # Debian's Python without python3-venv can create the environment but has no pip for it.
     code, _ = _run([*make, "--clear", "--without-pip", str(folder)], environment)
     if code or importlib.util.find_spec("pip") is None:
         raise ToolkitError(
@@ -192,9 +194,9 @@ def _make_venv(folder: Path, base: Path) -> list[str]:
 
 
 def _run(
-    command: list[str], environment: dict[str, str], say: Progress | None = None
+    command: list[str], environment: dict[str, str], log: Progress | None = None
 ) -> tuple[int, list[str]]:
-    """Run to the end, passing on the lines that show progress; returns the exit status and all lines."""
+    """Run a command to its end and log pip's progress lines. Returns the exit status and all lines."""
     lines: list[str] = []
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -205,8 +207,8 @@ def _run(
         try:
             for line in process.stdout:
                 lines.append(line.strip())
-                if say and lines[-1].startswith(("Collecting", "Downloading", "Installing")):
-                    say(lines[-1])
+                if log and lines[-1].startswith(("Collecting", "Downloading", "Installing")):
+                    log(lines[-1])
         except BaseException:
             process.kill()
             raise
@@ -214,7 +216,7 @@ def _run(
 
 
 def _pip_reason(lines: list[str]) -> str:
-    """pip's own last error, with the cause when it never reached an index."""
+    """pip's last error. Adds the cause if pip could not reach the package index."""
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     reason = errors[-1] if errors else _last(lines)
     unreachable = any("Retrying" in line for line in lines)

@@ -1,6 +1,6 @@
-"""What the compiler prints, read: the layer table with its cycle estimates, the memory it plans, the errors.
+"""Parse the compiler's output: the layer table with its cycle estimates, the planned memory, and errors.
 
-The cycles are the compiler's own estimate for one core, and an optimistic one: label them as an estimate.
+Cycles are the compiler's own estimate for one core, and an optimistic one. Always label them as an estimate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROW = re.compile(
 )
 _MEMORY = re.compile(_STAMP + r"Total (Internal|Weight) Memory Size: ([\d.]+)(B|KB|MB|GB)?\s*$")
 _UNITS = {None: 1, "B": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3}
-# Python's name of an error whose text says enough, and ONNX Runtime's prefix.
+# Prefixes of an error message that add nothing to it: Python's exception class, and ONNX Runtime's prefix.
 _CLASS = re.compile(
     r"^(onnxruntime\.[\w.]+: )?(\[ONNXRuntimeError\] : \d+ : \w+ : )?((Value|Runtime|OS)Error: )?"
 )
@@ -26,7 +26,7 @@ _NOISE = re.compile(r"rknn-toolkit2 version|={5,}|^Traceback|^\s+File |^\s+\^+\s
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the compiler's layer table; cycles of the NPU's clock, shapes as it prints them."""
+    """One row of the compiler's layer table. Cycles of the NPU's clock; shapes as printed."""
 
     op: str
     dtype: str
@@ -42,7 +42,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cycles:
-    """Sums over the layers: time bound by memory, by arithmetic, and by the larger of the two per layer."""
+    """Sums over all layers: cycles of memory, of arithmetic, and of the larger of the two in each layer."""
 
     ddr: int
     npu: int
@@ -50,21 +50,21 @@ class Cycles:
 
 
 def layers(log: str) -> tuple[Layer, ...]:
-    """The rows of the (first) layer table in a verbose log; empty if there is none."""
+    """The rows of the first layer table in a verbose log. Empty if there is no table."""
     rows: list[Layer] = []
     _, _, after = log.partition("Network Layer Information Table")
     for line in after.splitlines():
-        if found := _ROW.match(line):
-            if rows and found["id"] == "0":
+        if match := _ROW.match(line):
+            if rows and match["id"] == "0":
                 break
-            op, dtype, target, inputs, outputs = found.group("op", "dtype", "target", "inputs", "outputs")
-            ddr, npu, total, kilobytes = map(int, found.group("ddr", "npu", "total", "kilobytes"))
-            rows.append(Layer(op, dtype, target, inputs, outputs, ddr, npu, total, kilobytes, found["name"]))
+            op, dtype, target, inputs, outputs = match.group("op", "dtype", "target", "inputs", "outputs")
+            ddr, npu, total, kilobytes = map(int, match.group("ddr", "npu", "total", "kilobytes"))
+            rows.append(Layer(op, dtype, target, inputs, outputs, ddr, npu, total, kilobytes, match["name"]))
     return tuple(rows)
 
 
 def cycles(rows: tuple[Layer, ...]) -> Cycles:
-    """The sums of a layer table."""
+    """Sum the cycles of a layer table."""
     return Cycles(
         sum(row.ddr_cycles for row in rows),
         sum(row.npu_cycles for row in rows),
@@ -73,23 +73,23 @@ def cycles(rows: tuple[Layer, ...]) -> Cycles:
 
 
 def cpu_fallback(rows: tuple[Layer, ...]) -> tuple[str, ...]:
-    """Names of the layers that the board's CPU would run, other than passing inputs and outputs on."""
+    """Names of the layers that run on the board's CPU, except the graph's inputs and outputs."""
     return tuple(
         row.name for row in rows if row.target != "NPU" and row.op not in ("InputOperator", "OutputOperator")
     )
 
 
 def memory(log: str) -> tuple[int, int]:
-    """(internal, weight) bytes that the artifact takes in the NPU's memory; zeros if not printed."""
+    """(internal, weight) bytes of NPU memory that the artifact needs. Zeros if the log does not print them."""
     sizes = {"Internal": 0, "Weight": 0}
     for line in log.splitlines():
-        if found := _MEMORY.match(line):
-            sizes[found[1]] = round(float(found[2]) * _UNITS[found[3]])
+        if match := _MEMORY.match(line):
+            sizes[match[1]] = round(float(match[2]) * _UNITS[match[3]])
     return sizes["Internal"], sizes["Weight"]
 
 
-def last_error(log: str, otherwise: str) -> str:
-    """One line: the last error that the compiler logged and, unless that says it, the `otherwise` reason."""
+def last_error(log: str, fallback: str) -> str:
+    """One line: the last error in the compiler's log. `fallback` is added unless one text contains the other."""
     lines = [_COLOUR.sub("", line) for line in log.splitlines()]
     errors, block = [], False
     for line in lines:
@@ -101,7 +101,7 @@ def last_error(log: str, otherwise: str) -> str:
         if block and not _NOISE.search(line) and not line.endswith("Traceback (most recent call last):"):
             errors.append(line.strip())
     errors = [_CLASS.sub("", line) for line in errors]
-    reason = next((line for line in reversed(otherwise.splitlines()) if not _NOISE.search(line)), otherwise)
+    reason = next((line for line in reversed(fallback.splitlines()) if not _NOISE.search(line)), fallback)
     reason = _CLASS.sub("", reason.strip())
     if not errors or errors[-1] in reason:
         return reason

@@ -1,7 +1,7 @@
-"""Compile many graphs, several at a time, within a bound on memory.
+"""Compile many graphs in parallel, within a memory limit.
 
-One build takes about `estimated_rss` bytes, 6 times the weights as fp32; a head of 65536 words at D = 2048 takes
-3.4 GB. So the number of processes is not the limit, memory is.
+A build takes about 6 times the bytes of its weights as fp32 (`estimated_rss`): 3.4 GB for a head of 65536 tokens at
+D = 2048. Memory, not the number of cores, limits how many run at once.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from rwkv_npu.toolkit.compiler import CompileOptions, CompileResult, compile_gra
 from rwkv_npu.toolkit.environment import Environment
 from rwkv_npu.toolkit.worker import Worker
 
-# Measured with 2.5.0: 0.30 GB for 19 MB of weights as fp32, 1.36 for 206, 3.38 for 537.
+# Measured with 2.5.0: 0.30 GB for 19 MB of weights as fp32, 1.36 GB for 206 MB, 3.38 GB for 537 MB.
 RSS_BASE, RSS_PER_BYTE = 250_000_000, 6.0
-INT8_RSS_PER_BYTE = 8.0  # products in int8 are built in two steps: 1.77 GB for 201
-HELD_PER_BYTE = 3.2  # what a simulator keeps once it is built: 0.73 GB for 206 MB
-SMALL = 64_000_000  # bytes of weights as fp32, up to which a build leaves its process to the next one
-SHARE = 0.8  # of the limit, for builds that run together: an estimate may be short
+INT8_RSS_PER_BYTE = 8.0  # int8 products are built in two steps: 1.77 GB for 201 MB
+HELD_PER_BYTE = 3.2  # memory of a simulator after its build: 0.73 GB for 206 MB
+SMALL = 64_000_000  # bytes of weights as fp32: up to this size, the next build reuses the process
+SHARE = 0.8  # of the limit, for builds that run together: estimates may be too low
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One graph to compile, with `compile_graph`'s arguments.
+    """One graph to compile, with the arguments of `compile_graph`.
 
-    `weight_bytes` is the size of its weights as fp32. `write_graph`, if given, makes the file at `onnx_path` when the
-    job's turn comes; it is then deleted afterwards.
+    `weight_bytes` is the size of the weights as fp32. `write_graph`, if given, creates the file at `onnx_path` right
+    before the build; the file is deleted afterwards.
     """
 
     onnx_path: Path
@@ -46,7 +46,7 @@ class Job:
 
     @property
     def estimated_rss(self) -> int:
-        """Bytes of memory that building this is expected to take."""
+        """Expected peak memory of the build, in bytes."""
         return RSS_BASE + round(self.rss_per_byte * self.weight_bytes)
 
     @property
@@ -55,12 +55,12 @@ class Job:
 
     @property
     def simulator_rss(self) -> int:
-        """Bytes of memory that a `Simulator` of this graph is expected to keep once it is built."""
+        """Expected memory of a `Simulator` of this graph after its build, in bytes."""
         return RSS_BASE + round(HELD_PER_BYTE * self.weight_bytes)
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping: the machine's, or less if this process's cgroup is bounded."""
+    """Bytes that can be used without swapping: the machine's, or less if a cgroup limits this process."""
     with open("/proc/meminfo") as file:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     try:
@@ -78,13 +78,12 @@ def compile_many(
     parallel: int | None = None,
     memory_limit_bytes: int | None = None,
 ) -> Iterator[tuple[Job, CompileResult]]:
-    """Compile `jobs` and yield (job, result) as each ends, not in their order.
+    """Compile `jobs` and yield (job, result) as each one ends, in any order.
 
-    At most `parallel` processes (default: one a core) run at once, and their estimates stay within four
-    fifths of `memory_limit_bytes` (default: what is available); a job above that runs alone. A job above the
-    limit is refused
-    with ToolkitError before anything is built. The first failure, Ctrl-C, or closing the iterator stops all
-    processes; artifacts that were finished stay.
+    At most `parallel` processes (default: one a core) run at once. The sum of their estimates stays within four fifths
+    of `memory_limit_bytes` (default: the available memory); a larger job runs alone. A job above the whole limit
+    raises ToolkitError before any build starts. The first failure, Ctrl-C, or closing the iterator stops all
+    processes. Finished artifacts stay.
     """
     limit = available_memory() if memory_limit_bytes is None else memory_limit_bytes
     parallel = len(os.sched_getaffinity(0)) if parallel is None else parallel
@@ -110,7 +109,7 @@ def _run(
             results = [(running.pop(future), future) for future in ended]
             while job := _next(waiting, list(running.values()), parallel, limit):
                 running[pool.submit(_compile, environment, job, workers)] = job
-            # A failure is raised last: what ended with it is finished, and stays.
+            # Raise a failure last: artifacts that finished at the same moment count.
             for job, future in sorted(results, key=lambda pair: pair[1].exception() is not None):
                 yield job, future.result()
     finally:
@@ -133,7 +132,7 @@ def _compile(environment: Environment, job: Job, workers: _Workers) -> CompileRe
 
 
 def _next(waiting: list[Job], running: list[Job], parallel: int, limit: int) -> Job | None:
-    """Take the largest job that may start now out of `waiting`, if any."""
+    """Remove and return the largest job in `waiting` that fits the limits now, or None."""
     if len(running) >= parallel:
         return None
     used = sum(job.estimated_rss for job in running)
@@ -148,13 +147,13 @@ def _refusal(job: Job, limit: int) -> str:
         f"{RSS_BASE / 1e9} GB + {job.rss_per_byte:.0f} x {job.weight_bytes / 1e9:.2f} GB of weights as fp32"
     )
     return (
-        f"building {job.out_path.name} needs about {job.estimated_rss / 1e9:.1f} GB of memory ({arithmetic}); "
-        f"{limit / 1e9:.1f} GB are available"
+        f"compiling {job.out_path.name} needs about {job.estimated_rss / 1e9:.1f} GB of memory ({arithmetic}), "
+        f"but {limit / 1e9:.1f} GB are available"
     )
 
 
 class _Workers:
-    """The processes of `compile_many`. Small builds share them; one that starts after `kill` ends at once."""
+    """The processes of `compile_many`. Small builds share them. After `kill`, a new process is killed at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -164,7 +163,7 @@ class _Workers:
 
     @contextlib.contextmanager
     def borrow(self, environment: Environment, job: Job) -> Iterator[Worker]:
-        """A process for one build: an idle one, or a new one. It is idle again after a small build that succeeded."""
+        """A process for one build, idle or new. After a small build that succeeded it becomes idle again."""
         folder, small = job.out_path.absolute().parent, job.weight_bytes <= SMALL
         worker = self._take(folder) if small else None
         if worker is None:
@@ -182,14 +181,14 @@ class _Workers:
                 worker.close()
 
     def kill(self) -> None:
-        """End all processes, and what they are doing."""
+        """End all processes at once, including those that compile."""
         with self._lock:
             self._stopped = True
             for worker in self._all:
                 worker.kill()
 
     def close(self) -> None:
-        """After `kill`, when no build is under way: delete the files of idle processes."""
+        """Delete the files of idle processes. Call it after `kill`, when no build runs."""
         for workers in self._idle.values():
             for worker in workers:
                 worker.close()

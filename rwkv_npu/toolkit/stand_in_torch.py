@@ -1,7 +1,7 @@
-"""A stand-in for torch, copied as `torch.py` into the private environment, never imported by this package.
+"""A replacement for torch, copied as `torch.py` into the private environment. This package never imports it.
 
-The compiler imports torch for models in torch's own format, and touches three of these names whatever it reads. The
-other three number the elements of a tensor that a graph cuts, for which NumPy serves. The real one weighs up to 5 GB.
+The compiler imports torch to read models in torch's format. It touches three of these names for every model. The other
+three number the elements of a tensor that a graph splits; NumPy serves for that. The real torch weighs up to 5 GB.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ __version__ = "0.0.0"
 
 
 class Tensor:
-    """Nothing is one."""
+    """Exists for isinstance checks. No object is an instance."""
 
 
 class no_grad(contextlib.ContextDecorator):
-    """Does nothing, as a decorator and as a context."""
+    """Does nothing, as a decorator and as a context manager."""
 
     def __enter__(self) -> None:
         pass
@@ -42,5 +42,5 @@ def cat(arrays: Sequence[np.ndarray], dim: int = 0) -> np.ndarray:
 
 nn = types.ModuleType("torch.nn")
 nn.Module = type("Module", (), {})  # type: ignore[attr-defined]
-if __name__ == "torch":  # under its own name it must not stand in anyone's way
+if __name__ == "torch":  # only when it replaces torch: any other import must not change sys.modules
     sys.modules["torch.nn"] = nn

@@ -1,4 +1,4 @@
-"""The parent's handle of one compiler process (child.py): start, request, stop, and what went wrong."""
+"""The parent's side of a compiler process (child.py): start, request, stop, and error messages."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rwkv_npu.toolkit.log import last_error
 
 
 class Worker:
-    """One child process and its scratch folder, made in `folder` (the system's temporary one if None).
+    """One child process and its scratch folder, created in `folder` (None: the system's temporary folder).
 
-    Use as a context manager, or call `close`. `kill` may be called from another thread; a request under way
-    then raises ToolkitError.
+    Use it as a context manager, or call `close`. Another thread may call `kill`; a running request then raises
+    ToolkitError.
     """
 
     def __init__(self, environment: Environment, folder: Path | None = None) -> None:
@@ -39,7 +39,7 @@ class Worker:
         command = environment.command(Path(child.__file__), str(self.scratch))
         settings = {"TMPDIR": str(self.scratch), "PYTHONWARNINGS": "ignore"}
         try:
-            # A session of its own: Ctrl-C is the parent's to handle.
+            # A session of its own: Ctrl-C reaches the parent only, which decides what to stop.
             self._process = subprocess.Popen(
                 command,
                 env={**os.environ, **settings},
@@ -61,14 +61,16 @@ class Worker:
     def request(
         self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Send one request and wait for its reply: (header, arrays). Raises ToolkitError if it failed, or if
-        the process ended."""
+        """Send one request and wait for its reply: (header, arrays).
+
+        Raises ToolkitError if the request failed or the process ended.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
             try:
                 child.send(self._process.stdin, dict(header), dict(arrays or {}))
                 reply = child.receive(self._process.stdout)
-            except (OSError, EOFError, ValueError):  # ValueError: closed by another thread
+            except (OSError, EOFError, ValueError):  # ValueError: another thread closed the stream
                 reply = None
         if reply is None:
             raise ToolkitError(self._why_it_ended())
@@ -77,27 +79,27 @@ class Worker:
         return reply
 
     def log(self) -> str:
-        """What the compiler printed so far."""
+        """The compiler's output so far."""
         try:
             return (self.scratch / "log").read_text(errors="replace")
         except OSError:
             return ""
 
     def kill(self) -> None:
-        """End the process at once; `close` is still needed."""
+        """End the process at once. `close` must still be called."""
         self._killed = True
         self._process.kill()
 
     def close(self) -> None:
-        """End the process and delete its files. May be called again."""
+        """End the process and delete its files. A second call does nothing."""
         process = self._process
         _close(process.stdin)  # the child ends when its stdin closes
         try:
             process.wait(timeout=2)
-        except subprocess.TimeoutExpired:  # within a long call of the C library
+        except subprocess.TimeoutExpired:  # inside a long call of the C library
             process.kill()
             process.wait()
-        _close(process.stdout)  # only now: another thread may be reading
+        _close(process.stdout)  # last: another thread may be reading it
         _close(process.stderr)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -111,9 +113,7 @@ class Worker:
             printed = b""
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            return (
-                "Rockchip's compiler was killed, most likely for lack of memory: build fewer graphs at a time"
-            )
+            return "Rockchip's compiler was killed, most likely for lack of memory: compile fewer graphs at a time"
         how = f"ended by signal {-code}" if code < 0 else f"exited with status {code}"
         text = self.log() + printed.decode(errors="replace")
         return last_error(text, f"Rockchip's compiler {how}")
@@ -123,5 +123,5 @@ def _close(stream: IO[bytes] | None) -> None:
     if stream is not None:
         try:
             stream.close()
-        except OSError:  # bytes for a process that is gone
+        except OSError:  # unsent bytes for a process that has ended
             pass
