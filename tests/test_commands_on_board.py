@@ -77,7 +77,10 @@ def test_doctor(ended: dict[str, Ended]) -> None:
     assert {findings[what]["level"] for what in ("rknn-toolkit-lite2", "versions")} == {"ok"}
     assert findings["board"]["found"] == f"{chip.MODEL}, rk3588"
     assert findings["NPU driver"]["found"] == chip.DRIVER
-    assert findings["librknnrt"]["found"] == "2.5.0 (/usr/lib/librknnrt.so)"
+    assert (
+        findings["librknnrt"]["found"]
+        == "2.5.0 (/usr/lib/librknnrt.so), reads artifacts of toolkit 2.5.0 and older"
+    )
     assert "4, 5, 6, 7" in findings["cores"]["found"]
     assert findings["ddr clock"]["found"] == "2112 of 2112 MHz, governor performance"
     assert findings["versions"]["found"] == "librknnrt 2.5.0 reads the artifacts of toolkit 2.3.2"

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,18 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
             {f"{DDR}/cur_freq": None, f"{DDR}/governor": None, f"{DDR}/available_frequencies": None},
             "ddr clock",
             NOTE,
+            "has no DMC (/sys/class/devfreq/dmc): the memory keeps the clock that the bootloader has set",
+            "sudo grep -i ddr /sys/kernel/debug/clk/clk_summary",
+        ),
+        (
+            {
+                f"sys/class/devfreq/fdab0000.npu/{name}": None
+                for name in ("cur_freq", "governor", "available_frequencies")
+            },
+            "npu clock",
+            NOTE,
             "not shown by this kernel",
-            "sudo cat /sys/kernel/debug/clk/clk_summary",
+            "sudo grep -i npu /sys/kernel/debug/clk/clk_summary",
         ),
         (
             {"sys/class/devfreq/fdab0000.npu/cur_freq": "200000000"},
@@ -182,8 +193,9 @@ def test_a_python_without_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("runtime", "level", "mend"),
     [
         ("2.5.0", OK, ""),
-        ("2.3.2", NOTE, "toolkit install --version 2.3.2; rwkv-npu convert model.pth"),
-        ("1.5.2", NOTE, "replace librknnrt.so by a newer one"),
+        ("2.3.2", BAD, "toolkit install --version 2.3.2; rwkv-npu convert model.pth"),
+        ("2.2.1", BAD, "--toolkit 2.2.0"),
+        ("1.5.2", BAD, "replace librknnrt.so by version 2.2.0 or later"),
     ],
 )
 def test_versions_are_compared_with_the_bundle(
@@ -192,6 +204,25 @@ def test_versions_are_compared_with_the_bundle(
     root = plant(tmp_path, {"usr/lib/librknnrt.so": f"librknnrt version: {runtime} (x)"})
     finding = found(root, "versions", bundle)
     assert finding.level == level and mend in finding.mend and runtime in finding.found
+    assert ("cannot load this bundle" in finding.found) == (level == BAD)
+
+
+def test_the_newest_artifact_decides_what_a_runtime_must_read(tmp_path: Path, bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    first, *others = opened.manifest.artifacts
+    opened.manifest.artifacts[:] = [replace(first, toolkit="2.2.0"), *others]  # the others are of 2.5.0
+    (finding,) = (f for f in examine(plant(tmp_path), opened) if f.what == "versions")
+    assert finding.level == BAD and "need librknnrt 2.5.0 or later" in finding.found
+
+
+def test_a_board_shows_what_its_runtime_reads_and_the_memory_of_the_npu(tmp_path: Path, bundle: Path) -> None:
+    root = plant(tmp_path)
+    shown = "2.3.2 (/usr/lib/librknnrt.so), reads artifacts of toolkit 2.3.2 and older"
+    assert found(root, "librknnrt").found == shown
+    assert found(root, "NPU memory").found == "3.5 GiB free for a model (a process can have 3.5)"
+    assert found(root, "NPU memory", bundle).found.endswith("of NPU memory (of 3.5); 11.4 GiB are free")
+    little = plant(tmp_path, {"proc/meminfo": "MemTotal: 4000000 kB\nMemAvailable: 1048576 kB\n"})
+    assert found(little, "NPU memory").found.startswith("1.0 GiB free for a model")
 
 
 def test_a_bundle_has_to_fit_the_chip_and_its_memory(tmp_path: Path, bundle: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_npu.backends.memory import plan_memory
+from rwkv_npu.backends.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import ROOT, Clock, numbers
 from rwkv_npu.board.npu import FILES
@@ -44,6 +44,8 @@ def examine(root: Path = ROOT, bundle: Bundle | None = None) -> list[Finding]:
     findings = list(_machine(root, chip))
     if chip is not None:
         findings += [*_driver(root), *_runtime(root), *_clocks(root), *_memory(root), _files()]
+        if bundle is None:
+            findings += _npu_memory(root)
     findings += [*_packages(chip), _numba(), *_toolkit()]
     if bundle is not None:
         findings += _bundle(root, chip, bundle)
@@ -142,23 +144,24 @@ def _runtime(root: Path) -> Iterator[Finding]:
             "by a newer one",
         )
     else:
-        yield Finding(OK, "librknnrt", f"{version} ({shown})")
+        yield Finding(OK, "librknnrt", f"{version} ({shown}), reads artifacts of toolkit {version} and older")
 
 
 def _clocks(root: Path) -> Iterator[Finding]:
     found = hardware.clocks(root)
     for clock in found:
         yield _clock(clock, root)
-    for name in ("ddr", "npu"):
+    for name, shown in _HIDDEN.items():
         if all(clock.name != name for clock in found):
-            yield Finding(
-                NOTE,
-                f"{name} clock",
-                "not shown by this kernel",
-                "look at it as root: sudo cat /sys/kernel/debug/clk/clk_summary",
-            )
+            look = f"sudo grep -i {name} /sys/kernel/debug/clk/clk_summary"
+            yield Finding(NOTE, f"{name} clock", shown, look)
 
 
+_HIDDEN = {
+    "ddr": "not shown, this system has no DMC (/sys/class/devfreq/dmc): the memory keeps the clock that the bootloader "
+    "has set. At 528 MHz writing text takes twice as long; then an image with a newer bootloader is needed",
+    "npu": "not shown by this kernel",
+}
 _WHY = {
     "ddr": "writing text is bound by it: at 528 MHz it takes twice as long",
     "npu": "reading prompts is bound by it",
@@ -196,6 +199,15 @@ def _memory(root: Path) -> Iterator[Finding]:
             f"{memory.get('CmaFree', 0) >> 20} of {memory['CmaTotal'] >> 20} MiB free",
             mend,
         )
+
+
+def _npu_memory(root: Path) -> Iterator[Finding]:
+    """The memory that the NPU can have, for any model; `_room` compares it with that of a bundle."""
+    free = hardware.memory(root).get("MemAvailable")
+    if free is not None:
+        most = BUDGET_BYTES / 2**30
+        shown = f"{min(free / 2**30, most):.1f} GiB free for a model (a process can have {most:.1f})"
+        yield Finding(OK, "NPU memory", shown)
 
 
 def _files() -> Finding:
@@ -266,7 +278,7 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
         shown = f"none for the {target}" + (f"; the bundle has some for: {others}" if others else "")
         yield Finding(BAD, "artifacts", shown, f"{again} --target {target}")
         return
-    toolkit = artifacts[0].toolkit
+    toolkit = max((artifact.toolkit for artifact in artifacts), key=numbers)
     rows = sorted({artifact.rows for artifact in artifacts})
     shown = f"{len(artifacts)} for the {target}, rows {', '.join(map(str, rows))}, by toolkit {toolkit or 'unknown'}"
     yield Finding(OK, "artifacts", shown)
@@ -282,18 +294,17 @@ def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
     if runtime is None or not toolkit:
         return
     if numbers(runtime) >= numbers(toolkit):
-        yield Finding(OK, "versions", f"librknnrt {runtime} reads toolkit {toolkit}")
+        yield Finding(OK, "versions", f"librknnrt {runtime} reads the artifacts of toolkit {toolkit}")
         return
     older = next((version for version in VERSIONS if numbers(version) <= numbers(runtime)), None)
-    mend = (
-        "replace librknnrt.so by a newer one"
-        if older is None
-        else (
-            f"if they are refused, on a PC: rwkv-npu toolkit install --version {older}; {again} --toolkit {older}"
-        )
-    )
     yield Finding(
-        NOTE, "versions", f"librknnrt {runtime} is older than the artifacts' toolkit {toolkit}", mend
+        BAD,
+        "versions",
+        f"librknnrt {runtime} cannot load this bundle: toolkit {toolkit} has compiled its artifacts, which need "
+        f"librknnrt {toolkit} or later",
+        f"on a PC: rwkv-npu toolkit install --version {older}; {again} --toolkit {older}"
+        if older
+        else f"replace librknnrt.so by version {VERSIONS[-1]} or later",
     )
 
 
@@ -305,4 +316,5 @@ def _room(root: Path, chip: str | None, bundle: Bundle, artifacts: list[Artifact
     if free is not None and plan.total > free:
         shown = f"{plan.arithmetic()}; {free / 2**30:.2f} GiB are free"
         return Finding(BAD, "NPU memory", shown, f"end other programs, or {again} --rows 32")
-    return Finding(OK, "NPU memory", plan.arithmetic())
+    shown = f"; {free / 2**30:.1f} GiB are free" if free is not None else ""
+    return Finding(OK, "NPU memory", plan.arithmetic() + shown)
