@@ -36,9 +36,10 @@ TIMED = (1, PROMPT_TOKENS)  # numbers of tokens that are read at once
 PRECISIONS = ("fp16", "mixed", "w8a8")
 ASSUMED_SHARE = 0.8  # of the weights in int8, where nobody has chosen them yet
 
-# Bytes of a `.rknn` beside its weights, as found in files of toolkit 2.5.0: for each node of the graph, each input and
-# output, which has to be transposed where it has several rows, and each product in int8, which has to be converted.
-NODE_BYTES, PORT_BYTES, TRANSPOSED_BYTES, INT8_BYTES = 6_300, 4_700, 30_000, 4_500
+# Bytes of a `.rknn` beside its weights, fitted to files of toolkit 2.5.0: for each node of the graph and for each input
+# and output, which are transposed where there are several rows; for each product in int8, which is converted.
+ONE_ROW, SEVERAL_ROWS = (5_200, 5_500), (3_500, 30_800)
+INT8_BYTES = 4_500
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ def _around(graphs: Graphs, group: Group, rows: int, share: Share) -> int:
     nodes = len(graphs.trace(group, rows).nodes)
     ports = len(group.fixed_inputs(rows)) + len(group.outputs)
     products = sum(share(one.name) for one in graphs.matrices(group, rows))
-    port_bytes = PORT_BYTES if rows == 1 else TRANSPOSED_BYTES
-    return round(NODE_BYTES * nodes + port_bytes * ports + INT8_BYTES * products)
+    node_bytes, port_bytes = ONE_ROW if rows == 1 else SEVERAL_ROWS
+    return round(node_bytes * nodes + port_bytes * ports + INT8_BYTES * products)
 
 
 def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
