@@ -226,8 +226,8 @@ def load(
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
     backend: numpy, ort, torch, rknn-sim, rknn, rknn-matmul, or auto: what `rwkv-npu tune` measured to be fastest on
-        this machine, else rknn where the NPU, its runtime and artifacts are there and pass their self-test, else numba
-        where it is installed, else ort.
+        this machine; else numba where it is installed, or ort, with rknn for prompts where the NPU, its runtime and
+        artifacts are there and pass their self-test.
     precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32. rknn-matmul makes fp16
         (its default) and w8a8 of any.
     fusion: layer or projection; None is the bundle's own.

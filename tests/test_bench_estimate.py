@@ -108,6 +108,24 @@ def test_operators_are_those_of_the_graph(tmp_path: Path, generation: str) -> No
     )
 
 
+def test_sequences_go_to_the_npu_where_it_is_faster(checkpoint: Path) -> None:
+    """On a CPU that takes 0.1 ms for each sequence, against an NPU that takes the same time for up to 64 rows."""
+    spec, some = open_checkpoint(checkpoint).spec, artifacts()
+    layers = [artifact for artifact in some if artifact.group != "head"]
+    rate = estimate.weights(spec)["projections"] / (rk3588.CPU_CORES * rk3588.CPU_HZ * 1e-4)
+    terms = TERMS.measured({"prefill_int8": rate}, "a slow processor")
+    npu = {n: estimate.on_npu(spec, layers, n, LP5, terms, host={}).total_ms for n in (2, 64)}
+    expected = int(npu[64] // 0.1) + 1
+    assert npu[2] == npu[64] and 2 < expected < 64
+    assert estimate.sequences_for_npu(spec, some, "int8", LP5, terms) == expected
+    assert (
+        estimate.sequences_for_npu(spec, some, "int8") is None
+    )  # a CPU as fast as it is, a model this small
+    assert estimate.sequences_for_npu(spec, artifacts("rk3576"), "int8", LP5, terms) is None
+    bare = [replace(artifact, cycles={}) for artifact in some]
+    assert estimate.sequences_for_npu(spec, bare, "int8", LP5, terms) is None
+
+
 def test_the_terms_of_one_core(checkpoint: Path) -> None:
     spec = open_checkpoint(checkpoint).spec
     host = {"recurrence": 0.5, "sampling": 0.25}

@@ -100,7 +100,9 @@ def test_tune_measures_the_npu_and_generate_follows(ended: dict[str, Ended], bun
             assert all(value > 0 for use in taken.values() for value in use.values())
             assert (taken["decode"]["rows"], taken["prefill"]["rows"]) == (1, 16)
     assert (bundle / TUNED).exists() and facts["machine"].startswith("rk3588, ")
-    assert "backend: rknn: runtime and artifacts are there and pass their tests" in ended["auto"].err
+    assert (
+        "backend: rknn reads prompts" in ended["auto"].err and "rwkv-npu tune measures" in ended["auto"].err
+    )
     assert "backend: measured by rwkv-npu tune on this machine: decode" in ended["tuned"].err
     assert f", {facts['fusion']} fusion" in ended["tuned"].err
 

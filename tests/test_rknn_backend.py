@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, open_bundle
 from rwkv_npu.model import Model
-from rwkv_npu.runtime.loading import CPU_BACKEND
+from rwkv_npu.runtime import loading, tuning
+from rwkv_npu.runtime.loading import CPU_BACKEND, Options
+from rwkv_npu.runtime.placement import Plan, parse
 from rwkv_npu.runtime.weights import BundleSource
 from tests.fake_rknnlite import TRACEBACK, FakeLite, FakeRuntime, become_a_board, fake_bundle
 from tests.tiny import run_main, write_model
@@ -277,10 +280,74 @@ def test_a_file_of_another_group_is_refused(bundle: Path, monkeypatch: pytest.Mo
 # -- auto ------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_npu_where_it_works(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_reads_prompts_on_the_npu_and_writes_on_the_cpu(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, _, said = run_main(capsys, "generate", "-m", bundle, "-p", "the ", "-n", 3, "-v")
-    assert status == 0 and "rknn, layer fusion, 4 calls a token" in said
-    assert "backend: rknn: runtime and artifacts are there and pass their tests" in said
+    assert status == 0 and f"rknn for prompts, {CPU_BACKEND} for tokens, layer fusion" in said
+    assert re.search(
+        rf"^backend: rknn reads prompts.*, {CPU_BACKEND} writes: .*, rwkv-npu tune measures$", said, re.M
+    )
+    with load(bundle, backend="auto") as model:
+        FakeRuntime.fed.clear()
+        model.forward(IDS[:16])
+        assert len(FakeRuntime.fed) == 3  # the head's row is the CPU's
+        FakeRuntime.fed.clear()
+        model.forward([7])
+        assert not FakeRuntime.fed
+
+
+def test_artifacts_of_one_row_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = fake_bundle(
+        monkeypatch, tmp_path / "m.pth", write_model(tmp_path / "m.pth", "7"), rows="1", cpu="fp16"
+    )
+    become_a_board(monkeypatch, tmp_path)
+    with load(bundle, backend="auto") as model:
+        assert model.describe().startswith("rknn, layer fusion")
+        assert model.reason == "rknn, whose artifacts have one row; rwkv-npu tune measures"
+
+
+def test_many_sequences_at_once_go_where_the_estimate_says(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "sequences_for_npu", lambda *_: 3)
+    with load(bundle, backend="auto") as model, rwkv_npu.load(bundle, backend="numpy") as other:
+        said = f"rknn reads prompts and 3 or more sequences at once, {CPU_BACKEND} writes: estimated"
+        assert model.reason == f"{said}, rwkv-npu tune measures"
+        for tokens, groups_on_npu in (
+            ([[5], [6]], 0),
+            ([[5], [6], [7]], 3),
+            ([[5], [6], [7], IDS[:9]], 3),  # a prompt beside them, in the same forward
+            ([[5], IDS[:9]], 3),
+        ):
+            FakeRuntime.fed.clear()
+            logits, _ = model.forward_batch(tokens, [model.new_state() for _ in tokens])
+            expected, _ = other.forward_batch(tokens, [other.new_state() for _ in tokens])
+            assert len(FakeRuntime.fed) == groups_on_npu
+            assert np.abs(logits - expected).max() < 1e-3
+
+
+def test_tune_measures_how_many_sequences_the_npu_takes(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan("ort", (("decode", "ort"), ("prefill", "rknn")), "layer")
+    seconds = {(2, None): 2.0, (2, 2): 3.0, (4, None): 4.0, (4, 4): 3.0}
+    monkeypatch.setattr(tuning, "_batch_seconds", lambda engine, *key: seconds[key])
+    source = BundleSource(open_bundle(bundle))
+    assert tuning._measure_batch(source, plan, Options()) == 4
+    assert tuning._measure_batch(source, Plan("ort"), Options()) is None
+
+
+def test_a_batch_is_timed_where_it_is_read(bundle: Path) -> None:
+    plan = parse(
+        "prefill=rknn,decode=ort", "ort", ("rknn", "ort"), BundleSource(open_bundle(bundle)).program.groups
+    )
+    engine = loading.open_engine(BundleSource(open_bundle(bundle)), plan, Options())
+    with contextlib.closing(engine):
+        for batch, calls in ((None, 0), (4, 3 * (1 + tuning.FEWEST))):
+            FakeRuntime.fed.clear()
+            assert tuning._batch_seconds(engine, 4, batch) > 0
+            assert len(FakeRuntime.fed) == calls
 
 
 @pytest.mark.parametrize("kind", ["opening", "self-test", "lock"])
@@ -344,8 +411,9 @@ def test_prompts_on_the_npu_and_tokens_on_the_cpu(bundle: Path) -> None:
 
 
 def test_the_names_of_the_command_line_are_those_of_the_backends() -> None:
-    from rwkv_npu import backends, cli
+    from rwkv_npu import backends
     from rwkv_npu.backends import rknn
+    from rwkv_npu.cli import common
 
-    assert (*cli.BACKENDS,) == ("auto", *backends.BACKENDS)
-    assert (*cli.NPU_CORES,) == (*rknn.CORES,)
+    assert (*common.BACKENDS,) == ("auto", *backends.BACKENDS)
+    assert (*common.NPU_CORES,) == (*rknn.CORES,)

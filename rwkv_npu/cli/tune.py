@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         "machine": machine,
         "plan": plan.text(),
         "fusion": plan.fusion,
+        "batch": plan.batch,
         "measured": measured,
         "file": str(kept),
     }
@@ -82,6 +83,8 @@ def _table(facts: dict[str, Any]) -> str:
         lines += [_line(row, columns) for row in ({name: name for name in columns}, *rows) if row]
     lines.append("Milliseconds of a pass over so many rows; the last column is for one token.")
     lines += [f"plan         {facts['plan']}, {facts['fusion']} fusion", f"machine      {facts['machine']}"]
+    if facts["batch"]:
+        lines.append(f"batch        {facts['batch']} or more sequences at once are read as prompts are")
     return "\n".join([*lines, f"kept in      {facts['file']}"])
 
 

@@ -45,7 +45,8 @@ class Engine:
 
     program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `assign` chooses the backends;
     `faults` is where they count theirs. `initial` is the tuned state of each layer that has one. `recurrence`: None is
-    NumPy's. `fused`: use a backend's fused forward where it has one.
+    NumPy's. `fused`: use a backend's fused forward where it has one. `batch`: from this many sequences on, their next
+    tokens are read by the backends of prompts; None: never.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Engine:
         faults: Faults | None = None,
         recurrence: Compiled | None = None,
         fused: bool = True,
+        batch: int | None = None,
     ):
-        self.program, self.fingerprint = program, fingerprint
+        self.program, self.fingerprint, self.batch = program, fingerprint, batch
         self._dispatcher = Dispatcher(program.groups, assign, faults or Faults(), fused=fused)
         self._recurrence = recurrence
         timed = TimedRecurrence(recurrence or ReferenceRecurrence(program.spec), self.counters)
@@ -83,6 +85,11 @@ class Engine:
     def fused(self) -> bool:
         """Whether tokens go through a backend's fused forward."""
         return self._dispatcher.fused(True) is not None
+
+    @property
+    def alike(self) -> bool:
+        """True if the same backends read prompts and tokens."""
+        return self._dispatcher.alike
 
     @property
     def backends(self) -> list[str]:
@@ -200,18 +207,22 @@ class Engine:
         """Deal the sequences' tokens over forwards: pieces (sequence, start, stop), and whether the wave decodes.
 
         Each sequence is cut every `chunk` tokens, wherever it stands and whatever else is read: by its tokens alone. A
-        piece of one token decodes. Pieces of both kinds share a forward where the same backends serve both.
+        piece of one token decodes, unless there are `batch` of them. Pieces of both kinds share a forward where the
+        same backends serve both.
         """
         starts = [0] * len(ids)
         while True:
             wave: list[tuple[int, int, int]] = []
             rows, decode = 0, True
-            for sequence, tokens in enumerate(ids):
-                start = starts[sequence]
-                stop = min(start + self.chunk, len(tokens))
-                if start == stop:
+            lefts = [len(tokens) - start for tokens, start in zip(ids, starts, strict=True)]
+            ones = sum(min(left, self.chunk) == 1 for left in lefts)
+            as_prompts = self.batch is not None and ones >= self.batch
+            for sequence, left in enumerate(lefts):
+                if not left:
                     continue
-                single = stop - start == 1
+                start = starts[sequence]
+                stop = start + min(left, self.chunk)
+                single = stop - start == 1 and not as_prompts
                 if wave and single != decode and not self._dispatcher.alike:
                     continue
                 limit = self._dispatcher.limit(decode=decode and single) or PREFILL_ROWS

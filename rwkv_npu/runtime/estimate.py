@@ -312,6 +312,24 @@ def for_bundle(
     return on_npu(spec, artifacts, tokens, dram)
 
 
+def sequences_for_npu(
+    spec: Spec, artifacts: Sequence[Artifact], cpu: str, dram: str = rk3588.DRAMS[0], terms: Terms = TERMS
+) -> int | None:
+    """The fewest sequences whose next tokens the NPU reads sooner than the CPU does, in precision `cpu`.
+
+    artifacts: those of one fusion and precision. The head and the choice of tokens are the CPU's either way, and so is
+    the recurrence. None where the CPU is faster for as many sequences as the artifacts have rows, or nothing is known.
+    """
+    layers = [artifact for artifact in artifacts if artifact.group != "head"]
+    if not layers or any(a.target != rk3588.NAME or not a.cycles for a in layers):
+        return None
+    for count in range(2, max(artifact.rows for artifact in layers) + 1):
+        npu = on_npu(spec, layers, count, dram, terms, host={})
+        if npu.total_ms < on_cpu(spec, cpu, count, dram, terms, host={}).ms["projections"]:
+            return count
+    return None
+
+
 def explain(terms: Terms = TERMS) -> list[str]:
     """Every term with its range and source, and how they are added up."""
     return [

@@ -17,6 +17,7 @@ from rwkv_npu.formats.bundle import Bundle, artifacts_digest
 from rwkv_npu.kernels.recurrence import compiled
 from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.runtime.estimate import sequences_for_npu
 from rwkv_npu.runtime.placement import Plan, tuned
 from rwkv_npu.runtime.selftest import self_test
 from rwkv_npu.runtime.weights import ModelSource
@@ -74,6 +75,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
             initial=source.initial_states(),
             faults=faults,
             fused=fused,
+            batch=plan.batch,
             # The NumPy backend alone is the reference, all of it.
             recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
@@ -104,8 +106,9 @@ def _advice(source: ModelSource) -> str:
 def open_automatically(source: ModelSource, options: Options, measured: Plan | None) -> tuple[Engine, str]:
     """The engine on the fastest backend that works here, and the reason for the choice.
 
-    It is the plan that was measured on this machine; else the NPU, if its runtime and artifacts are present and pass
-    their self-test; else the CPU. An NPU that is present and does not work causes a warning.
+    It is the plan that was measured on this machine; else the NPU for prompts and the CPU for tokens, if runtime and
+    artifacts are present and pass their self-test; else the CPU. An NPU that is present and does not work causes a
+    warning.
     """
     absent, on_cpu = why_absent(NPU_BACKEND, source), Plan(CPU_BACKEND)
     if measured and _serves(measured, source):
@@ -116,10 +119,7 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
     elif absent:
         plan, reason = on_cpu, f"{CPU_BACKEND}, since {absent}"
     else:
-        plan, reason = (
-            Plan(NPU_BACKEND),
-            f"{NPU_BACKEND}: runtime and artifacts are there and pass their tests",
-        )
+        plan, reason = _unmeasured(source)
     try:
         return open_engine(source, plan, options), reason
     except RwkvNpuError as error:
@@ -128,6 +128,22 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
         warnings.warn(f"the NPU is not used: {error}", stacklevel=3)
         steps_in = source if _serves(on_cpu, source) else source.unquantised()
         return open_engine(steps_in, on_cpu, options), f"{CPU_BACKEND}, since the NPU: {first_line(error)}"
+
+
+def _unmeasured(source: ModelSource) -> tuple[Plan, str]:
+    """The plan for a board that was not measured, and its explanation: the NPU reads prompts and the CPU writes. The
+    estimate tells from how many sequences on the NPU reads their tokens too."""
+    fitting = [a for a in source.artifacts() if a.target == hardware.soc() and a.group != "head"]
+    used = [artifact for artifact in fitting if artifact.precision == fitting[0].precision]
+    if source.precision in INT8_PRECISIONS:
+        return Plan(NPU_BACKEND), f"{NPU_BACKEND}, which runs the artifacts in {source.precision}"
+    if max(artifact.rows for artifact in used) == 1:
+        return Plan(NPU_BACKEND), f"{NPU_BACKEND}, whose artifacts have one row; rwkv-npu tune measures"
+    batch = sequences_for_npu(source.spec, used, source.cpu_precision)
+    also = f" and {batch} or more sequences at once" if batch else ""
+    reason = f"{NPU_BACKEND} reads prompts{also}, {CPU_BACKEND} writes"
+    plan = Plan(CPU_BACKEND, (("decode", CPU_BACKEND), ("prefill", NPU_BACKEND)), batch=batch)
+    return plan, f"{reason}: {'estimated' if batch else 'assumed'}, rwkv-npu tune measures"
 
 
 def measured_plan(bundle: Bundle) -> Plan | None:

@@ -26,12 +26,13 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Plan:
     """`default` runs the groups that no rule names. `fusion`, `note`: of a measured plan, the fusion that it is for and
-    its speeds."""
+    its speeds. `batch`: from this many sequences on, their next tokens are read as prompts are; None: never."""
 
     default: str
     rules: tuple[tuple[str, str], ...] = ()
     fusion: str | None = None
     note: str = ""
+    batch: int | None = None
 
     def backend(self, group: Group, decode: bool) -> str:
         use, rules = USES[0 if decode else 1], dict(self.rules)
@@ -90,8 +91,10 @@ def tuned(folder: Path, machine: str, artifacts: str) -> Plan | None:
         return None
     try:
         rules = tuple((str(key), str(name)) for key, name in found["rules"].items())
-        return Plan(str(found["default"]), rules, str(found["fusion"]), str(found["note"]))
-    except (KeyError, TypeError, AttributeError) as error:
+        batch = found.get("batch")
+        batch = None if batch is None else int(batch)
+        return Plan(str(found["default"]), rules, str(found["fusion"]), str(found["note"]), batch)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _Damaged(folder, error) from error
 
 
@@ -104,6 +107,7 @@ def save_tuned(folder: Path, machine: str, artifacts: str, plan: Plan, measured:
         "default": plan.default,
         "rules": dict(plan.rules),
         "note": plan.note,
+        "batch": plan.batch,
         "measured": measured,
     }
     others: dict[str, Any] = {}

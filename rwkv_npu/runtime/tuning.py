@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from rwkv_npu.runtime.weights import BundleSource
 CPU_BACKENDS = ("numba", "ort", "numpy")
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes
 TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use by which fusions are compared
+BATCHES = (2, 4, 8, 16, 32, 64)  # sequences at once
 WORTH = 0.95  # of the time of what is simpler: a mixture, or another fusion, has to stay below it
 
 Say = Callable[[str], None]
@@ -129,7 +130,36 @@ def tune(bundle: Bundle, options: Options, say: Say) -> tuple[Plan, list[Measure
     }
     seconds, plan = min(plans.values(), key=lambda pair: pair[0])
     usual = plans.get(bundle.manifest.fusion)
-    return (usual[1] if usual and WORTH * usual[0] <= seconds else plan), found
+    plan = usual[1] if usual and WORTH * usual[0] <= seconds else plan
+    return replace(plan, batch=_measure_batch(BundleSource(bundle, plan.fusion), plan, options)), found
+
+
+def _measure_batch(source: BundleSource, plan: Plan, options: Options) -> int | None:
+    """The fewest sequences (of BATCHES) whose next tokens the backends of prompts read sooner than those of tokens do.
+    None where they are the same, or never do."""
+    engine = open_engine(source, plan, options)
+    try:
+        if engine.alike:
+            return None
+        for count in (count for count in BATCHES if count <= engine.chunk):
+            as_tokens, as_prompts = (_batch_seconds(engine, count, batch) for batch in (None, count))
+            if as_prompts < WORTH * as_tokens:
+                return count
+        return None
+    finally:
+        engine.close()
+
+
+def _batch_seconds(engine: Engine, count: int, batch: int | None) -> float:
+    """Median seconds in which the next tokens of `count` sequences are read."""
+    engine.batch = batch
+    ids, states = np.ones((count, 1), np.int64), [engine.new_state() for _ in range(count)]
+    taken: list[float] = []
+    for _ in range(1 + FEWEST):
+        begin = time.perf_counter()
+        engine.forward_batch(ids, states, inplace=True)
+        taken.append(time.perf_counter() - begin)
+    return float(np.median(taken[1:]))  # the first opens what is not open
 
 
 def _speed(measured: Measured, use: str) -> str:
