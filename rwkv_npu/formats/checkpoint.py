@@ -8,13 +8,14 @@ neither memory nor time in proportion to their size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwkv_npu.errors import CheckpointError
+from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.detect import detect, refuse_unsupported, validate
 from rwkv_npu.formats.files import is_folder
 from rwkv_npu.formats.huggingface import (
@@ -26,10 +27,10 @@ from rwkv_npu.formats.huggingface import (
 )
 from rwkv_npu.formats.layout import BLINKDL, check_layout, strip_prefixes, to_one_layout
 from rwkv_npu.formats.pth import read_pth
-from rwkv_npu.formats.safetensors import TensorFile, map_file
-from rwkv_npu.models.spec import Kind, Spec, Tensor
+from rwkv_npu.formats.safetensors import TensorFile, TensorPlan, map_file, replace_tensors
+from rwkv_npu.models.spec import Kind, Spec, Tensor, tensors
 
-__all__ = ["Checkpoint", "check_finite", "open_checkpoint", "read_tensors"]
+__all__ = ["Checkpoint", "all_finite", "check_finite", "open_checkpoint", "pieces", "read_tensors"]
 
 _CHUNK = 1 << 20  # elements that check_finite looks at together
 _FP16_MAX = 65504.0
@@ -55,6 +56,7 @@ class Checkpoint:
         self._tensors: dict[str, Tensor] = validate(self.spec, stored)
         self._stored = stored
         self._logarithmic = logarithmic
+        self._amended: dict[str, Callable[[], np.ndarray]] = {}
         self._fingerprint = ""
         self.names = tuple(self._tensors)
 
@@ -62,10 +64,31 @@ class Checkpoint:
         return name in self._tensors
 
     def stored(self, name: str) -> np.ndarray:
-        """A tensor as it lies in the file: values, dtype and shape as stored, projections (out, in)."""
+        """A tensor as it lies in the file, or as `amend` makes it: dtype and shape as stored, projections (out, in)."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        return self._stored[name]
+        return self.producer(name)()
+
+    def producer(self, name: str) -> Callable[[], np.ndarray]:
+        """A function that returns `stored(name)` as it is now, whatever is amended later."""
+        return self._amended.get(name) or partial(self._stored.__getitem__, name)
+
+    def is_logarithm(self, name: str) -> bool:
+        """True if the stored values of a tensor are the logarithms of those that `tensor` returns."""
+        return name in self._logarithmic
+
+    def amend(self, changes: Mapping[str, Callable[[], np.ndarray]], digest: str) -> None:
+        """Give tensors other values, or add optional ones. Each is made anew whenever it is asked for.
+
+        The values must fit the spec, and have been checked. digest: of the changes; the fingerprint is another then.
+        """
+        self._fingerprint = hashlib.blake2b(
+            f"{self.fingerprint} {digest}".encode(), digest_size=16
+        ).hexdigest()
+        self._amended |= changes
+        every = {tensor.name: tensor for tensor in tensors(self.spec)}
+        self._tensors = {n: t for n, t in every.items() if n in self._tensors or n in self._amended}
+        self.names = tuple(self._tensors)
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor in `Tensor.used_shape`: projections (in, out), without a copy and in their stored dtype
@@ -233,6 +256,46 @@ def _read_file(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path} is neither a .pth (zip) nor a safetensors file")
 
 
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    path: Path,
+    metadata: dict[str, str],
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a checkpoint as safetensors under BlinkDL's names, each tensor in the dtype of the file that it came from.
+
+    The file appears whole; progress() is called after each tensor. Raises UsageError if it exists already, or has
+    another suffix; CheckpointError for a value that its dtype cannot hold; OSError.
+    """
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path} is not called *.safetensors, the only format that is written")
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"{path} exists: name another file, or remove it first")
+    replace_tensors(path, [_plan(checkpoint, name, progress) for name in checkpoint.names], metadata)
+
+
+def _plan(checkpoint: Checkpoint, name: str, progress: Callable[[], object]) -> TensorPlan:
+    # A bonus is written as it is used: in safetensors nothing tells a logarithm from it.
+    bonus = checkpoint.is_logarithm(name)
+    on_disk = checkpoint._stored.get(name)
+    dtype = np.dtype(np.float32) if bonus or on_disk is None else on_disk.dtype
+
+    def produce() -> np.ndarray:
+        array = checkpoint.tensor(name) if bonus else checkpoint.stored(name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = array.astype(dtype, copy=False)
+        if not all_finite(array):
+            raise CheckpointError(f"{name} is beyond the numbers of {dtype.name}, or holds NaN or infinity")
+        progress()
+        return array
+
+    shape = checkpoint._tensors[name].shape if bonus or on_disk is None else on_disk.shape
+    return TensorPlan(name, dtype, shape, produce)
+
+
 # -- values ------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +317,7 @@ def check_finite(
     for name in checkpoint.names:
         array = checkpoint.stored(name)
         largest = 0.0
-        for piece in map(np.ascontiguousarray, _pieces(array)):
+        for piece in map(np.ascontiguousarray, pieces(array)):
             digest.update(piece.reshape(-1).view(np.uint8).data)
             largest = float(np.max([largest, _largest(piece)]))  # NaN, if one is
         if not np.isfinite(largest):
@@ -269,12 +332,17 @@ def check_finite(
     return digest.hexdigest()
 
 
-def _pieces(array: np.ndarray) -> list[np.ndarray]:
+def pieces(array: np.ndarray) -> list[np.ndarray]:
     """Views of at most about a million elements."""
     if array.size <= _CHUNK:
         return [array]
     rows = max(1, _CHUNK * len(array) // array.size)
     return [array[i : i + rows] for i in range(0, len(array), rows)]
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """True if no value is NaN or infinity."""
+    return all(np.isfinite(_largest(piece)) for piece in pieces(array))
 
 
 def _largest(piece: np.ndarray) -> float:

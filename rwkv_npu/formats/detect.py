@@ -24,7 +24,10 @@ _UNSUPPORTED = (
         r"_strategy|_version|_rescale_layer",
         "was converted by the rwkv package for one of its strategies: use the original .pth",
     ),
-    (r".*\.lora_[AB](\.\w+)*", "is a LoRA adapter: merge it into its base model and use the result"),
+    (
+        r".*\.(lora_[AB]|bone|bone_block|disha)(\.\w+)*",
+        "is an adapter, not a model: give it with its base model, rwkv-npu convert BASE --adapter FILE",
+    ),
     (
         r".*\.(qweight|qzeros|SCB|quant_state.*|weight_scale|weight_mx)",
         "is quantised: use the bf16, fp16 or fp32 original",
@@ -162,7 +165,7 @@ def validate(spec: Spec, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         )
     for tensor in expected.values():
         if tensor.name in arrays:
-            _check_tensor(tensor, arrays[tensor.name])
+            check_tensor(tensor, arrays[tensor.name])
     states = sum(name.endswith(".att.time_state") for name in arrays)
     if states not in (0, spec.L):
         raise CheckpointError(
@@ -171,7 +174,8 @@ def validate(spec: Spec, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in expected.items() if name in arrays}
 
 
-def _check_tensor(tensor: Tensor, array: np.ndarray) -> None:
+def check_tensor(tensor: Tensor, array: np.ndarray) -> None:
+    """Raises CheckpointError for a tensor of another shape, or one that does not hold floating-point numbers."""
     if array.dtype not in FLOATS:
         raise CheckpointError(f"{tensor.name} has dtype {array.dtype}: expected bfloat16, float16 or float32")
     if tensor.kind is Kind.VECTOR:

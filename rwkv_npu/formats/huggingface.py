@@ -173,6 +173,13 @@ def is_huggingface(names: list[str]) -> bool:
     return any(_STYLE_RWKV.match(name) or _STYLE_FLA.match(name) for name in names)
 
 
+def blinkdl_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """One tensor under BlinkDL's name, in BlinkDL's orientation; six for fla's older `x_x`."""
+    if name.startswith("model.layers.") or name in _TOP_FLA:
+        return _from_fla(name, array)
+    return [(_from_rwkv(name), array)]
+
+
 def to_blinkdl(stored: dict[str, np.ndarray], tied: bool = False) -> dict[str, np.ndarray]:
     """The same tensors, as views, under BlinkDL's names. Names of neither form are kept as they are.
 

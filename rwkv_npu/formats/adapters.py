@@ -1,0 +1,297 @@
+"""Adapters: the small files that a fine-tuning leaves beside its base model. Recognised by content, checked, applied.
+
+RWKV-PEFT writes a `.pth` with BlinkDL's names, PEFT a folder with adapter_config.json and the names of Hugging Face.
+`merging.py` has the formulas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_npu.errors import CheckpointError, UsageError
+from rwkv_npu.formats.checkpoint import Checkpoint, all_finite, pieces, read_tensors
+from rwkv_npu.formats.detect import FLOATS, check_tensor
+from rwkv_npu.formats.files import is_file, is_folder
+from rwkv_npu.formats.huggingface import blinkdl_names, read_json
+from rwkv_npu.formats.layout import strip_prefixes
+from rwkv_npu.formats.merging import BLOCKS, LOW_RANK, Target
+from rwkv_npu.models.official import OFFICIAL, official_spec
+from rwkv_npu.models.spec import Kind, Spec, Tensor, tensors
+
+CONFIG, PISSA_INIT = "adapter_config.json", "init_pissa.pth"
+
+_PART = re.compile(
+    r"(.+)\.(?:init_)?(lora_A|lora_B|lora_magnitude_vector|bone|bone_block|disha)((?:\.(?:weight|default))*)"
+)
+_OTHERS = re.compile(r".*\.(lora_M|lora_embedding_[AB]|miss_block|hada_|lokr_|oft_|boft_|vera_|ia3_).*")
+_KINDS = {"bone": "Bone", "bone_block": "Bone", "disha": "DiSHA"}
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initial values that PEFT takes out of the base model
+
+
+class Adapter:
+    """An open adapter. Made by `open_adapter`.
+
+    kind: LoRA, PiSSA, DoRA, Bone or DiSHA. targets: changes by the weight's name, as BlinkDL names it. replaced: whole
+    tensors that were trained too. config: of PEFT's adapter_config.json, {} for RWKV-PEFT's files.
+    """
+
+    def __init__(self, path: Path, kind: str, targets: dict[str, Target], replaced: dict[str, np.ndarray]):
+        self.path, self.kind, self.targets, self.replaced = path, kind, targets, replaced
+        self.config: dict[str, Any] = {}
+
+    @property
+    def layers(self) -> int:
+        """The highest layer that it changes, counted from 1; 0 if none."""
+        found = [re.match(r"blocks\.(\d+)\.", name) for name in (*self.targets, *self.replaced)]
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over all its values and its configuration."""
+        digest = hashlib.blake2b(f"{self.kind} {sorted(self.config.items())!r}".encode(), digest_size=16)
+        named = [(f"{name}.{part}", a) for name, t in self.targets.items() for part, a in t.parts.items()]
+        for name, array in sorted([*named, *self.replaced.items()], key=lambda item: item[0]):
+            digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+            for piece in pieces(array):
+                digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def models(self) -> list[str]:
+        """The official models that it fits."""
+        specs = {name: official_spec(name) for name in OFFICIAL}
+        return [n for n, spec in specs.items() if spec.L == self.layers and not any(self.misfits(spec))]
+
+    def misfits(self, spec: Spec) -> Iterator[str]:
+        """The reasons why it is not of a model of this spec, a line each."""
+        known = {tensor.name: tensor for tensor in tensors(spec)}
+        for name in (*self.targets, *self.replaced):
+            if name not in known:
+                yield f"it changes {name:.80}, which RWKV-{spec.generation} of {spec.L} layers does not have"
+        for name, target in self.targets.items():
+            if name in known and not _readings(target, known[name]):
+                shapes = " and ".join(f"{part} {array.shape}" for part, array in target.parts.items())
+                yield f"{shapes} does not fit {name} {known[name].shape}"
+        for name, array in self.replaced.items():
+            if name in known:
+                try:
+                    check_tensor(known[name], array)
+                except CheckpointError as error:
+                    yield str(error)
+
+    def apply(self, checkpoint: Checkpoint, scale: float | None = None, blocks: str | None = None) -> str:
+        """Change a checkpoint of the base model, and return how the adapter was read: "scale 2", or how its blocks lie.
+
+        scale: alpha / r of a LoRA without PEFT's adapter_config.json. blocks: of Bone, where shapes do not tell.
+        Raises UsageError for a setting that is missing or not needed, CheckpointError if it is of another model.
+        """
+        if fault := next(self.misfits(checkpoint.spec), None):
+            raise CheckpointError(
+                f"{self.path} is an adapter of another model than {checkpoint.path}: {fault}"
+            )
+        for name, target in self.targets.items():
+            if not all(map(all_finite, target.parts.values())):
+                raise CheckpointError(f"{self.path}: the change of {name} holds NaN or infinity")
+        for name, array in self.replaced.items():
+            if not all_finite(array):
+                raise CheckpointError(f"{self.path}: {name} holds NaN or infinity")
+            if checkpoint.is_logarithm(name):
+                raise CheckpointError(
+                    f"{self.path} has {name}, of which {checkpoint.path} holds the logarithm"
+                )
+        scales, reading = self._scales(scale), self._reading(checkpoint.spec, blocks)
+        changes: dict[str, Any] = {name: partial(np.asarray, array) for name, array in self.replaced.items()}
+        for name, target in self.targets.items():
+            base = changes.get(name) or checkpoint.producer(name)
+            changes[name] = partial(_merge, base, target, reading, scales[name])
+        shown = ", ".join(sorted({f"{value:.6g}" for value in scales.values()}))
+        how = f"scale {shown}" if reading == LOW_RANK else reading
+        checkpoint.amend(changes, f"{self.fingerprint} {how}")
+        return how
+
+    def _scales(self, scale: float | None) -> dict[str, float]:
+        """The factor s of every target."""
+        r = next(iter(self.targets.values())).rank
+        stored = {"PiSSA": "PiSSA has none", "Bone": "Bone has none", "DiSHA": "DiSHA has none"}.get(
+            self.kind, ""
+        )
+        if self.config:
+            stored = f"its {CONFIG} gives it"
+        if stored and scale is not None:
+            raise UsageError(f"adapter_scale= (--adapter-scale) is not for {self.path}: {stored}")
+        if not stored and scale is None:
+            raise UsageError(
+                f"{self.path} is a LoRA of rank {r} without its alpha: give adapter_scale= (--adapter-scale), alpha / "
+                f"rank, usually 1 (lora_alpha {r}) or 2 (lora_alpha {2 * r}); for PiSSA, adapter_init= "
+                f"(--adapter-init) {PISSA_INIT}"
+            )
+        if scale is not None and not (math.isfinite(scale) and scale != 0):
+            raise UsageError(f"adapter_scale is {scale}: it must be a number other than 0")
+        if not self.config or "lora_alpha" not in self.config:
+            return dict.fromkeys(self.targets, 1.0 if scale is None else scale)
+        return {name: _peft_scale(self.config, target) for name, target in self.targets.items()}
+
+    def _reading(self, spec: Spec, blocks: str | None) -> str:
+        """The one reading of its parts that fits all targets."""
+        shapes = {tensor.name: tensor for tensor in tensors(spec)}
+        found = set.intersection(*(_readings(target, shapes[name]) for name, target in self.targets.items()))
+        if self.kind == "DiSHA" or self.config.get("peft_type") == "BONE":
+            found.discard("out")  # only the first versions of Bone had it
+        if blocks is not None and blocks not in found:
+            raise UsageError(
+                f"adapter_blocks={blocks!r:.20} (--adapter-blocks) does not fit {self.path}: leave it away"
+            )
+        if len(found) > 1 and blocks is None:
+            known = " or ".join(f"{name} ({BLOCKS[name]})" for name in sorted(found))
+            raise UsageError(
+                f"{self.path} changes square matrices only, so that its blocks can be read in two ways: give "
+                f"adapter_blocks= (--adapter-blocks) {known}"
+            )
+        if not found:
+            raise CheckpointError(f"{self.path} changes some matrices in one way and some in another")
+        return blocks or found.pop()
+
+
+def _readings(target: Target, tensor: Tensor) -> set[str]:
+    if tensor.kind not in (Kind.LINEAR, Kind.LOW_RANK, Kind.HOST_LINEAR) or len(tensor.shape) != 2:
+        return set()
+    out, into = tensor.shape[::-1] if target.transposed else tensor.shape
+    return target.readings(out, into)
+
+
+def _merge(base: Any, target: Target, reading: str, scale: float) -> np.ndarray:
+    return target.merged(base(), reading, scale)
+
+
+def _peft_scale(config: Mapping[str, Any], target: Target) -> float:
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if f".{target.module}".endswith(f".{pattern}"):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(target.rank) if config.get("use_rslora") else target.rank)
+
+
+# -- opening -----------------------------------------------------------------------------------------------
+
+
+def is_adapter(path: Path) -> bool:
+    """True for a folder of PEFT, or a file with the tensors of an adapter. Raises CheckpointError if it is damaged."""
+    if is_folder(path):
+        return is_file(path / CONFIG)
+    return is_file(path) and any(map(_PART.fullmatch, read_tensors(path)))
+
+
+def open_adapter(path: Path | str, init: Path | str | None = None) -> Adapter:
+    """Open an adapter: a file of RWKV-PEFT (`.pth`), or a folder of PEFT or the weights in it.
+
+    init: the initial values of PiSSA, by default init_pissa.pth beside the file. Raises CheckpointError, in one line.
+    """
+    path = Path(path)
+    folder = path if is_folder(path) else path.parent
+    config = read_json(folder / CONFIG) if is_file(folder / CONFIG) else {}
+    if is_folder(path):
+        names = ("adapter_model.safetensors", "adapter_model.bin")
+        path = next((path / name for name in names if is_file(path / name)), path / names[0])
+    stored = read_tensors(path)
+    if found := next(filter(_OTHERS.fullmatch, stored), None):
+        raise CheckpointError(
+            f"{path} holds {found!r:.80}: only LoRA, PiSSA, DoRA of PEFT, Bone and DiSHA can be merged"
+        )
+    if any(".init_lora_" in name for name in stored):
+        raise CheckpointError(f"{path} holds the initial values of PiSSA, not what was trained")
+    adapter = _sort_tensors(path, stored)
+    if config:
+        _check_config(folder / CONFIG, config)
+        keys = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "base_model_name_or_path")
+        adapter.config = {key: config[key] for key in keys if config.get(key) is not None}
+    beside = path.parent / PISSA_INIT
+    if init is None and adapter.kind == "LoRA" and not config and is_file(beside) and beside != path:
+        init = beside
+    if init is not None:
+        _add_first_values(adapter, Path(init))
+    return adapter
+
+
+def _sort_tensors(path: Path, stored: dict[str, Any]) -> Adapter:
+    # PEFT's own prefix, before a model with a head (model.layers.N) or without (layers.N).
+    named = {name.removeprefix("base_model.model."): value for name, value in stored.items()}
+    named = {re.sub(r"^(?=layers\.)", "model.", name): value for name, value in named.items()}
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    kinds: set[str] = set()
+    replaced: dict[str, np.ndarray] = {}
+    for name, array in strip_prefixes(named).items():
+        if not isinstance(array, np.ndarray) or array.dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {name!r:.80} is no tensor of floating-point numbers")
+        if match := _PART.fullmatch(name):
+            module, part = match[1], match[2]
+            kinds.add("DoRA" if part == "lora_magnitude_vector" else _KINDS.get(part, "LoRA"))
+            parts.setdefault(module, {})["block" if part in _KINDS else part] = array
+        else:
+            replaced |= dict(blinkdl_names(name.replace(".modules_to_save", ""), array))
+    kinds -= {"LoRA"} if "DoRA" in kinds else set()
+    if len(kinds) != 1:
+        raise CheckpointError(
+            f"{path} is no adapter: it has the tensors of {' and '.join(sorted(kinds)) or 'none'}"
+        )
+    targets = {}
+    for module, own in parts.items():
+        if not ({"lora_A", "lora_B"} <= own.keys() or own.keys() == {"block"}):
+            raise CheckpointError(f"{path}: {module!r:.80} has {', '.join(own)} only")
+        if any(array.ndim not in (1, 2, 3) or not array.size for array in own.values()):
+            raise CheckpointError(
+                f"{path}: {module!r:.80} has a part without values, or of too many dimensions"
+            )
+        probe = np.empty((1, 2), np.int8)
+        ((name, seen),) = blinkdl_names(f"{module}.weight", probe)
+        if name in targets:
+            raise CheckpointError(f"{path} changes {name} twice")
+        targets[name] = Target(module, seen.shape != probe.shape, own)
+    unused = {f"blocks.0.att.v{side}" for side in "012"}  # of RWKV-7: see checkpoint.py
+    replaced = {name: array for name, array in replaced.items() if name not in unused}
+    return Adapter(path, kinds.pop(), targets, replaced)
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError for what PEFT may have trained and is not computed here."""
+    kind, init = config.get("peft_type"), str(config.get("init_lora_weights")).lower()
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
+        raise CheckpointError(f"{path} sets alpha_pattern to something else than an alpha for each name")
+    numbers = [config.get("lora_alpha", 0), *patterns.values()]
+    if kind not in ("LORA", "BONE"):
+        raise CheckpointError(f"{path} sets peft_type to {kind!r:.20}: only LORA and BONE can be merged")
+    if (
+        kind == "LORA"
+        and "lora_alpha" not in config
+        or not all(type(n) in (int, float) and abs(n) < 1e6 for n in numbers)
+    ):
+        raise CheckpointError(f"{path} gives no number as lora_alpha, or an immense one")
+    if init.startswith(_CHANGED_BASE):
+        raise CheckpointError(
+            f"{path} sets init_lora_weights to {init!r:.20}, which changes the base model too: save the adapter with "
+            "path_initial_model_for_weight_conversion, as PEFT calls it"
+        )
+    for key in ("fan_in_fan_out", "lora_bias", "layer_replication", "megatron_config"):
+        if config.get(key):
+            raise CheckpointError(f"{path} sets {key}, which is not supported")
+
+
+def _add_first_values(adapter: Adapter, path: Path) -> None:
+    """Make an adapter PiSSA, with the initial values in the file at `path`."""
+    if adapter.kind != "LoRA" or adapter.config:
+        source = f"{adapter.kind} of PEFT" if adapter.config else adapter.kind
+        raise CheckpointError(f"{path} is for PiSSA of RWKV-PEFT, and {adapter.path} is {source}")
+    first = _sort_tensors(path, read_tensors(path)).targets
+    for name, target in adapter.targets.items():
+        if name not in first:
+            raise CheckpointError(f"{path} has no initial values of {name:.80}, which {adapter.path} changes")
+        target.parts["first_A"], target.parts["first_B"] = (first[name].parts[f"lora_{c}"] for c in "AB")
+    adapter.kind = "PiSSA"
