@@ -28,6 +28,7 @@ from rwkv_npu.cli import (
     generate,
     info,
     kernels,
+    merge,
     models,
     serve,
     toolkit,
@@ -39,6 +40,7 @@ from rwkv_npu.errors import RwkvNpuError
 COMMANDS = (
     models,
     convert,
+    merge,
     generate,
     chat,
     serve,

@@ -47,6 +47,19 @@ def add_layout_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument("--layout", choices=("blinkdl", "web-rwkv"), help=layout)
 
 
+def add_adapter_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to read an adapter."""
+    p.add_argument(
+        "--adapter-scale", type=float, metavar="X", help="alpha / rank of a LoRA whose file does not hold it"
+    )
+    p.add_argument(
+        "--adapter-init", metavar="FILE", help="initial values of PiSSA (default: init_pissa.pth beside it)"
+    )
+    p.add_argument(
+        "--adapter-blocks", choices=("in", "out", "repeat"), help="of Bone, where shapes do not tell"
+    )
+
+
 def use_big_cores(threads: int | None) -> str:
     """Keep this process and its children on the large cores of a machine that has small ones too.
 

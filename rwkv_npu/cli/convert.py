@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.cli.common import add_layout_flag, log_to_stderr
+from rwkv_npu.cli.common import add_adapter_flags, add_layout_flag, log_to_stderr
 from rwkv_npu.errors import UsageError
 
 
@@ -47,6 +47,11 @@ def add(commands: Any) -> None:
         help="version of the compiler (default: 2.3.2); a board needs a librknnrt of this version or later",
     )
     add_layout_flag(p)
+    p.add_argument(
+        "--adapter", metavar="FILE", help="of a fine-tuning: a .pth of RWKV-PEFT, or a folder of PEFT"
+    )
+    add_adapter_flags(p)
+    p.add_argument("--initial-state", metavar="FILE", help="a tuned state from which every text begins")
     texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace the bundle at the output")
@@ -72,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{flag} is for --dry-run")
     request = Request(
         checkpoint=Path(arguments.checkpoint),
-        out=None if arguments.out is None else Path(arguments.out),
+        out=_path(arguments.out),
         target=parse_target(arguments.target),
         precision=arguments.precision,
         fusion=arguments.fusion,
@@ -88,6 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         precision_map=arguments.precision_map,
         max_kl=arguments.max_kl,
         remedies=arguments.remedies,
+        adapter=_path(arguments.adapter),
+        adapter_scale=arguments.adapter_scale,
+        adapter_init=_path(arguments.adapter_init),
+        adapter_blocks=arguments.adapter_blocks,
+        initial_state=_path(arguments.initial_state),
     )
     with log_to_stderr():
         if arguments.dry_run:
@@ -102,3 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(path)
     print(summary(open_bundle(path)), file=sys.stderr)
     return 0
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)

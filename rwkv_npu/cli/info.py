@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.formats.adapters import is_adapter
     from rwkv_npu.formats.bundle import is_bundle, open_bundle, verify_files
     from rwkv_npu.formats.checkpoint import check_finite, open_checkpoint
     from rwkv_npu.model import demo_model
@@ -43,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             count = sum(1 for _ in verify_files(bundle))
             print(f"all {count} files are as they were written", file=sys.stderr)
         facts = _bundle_facts(bundle)
+    elif is_adapter(path):
+        facts = _adapter_facts(path)
     else:
         checkpoint = open_checkpoint(path, arguments.layout)
         if arguments.check:
@@ -57,8 +62,52 @@ def run(arguments: argparse.Namespace) -> int:
             "no_text": no_text,
             "fingerprint": checkpoint.fingerprint,
         }
-    print(json.dumps(facts, indent=1) if arguments.json else _table(facts))
+    table = _adapter_table if facts["kind"] == "adapter" else _table
+    print(json.dumps(facts, indent=1) if arguments.json else table(facts))
     return 0
+
+
+def _adapter_facts(path: Path) -> dict[str, Any]:
+    from rwkv_npu.formats.adapters import open_adapter
+
+    adapter = open_adapter(path)
+    return {
+        "path": str(path),
+        "kind": "adapter",
+        "method": adapter.kind,
+        "ranks": sorted({target.rank for target in adapter.targets.values()}),
+        "layers": adapter.layers,
+        "targets": _leaves(adapter.targets),
+        "replaced": _leaves(adapter.replaced),
+        "alpha": adapter.config.get("lora_alpha"),
+        "base": adapter.config.get("base_model_name_or_path"),
+        "models": adapter.models(),
+        "fingerprint": adapter.fingerprint,
+    }
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    """Each name once, whatever its layer."""
+    return sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in names})
+
+
+def _adapter_table(facts: dict[str, Any]) -> str:
+    scaled = facts["method"] in ("LoRA", "DoRA")
+    flag = " --adapter-scale X" if scaled and facts["alpha"] is None else ""
+    alpha = (
+        "alpha is not in the file; X is alpha / rank, usually 1 or 2" if flag else f"alpha {facts['alpha']}"
+    )
+    lines = [
+        f"{facts['path']} (adapter)",
+        f"  method       {facts['method']}, rank {', '.join(map(str, facts['ranks']))}",
+        *([f"  scale        {alpha}"] if scaled else []),
+        f"  changes      {', '.join(facts['targets'])}, up to layer {facts['layers']}",
+        *([f"  replaces     {', '.join(facts['replaced'])}"] if facts["replaced"] else []),
+        *([f"  base         {facts['base']!r:.100}"] if facts["base"] else []),
+        f"  for          {', '.join(facts['models']) or 'a model of other sizes than the official ones'}",
+        f"  next         rwkv-npu convert BASE --adapter {shlex.quote(facts['path'])}{flag}",
+    ]
+    return "\n".join(lines)
 
 
 def _spec_facts(spec: Spec) -> dict[str, Any]:
@@ -80,6 +129,8 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         **_spec_facts(manifest.spec),
         "checkpoint": manifest.checkpoint,
         "fingerprint": manifest.fingerprint,
+        "adapter": manifest.adapter or None,
+        "initial_state": manifest.initial_state or None,
         "tokenizer": manifest.tokenizer,
         "fusion": manifest.fusion,
         "cpu": list(manifest.cpu_precisions),  # the default first
@@ -144,6 +195,13 @@ def _table(facts: dict[str, Any]) -> str:
         f"  NPU calls    {calls['layer']} a token with layer fusion, {calls['projection']} with projection fusion",
     ]
     if facts["kind"] == "bundle":
+        if found := facts["adapter"]:
+            lines.append(f"  adapter      {found['file']}, {found['kind']}, {found['read_as']}")
+            lines.append(
+                f"               {found['fingerprint']} on the base model {found['base_fingerprint']}"
+            )
+        if found := facts["initial_state"]:
+            lines.append(f"  begins with  {found['file']}, a tuned state, {found['fingerprint']}")
         lines.append(f"  on disk      {size(facts['bytes_on_disk'])}")
         lines.append(f"  CPU          weights in {_cpu(facts)}")
         if facts["graph_error"] is not None:

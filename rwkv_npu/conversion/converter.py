@@ -62,6 +62,7 @@ from rwkv_npu.conversion.writer import (
     write_tokenizer,
     write_weights,
 )
+from rwkv_npu.formats.adapters import open_adapter
 from rwkv_npu.formats.bundle import (
     FORMAT,
     INT8,
@@ -74,6 +75,7 @@ from rwkv_npu.formats.bundle import (
 )
 from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.formats.files import remove_unlisted, remove_within, write_atomically
+from rwkv_npu.formats.state import set_initial_state
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Scaling, default_scaling
 from rwkv_npu.progress import progress
@@ -107,6 +109,11 @@ def convert(
     max_kl: float = MAX_KL,
     remedies: str = "all",
     layout: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    adapter_scale: float | None = None,
+    adapter_init: str | os.PathLike[str] | None = None,
+    adapter_blocks: str | None = None,
+    initial_state: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
 
@@ -125,6 +132,9 @@ def convert(
     remedies: against the error of int8: all, or for comparison none, ranges (calibration methods other than min-max) or
         smoothing (SmoothQuant).
     layout: of a checkpoint that can be read in two ways, blinkdl or web-rwkv; None tells it from the tensors.
+    adapter: of a fine-tuning, merged into the weights. adapter_scale: alpha / rank of a LoRA, where no file holds it;
+        adapter_init: the initial values of PiSSA; adapter_blocks: in or out, for Bone where shapes do not tell.
+    initial_state: a tuned state from which every text of the bundle begins.
     Each stage is logged to the logger "rwkv_npu". Progress bars go to stderr when it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line.
     """
@@ -148,6 +158,11 @@ def convert(
             precision_map=None if precision_map is None else os.fspath(precision_map),
             max_kl=max_kl,
             remedies=remedies,
+            adapter=None if adapter is None else Path(adapter),
+            adapter_scale=adapter_scale,
+            adapter_init=None if adapter_init is None else Path(adapter_init),
+            adapter_blocks=adapter_blocks,
+            initial_state=None if initial_state is None else Path(initial_state),
         )
     )
 
@@ -176,9 +191,10 @@ def prepare(request: Request) -> Prepared:
     """Check all that can be checked quickly; nothing is written. For conversions and for dry runs. Raises
     RwkvNpuError."""
     checkpoint = open_checkpoint(request.checkpoint, request.layout)
+    adapter, initial_state = _fine_tune(checkpoint, request)
     spec = checkpoint.spec
     tokenizer, no_text = _find_tokenizer(request, spec.V)
-    out = bundle_place(request.checkpoint, request.out)
+    out = bundle_place(request.checkpoint, request.out, request.adapter)
     check_place(out, request.checkpoint)
     before = stamp(out)
     found = existing(out, checkpoint, request)
@@ -189,7 +205,24 @@ def prepare(request: Request) -> Prepared:
     if no_text:
         log.info(no_text)
     manifest = found or _new_manifest(checkpoint, request)
+    manifest.adapter, manifest.initial_state = adapter, initial_state
     return Prepared(request, checkpoint, tokenizer, out, before, manifest, found is not None, mapped, ids)
+
+
+def _fine_tune(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, str], dict[str, str]]:
+    """Merge the request's adapter and tuned state into the checkpoint. Returns their entries in the manifest."""
+    adapter: dict[str, str] = {}
+    initial_state: dict[str, str] = {}
+    if request.adapter is not None:
+        opened = open_adapter(request.adapter, request.adapter_init)
+        base = checkpoint.fingerprint
+        read_as = opened.apply(checkpoint, request.adapter_scale, request.adapter_blocks)
+        adapter = {"file": request.adapter.name, "kind": opened.kind, "read_as": read_as}
+        adapter |= {"fingerprint": opened.fingerprint, "base_fingerprint": base}
+    if request.initial_state is not None:
+        digest = set_initial_state(checkpoint, request.initial_state, request.layout)
+        initial_state = {"file": request.initial_state.name, "fingerprint": digest}
+    return adapter, initial_state
 
 
 def _find_tokenizer(request: Request, vocab_size: int) -> tuple[Tokenizer | None, str]:

@@ -62,6 +62,11 @@ class Request:
     precision_map: str | None = None
     max_kl: float = MAX_KL
     remedies: str = "all"
+    adapter: Path | None = None
+    adapter_scale: float | None = None
+    adapter_init: Path | None = None
+    adapter_blocks: str | None = None
+    initial_state: Path | None = None
 
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
@@ -88,6 +93,12 @@ class Request:
             )
         if self.max_kl != MAX_KL and (self.precision != "mixed" or self.precision_map is not None):
             raise UsageError("--max-kl is for --precision mixed without a map: nothing else is chosen by it")
+        if self.adapter is None and not (
+            self.adapter_scale is self.adapter_init is self.adapter_blocks is None
+        ):
+            raise UsageError(
+                "a scale, initial values or blocks of an adapter are given, but no adapter (--adapter)"
+            )
         if self.toolkit is not None:
             self.check_toolkit(self.toolkit)
 

@@ -80,9 +80,12 @@ class Notes:
         write_atomically(self._path, json.dumps(data).encode())
 
 
-def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None) -> Path:
-    """The path of a checkpoint's bundle: `out`, or STEM.rwkv in the current folder."""
-    return Path(out) if out is not None else Path(f"{_stem(checkpoint)}.rwkv")
+def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None, adapter: Path | None = None) -> Path:
+    """The path of a checkpoint's bundle: `out`, or in the current folder STEM.rwkv, or with an adapter
+    STEM+ADAPTER.rwkv."""
+    if out is not None:
+        return Path(out)
+    return Path("+".join(map(_stem, filter(None, (checkpoint, adapter)))) + ".rwkv")
 
 
 def _stem(checkpoint: Path) -> str:

@@ -135,6 +135,8 @@ class Manifest:
     npu_default: the precision of the artifacts that run unless told otherwise; "", in older bundles, the first one's.
     int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from;
     headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
+    adapter: file, kind, reading and fingerprint of the adapter in the weights, and the fingerprint of its base model;
+    initial_state: file and digest of a tuned state that was put in. Both are {} where there is none.
     """
 
     spec: Spec
@@ -159,6 +161,8 @@ class Manifest:
     int8_key: str = ""
     stop_ids: list[int] = field(default_factory=list)
     headroom: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, str] = field(default_factory=dict)
+    initial_state: dict[str, str] = field(default_factory=dict)
 
     @property
     def cpu_precisions(self) -> tuple[str, ...]:
