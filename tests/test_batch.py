@@ -52,9 +52,9 @@ def test_a_batch_is_answered_and_goes_on(run: Run, tmp_path: Path) -> None:
     [
         (["{"], "in.jsonl:1 is not JSON"),
         (["[]"], "in.jsonl:1: a request is an object with a custom_id"),
-        ([request("a"), request("a")], "custom_id 'a' stands there twice"),
+        ([request("a"), request("a")], "custom_id 'a' is used twice"),
         ([{**request("a"), "url": "/v1/embeddings"}], "in.jsonl:1: its url must be one of"),
-        ([{**request("a"), "body": None}], "in.jsonl:1: it has no body"),
+        ([{**request("a"), "body": None}], "in.jsonl:1: its body is missing"),
     ],
 )
 def test_bad_files(run: Run, tmp_path: Path, lines: list[Any], message: str) -> None:
@@ -67,4 +67,4 @@ def test_a_foreign_output_is_left_alone(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("precious\n")
     status, _, said = run("batch", write(tmp_path / "in.jsonl", [request("a")]), "-o", out)
-    assert status == 1 and "holds something else" in said and out.read_text() == "precious\n"
+    assert status == 1 and "is not a file of answers" in said and out.read_text() == "precious\n"

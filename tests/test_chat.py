@@ -45,7 +45,9 @@ def test_a_template_is_chosen_by_name_and_vocabulary(name: str, vocab_size: int,
 
 
 def test_a_template_that_is_not_there() -> None:
-    with pytest.raises(UsageError, match="no chat template 'llama': there are raven, world, g1, g1-20250922"):
+    with pytest.raises(
+        UsageError, match="no chat template 'llama': use one of raven, world, g1, g1-20250922"
+    ):
         template_named("llama")
 
 

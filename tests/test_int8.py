@@ -13,11 +13,11 @@ from rwkv_npu.quant.npu import (
     HIGHEST,
     INT8_WIDTH,
     LOWEST,
-    SILENT,
-    Affine,
+    MIN_SCALE,
     Int8Maths,
+    ProjectionParams,
     Quantised,
-    Ranges,
+    QuantParams,
     int8_parts,
     round_weight,
     spans,
@@ -42,7 +42,7 @@ def samples_of(rows: np.ndarray, weight: np.ndarray) -> Samples:
 @given(NUMBERS, NUMBERS, arrays(np.float32, 20, elements=NUMBERS))
 def test_rounding_is_to_the_nearest_of_256_values_and_0_is_one(a: float, b: float, x: np.ndarray) -> None:
     low, high = min(a, b, 0.0), max(a, b, 0.0)
-    affine = Affine.covering(low, high)
+    affine = QuantParams.covering(low, high)
     assert LOWEST <= affine.zero <= HIGHEST and affine.round(np.zeros(1, np.float32))[0] == 0
     rounded = affine.round(x)
     np.testing.assert_array_equal(affine.round(rounded), rounded)
@@ -51,7 +51,7 @@ def test_rounding_is_to_the_nearest_of_256_values_and_0_is_one(a: float, b: floa
     assert numbers.min() > LOWEST - 0.5 and numbers.max() < HIGHEST + 0.5
     lowest, highest = affine.span
     # The ends move by half a step at most, so that 0 has a number.
-    if high - low > 255 * SILENT:
+    if high - low > 255 * MIN_SCALE:
         assert abs(lowest - low) <= 0.51 * affine.scale and abs(highest - high) <= 0.51 * affine.scale
     inside = (x >= lowest) & (x <= highest)
     assert np.all(np.abs(rounded - x)[inside] <= 0.501 * affine.scale)
@@ -74,8 +74,8 @@ def test_a_column_of_weights_uses_all_its_numbers(weight: np.ndarray) -> None:
 def test_products_are_those_of_integers() -> None:
     weight, x = normal(96, 40), normal(7, 96)
     numbers, (steps,) = round_weight(weight)
-    given_, made = Affine.covering(-2.5, 3.0), Affine.covering(-20.0, 25.0)
-    found = Quantised.of(Ranges(given_, (made,)), weight).linear(x)
+    given_, made = QuantParams.covering(-2.5, 3.0), QuantParams.covering(-20.0, 25.0)
+    found = Quantised.of(ProjectionParams(given_, (made,)), weight).linear(x)
     q = np.clip(np.rint(x / np.float32(given_.scale)) + given_.zero, LOWEST, HIGHEST).astype(np.int64)
     sums = (q - given_.zero) @ numbers.astype(np.int64)
     real = sums * (given_.scale * steps.astype(np.float64) / made.scale)
@@ -90,7 +90,7 @@ def test_products_are_those_of_integers() -> None:
 @example(np.full(400, -5e-18, np.float32))
 def test_every_range_lies_in_what_was_seen(algorithm: str, x: np.ndarray) -> None:
     low, high = float(x.min()), float(x.max())
-    whole, found = Affine.covering(low, high), ALGORITHMS[algorithm](Histogram.of(x, low, high))
+    whole, found = QuantParams.covering(low, high), ALGORITHMS[algorithm](Histogram.of(x, low, high))
     assert found.scale <= whole.scale * 1.0001
     error = [float(np.sqrt(np.square(affine.round(x) - x).mean())) for affine in (whole, found)]
     if algorithm == "mmse":  # as closely as a histogram knows, which has 64 bins for a step
@@ -117,7 +117,7 @@ def test_the_smallest_held_out_error_is_taken() -> None:
     best = choose("w", weight, samples, candidates)
     assert best.error == min(choice.error for choice in each)
     plain = choose("w", weight, samples)
-    assert best.ranges.smoothing is not None and best.error < 0.7 * plain.error
+    assert best.params.smoothing is not None and best.error < 0.7 * plain.error
 
 
 def test_the_head_is_judged_by_what_it_predicts() -> None:
@@ -127,7 +127,7 @@ def test_the_head_is_judged_by_what_it_predicts() -> None:
     rows[::7], weight[:, 0] = np.sign(weight[:, 0]), 8 * np.sign(weight[:, 0])  # then its logit is 512
     samples = samples_of(rows, weight)
     head, other = (
-        Quantised.of(choose(name, weight, samples).ranges, weight) for name in ("head.weight", "w")
+        Quantised.of(choose(name, weight, samples).params, weight) for name in ("head.weight", "w")
     )
     held = samples.halves()[1]
     exact = held @ weight
@@ -137,7 +137,7 @@ def test_the_head_is_judged_by_what_it_predicts() -> None:
 def test_behind_a_relu_only_what_is_positive_has_numbers() -> None:
     weight, rows = normal(64, 32), normal(400, 64)
     samples = samples_of(rows, weight)
-    key, both = (choose(f"blocks.0.{name}.weight", weight, samples).ranges for name in ("ffn.key", "att.key"))
+    key, both = (choose(f"blocks.0.{name}.weight", weight, samples).params for name in ("ffn.key", "att.key"))
     assert key.outputs[0].zero == LOWEST and Quantised.of(key, weight).linear(rows).min() == 0
     assert key.outputs[0].scale < 0.6 * both.outputs[0].scale
 
@@ -147,9 +147,9 @@ def test_wide_products_are_sums_of_parts() -> None:
     K = INT8_WIDTH + 64
     weight, rows = normal(K, 8), normal(300, K)
     samples = samples_of(rows, weight)
-    ranges = choose("blocks.0.ffn.key.weight", weight, samples, algorithms=["normal"]).ranges
+    ranges = choose("blocks.0.ffn.key.weight", weight, samples, algorithms=["normal"]).params
     quantised = Quantised.of(ranges, weight)
-    assert len(ranges.outputs) == len(quantised.steps) == 2
+    assert len(ranges.outputs) == len(quantised.scales) == 2
     x, parts = ranges.input.round(rows), []
     for (k0, k1), output in zip(spans(int8_parts(K)), ranges.outputs, strict=True):
         product = rows[:, k0:k1] @ weight[k0:k1]
@@ -168,17 +168,17 @@ def test_channels_and_columns_that_are_silent_do_no_harm() -> None:
     samples = samples_of(rows, weight)
     for smoothing in smoothings(weight, samples):
         found = choose("w", weight, samples, [smoothing])
-        made = Quantised.of(found.ranges, weight).linear(rows)
+        made = Quantised.of(found.params, weight).linear(rows)
         assert np.isfinite(found.error) and np.isfinite(made).all()
     silent = np.zeros((16, 8), np.float32)
-    nothing = choose("w", silent, samples_of(np.zeros((4, 16), np.float32), silent)).ranges
+    nothing = choose("w", silent, samples_of(np.zeros((4, 16), np.float32), silent)).params
     assert not Quantised.of(nothing, silent).linear(rows).any()
 
 
 def test_only_what_is_chosen_is_rounded() -> None:
     weights = {"blocks.0.a": normal(8, 8), "blocks.0.b": normal(8, 8), "blocks.0.s": normal(2, 8, 8)}
     weight = weights["blocks.0.a"]
-    quantised = Quantised.of(choose("a", weight, samples_of(normal(64, 8), weight)).ranges, weight)
+    quantised = Quantised.of(choose("a", weight, samples_of(normal(64, 8), weight)).params, weight)
     f = Int8Maths(weights.__getitem__, {"blocks.0.a": quantised, "blocks.0.s": quantised}.get).block(0)
     x = normal(3, 8)
     np.testing.assert_array_equal(f.linear(x, "a"), quantised.linear(x))
@@ -189,4 +189,4 @@ def test_only_what_is_chosen_is_rounded() -> None:
 def test_smoothing_has_to_be_worth_its_operations() -> None:
     weight = normal(48, 32)
     samples = samples_of(normal(400, 48), weight)
-    assert choose("w", weight, samples, smoothings(weight, samples)).ranges.smoothing is None
+    assert choose("w", weight, samples, smoothings(weight, samples)).params.smoothing is None

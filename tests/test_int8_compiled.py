@@ -47,10 +47,10 @@ def quantised(source: CheckpointSource) -> dict[str, Quantised]:
     found = {}
     for name in sizes(source.spec):
         weight = source.tensor(name)
-        ranges = choose(name, weight, seen[name], smoothings(weight, seen[name])[1:]).ranges
+        ranges = choose(name, weight, seen[name], smoothings(weight, seen[name])[1:]).params
         assert ranges.smoothing is not None
         found[name] = Quantised.of(ranges, weight)
-    assert sum(np.ptp(q.ranges.smoothing) > 0 for q in found.values()) > len(found) / 2
+    assert sum(np.ptp(q.params.smoothing) > 0 for q in found.values()) > len(found) / 2
     return found
 
 
@@ -73,7 +73,7 @@ def simulated(
     inputs = record(source, rows)[group].inputs
     model = compiler_model(source.program, found, rows, source.tensor, chosen)
     (folder / "g.onnx").write_bytes(model.SerializeToString())
-    trace = compiler_trace(source.program, found, rows, {name: q.ranges for name, q in chosen.items()})
+    trace = compiler_trace(source.program, found, rows, {name: q.params for name, q in chosen.items()})
     int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
     options = CompileOptions(target, int8=int8)
     result = compile_graph(environment, folder / "g.onnx", folder / "g.rknn", options, inputs)
@@ -111,7 +111,7 @@ def test_a_product_is_the_simulators(
     if output == "x_out":
         assert relative_error({output: theirs[output]}, {output: ours[output]}) < 0.01
     else:  # the product itself: a step off here and there, where an input in fp16 rounds to the other side
-        steps = np.abs(theirs[output] - ours[output]) / quantised[name].ranges.outputs[0].scale
+        steps = np.abs(theirs[output] - ours[output]) / quantised[name].params.outputs[0].scale
         assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.08
 
 
@@ -147,8 +147,8 @@ def test_wide_products_are_sums_of_parts(
     name = "blocks.0.ffn.value.weight"
     seen = calibrate(source, np.random.default_rng(0).integers(1, source.spec.V, 300)).projections[name]
     weight = np.asarray(source.tensor(name), np.float32)
-    chosen = {name: Quantised.of(choose(name, weight, seen).ranges, weight)}
-    assert len(chosen[name].ranges.outputs) == 4
+    chosen = {name: Quantised.of(choose(name, weight, seen).params, weight)}
+    assert len(chosen[name].params.outputs) == 4
     theirs, ours = simulated(source, "mid.0", rows, chosen, toolkit_environment, tmp_path)
     assert relative_error({"x_out": theirs["x_out"]}, {"x_out": ours["x_out"]}) < 0.005
 

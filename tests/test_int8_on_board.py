@@ -163,7 +163,7 @@ def test_products_are_in_steps_of_int8(
                 if port.name not in PRODUCTS or group.role not in ("first", "mid"):
                     continue
                 layer = 0 if group.role == "first" else group.layer + 1
-                scale = opened.quantised(f"blocks.{layer}.{PRODUCTS[port.name]}").ranges.outputs[0].scale
+                scale = opened.quantised(f"blocks.{layer}.{PRODUCTS[port.name]}").params.outputs[0].scale
                 steps = found / scale
                 off_grid[precision].append(np.abs(steps - np.rint(steps)).mean())
                 if precision == "mixed" and group.role == "first":  # no product in int8 lies before

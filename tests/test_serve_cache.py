@@ -14,7 +14,7 @@ import rwkv_npu
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.serve.cache import NEAR, SPACING, Checkpoints, StateCache, size_of
-from rwkv_npu.serve.disk import Folder
+from rwkv_npu.serve.disk import StateFolder
 from rwkv_npu.text.tokenizer import builtin
 
 WORLD = builtin("world")
@@ -110,10 +110,10 @@ KEY = "0" * 31 + "a"
 
 def test_a_folder_gives_states_back_after_a_restart(model: rwkv_npu.Model, tmp_path: Path) -> None:
     state = state_after(model, [1, 2, 3])
-    folder = Folder(tmp_path / "states", 1 << 30, model)
+    folder = StateFolder(tmp_path / "states", 1 << 30, model)
     StateCache(0, [folder]).keep(KEY, state)
     folder.flush()
-    found = StateCache(1 << 20, [Folder(tmp_path / "states", 1 << 30, model)]).get(KEY)
+    found = StateCache(1 << 20, [StateFolder(tmp_path / "states", 1 << 30, model)]).get(KEY)
     assert found is not None and found.tokens_seen == 3
     for name, part in state.parts.items():
         np.testing.assert_array_equal(found.parts[name], part)
@@ -122,7 +122,7 @@ def test_a_folder_gives_states_back_after_a_restart(model: rwkv_npu.Model, tmp_p
 def test_a_damaged_file_is_not_used_and_goes(
     model: rwkv_npu.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Folder(tmp_path, 1 << 30, model)
+    folder = StateFolder(tmp_path, 1 << 30, model)
     folder.put(KEY, state_after(model, [1]))
     folder.flush()
     file = tmp_path / f"{KEY}.safetensors"
@@ -131,17 +131,17 @@ def test_a_damaged_file_is_not_used_and_goes(
     for damage in (lambda: file.write_bytes(file.read_bytes()[:100]), lambda: broken.save(file)):
         damage()
         assert folder.get(KEY) is None and not file.exists()
-    assert caplog.text.count("a kept state is not used") == 2
+    assert caplog.text.count("a cached state is unusable") == 2
 
 
 def test_the_folder_keeps_its_budget(model: rwkv_npu.Model, tmp_path: Path) -> None:
     state = state_after(model, [1])
-    folder = Folder(tmp_path, 1 << 30, model)
+    folder = StateFolder(tmp_path, 1 << 30, model)
     folder.put(KEY, state)
     folder.flush()
     size = (tmp_path / f"{KEY}.safetensors").stat().st_size
     os.utime(tmp_path / f"{KEY}.safetensors", (1, 1))
-    small = Folder(tmp_path, 2 * size, model)
+    small = StateFolder(tmp_path, 2 * size, model)
     for i in range(2):
         small.put(f"{i:032x}", state)
         small.flush()
@@ -151,4 +151,4 @@ def test_the_folder_keeps_its_budget(model: rwkv_npu.Model, tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_is_refused(model: rwkv_npu.Model, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="states cannot be kept in .*file"):
-        Folder(tmp_path / "file", 1, model)
+        StateFolder(tmp_path / "file", 1, model)

@@ -184,7 +184,7 @@ def test_errors_name_the_field(client: Any) -> None:
         with pytest.raises(openai.BadRequestError, match=field) as found:
             client.chat.completions.create(**{"model": "demo", "messages": HELLO, field: value})
         assert found.value.param == field
-    with pytest.raises(openai.APIStatusError, match="makes no embeddings") as refused:
+    with pytest.raises(openai.APIStatusError, match="has no embeddings") as refused:
         client.embeddings.create(model="demo", input="x")
     assert refused.value.status_code == 501
 
@@ -269,7 +269,7 @@ def test_ollama_generate_and_formats(old_llama: Any, server: LiveServer) -> None
         "demo", HELLO, format=SCHEMA, options={"num_predict": 200, "seed": 1, "temperature": 1}
     )
     assert set(json.loads(shaped.message.content)) == {"word", "sure"}
-    with pytest.raises(ollama.ResponseError, match="makes no embeddings"):
+    with pytest.raises(ollama.ResponseError, match="has no embeddings"):
         old_llama.embed("demo", "x")
 
 

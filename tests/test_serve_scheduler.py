@@ -187,7 +187,7 @@ def test_a_full_queue_refuses(scheduler: Make) -> None:
     waiting = [Job([3], [Recorder(1)]) for _ in range(2)]
     for one in waiting:
         running.submit(one)
-    assert [running.place(one) for one in waiting] == [0, 1] and running.place(job) is None
+    assert [running.queue_position(one) for one in waiting] == [0, 1] and running.queue_position(job) is None
     with pytest.raises(BusyError, match="2 requests are waiting"):
         running.submit(Job([4], [Recorder(1)]))
     job.cancel()

@@ -210,9 +210,9 @@ def test_the_compiler_builds_it_in_int8(
     chosen = {}
     for name in sizes(source.spec):
         weight = source.tensor(name)
-        chosen[name] = Quantised.of(choose(name, weight, samples[name]).ranges, weight)
+        chosen[name] = Quantised.of(choose(name, weight, samples[name]).params, weight)
     group = source.program.group("mid", 0)
-    parameters = {name: quantised.ranges for name, quantised in chosen.items()}
+    parameters = {name: quantised.params for name, quantised in chosen.items()}
     trace = tracing.compiler_trace(source.program, group, rows, parameters, zeros_in(source.tensor))
     int8 = {weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()}
     assert int8 and not any(name.startswith("blocks.1.att.key") for name in int8)

@@ -11,7 +11,7 @@ from rwkv_npu.formats.bundle import Artifact, Bundle
 from rwkv_npu.graphs.onnx import traced_model, zeros_in
 from rwkv_npu.graphs.trace import Trace, compiler_trace, matrices
 from rwkv_npu.models.network import Program
-from rwkv_npu.quant.npu import Ranges
+from rwkv_npu.quant.npu import ProjectionParams
 from rwkv_npu.toolkit import CompileOptions
 
 
@@ -40,7 +40,7 @@ class CompilerGraph:
 
 
 def compiler_graph(
-    source: BundleModel, artifact: Artifact, parameters: Mapping[str, Ranges] | None = None
+    source: BundleModel, artifact: Artifact, parameters: Mapping[str, ProjectionParams] | None = None
 ) -> CompilerGraph:
     """Trace the graph of an artifact. parameters: `int8_parameters` of its precision, read here where None."""
     bundle, program = source.bundle, source.program
@@ -64,7 +64,7 @@ def compiler_graph(
     )
 
 
-def int8_parameters(bundle: Bundle, precision: str) -> dict[str, Ranges]:
+def int8_parameters(bundle: Bundle, precision: str) -> dict[str, ProjectionParams]:
     """Quantization parameters of the projections that artifacts of a precision have in int8, by name."""
     chosen = bundle.manifest.int8.get(precision)
     return {name: bundle.ranges(name) for name in chosen.projections} if chosen else {}

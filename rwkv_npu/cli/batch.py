@@ -1,4 +1,4 @@
-"""`rwkv-npu batch`: OpenAI's batch lines through the scheduler, all at once, resumable."""
+"""`rwkv-npu batch`: answer a file of requests in OpenAI's batch format. An interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def add(commands: Any) -> None:
     p = commands.add_parser(
         "batch",
         help="answer a file of requests",
-        description="Answer each line of a JSONL file, in OpenAI's batch format. What is answered already is kept.",
+        description="Answer each line of a JSONL file, in OpenAI's batch format. Existing answers in --out are kept.",
     )
     add_model_flags(p)
     p.add_argument(
-        "requests", help="JSONL: custom_id, url (/v1/chat/completions or /v1/completions) and body"
+        "requests", help="JSONL file: custom_id, url (/v1/chat/completions or /v1/completions) and body"
     )
-    p.add_argument("-o", "--out", required=True, metavar="FILE", help="answers, one a line, appended")
+    p.add_argument("-o", "--out", required=True, metavar="FILE", help="file to append answers to, one a line")
     p.add_argument("--template", help="chat template (default: by the model's name)")
-    p.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at a time (default: 8)")
-    p.add_argument("-v", "--verbose", action="store_true", help="say what was loaded, and why so")
+    p.add_argument(
+        "--slots", type=int, default=8, metavar="N", help="answers in progress at a time (default: 8)"
+    )
+    p.add_argument("-v", "--verbose", action="store_true", help="print what was loaded, and why")
     p.set_defaults(run=run)
 
 

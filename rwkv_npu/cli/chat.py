@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from rwkv_npu.text.chat import Piece
 
 HELP = """\
-/undo          take back the last message and its answer
-/retry         write another answer
-/system TEXT   begin anew with this instruction (without TEXT: none)
+/undo          remove the last message and its answer
+/retry         generate the last answer again
+/system TEXT   restart with this instruction (without TEXT: none)
 /think WAY     off, free, low, medium or high
-/save NAME     keep the conversation; /load NAME goes on with it
+/save NAME     save the conversation; /load NAME continues it
 /stats         tokens and speed of the last answer
 /quit          or Ctrl-D
-A line that ends with \\ goes on in the next. Ctrl-C stops an answer."""
+A line that ends with \\ continues on the next. Ctrl-C stops an answer."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -39,16 +39,16 @@ def add(commands: Any) -> None:
     )
     add_model_flags(p)
     p.add_argument("--system", default="", metavar="TEXT", help="instruction before the first message")
-    p.add_argument("--state", metavar="FILE", help="conversation to go on with, saved there at the end")
+    p.add_argument("--state", metavar="FILE", help="conversation to continue; saved there at the end")
     p.add_argument("--template", help="raven, world, g1 or g1-20250922 (default: by the model's name)")
     p.add_argument("--think", default="off", help="off (default), free, low, medium or high")
     p.add_argument(
-        "-n", "--max-tokens", type=int, default=2048, metavar="N", help="of an answer (default: 2048)"
+        "-n", "--max-tokens", type=int, default=2048, metavar="N", help="limit of an answer (default: 2048)"
     )
     p.add_argument("--temp", type=float, metavar="X", help="temperature (default: the template's)")
     p.add_argument("--top-p", type=float, metavar="X", help="default: the template's")
-    p.add_argument("-s", "--seed", type=int, metavar="N", help="for the same answers again")
-    p.add_argument("-v", "--verbose", action="store_true", help="say what was loaded, and why so")
+    p.add_argument("-s", "--seed", type=int, metavar="N", help="seed, for reproducible answers")
+    p.add_argument("-v", "--verbose", action="store_true", help="print what was loaded, and why")
     p.set_defaults(run=run)
 
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     state = Path(arguments.state) if arguments.state else None
     if state is not None and not os.access(state.parent, os.W_OK):
-        raise UsageError(f"--state {state}: {state.parent} is no folder that can be written to")
+        raise UsageError(f"--state {state}: cannot write to the folder {state.parent}")
     options = {"temperature": arguments.temp, "top_p": arguments.top_p, "seed": arguments.seed}
     with load_model(arguments, verbose=arguments.verbose) as model:
         template = model_template(arguments.model, arguments.template, model.spec.V)
@@ -78,21 +78,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _talk(chat: Conversation, lines: Iterator[str]) -> None:
-    """Answer every line. What goes wrong with one is said, and the next is read."""
-    spoken = _Statistics()
+    """Answer each line. An error is printed, and the next line is read."""
+    statistics = _Statistics()
     for line in lines:
         try:
             if not line.startswith("/"):
                 if line.strip():
-                    _speak(chat.say(line), spoken)
-            elif not _command(chat, line, spoken):
+                    _print_answer(chat.ask(line), statistics)
+            elif not _command(chat, line, statistics):
                 return
         except RwkvNpuError as error:
             print(f"{error}", file=sys.stderr)
 
 
 class _Statistics:
-    """Seconds of the last answer."""
+    """Times of the last answer, in seconds."""
 
     first = total = 0.0
 
@@ -102,30 +102,30 @@ class _Statistics:
             f", {(chat.answer_tokens - 1) / decode:.1f} t/s" if chat.answer_tokens > 1 and decode > 0 else ""
         )
         return (
-            f"read {chat.prompt_tokens} tokens, first word after {self.first:.2f} s, "
+            f"read {chat.prompt_tokens} tokens, first text after {self.first:.2f} s, "
             f"wrote {chat.answer_tokens} tokens{rate}"
         )
 
 
-def _speak(pieces: Iterator[Piece], spoken: _Statistics) -> None:
-    """Print an answer as it comes, thoughts dimmed. Ctrl-C ends it, and the conversation goes on."""
-    begin, spoken.first = time.monotonic(), 0.0
+def _print_answer(pieces: Iterator[Piece], statistics: _Statistics) -> None:
+    """Print an answer as it arrives, with dimmed thoughts. Ctrl-C ends the answer, not the conversation."""
+    begin, statistics.first = time.monotonic(), 0.0
     styled, thinking = sys.stdout.isatty(), False
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):  # type: ignore[type-var]
         for piece in pieces:
-            spoken.first = spoken.first or time.monotonic() - begin
+            statistics.first = statistics.first or time.monotonic() - begin
             if piece.thought and not styled:
-                continue  # through a pipe goes the answer alone
+                continue  # a pipe receives the answer without its thought
             if piece.thought != thinking:
                 thinking = piece.thought
                 print(DIM if thinking else f"{PLAIN}\n", end="")
             print(piece.text, end="", flush=True)
-    spoken.total = time.monotonic() - begin
+    statistics.total = time.monotonic() - begin
     print(PLAIN if thinking else "", flush=True)
 
 
-def _command(chat: Conversation, line: str, spoken: _Statistics) -> bool:
-    """Do what a line with a slash says; whether the conversation goes on."""
+def _command(chat: Conversation, line: str, statistics: _Statistics) -> bool:
+    """Run a slash command. Returns False if it ends the conversation."""
     word, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if word in ("/quit", "/exit", "/bye"):
@@ -133,7 +133,7 @@ def _command(chat: Conversation, line: str, spoken: _Statistics) -> bool:
     if word == "/undo":
         chat.undo()
     elif word == "/retry":
-        _speak(chat.retry(), spoken)
+        _print_answer(chat.retry(), statistics)
     elif word == "/system":
         chat.set_system(rest)
     elif word == "/think":
@@ -145,16 +145,16 @@ def _command(chat: Conversation, line: str, spoken: _Statistics) -> bool:
         (chat.save if word == "/save" else chat.load)(path)
         print(f"{'saved to' if word == '/save' else 'loaded from'} {path}", file=sys.stderr)
     elif word == "/stats":
-        print(spoken.line(chat), file=sys.stderr)
+        print(statistics.line(chat), file=sys.stderr)
     elif word == "/help":
         print(HELP, file=sys.stderr)
     else:
-        raise UsageError(f"there is no command {word[:20]}: /help lists them")
+        raise UsageError(f"no such command: {word[:20]} (/help lists the commands)")
     return True
 
 
 def _lines(user: str) -> Iterator[str]:
-    """What the user types, without line breaks at its end; Ctrl-D ends it."""
+    """The user's lines, joined where one ends with a backslash. Ctrl-D ends the iterator."""
     ask = _editor(f"{user}: ") if sys.stdin.isatty() else input
     while True:
         try:
@@ -163,20 +163,20 @@ def _lines(user: str) -> Iterator[str]:
                 line = f"{line[:-1]}\n{ask()}"
         except EOFError:
             return
-        except KeyboardInterrupt:  # at the prompt it clears the line
+        except KeyboardInterrupt:  # at the prompt, Ctrl-C clears the line
             print("", file=sys.stderr)
             continue
         yield line
 
 
 def _editor(prompt: str) -> Callable[[], str]:
-    """Line editing with a history: prompt_toolkit's where it is installed, else readline's."""
+    """A line editor with history: prompt_toolkit's if installed, else readline's."""
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory
     except ImportError:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (its import is all that `input` needs)
+            import readline  # noqa: F401  (importing it gives `input` line editing)
         return lambda: input(prompt)
     from rwkv_npu.formats.files import cache_dir
 

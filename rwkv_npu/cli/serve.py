@@ -1,4 +1,4 @@
-"""`rwkv-npu serve`: OpenAI's and Ollama's API, and a page, over one model."""
+"""`rwkv-npu serve`: serve one model over HTTP, with the APIs of OpenAI and Ollama and a web page."""
 
 from __future__ import annotations
 
@@ -18,25 +18,31 @@ def add(commands: Any) -> None:
     p = commands.add_parser(
         "serve",
         help="serve chats over HTTP, to many clients",
-        description="Serve one model over HTTP: OpenAI's, Ollama's and llama-server's API, and a page at /.",
+        description="Serve one model over HTTP, with the APIs of OpenAI, Ollama and llama-server, and a page at /.",
     )
     add_model_flags(p)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    p.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
-    p.add_argument("--api-key", metavar="KEY", help="key that clients must send; needed beyond loopback")
-    p.add_argument("--name", help="of the model, as clients see it (default: that of its file)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8080, help="default: 8080; 0 picks a free one")
+    p.add_argument("--api-key", metavar="KEY", help="key that clients must send; required beyond loopback")
+    p.add_argument("--name", help="model name that clients see (default: the file's name)")
     p.add_argument(
         "--template", help="chat template: raven, world, g1 or g1-20250922 (default: by the file's name)"
     )
-    p.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at a time (default: 8)")
+    p.add_argument(
+        "--slots", type=int, default=8, metavar="N", help="answers in progress at a time (default: 8)"
+    )
     p.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
     p.add_argument(
-        "--cache", type=float, metavar="GB", help="memory for states (default: 1/8 of the machine's)"
+        "--cache", type=float, metavar="GB", help="memory for cached states (default: 1/8 of the machine's)"
     )
-    p.add_argument("--cache-dir", metavar="DIR", help="keep states there too, over restarts")
-    p.add_argument("--cache-dir-size", type=float, default=4.0, metavar="GB", help="default: 4")
+    p.add_argument("--cache-dir", metavar="DIR", help="folder that keeps cached states over restarts")
     p.add_argument(
-        "--neutral-sampling", action="store_true", help="take temperature 1, top_p 1 at their word"
+        "--cache-dir-size", type=float, default=4.0, metavar="GB", help="limit of this folder (default: 4)"
+    )
+    p.add_argument(
+        "--neutral-sampling",
+        action="store_true",
+        help="apply temperature 1, top_p 1 and no penalties if a client sends them (default: the template's values)",
     )
     p.add_argument("-v", "--verbose", action="store_true", help="log each request")
     p.set_defaults(run=run)
@@ -50,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("serve needs starlette and uvicorn: pip install '.[serve]' in the clone") from None
     from rwkv_npu.serve.run import listen, serve
 
-    # The port first: where it is taken, no model is loaded for nothing.
+    # Open the port before loading the model: if the port is taken, the command fails at once.
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and not arguments.api_key:
-        raise UsageError(f"--host {arguments.host} lets others in: give them a key with --api-key KEY")
+        raise UsageError(f"--host {arguments.host} is open to other machines: set a key with --api-key KEY")
     socket = listen(arguments.host, arguments.port)
     host, port = socket.getsockname()[:2]
     from rwkv_npu.board.hardware import memory
-    from rwkv_npu.serve.disk import Folder
+    from rwkv_npu.serve.disk import StateFolder
     from rwkv_npu.serve.service import Service
 
     model = load_model(arguments, verbose=arguments.verbose)
@@ -66,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         budget = int(arguments.cache * 1e9)
     stores = []
     if arguments.cache_dir:
-        stores.append(Folder(Path(arguments.cache_dir), int(arguments.cache_dir_size * 1e9), model))
+        stores.append(StateFolder(Path(arguments.cache_dir), int(arguments.cache_dir_size * 1e9), model))
     service = Service(
         model,
         arguments.name or model_name(arguments.model),
@@ -90,12 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def model_name(model: str | None) -> str:
-    """The name of a model as clients see it: that of its file or folder."""
+    """The name of a model for clients: the name of its file or folder without the suffix."""
     return Path(model).name.removesuffix(".rwkv").removesuffix(".pth") if model else "demo"
 
 
 def model_template(model: str | None, named: str | None, vocab_size: int) -> Template:
-    """The chat template that was asked for, else the one for the names of a model and its checkpoint."""
+    """The chat template called `named`; by default, the one that fits the names of the model and its checkpoint."""
     from rwkv_npu.formats.bundle import is_bundle, read_manifest
     from rwkv_npu.text.chat import choose_template, template_named
 

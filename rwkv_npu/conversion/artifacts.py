@@ -20,7 +20,7 @@ from rwkv_npu.graphs.trace import Trace, matrices, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.progress import Progress, progress
-from rwkv_npu.quant.npu import Ranges
+from rwkv_npu.quant.npu import ProjectionParams
 from rwkv_npu.runtime.selftest import record
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
@@ -200,7 +200,7 @@ class Build:
     source: BundleSource
     group: Group
     artifact: Artifact
-    parameters: Mapping[str, Ranges]
+    parameters: Mapping[str, ProjectionParams]
     verify: Recorded | None = None
 
     @property

@@ -134,7 +134,7 @@ class _Recorder:
         samples.high = np.maximum(samples.high, x.max(0))
 
     def product(self, label: str, part: int, x: np.ndarray) -> None:
-        made = self.samples[label].made[part]
+        made = self.samples[label].products[part]
         made[:] = min(made[0], x.min()), max(made[1], x.max())
 
     def peak(self, name: str, x: np.ndarray) -> None:

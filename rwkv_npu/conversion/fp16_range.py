@@ -86,7 +86,7 @@ def scaled_samples(spec: Spec, seen: Statistics, scaling: Scaling, label: str) -
         return samples
     factor = np.float32(inputs)
     return Samples(
-        samples.rows * factor, samples.low * factor, samples.high * factor, samples.made * products
+        samples.rows * factor, samples.low * factor, samples.high * factor, samples.products * products
     )
 
 

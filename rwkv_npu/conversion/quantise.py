@@ -24,7 +24,7 @@ from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.formats.safetensors import TensorPlan, replace_tensors
 from rwkv_npu.models.spec import Kind, Spec, tensors
 from rwkv_npu.progress import progress
-from rwkv_npu.quant.npu import Affine, Ranges
+from rwkv_npu.quant.npu import ProjectionParams, QuantParams
 from rwkv_npu.quant.ranges import ALGORITHMS, Choice, Samples, choose
 from rwkv_npu.quant.smoothing import smoothings
 from rwkv_npu.runtime.weights import BundleSource
@@ -104,7 +104,7 @@ def choose_parameters(
             candidates = smoothings(weight, samples) if smooth else [None]
             choice = choose(name, weight, samples, candidates, methods)
             write_atomically(note, json.dumps({"key": key, **_choice_json(choice)}).encode())
-        smoothed = choice.ranges.smoothing is not None
+        smoothed = choice.params.smoothing is not None
         table.append(Sensitivity(name, size, choice.algorithm, smoothed, choice.error))
         plans += _plans(name, choice)
     (bundle.path / NOTES).unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def choose_parameters(
 
 
 def _choice_json(choice: Choice) -> dict[str, Any]:
-    ranges = choice.ranges
+    ranges = choice.params
     smoothing = None if ranges.smoothing is None else ranges.smoothing.tolist()
     affines = [[affine.scale, affine.zero] for affine in (ranges.input, *ranges.outputs)]
     return {
@@ -131,15 +131,17 @@ def _noted_choice(note: Path, key: str) -> Choice | None:
         found = json.loads(note.read_text(encoding="utf-8"))
         if found["key"] != key:
             return None
-        given, *made = (Affine(float(scale), int(zero)) for scale, zero in found["affines"])
+        given, *made = (QuantParams(float(scale), int(zero)) for scale, zero in found["affines"])
         smoothing = None if found["smoothing"] is None else np.array(found["smoothing"], np.float32)
-        return Choice(Ranges(given, tuple(made), smoothing), str(found["algorithm"]), float(found["error"]))
+        return Choice(
+            ProjectionParams(given, tuple(made), smoothing), str(found["algorithm"]), float(found["error"])
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _plans(name: str, choice: Choice) -> list[TensorPlan]:
-    ranges = choice.ranges
+    ranges = choice.params
     affines = np.array([[a.scale, a.zero] for a in (ranges.input, *ranges.outputs)], np.float32)
     arrays: Mapping[str, Any] = {"ranges": affines, "smoothing": ranges.smoothing}
     return [

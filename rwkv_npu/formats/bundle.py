@@ -40,7 +40,7 @@ from rwkv_npu.formats.files import irregular_entries, is_file, os_reason
 from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import Port, Scaling, Spec
 from rwkv_npu.quant.cpu import Packed
-from rwkv_npu.quant.npu import Affine, Quantised, Ranges
+from rwkv_npu.quant.npu import ProjectionParams, Quantised, QuantParams
 
 FORMAT = (2, 0)  # a newer major is refused, a newer minor opens
 # Version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself, 3 takes rows of
@@ -253,13 +253,13 @@ class Bundle:
         """A projection as artifacts may have it in int8. Raises BundleError for one that is not there."""
         return Quantised.of(self.ranges(name), self.tensor(name))
 
-    def ranges(self, name: str) -> Ranges:
+    def ranges(self, name: str) -> ProjectionParams:
         """The quantization parameters of such a projection. Raises BundleError."""
         _fits(check_ranges, self._ranges, name, self._weights.entry(name).shape[-2])
-        given, *made = (Affine(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
+        given, *made = (QuantParams(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
         smoothed = f"{name}.smoothing" in self._ranges
         smoothing = np.array(self._ranges.array(f"{name}.smoothing")) if smoothed else None
-        return Ranges(given, tuple(made), smoothing)
+        return ProjectionParams(given, tuple(made), smoothing)
 
     def self_test(self, named: Mapping[str, Port]) -> dict[str, np.ndarray] | None:
         """The recorded rows of each port by tensor name, (n, width) fp32; None if the bundle has no self-test."""

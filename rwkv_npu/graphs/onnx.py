@@ -110,7 +110,7 @@ def compiler_model(
     The weights of projections that are `quantised`, by label, are what their int8 numbers stand for. Constants of zeros
     are left out.
     """
-    int8 = {label: q.ranges for label, q in quantised.items()}
+    int8 = {label: q.params for label, q in quantised.items()}
     trace = compiler_trace(program, group, rows, int8, zeros_in(tensor))
     return traced_model(trace, group.name, tensor, quantised)
 

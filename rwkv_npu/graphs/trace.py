@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Group, Port, Spec, tensors
-from rwkv_npu.quant.npu import NPU_WIDTH, Affine, Ranges, cut, int8_parts, reciprocal, spans
+from rwkv_npu.quant.npu import NPU_WIDTH, ProjectionParams, QuantParams, cut, int8_parts, reciprocal, spans
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Trace:
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     projections: dict[str, Constant] = field(default_factory=dict)
-    int8: dict[str, tuple[Affine, Affine]] = field(default_factory=dict)
+    int8: dict[str, tuple[QuantParams, QuantParams]] = field(default_factory=dict)
     vectors: dict[str, Constant] = field(default_factory=dict)
     literals: dict[str, np.ndarray] = field(default_factory=dict)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Tracer:
         *,
         rows: int | None,
         split: int | None = None,
-        int8: Mapping[str, Ranges] = MappingProxyType({}),
+        int8: Mapping[str, ProjectionParams] = MappingProxyType({}),
         is_zero: Callable[[Constant], bool] = lambda constant: False,
         rows_of: tuple[str, int] = ("", 0),
         trace: Trace | None = None,
@@ -238,7 +238,7 @@ class Tracer:
         names = [self._zeros(width) if name is None else name for name, width in parts]
         return names[0] if len(names) == 1 else self.node("Concat", names, axis=1)
 
-    def _smoothed(self, x: Value, ranges: Ranges) -> Value:
+    def _smoothed(self, x: Value, ranges: ProjectionParams) -> Value:
         """x by what smooths its channels, and within the range of int8.
 
         The compiler would take the factors into the weights, and leave the range to what they were to smooth; it does
@@ -325,7 +325,7 @@ def trace_group(
     *,
     rows: int | None = None,
     split: int | None = None,
-    int8: Mapping[str, Ranges] = MappingProxyType({}),
+    int8: Mapping[str, ProjectionParams] = MappingProxyType({}),
     is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
     """Record `group`; `rows` fixes M, `split` is the widest matrix that is left in one piece. Projections in
@@ -406,7 +406,7 @@ def compiler_trace(
     program: Program,
     group: Group,
     rows: int,
-    int8: Mapping[str, Ranges] = MappingProxyType({}),
+    int8: Mapping[str, ProjectionParams] = MappingProxyType({}),
     is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
     """The graph as Rockchip's compiler reads it, without its numbers."""

@@ -1,15 +1,15 @@
-"""Quantised matrices of the CPU: blocks of a column that share a scale, in the order in which they are multiplied.
+"""Quantised matrices for the CPU: blocks of a column share a scale, and memory order is the order of multiplication.
 
-A matrix (K, N), used as x @ W, is cut into strips of LANES columns; within a strip the rows follow each other, so that
-a product reads memory from front to back. BLOCK rows of a column share a scale, in bfloat16, since float16 has too few
-exponents for small numbers:
+A matrix (K, N), used as x @ W, is cut into strips of LANES columns. The rows of a strip follow each other, so that a
+product reads memory from front to back. BLOCK rows of a column share a scale in bfloat16; float16 has too few exponents
+for small numbers.
 
     W[k, n] = scale[k // BLOCK, n] * (q[k, n] - zero)
 
-    int8    q in 1 .. 255, zero 128: 64 bytes hold 4 rows of a strip, the 4 of a column side by side
+    int8    q in 1 .. 255, zero 128: 64 bytes hold 4 rows of a strip, the 4 numbers of a column side by side
     int4    q in 0 .. 15, zero 8:    64 bytes hold 8 rows, rows 0-3 in the low nibbles and 4-7 in the high ones
 
-K is padded to whole blocks and N to whole panels of four strips, with zeros.
+K is padded with zeros to whole blocks, N to whole panels of four strips.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from rwkv_npu.models.spec import Kind, Tensor
 
 BLOCK = 64  # rows that share a scale
 LANES = 16  # columns of a strip
-PANEL = 64  # columns that a product of many rows takes at once
+PANEL = 64  # columns that a gemm kernel computes at once
 
 SCALE = np.dtype(ml_dtypes.bfloat16)
 
 PRECISIONS = ("int8", "int4")
 ZERO = {8: 128, 4: 8}
 
-# int4: scales tried for a block, relative to the largest value over 8. The best has the least squared error: cutting
-# the few largest values off a little is made up for by finer steps for all others.
+# int4: scales to try for a block, relative to the largest value over 8. The one with the smallest squared error wins:
+# clipping the few largest values is worth it if all others are rounded more finely.
 _CANDIDATES = np.linspace(0.80, 1.16, 10, dtype=np.float32)
-_CHUNK = 1 << 22  # elements quantised at a time
+_CHUNK = 1 << 22  # elements to quantise at a time
 
 
 def bits_of(precision: str, tensor: Tensor) -> int:
-    """Bits of a projection. What feeds the state keeps 8 in an int4 model: an error there is not made once, but read
-    again by every token after it. That is r, k, v and the low-rank controls; the rest is three quarters of the weights.
+    """Bits of a projection at a precision. In an int4 model, projections that feed the state keep 8 bits.
+
+    An error in the state is read again by every later token. These projections are r, k, v and the low-rank controls;
+    the others hold three quarters of the weights.
     """
     feeds_state = tensor.kind is not Kind.LINEAR or any(
         tensor.name.endswith(f".att.{name}.weight") for name in ("receptance", "key", "value")
@@ -49,9 +51,10 @@ def bits_of(precision: str, tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised matrix. data: (strips, bytes of a strip) uint8; scales: (strips, K // BLOCK, LANES) SCALE, K padded.
+    """A quantised matrix.
 
-    shape: (K, N) of the matrix without its padding.
+    data: (strips, bytes of a strip) uint8. scales: (strips, padded K // BLOCK, LANES) of SCALE. shape: (K, N) without
+    padding.
     """
 
     data: np.ndarray
@@ -72,25 +75,25 @@ class Packed:
 
 
 def padded(k: int, n: int) -> tuple[int, int]:
-    """K and N in whole blocks and panels."""
+    """K and N rounded up to whole blocks and panels."""
     return -(-k // BLOCK) * BLOCK, -(-n // PANEL) * PANEL
 
 
 def packed_shapes(k: int, n: int, bits: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Shapes of `data` and `scales` of a (K, N) matrix."""
+    """Shapes of `data` and `scales` for a matrix (K, N)."""
     k, n = padded(k, n)
     return (n // LANES, k * LANES * bits // 8), (n // LANES, k // BLOCK, LANES)
 
 
 def packed_bytes(tensor: Tensor, bits: int) -> int:
-    """What a projection takes, scales included."""
+    """Bytes of a packed projection, including its scales."""
     *stack, k, n = tensor.used_shape
     shapes = packed_shapes(k, n, bits)
     return prod(stack) * (prod(shapes[0]) + prod(shapes[1]) * SCALE.itemsize)
 
 
 def pack(weight: np.ndarray, bits: int) -> Packed:
-    """Quantise (K, N) of any float type to `bits` 4 or 8."""
+    """Quantise a matrix (K, N) of any float type to 4 or 8 bits."""
     K, N = weight.shape
     step = max(PANEL, _CHUNK // max(K, 1) // PANEL * PANEL)
     parts = [_pack_columns(weight[:, start : start + step], bits) for start in range(0, N, step)]
@@ -99,7 +102,7 @@ def pack(weight: np.ndarray, bits: int) -> Packed:
 
 
 def unpack(packed: Packed) -> np.ndarray:
-    """What the numbers stand for, (K, N) fp32."""
+    """The dequantised matrix, (K, N) fp32."""
     q = numbers(packed).astype(np.float32) - ZERO[packed.bits]
     values = q.reshape(len(q), -1, BLOCK, LANES) * packed.scales[:, :, None, :].astype(np.float32)
     K, N = packed.shape
@@ -107,19 +110,19 @@ def unpack(packed: Packed) -> np.ndarray:
 
 
 def numbers(packed: Packed) -> np.ndarray:
-    """q of every strip, (strips, K, LANES) uint8, with its padding."""
+    """The numbers q of every strip, (strips, padded K, LANES) uint8."""
     rows = 4 * 8 // packed.bits
     q = packed.data.reshape(-1, packed.padded_k // rows, LANES, 4)
     halves = [q] if packed.bits == 8 else [q & 15, q >> 4]
-    # (strips, k // rows, halves, LANES, 4) -> the 4 of a column below each other
+    # (strips, k // rows, halves, LANES, 4) -> the 4 numbers of a column one below the other
     return np.stack(halves, 2).swapaxes(-1, -2).reshape(len(q), -1, LANES)
 
 
 def pack_floats(weight: np.ndarray) -> np.ndarray:
-    """(K, N) of any float type as strips, (strips, K, LANES) of the same type, N in whole panels."""
+    """Arrange a matrix (K, N) of any float type in strips: (strips, K, LANES) of the same type, N in whole panels."""
     K, N = weight.shape
     strips = np.zeros((padded(K, N)[1] // LANES, K, LANES), weight.dtype)
-    # A lane of 16 as one element: several times as fast to move as one by one.
+    # Moving a row of 16 lanes as one element is several times as fast as moving single numbers.
     lane = np.dtype((np.void, LANES * weight.itemsize))
     step = max(PANEL, _CHUNK // max(K, 1) // PANEL * PANEL)
     for start in range(0, N, step):
@@ -133,7 +136,7 @@ def pack_floats(weight: np.ndarray) -> np.ndarray:
 
 
 def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """data and scales of some columns of a matrix."""
+    """Quantise some columns of a matrix. Returns data and scales."""
     (K, N), (k, n) = weight.shape, padded(*weight.shape)
     whole = np.zeros((k, n), np.float32)
     whole[:K, :N] = weight
@@ -141,7 +144,7 @@ def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     scales = _scales(blocks, bits)
     q = _rounded(blocks, scales.astype(np.float32), bits) + ZERO[bits]
     rows = 4 * 8 // bits
-    # (strips, k // rows, halves, 4, LANES) -> the 4 of a column side by side
+    # (strips, k // rows, halves, 4, LANES) -> the 4 numbers of a column side by side
     q = q.astype(np.uint8).reshape(k // rows, rows // 4, 4, n // LANES, LANES).transpose(3, 0, 1, 4, 2)
     data = q[:, :, 0] if bits == 8 else q[:, :, 0] | q[:, :, 1] << 4
     by_strip = scales.reshape(k // BLOCK, n // LANES, LANES).swapaxes(0, 1)
@@ -149,10 +152,10 @@ def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _scales(blocks: np.ndarray, bits: int) -> np.ndarray:
-    """(blocks, BLOCK, N) -> (blocks, N) of SCALE."""
+    """Choose the scales of blocks (blocks, BLOCK, N). Returns (blocks, N) of SCALE."""
     if bits == 8:
         return _rounded_up(np.abs(blocks).max(1) / np.float32(127))
-    # There is one more step below zero than above: the sign of the scale gives it to the largest value.
+    # int4 has one more number below zero than above. The sign of the scale gives it to the largest value.
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)[:, 0]
     best, least = np.zeros(extreme.shape, SCALE), np.full(extreme.shape, np.inf, np.float32)
     for candidate in _CANDIDATES:
@@ -165,13 +168,13 @@ def _scales(blocks: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _rounded_up(positive: np.ndarray) -> np.ndarray:
-    """fp32 -> SCALE, never smaller: no number is beyond the last step."""
+    """Round fp32 up to SCALE, so that no number exceeds the largest q."""
     bits = positive.view(np.uint32)
     return ((bits + np.uint32(0xFFFF)) >> 16).astype(np.uint16).view(SCALE)
 
 
 def _rounded(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """Whole steps of `scales` nearest to `blocks`; 0 where a scale is 0."""
+    """Round `blocks` to whole multiples of `scales`, in the range of q. 0 where a scale is 0."""
     with np.errstate(divide="ignore"):
         inverse = np.where(scales == 0, np.float32(0), 1 / scales)
     low = -8 if bits == 4 else -127

@@ -1,16 +1,16 @@
-"""Products in int8 as the NPU computes them: inputs, weights and results all have 8 bits.
+"""int8 products as the NPU computes them: inputs, weights and outputs have 8 bits.
 
-    Affine      quantization parameters: int8 numbers q stand for scale * (q - zero), fixed before anything is run
-    Ranges      the parameters of a projection's input and products
-    Quantised   the same with its weights, which have per-channel scales
-    Int8Maths   the reference, with some projections in int8
+    QuantParams        an int8 number q represents scale * (q - zero); fixed before inference
+    ProjectionParams   quantization parameters of a projection's input and of its products
+    Quantised          the same with its int8 weights, which have per-channel scales
+    Int8Maths          the reference forward, with some projections in int8
 
-Everything between the projections stays in floating point; the chip converts in both directions. Rounding is to the
-nearest. Sums are exact: int32 on the chip, and here fp32 that holds integers below 2^24, or nearly so. From the same
-inputs this computes the same as Rockchip's simulator. In a graph, inputs arrive in fp16, and some round to the next
-number; the parts of a wide product are added up in fp16.
+Everything between the projections stays in floating point; the chip converts in both directions. Rounding is to
+nearest. Sums are exact: int32 on the chip, and here fp32 that holds integers below 2^24 (approximately, where a sum is
+larger). With the same inputs, this module computes the same as Rockchip's simulator. Inside a graph, inputs arrive in
+fp16, so that some round to the next int8 number, and the parts of a wide product are added in fp16.
 
-Letters: M rows, K width of the input, N of the output.
+Letters: M rows, K width of the input, N of the output, P parts of K.
 """
 
 from __future__ import annotations
@@ -25,107 +25,109 @@ import numpy as np
 
 from rwkv_npu.models.maths import NumpyMaths, matmul
 
-PRECISIONS = ("w8a8", "mixed")  # with large projections in int8: all of them, or some
+PRECISIONS = ("w8a8", "mixed")  # all large projections in int8, or some of them
 
 LOWEST, HIGHEST = -128, 127
-SILENT = 1e-20  # fp16 has no scale below this, and division by one would leave fp32
+MIN_SCALE = 1e-20  # fp16 has no scale this small, and dividing by it would overflow fp32
 
-# At more than one row Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
+# With more than one row, Rockchip's compiler leaves the transposes of wider matrices to the board's CPU.
 NPU_WIDTH = 8192
-# Widest K of a product in int8: the compiler cuts wider ones by itself for the RK3588, into parts with names and
-# parameters of its own.
+# Largest K of an int8 product. For the RK3588 the compiler splits wider products itself, into parts with their own
+# names and quantization parameters.
 INT8_WIDTH = 3072
 
 
 def cut(width: int, widest: int) -> list[int]:
-    """The widths of the fewest equal parts that are no wider than `widest`, in multiples of 32."""
+    """Split `width` into the fewest equal parts of at most `widest`, in multiples of 32. Returns their widths."""
     step = ceil(width / ceil(width / widest) / 32) * 32
     return [min(step, width - start) for start in range(0, width, step)]
 
 
 def int8_parts(K: int) -> list[int]:
-    """The widths of the parts of K in which a product in int8 is computed, for any number of rows."""
+    """Widths of the parts of K in which an int8 product is computed. They do not depend on the number of rows."""
     return [part for wide in cut(K, NPU_WIDTH) for part in cut(wide, INT8_WIDTH)]
 
 
 def spans(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """(begin, end) of parts of `widths`, side by side."""
+    """(begin, end) of consecutive parts with these widths."""
     return [(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]
 
 
 @dataclass(frozen=True)
-class Affine:
-    """Quantization parameters: int8 numbers q stand for scale * (q - zero). One of them stands for 0."""
+class QuantParams:
+    """Quantization parameters of a tensor: an int8 number q represents scale * (q - zero). 0 is represented exactly."""
 
     scale: float
     zero: int
 
     @staticmethod
-    def covering(low: float, high: float) -> Affine:
-        """The smallest scale that reaches from `low` to `high`, and to 0."""
+    def covering(low: float, high: float) -> QuantParams:
+        """The parameters with the smallest scale that cover `low`, `high` and 0."""
         low, high = min(float(low), 0.0), max(float(high), 0.0)
         scale = float(np.float32((high - low) / (HIGHEST - LOWEST)))
-        scale = scale if scale > SILENT else 1.0
-        return Affine(scale, int(np.clip(np.rint(LOWEST - low / scale), LOWEST, HIGHEST)))
+        scale = scale if scale > MIN_SCALE else 1.0
+        return QuantParams(scale, int(np.clip(np.rint(LOWEST - low / scale), LOWEST, HIGHEST)))
 
     @property
     def span(self) -> tuple[float, float]:
-        """The lowest and the highest value."""
+        """The lowest and the highest representable value."""
         return self.scale * (LOWEST - self.zero), self.scale * (HIGHEST - self.zero)
 
     def round(self, x: np.ndarray) -> np.ndarray:
-        """x rounded to the nearest values that int8 numbers stand for, fp32."""
-        steps = np.rint(x / np.float32(self.scale))
-        return np.clip(steps, LOWEST - self.zero, HIGHEST - self.zero) * np.float32(self.scale)
+        """Round x to the nearest representable values, fp32."""
+        levels = np.rint(x / np.float32(self.scale))
+        return np.clip(levels, LOWEST - self.zero, HIGHEST - self.zero) * np.float32(self.scale)
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """Quantization parameters of a projection (K, N): of its input, and of the product of each part of K
-    (`int8_parts`). The sum of these is the projection's product.
+class ProjectionParams:
+    """Quantization parameters of a projection (K, N): of its input, and of the product of each part of K.
 
-    smoothing: (K,) of SmoothQuant, by which the channels of the input are divided before they are rounded, or None.
+    The projection's output is the sum of these products (`int8_parts`).
+    smoothing: (K,) divisors that SmoothQuant applies to the input's channels before rounding, or None.
     """
 
-    input: Affine
-    outputs: tuple[Affine, ...]
+    input: QuantParams
+    outputs: tuple[QuantParams, ...]
     smoothing: np.ndarray | None = None
 
     def smoothed(self, x: np.ndarray) -> np.ndarray:
-        """The input after SmoothQuant, before it is rounded, (M, K)."""
+        """The input (M, K) after SmoothQuant, before rounding."""
         return x if self.smoothing is None else x * reciprocal(self.smoothing)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A projection (K, N) in int8. weight: int8 numbers less the zero point, (K, N). steps: per-channel scales, of
-    column n in part p of K steps[p, n]."""
+    """A projection (K, N) in int8.
 
-    ranges: Ranges
+    weight: (K, N), int8 numbers minus their zero points. scales: (P, N), a scale for each part of K and column.
+    """
+
+    params: ProjectionParams
     weight: np.ndarray
-    steps: np.ndarray
+    scales: np.ndarray
 
     @staticmethod
-    def of(ranges: Ranges, weight: np.ndarray) -> Quantised:
-        """`weight` (K, N) in int8, after SmoothQuant."""
-        return Quantised(ranges, *round_weight(weight, ranges.smoothing))
+    def of(params: ProjectionParams, weight: np.ndarray) -> Quantised:
+        """Quantise `weight` (K, N), after SmoothQuant."""
+        return Quantised(params, *round_weight(weight, params.smoothing))
 
     def linear(self, x: np.ndarray) -> np.ndarray:
-        """(M, K) -> (M, N) fp32."""
-        return self.product(self.ranges.smoothed(x))
+        """x (M, K) -> (M, N) fp32."""
+        return self.product(self.params.smoothed(x))
 
     def product(self, x: np.ndarray) -> np.ndarray:
-        """As `linear`, of an input after SmoothQuant."""
-        x = self.ranges.input.round(x)
-        parts = zip(spans(int8_parts(len(self.weight))), self.ranges.outputs, self.steps, strict=True)
+        """Like `linear`, for an input that SmoothQuant has scaled already."""
+        x = self.params.input.round(x)
+        parts = zip(spans(int8_parts(len(self.weight))), self.params.outputs, self.scales, strict=True)
         return reduce(
             np.add,
-            (out.round(matmul(x[:, k0:k1], self.weight[k0:k1]) * steps) for (k0, k1), out, steps in parts),
+            (out.round(matmul(x[:, k0:k1], self.weight[k0:k1]) * scale) for (k0, k1), out, scale in parts),
         )
 
     def values(self) -> np.ndarray:
-        """The values that the weights stand for, (K, N) fp32, after SmoothQuant."""
-        return self.weight * np.repeat(self.steps, int8_parts(len(self.weight)), axis=0)
+        """The dequantised weights (K, N) fp32, after SmoothQuant."""
+        return self.weight * np.repeat(self.scales, int8_parts(len(self.weight)), axis=0)
 
 
 def reciprocal(smoothing: np.ndarray) -> np.ndarray:
@@ -133,29 +135,32 @@ def reciprocal(smoothing: np.ndarray) -> np.ndarray:
 
 
 def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) -> int8 numbers less their zero points (K, N), and scales of each part of K and column (P, N), fp32.
+    """Quantise weights (K, N). Returns int8 numbers minus their zero points (K, N), and scales (P, N) fp32.
 
-    The 256 numbers of a column in a part reach from its lowest weight to its highest. The compiler rounds the weights
-    once more: that leaves them as they are.
+    In each part of K, the 256 numbers of a column reach from its lowest to its highest weight. The compiler rounds the
+    result once more, which changes nothing.
     """
-    numbers, steps = np.empty(weight.shape, np.int16), []
+    numbers, scales = np.empty(weight.shape, np.int16), []
     for k0, k1 in spans(int8_parts(len(weight))):
         values = weight[k0:k1].astype(np.float32)
         if smoothing is not None:
             values *= smoothing[k0:k1, None]
         low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
-        step = (high - low) / np.float32(HIGHEST - LOWEST)
-        step = np.where(step > 0, step, np.float32(1))
-        zeros = np.rint(LOWEST - low / step)
-        np.rint(np.divide(values, step, out=values), out=values)
+        scale = (high - low) / np.float32(HIGHEST - LOWEST)
+        scale = np.where(scale > 0, scale, np.float32(1))
+        zeros = np.rint(LOWEST - low / scale)
+        np.rint(np.divide(values, scale, out=values), out=values)
         np.clip(np.add(values, zeros, out=values), LOWEST, HIGHEST, out=values)
         numbers[k0:k1] = np.subtract(values, zeros, out=values)
-        steps.append(step)
-    return numbers, np.stack(steps)
+        scales.append(scale)
+    return numbers, np.stack(scales)
 
 
 class Int8Maths(NumpyMaths):
-    """The reference, with those projections in int8 that `lookup(name)` returns; those of a stack never are."""
+    """The reference forward with some projections in int8: those for which `lookup(name)` returns a Quantised.
+
+    Matrices of a stack are never in int8.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,11 @@
-"""The server: HTTP requests to events, many conversations on one model.
+"""The HTTP server: many conversations at a time on one model.
 
-scheduler.py   one thread owns the model and steps all sequences in one forward
-cache.py       states of what was read
+web, run               the ASGI application and its process: limits, keys, errors, shutdown
+openai, responses, ollama, llama, states, page    one module an API, each with its routes
+request, fields        read and check the JSON of a request
+service                a request -> jobs of the scheduler -> events of its answers
+scheduler              one thread owns the model and steps all sequences in one forward
+answers, structured    sample, parse and restrict one answer
+cache, disk            states after prefixes of prompts, in memory and in a folder
+batch                  requests from a file, without a network
 """

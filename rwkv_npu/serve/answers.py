@@ -1,4 +1,4 @@
-"""One answer while it is written: tokens chosen, their text parsed, events for whoever listens."""
+"""One answer in progress: sample tokens, parse their text, emit events."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CLOSE_THOUGHT = "\n</think>\n"
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A chosen token, its bytes and log-probability. top: the most likely tokens as (token, log-probability)."""
+class SampledToken:
+    """A sampled token, its bytes and log-probability. top: the most likely tokens as (token, log-probability)."""
 
     token: int
     bytes: bytes
@@ -29,31 +29,31 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Event:
-    """What became of answer number `index`: text that is certain, tokens, and at the end the reason.
+    """News of answer number `index`: text that can be sent, sampled tokens, and at the end the reason.
 
-    reason: None while it goes on, else "stop", "length" or "error".
+    reason: None while the answer goes on, else "stop", "length" or "error".
     """
 
     index: int
     pieces: Sequence[Piece] = ()
-    tokens: Sequence[Chosen] = ()
+    tokens: Sequence[SampledToken] = ()
     reason: str | None = None
     error: RwkvNpuError | None = None
 
 
 class Grammar(Protocol):
-    """What tokens an answer may go on with."""
+    """Restricts the tokens of an answer."""
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next, as `sampling.sample` takes them."""
+        """The mask of tokens that may come next, in the form that `sampling.sample` takes."""
 
     def push(self, token: int) -> bool:
-        """Take a token; whether nothing can follow it."""
+        """Accept a token. Returns True if the answer is complete."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is written. bias: added to logits, by token. top_logprobs: None for no log-probabilities."""
+    """Options of an answer. bias: added to logits, by token. top_logprobs: None for no log-probabilities."""
 
     sampling: SamplingOptions = SamplingOptions()
     seed: int | None = None
@@ -64,10 +64,10 @@ class Options:
 
 
 class Answer:
-    """Writes one answer (`scheduler.Writer`).
+    """Generates one answer (a `scheduler.Writer`).
 
-    listen: gets each Event, in the scheduler's thread. parser: splits the text; a plain completion has one without
-    stops of a template. vocabulary: (V,) bool, the ids that have text.
+    listen: called with each Event, in the scheduler's thread. parser: splits the text into thought and content, and
+    finds its end. vocabulary: (V,) bool, the ids that have text.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Answer:
         return None if self._grammar is None else self._grammar.allowed()
 
     def take(self, choice: Choice) -> int | None:
-        if self._forced:  # the end of a thought that has gone on for too long
+        if self._forced:  # the thought has used up its budget: these tokens close it
             choice = Choice(self._forced.popleft(), 0.0, [])
         token = choice.token
         self.count += 1
@@ -115,7 +115,7 @@ class Answer:
         if reason and not self._parser.stopped:
             pieces = [*pieces, *self._parser.push(self._decoder.finish()), *self._parser.finish()]
         data = self._tokenizer.token_bytes(token) or b""
-        chosen = Chosen(token, data, choice.logprob, tuple(choice.top[: self.top]))
+        chosen = SampledToken(token, data, choice.logprob, tuple(choice.top[: self.top]))
         self._listen(Event(self.index, pieces, [chosen], reason))
         return None if reason else token
 

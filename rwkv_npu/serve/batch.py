@@ -1,4 +1,4 @@
-"""Requests from a file, through the same application as those of HTTP clients, without a network."""
+"""Answer requests from a file, through the ASGI application that serves HTTP clients, without a network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Request = dict[str, Any]
 
 
 def read_requests(path: Path, out: Path) -> list[Request]:
-    """The requests of a file that have no answer in `out` yet.
+    """Read the requests of a file that have no answer in `out` yet.
 
-    Raises UsageError for a line that is no request, or an `out` that holds something else. A last line of `out` that
-    was cut short, by a kill or a full disk, is taken away.
+    Raises UsageError for an invalid line, or if `out` does not hold answers. A last line of `out` that was cut off by a
+    kill or a full disk is removed.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -30,13 +30,13 @@ def read_requests(path: Path, out: Path) -> list[Request]:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8')}") from None
     requests = [_request(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     names = [request["custom_id"] for request in requests]
-    twice = (
+    duplicate = (
         next((name for i, name in enumerate(names) if name in names[:i]), None)
         if len(set(names)) < len(names)
         else None
     )
-    if twice is not None:
-        raise UsageError(f"{path}: the custom_id {twice!r:.80} stands there twice")
+    if duplicate is not None:
+        raise UsageError(f"{path}: the custom_id {duplicate!r:.80} is used twice")
     done = _answered(out)
     return [request for request in requests if request["custom_id"] not in done]
 
@@ -51,12 +51,12 @@ def _request(line: str, where: str) -> Request:
     if request.get("url") not in URLS:
         raise UsageError(f"{where}: its url must be one of {', '.join(URLS)}")
     if not isinstance(request.get("body"), dict):
-        raise UsageError(f"{where}: it has no body")
+        raise UsageError(f"{where}: its body is missing or not an object")
     return {**request, "body": {**request["body"], "stream": False}}
 
 
 def _answered(out: Path) -> set[str]:
-    """The custom_ids in a file of answers."""
+    """The custom_ids that a file of answers holds."""
     if not out.exists():
         return set()
     data = out.read_bytes()
@@ -64,7 +64,7 @@ def _answered(out: Path) -> set[str]:
     try:
         done = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{out} holds something else than answers: give another --out") from None
+        raise UsageError(f"{out} is not a file of answers: give another --out") from None
     if len(whole) < len(data):
         with out.open("r+b") as file:
             file.truncate(len(whole))
@@ -72,15 +72,15 @@ def _answered(out: Path) -> set[str]:
 
 
 def answer_all(service: Service, requests: Sequence[Request], out: Path) -> int:
-    """Answer the requests, twice as many at a time as there are slots, and append each answer as it is complete.
+    """Answer the requests, twice as many at a time as the server has slots. Append each complete answer to `out`.
 
-    Returns how many ended in an error, whose lines say so.
+    Returns the number of requests that failed. Their lines hold the error.
     """
     return asyncio.run(_answer_all(service, requests, out))
 
 
 async def _answer_all(service: Service, requests: Sequence[Request], out: Path) -> int:
-    app, room = application(service, hosts=None), asyncio.Semaphore(2 * service.scheduler.slots)
+    app, limit = application(service, hosts=None), asyncio.Semaphore(2 * service.scheduler.slots)
     failed = 0
     try:
         file = out.open("a", encoding="utf-8")
@@ -88,10 +88,10 @@ async def _answer_all(service: Service, requests: Sequence[Request], out: Path) 
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
     with file, progress("requests", "request", total=len(requests)) as bar:
 
-        async def one(request: Request) -> None:
+        async def answer(request: Request) -> None:
             nonlocal failed
-            async with room:
-                status, body = await _ask(app, request["url"], request["body"])
+            async with limit:
+                status, body = await _post(app, request["url"], request["body"])
             failed += status != 200
             response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
             line = {
@@ -103,17 +103,17 @@ async def _answer_all(service: Service, requests: Sequence[Request], out: Path) 
             file.flush()
             bar.update()
 
-        await asyncio.gather(*map(one, requests))
+        await asyncio.gather(*map(answer, requests))
     return failed
 
 
-async def _ask(app: Any, url: str, body: Any) -> tuple[int, Any]:
-    """(status, body) of a request to an ASGI application."""
-    asked = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+async def _post(app: Any, url: str, body: Any) -> tuple[int, Any]:
+    """Send a request to an ASGI application. Returns (status, body)."""
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
     status, data = 500, bytearray()
 
     async def receive() -> MutableMapping[str, Any]:
-        message = next(asked, None)
+        message = next(messages, None)
         return message if message is not None else await asyncio.Event().wait()  # type: ignore[return-value]
 
     async def send(message: MutableMapping[str, Any]) -> None:

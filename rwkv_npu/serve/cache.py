@@ -1,11 +1,11 @@
-"""States of prompts that were read, so that a conversation goes on without reading it again.
+"""Cache of states after prefixes of prompts, so that a conversation continues without reading its past again.
 
-A state is kept at checkpoints of a token sequence and named by a hash of the model's identity and of all tokens before
-it. The same name serves memory, disk and a store that several machines share, and the longest known prefix of a prompt
-is found by hashing the prompt once: a tree of tokens is not needed, since states exist at checkpoints only.
+A state is kept at checkpoints of a token sequence. Its key is a hash of the model's identity and of all tokens before
+it. The same key serves memory, disk and a store shared by several machines. Hashing a prompt once finds its longest
+known prefix. A tree of tokens is not needed, because states exist at checkpoints only.
 
-Checkpoints depend on the tokens alone, never on what else runs or is kept. Prompts are read from checkpoint to
-checkpoint, so that a state is the same, bit for bit, whether its prefix came from here or was read again.
+Checkpoints depend on the tokens alone, never on other requests or on the cache. Prompts are read from checkpoint to
+checkpoint. So a state has the same bits whether its prefix came from the cache or was read again.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import numpy as np
 from rwkv_npu.formats.state import State
 from rwkv_npu.text.tokenizer import Tokenizer
 
-SPACING = 512  # tokens after which a long text has a checkpoint, whatever it says
-NEAR = 16  # tokens that checkpoints are apart at least
+SPACING = 512  # tokens after which a long text gets a checkpoint in any case
+NEAR = 16  # minimal distance of two checkpoints in tokens
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A place in a token sequence: `position` tokens are before it, and `key` names them and the model."""
+    """A position in a token sequence: the number of tokens before it, and the key of model and tokens."""
 
     position: int
     key: str
 
 
 class Store(Protocol):
-    """States outside of this process, by key. Neither call raises: a store that fails is a store that is empty."""
+    """States outside this process, by key. Neither call raises: a store that fails acts like an empty one."""
 
     def get(self, key: str) -> State | None: ...
 
@@ -45,8 +45,8 @@ class Store(Protocol):
 class Checkpoints:
     """Finds the checkpoints of token sequences.
 
-    identity: names weights, precision and initial state: states of one are of no use to another. labels: text after
-    which a conversation forks, such as "Assistant:"; a blank line is always one.
+    identity: stands for weights, precision and initial state; states of different identities do not mix. labels: a
+    conversation may fork after such a text, for example "Assistant:". It may always fork after a blank line.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, identity: str, labels: Sequence[str]):
@@ -55,16 +55,16 @@ class Checkpoints:
         self._longest = max(map(len, self._ends))
 
     def of(self, ids: Sequence[int]) -> list[Checkpoint]:
-        """Checkpoints of `ids`, ascending. Those of a prefix are the first ones of the whole."""
-        return list(self._walk(np.asarray(ids, np.int64)))
+        """Checkpoints of `ids`, ascending. A prefix of `ids` has the same checkpoints up to its end."""
+        return list(self._find(np.asarray(ids, np.int64)))
 
     def key(self, ids: Sequence[int]) -> str:
-        """The name of the state after all of `ids`."""
+        """The key of the state after all of `ids`."""
         digest = self._hash()
         digest.update(np.asarray(ids, np.int64).tobytes())
         return digest.hexdigest()
 
-    def _walk(self, ids: np.ndarray) -> Iterator[Checkpoint]:
+    def _find(self, ids: np.ndarray) -> Iterator[Checkpoint]:
         digest, hashed, tail = self._hash(), 0, b""
         for position, token in enumerate(ids.tolist(), 1):
             if self._tokenizer is not None:
@@ -80,9 +80,9 @@ class Checkpoints:
 
 
 class StateCache:
-    """States in memory, the least recently used of which go first, and in the stores behind it.
+    """LRU cache of states in memory, backed by stores.
 
-    budget: bytes of states in memory. A state that is asked for is a copy: the caller may change it.
+    budget: bytes of states in memory. `find` and `get` return copies, which the caller may change.
     """
 
     def __init__(self, budget: int, stores: Sequence[Store] = ()):
@@ -93,7 +93,7 @@ class StateCache:
         self.bytes = self.hits = self.misses = 0
 
     def find(self, checkpoints: Sequence[Checkpoint]) -> tuple[int, State | None]:
-        """(tokens, state) of the last checkpoint that is known; (0, None) where none is."""
+        """(tokens, state) of the last checkpoint with a known state, else (0, None)."""
         for checkpoint in reversed(checkpoints):
             state = self.get(checkpoint.key)
             if state is not None:
@@ -116,7 +116,7 @@ class StateCache:
         return None
 
     def keep(self, key: str, state: State, *, pinned: bool = False) -> None:
-        """Keep a copy of `state`, here and in every store. A pinned one stays until `unpin`."""
+        """Keep a copy of `state` in memory and in every store. A pinned state stays until `unpin`."""
         with self._lock:
             if pinned:
                 self._pinned.add(key)
@@ -150,7 +150,7 @@ class StateCache:
 
 
 def size_of(state: State) -> int:
-    """Bytes of a state."""
+    """Size of a state in bytes."""
     return sum(part.nbytes for part in state.parts.values()) + (
         state.logits.nbytes if state.logits is not None else 0
     )

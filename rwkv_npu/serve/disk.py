@@ -1,6 +1,6 @@
-"""States in a folder, so that a restarted server, or another one, goes on with old conversations.
+"""States in a folder: a restarted server, or another one, continues old conversations.
 
-A file is a state file like any other, named by the key of its tokens. It is validated like one from a stranger.
+Each file is an ordinary state file, named by the key of its tokens. It is validated like a file from a stranger.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model
 
 KEY = re.compile(r"[0-9a-f]{32}")
-PENDING = 32  # states that wait to be written: more are forgotten, since they can be read again
+PENDING = 32  # states that may wait to be written. More are dropped: their prompts can be read again
 
 log = logging.getLogger("rwkv_npu.serve")
 
 
-class Folder:
-    """A store of states in a folder (`cache.Store`), the least recently used of which go first.
+class StateFolder:
+    """A store of states in a folder (`cache.Store`). Deletes the least recently used files first.
 
-    budget: bytes. Writing happens in a thread of its own.
+    budget: bytes. A thread writes the files.
     """
 
     def __init__(self, folder: Path, budget: int, model: Model):
@@ -52,7 +52,7 @@ class Folder:
                 raise RwkvNpuError(f"{path} holds numbers that are not finite")
             os.utime(path)
         except (RwkvNpuError, OSError) as error:
-            log.warning("a kept state is not used: %s", error)
+            log.warning("a cached state is unusable: %s", error)
             path.unlink(missing_ok=True)
             return None
         return state
@@ -61,14 +61,14 @@ class Folder:
         try:
             self._queue.put_nowait((key, state))
         except queue.Full:
-            log.info("the folder of states is slow: one is not kept")
+            log.info("the folder of states is too slow: a state was dropped")
 
     def flush(self) -> None:
-        """Wait until everything is written."""
+        """Wait until all states are written."""
         self._queue.join()
 
     def _path(self, key: str) -> Path:
-        assert KEY.fullmatch(key), "keys are made here, never by a client"
+        assert KEY.fullmatch(key), "keys are hashes made by the server, never a client's text"
         return self._folder / f"{key}.safetensors"
 
     def _write_all(self) -> None:
@@ -82,7 +82,7 @@ class Folder:
                     item[1].save(path)
                     self._trim()
             except (RwkvNpuError, OSError) as error:
-                log.warning("a state is not kept: %s", error)
+                log.warning("a state was not saved: %s", error)
             finally:
                 self._queue.task_done()
 

@@ -1,4 +1,4 @@
-"""Fields of a request, checked one by one: a wrong one is answered by its name."""
+"""Read and check the fields of a JSON request. An error names the field."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from rwkv_npu.errors import UsageError
 
 MANY_STOPS = 16
-LONG_STOP = 256  # letters
+LONG_STOP = 256  # characters
 
 
 class FieldError(UsageError):
-    """A field that cannot be served. field: its name, for clients that show it."""
+    """An invalid or unsupported field. field: its name, which some clients show."""
 
     def __init__(self, field: str, message: str):
         super().__init__(f"{field}: {message}")
@@ -22,7 +22,7 @@ class FieldError(UsageError):
 
 
 class Fields:
-    """The JSON object of a request. null counts as absent, as clients send it."""
+    """The JSON object of a request. A null field counts as absent, because clients send null for defaults."""
 
     def __init__(self, body: Any, where: str = ""):
         if not isinstance(body, Mapping):
@@ -31,7 +31,7 @@ class Fields:
 
     @staticmethod
     def parse(data: bytes) -> Fields:
-        """Raises FieldError for what is no JSON object."""
+        """Parse a body. Raises FieldError if it is not a JSON object."""
         try:
             return Fields(json.loads(data))
         except (ValueError, RecursionError):
@@ -95,7 +95,7 @@ class Fields:
         value = self._body.get(name) or []
         if not isinstance(value, list):
             raise self.error(name, "it must be a list")
-        return [Fields(one, f"{self._where}{name}[{i}].") for i, one in enumerate(value)]
+        return [Fields(item, f"{self._where}{name}[{i}].") for i, item in enumerate(value)]
 
     def object(self, name: str) -> Fields:
         return Fields(self._body.get(name) or {}, f"{self._where}{name}.")
@@ -103,27 +103,29 @@ class Fields:
     def stops(self, name: str) -> tuple[str, ...]:
         value = self._body.get(name) or []
         stops = [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(one, str) for one in stops):
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             raise self.error(name, "it must be a string or a list of strings")
-        if len(stops) > MANY_STOPS or any(not 0 < len(one) <= LONG_STOP for one in stops):
-            raise self.error(name, f"{MANY_STOPS} strings of 1 to {LONG_STOP} letters are the most")
-        return tuple(checked(one, name) for one in stops)
+        if len(stops) > MANY_STOPS or any(not 0 < len(stop) <= LONG_STOP for stop in stops):
+            raise self.error(
+                name, f"at most {MANY_STOPS} strings of 1 to {LONG_STOP} characters are supported"
+            )
+        return tuple(checked(stop, name) for stop in stops)
 
     def bias(self, name: str, V: int) -> dict[int, float]:
-        """OpenAI's `logit_bias`: {"token id": -100 .. 100}."""
+        """OpenAI's `logit_bias`: {"token id": a number from -100 to 100}."""
         fields = self.object(name)
-        found = {}
+        bias = {}
         for key in fields._body:
             if not (
                 str(key).isascii() and str(key).isdigit() and int(str(key)[:9]) < V and len(str(key)) < 9
             ):
-                raise self.error(name, f"{str(key)[:20]!r} is no token id below {V}")
-            found[int(key)] = fields.number(key, 0.0, -100.0, 100.0)
-        return found
+                raise self.error(name, f"{str(key)[:20]!r} is not a token id below {V}")
+            bias[int(key)] = fields.number(key, 0.0, -100.0, 100.0)
+        return bias
 
 
 def checked(text: str, where: str) -> str:
-    """Text that can be written as UTF-8."""
+    """Return `text`. Raises FieldError if it cannot be encoded as UTF-8."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise FieldError(where, "it holds half of a surrogate pair, which is no text")
+        raise FieldError(where, "it holds half of a surrogate pair, which is not valid text")
     return text

@@ -14,9 +14,9 @@ from starlette.routing import Route
 
 from rwkv_npu.serve.answers import Options
 from rwkv_npu.serve.fields import FieldError, Fields
-from rwkv_npu.serve.openai import messages_of, sampling, tools_of
+from rwkv_npu.serve.request import messages_of, sampling, tools_of
 from rwkv_npu.serve.service import Running, Service
-from rwkv_npu.serve.web import body_of, until_gone
+from rwkv_npu.serve.web import body_of, until_disconnect
 from rwkv_npu.text.chat import render
 
 
@@ -76,7 +76,9 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     tokens = Fields.parse(await body_of(request)).get("tokens")
-    if not isinstance(tokens, list) or not all(type(one) is int and 0 <= one < 1 << 24 for one in tokens):
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < 1 << 24 for token in tokens
+    ):
         raise FieldError("tokens", "it must be a list of token ids")
     return JSONResponse({"content": service.tokenizer.decode(tokens)})
 
@@ -93,28 +95,28 @@ async def completion(request: Request) -> Response:
     service: Service = request.app.state.service
     fields = Fields.parse(await body_of(request))
     prompt = fields.get("prompt")
-    if isinstance(prompt, list) and all(type(one) is int for one in prompt):
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         pass
     elif isinstance(prompt, str):
         prompt = fields.text("prompt")
     else:
         raise FieldError("prompt", "it must be text, or a list of token ids")
-    most = fields.integer("n_predict", -1, -1, 1 << 31)
-    assert most is not None
+    max_tokens = fields.integer("n_predict", -1, -1, 1 << 31)
+    assert max_tokens is not None
     limit = service.limits.max_tokens
     seed = fields.integer("seed", -1, -1, 2**63)
     options = Options(
         sampling(service, fields, service.name),
         seed=None if seed == -1 else seed,
-        max_tokens=limit if most <= 0 else min(most, limit),
+        max_tokens=limit if max_tokens <= 0 else min(max_tokens, limit),
     )
     schema = fields.get("json_schema")
     grammar = request.app.state.vocabulary.grammar(schema) if isinstance(schema, dict) and schema else None
-    ask = service.ask_text(prompt, options, stop=fields.stops("stop"), grammar=grammar)
-    running, begin = service.run(ask), time.monotonic()
+    generation = service.completion_request(prompt, options, stop=fields.stops("stop"), grammar=grammar)
+    running, begin = service.run(generation), time.monotonic()
     if fields.boolean("stream", False):
         return StreamingResponse(_lines(service, running, begin), media_type="text/event-stream")
-    (answer,) = await until_gone(request, service.whole(running))
+    (answer,) = await until_disconnect(request, service.collect(running))
     return JSONResponse({"content": answer.content, **_end(service, running, answer.reason, begin)})
 
 

@@ -1,6 +1,6 @@
-"""Ollama's API: version, tags, ps, show, chat, generate; NDJSON, streamed unless told otherwise.
+"""Ollama's API: version, tags, ps, show, chat, generate. Answers are NDJSON, streamed by default.
 
-Source of names and shapes: Ollama's API documentation and its Python package.
+Names and shapes follow Ollama's API documentation and its Python package.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from starlette.routing import Route
 
 from rwkv_npu.serve.answers import Grammar, Options
 from rwkv_npu.serve.fields import FieldError, Fields
-from rwkv_npu.serve.openai import known_model, messages_of, parse_calls, presets, sampling, tools_of
-from rwkv_npu.serve.service import Ask, Running, Service
-from rwkv_npu.serve.web import body_of, error_json, until_gone
+from rwkv_npu.serve.openai import parse_calls
+from rwkv_npu.serve.request import known_model, messages_of, presets, sampling, tools_of
+from rwkv_npu.serve.service import GenerationRequest, Running, Service
+from rwkv_npu.serve.web import body_of, error_json, until_disconnect
 from rwkv_npu.text.chat import Message
 
-VERSION = "0.12.0"  # of the API that is spoken here: clients compare it
+VERSION = "0.12.0"  # of the API implemented here; clients compare it
 EFFORTS = {"low": "low", "medium": "medium", "high": "high"}
 
 
@@ -45,10 +46,10 @@ async def version(request: Request) -> Response:
 
 
 async def embed(request: Request) -> Response:
-    return error_json(501, "this server makes no embeddings: an RWKV language model was not trained for them")
+    return error_json(501, "this server has no embeddings: an RWKV language model is not trained for them")
 
 
-def _stamp(seconds: float) -> str:
+def _timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
 
 
@@ -68,7 +69,7 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": _stamp(service.started),
+        "modified_at": _timestamp(service.started),
         "size": service.model.spec.parameters,
         "digest": service.identity,
         "details": _details(service),
@@ -82,7 +83,7 @@ async def tags(request: Request) -> Response:
 
 async def ps(request: Request) -> Response:
     service: Service = request.app.state.service
-    running = {**_listed(service, service.name), "expires_at": _stamp(time.time() + 1e8), "size_vram": 0}
+    running = {**_listed(service, service.name), "expires_at": _timestamp(time.time() + 1e8), "size_vram": 0}
     return JSONResponse({"models": [running]})
 
 
@@ -106,34 +107,34 @@ async def show(request: Request) -> Response:
                 f"rwkv{spec.generation}.block_count": spec.L,
             },
             "capabilities": can,
-            "modified_at": _stamp(service.started),
+            "modified_at": _timestamp(service.started),
         }
     )
 
 
 def _name(service: Service, fields: Fields) -> str:
-    """The model that a request names. Some clients write `name`, and Ollama's own tag is `:latest`."""
+    """The model that a request names. Some clients write `name`; Ollama's default tag is `:latest`."""
     name = fields.text("model", fields.text("name", ""))
     return known_model(service, name.removesuffix(":latest"))
 
 
 def _options(service: Service, fields: Fields, name: str) -> tuple[Options, tuple[str, ...]]:
-    """Options of a request, and its stop strings: Ollama has them in an object of their own."""
+    """Options and stop strings of a request. Ollama has them in an object of their own."""
     given = fields.object("options")
-    most = given.integer("num_predict", service.limits.default_tokens, -2, 1 << 31) or 0
+    max_tokens = given.integer("num_predict", service.limits.default_tokens, -2, 1 << 31) or 0
     limit = service.limits.max_tokens
     return (
         Options(
             sampling(service, given, name),
             seed=given.integer("seed", None, 0, 2**63),
-            max_tokens=limit if most <= 0 else min(most, limit),
+            max_tokens=limit if max_tokens <= 0 else min(max_tokens, limit),
         ),
         given.stops("stop"),
     )
 
 
 def _grammar(request: Request, fields: Fields) -> Callable[[], Grammar] | None:
-    """`format`: "json", a schema, or "" as some clients send it."""
+    """Field `format`: "json", a JSON schema, or "", which some clients send for none."""
     wanted = fields.get("format")
     if wanted in (None, ""):
         return None
@@ -163,7 +164,9 @@ async def chat(request: Request) -> Response:
     tools = tools_of(fields)
     grammar = _grammar(request, fields)
     think = _think(fields, name)
-    ask = service.ask_chat(messages_of(fields), options, think=think, tools=tools, stop=stop, grammar=grammar)
+    generation = service.chat_request(
+        messages_of(fields), options, think=think, tools=tools, stop=stop, grammar=grammar
+    )
 
     def shape(content: str, thought: str, last: bool) -> dict[str, Any]:
         calls = parse_calls(content) if tools and last else []
@@ -173,12 +176,12 @@ async def chat(request: Request) -> Response:
         if calls:
             functions = [call["function"] for call in calls]
             message["tool_calls"] = [
-                {"function": {"name": one["name"], "arguments": json.loads(one["arguments"])}}
-                for one in functions
+                {"function": {"name": function["name"], "arguments": json.loads(function["arguments"])}}
+                for function in functions
             ]
         return {"message": message}
 
-    return await _respond(request, fields, name, ask, shape, hold=bool(tools))
+    return await _respond(request, fields, name, generation, shape, hold=bool(tools))
 
 
 async def generate(request: Request) -> Response:
@@ -191,39 +194,39 @@ async def generate(request: Request) -> Response:
     options, stop = _options(service, fields, name)
     grammar = _grammar(request, fields)
     if fields.boolean("raw", False):
-        ask = service.ask_text(prompt, options, stop=stop, grammar=grammar)
+        generation = service.completion_request(prompt, options, stop=stop, grammar=grammar)
     else:
         system = fields.text("system", "")
         messages = [Message("system", system)] * bool(system) + [Message("user", prompt)]
         think = _think(fields, name)
-        ask = service.ask_chat(messages, options, think=think, stop=stop, grammar=grammar)
+        generation = service.chat_request(messages, options, think=think, stop=stop, grammar=grammar)
 
     def shape(content: str, thought: str, last: bool) -> dict[str, Any]:
         return {"response": content, **({"thinking": thought} if thought else {})}
 
-    return await _respond(request, fields, name, ask, shape, hold=False)
+    return await _respond(request, fields, name, generation, shape, hold=False)
 
 
 Shape = Callable[[str, str, bool], dict[str, Any]]
 
 
 def _loaded(name: str, shape: Mapping[str, Any]) -> Response:
-    """The answer to a request without a prompt, which asks for the model to be loaded."""
+    """The answer to a request without a prompt: clients send it to load the model."""
     return JSONResponse(
-        {"model": name, "created_at": _stamp(time.time()), **shape, "done": True, "done_reason": "load"}
+        {"model": name, "created_at": _timestamp(time.time()), **shape, "done": True, "done_reason": "load"}
     )
 
 
 async def _respond(
-    request: Request, fields: Fields, name: str, ask: Ask, shape: Shape, *, hold: bool
+    request: Request, fields: Fields, name: str, generation: GenerationRequest, shape: Shape, *, hold: bool
 ) -> Response:
-    """One answer, in lines unless `stream` is false. hold: give the content at the end, for it may be a call."""
+    """One answer, streamed unless `stream` is false. hold: send the content at the end, as it may be a tool call."""
     service: Service = request.app.state.service
     streamed = fields.boolean("stream", True)
-    running, begin = service.run(ask), time.monotonic()
+    running, begin = service.run(generation), time.monotonic()
     head = {"model": name}
     if not streamed:
-        (answer,) = await until_gone(request, service.whole(running))
+        (answer,) = await until_disconnect(request, service.collect(running))
         body = shape(answer.content, answer.thought.strip(), True)
         return JSONResponse({**head, **_now(), **body, **_done(running, answer.reason, begin, begin)})
     return StreamingResponse(_lines(running, head, shape, begin, hold), media_type="application/x-ndjson")
@@ -251,11 +254,11 @@ async def _lines(
 
 
 def _now() -> dict[str, str]:
-    return {"created_at": _stamp(time.time())}
+    return {"created_at": _timestamp(time.time())}
 
 
 def _done(running: Running, reason: str, begin: float, first: float) -> dict[str, Any]:
-    """The last line: why it ended, tokens, and nanoseconds."""
+    """Fields of the last line: reason, token counts, and times in nanoseconds."""
     now, usage = time.monotonic(), running.usage
     return {
         "done": True,

@@ -1,6 +1,6 @@
 """OpenAI's API: models, completions, chat completions.
 
-Source of names and shapes: OpenAI's API reference and the types of its Python package.
+Names and shapes follow OpenAI's API reference and the types of its Python package.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -17,18 +17,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rwkv_npu.formats.state import State
-from rwkv_npu.serve.answers import Chosen, Event, Grammar, Options
+from rwkv_npu.serve.answers import Event, SampledToken
 from rwkv_npu.serve.fields import FieldError, Fields
-from rwkv_npu.serve.service import Ask, Running, Service, Whole
-from rwkv_npu.serve.structured import Vocabulary
-from rwkv_npu.serve.web import NotFoundError, body_of, error_json, until_gone
-from rwkv_npu.text.chat import Message
-from rwkv_npu.text.sampling import SamplingOptions
-
-EFFORTS = {"none": "off", "minimal": "off", "low": "low", "medium": "medium", "high": "high"}
-MANY_TOOLS = 64
-NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+from rwkv_npu.serve.request import (
+    EFFORTS,
+    chosen_tools,
+    known_model,
+    messages_of,
+    options,
+    presets,
+    response_grammar,
+    state_of,
+    tools_of,
+)
+from rwkv_npu.serve.service import Completion, GenerationRequest, Running, Service
+from rwkv_npu.serve.web import body_of, error_json, until_disconnect
 
 
 def routes() -> list[Route]:
@@ -42,15 +45,6 @@ def routes() -> list[Route]:
 
 
 # -- models ----------------------------------------------------------------------------------------------
-
-
-def presets(service: Service) -> dict[str, Mapping[str, float]]:
-    """Names of the model with their own sampling: `NAME:think`, `NAME:math`, and so on."""
-    template = service.template
-    found = {service.name: template.sampling}
-    if template.thinks:
-        found[f"{service.name}:think"] = template.sampling
-    return found | {f"{service.name}:{name}": values for name, values in template.presets.items()}
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -67,146 +61,8 @@ async def model(request: Request) -> Response:
     return JSONResponse(_model(service, known_model(service, request.path_params["name"])))
 
 
-def known_model(service: Service, name: str) -> str:
-    """The name, if it is one of ours; "" is the model that there is. Raises NotFoundError."""
-    if name and name not in presets(service):
-        raise NotFoundError("model", f"this server has the model {service.name!r}, not {name[:80]!r}")
-    return name or service.name
-
-
 async def embeddings(request: Request) -> Response:
-    return error_json(501, "this server makes no embeddings: an RWKV language model was not trained for them")
-
-
-# -- what is asked ---------------------------------------------------------------------------------------
-
-
-def sampling(service: Service, fields: Fields, name: str) -> SamplingOptions:
-    """How a request wants to be sampled, with the model's defaults where it is silent.
-
-    Some clients send OpenAI's neutral values always, with which an RWKV model rambles: just these count as silence.
-    """
-    defaults = {**service.template.sampling, **presets(service)[name]}
-    given = {key: fields.get(key) for key in NEUTRAL if fields.has(key)}
-    if given == NEUTRAL and not service.neutral_sampling:
-        fields = Fields({})
-    built_in = SamplingOptions()
-
-    def number(key: str, low: float, high: float) -> float:
-        return fields.number(key, defaults.get(key, getattr(built_in, key)), low, high)
-
-    return SamplingOptions(
-        temperature=number("temperature", 0.0, 10.0),
-        top_p=number("top_p", 0.0, 1.0),
-        top_k=fields.integer("top_k", 0, 0, 1 << 20) or 0,
-        min_p=number("min_p", 0.0, 1.0),
-        presence_penalty=number("presence_penalty", -10.0, 10.0),
-        frequency_penalty=number("frequency_penalty", -10.0, 10.0),
-        penalty_decay=number("penalty_decay", 0.0, 1.0),
-    )
-
-
-def options(service: Service, fields: Fields, name: str, default_tokens: int) -> Options:
-    limits = service.limits
-    asked = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
-    most = fields.integer(asked, default_tokens, 1, 1 << 31)
-    assert most is not None
-    return Options(
-        sampling(service, fields, name),
-        seed=fields.integer("seed", None, 0, 2**63),
-        max_tokens=min(most, limits.max_tokens),
-        bias=fields.bias("logit_bias", service.model.spec.V),
-        think_budget=fields.integer("reasoning_budget", None, 0, 1 << 31),
-    )
-
-
-def messages_of(fields: Fields) -> list[Message]:
-    """OpenAI's messages. Raises FieldError for those that are not text."""
-    found = []
-    for one in fields.objects("messages"):
-        role = one.choice("role", "", ("system", "developer", "user", "assistant", "tool", "function"))
-        role = {"developer": "system", "function": "tool"}.get(role, role)
-        calls = []
-        for call in one.objects("tool_calls"):
-            function = call.object("function")
-            arguments = function.get("arguments") or {}
-            if isinstance(arguments, str):  # OpenAI writes JSON in a string, Ollama an object
-                arguments = Fields.parse(arguments.encode())._body
-            calls.append({"name": function.text("name"), "arguments": arguments})
-        found.append(Message(role, content_of(one), tuple(calls)))
-    if not found:
-        raise FieldError("messages", "it must be a list of at least one message")
-    return found
-
-
-def content_of(message: Fields) -> str:
-    content = message.get("content")
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return message.text("content")
-    parts = []
-    for part in message.objects("content"):
-        if part.text("type", "") not in ("text", "input_text", "output_text"):
-            raise part.error("type", "this model reads text only")
-        parts.append(part.text("text"))
-    return "\n".join(parts)
-
-
-def state_of(request: Request, fields: Fields) -> State | None:
-    """The named state that a request begins with, by its field `state`."""
-    return request.app.state.named.find(fields.text("state")) if fields.has("state") else None
-
-
-def tools_of(fields: Fields) -> list[Mapping[str, Any]]:
-    """The functions that a request offers."""
-    found: list[Mapping[str, Any]] = []
-    for tool in fields.objects("tools"):
-        if tool.text("type", "function") != "function":
-            raise tool.error("type", "only functions are served")
-        function = tool.object("function")
-        name = function.text("name", "")
-        if not name or len(name) > 64:
-            raise function.error("name", "it must have 1 to 64 letters")
-        parameters = function.object("parameters")._body
-        found.append(
-            {"name": name, "description": function.text("description", ""), "parameters": dict(parameters)}
-        )
-    if len(found) > MANY_TOOLS:
-        raise FieldError("tools", f"{MANY_TOOLS} are the most")
-    return found
-
-
-def _chosen_tools(fields: Fields, tools: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], bool]:
-    """(tools that the model is told of, whether it must call one), by `tool_choice`."""
-    choice = fields.get("tool_choice")
-    if choice in (None, "auto"):
-        return list(tools), False
-    if choice == "none":
-        return [], False
-    if choice == "required":
-        wanted = list(tools)
-    elif isinstance(choice, Mapping):
-        name = fields.object("tool_choice").object("function").text("name", "")
-        wanted = [tool for tool in tools if tool["name"] == name]
-    else:
-        raise FieldError("tool_choice", "it must be none, auto, required, or name a function")
-    if not wanted:
-        raise FieldError("tool_choice", "it names no function of `tools`")
-    return wanted, True
-
-
-def _response_grammar(fields: Fields, vocabulary: Vocabulary) -> Callable[[], Grammar] | None:
-    wanted = fields.object("response_format")
-    kind = wanted.choice("type", "text", ("text", "json_object", "json_schema"))
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return vocabulary.grammar(None)
-    schema = wanted.object("json_schema").get("schema")
-    if not isinstance(schema, Mapping):
-        raise FieldError("response_format.json_schema.schema", "it must be a JSON schema")
-    return vocabulary.grammar(schema)
+    return error_json(501, "this server has no embeddings: an RWKV language model is not trained for them")
 
 
 # -- chat ------------------------------------------------------------------------------------------------
@@ -219,14 +75,14 @@ async def chat(request: Request) -> Response:
     settings = options(service, fields, name, service.limits.default_tokens)
     if fields.boolean("logprobs", False):
         settings = replace(settings, top_logprobs=fields.integer("top_logprobs", 0, 0, 20))
-    tools, must_call = _chosen_tools(fields, tools_of(fields))
-    grammar = _response_grammar(fields, request.app.state.vocabulary)
+    tools, must_call = chosen_tools(fields, tools_of(fields))
+    grammar = response_grammar(fields, request.app.state.vocabulary)
     if must_call:
         grammar = request.app.state.vocabulary.calls(tools)
     think = EFFORTS[fields.choice("reasoning_effort", "none", tuple(EFFORTS))]
     if name.endswith(":think") and not fields.has("reasoning_effort"):
         think = "free"
-    ask = service.ask_chat(
+    generation = service.chat_request(
         messages_of(fields),
         settings,
         think=think,
@@ -238,11 +94,11 @@ async def chat(request: Request) -> Response:
         state=state_of(request, fields),
     )
     answer = ChatAnswer(service, name, bool(tools), settings.top_logprobs is not None)
-    return await respond(request, ask, answer, fields)
+    return await respond(request, generation, answer, fields)
 
 
 class ChatAnswer:
-    """The shapes of one chat completion."""
+    """The JSON of a chat completion, whole or in chunks."""
 
     def __init__(self, service: Service, name: str, tools: bool, logprobs: bool):
         self._service, self._tools, self._logprobs = service, tools, logprobs
@@ -252,10 +108,10 @@ class ChatAnswer:
             "model": name,
             "system_fingerprint": service.fingerprint,
         }
-        self._buffers: dict[int, str] = {}  # content of each answer that may be a call of a tool
-        self._plain: set[int] = set()  # answers that are none
+        self._buffers: dict[int, str] = {}  # content of each answer that may become a tool call
+        self._plain: set[int] = set()  # answers that are certainly no tool call
 
-    def whole(self, answers: Sequence[Whole], usage: Mapping[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Completion], usage: Mapping[str, Any]) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(answers):
             calls = parse_calls(answer.content) if self._tools else []
@@ -268,7 +124,7 @@ class ChatAnswer:
                 "index": index,
                 "message": message,
                 "finish_reason": "tool_calls" if calls else answer.reason,
-                "logprobs": {"content": [self._logprob(one) for one in answer.tokens]}
+                "logprobs": {"content": [self._logprob(token) for token in answer.tokens]}
                 if self._logprobs
                 else None,
             }
@@ -279,26 +135,28 @@ class ChatAnswer:
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(count)]
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
-        """What an event adds to a stream."""
-        found: list[dict[str, Any]] = []
+        """The chunks that an event adds to a stream."""
+        deltas: list[dict[str, Any]] = []
         content = "".join(piece.text for piece in event.pieces if not piece.thought)
         thought = "".join(piece.text for piece in event.pieces if piece.thought)
         if thought:
-            found.append({"reasoning_content": thought})
-        content, calls = self._held(event, content)
+            deltas.append({"reasoning_content": thought})
+        content, calls = self._hold_back(event, content)
         if content or (self._logprobs and event.tokens):
-            found.append({"content": content})
+            deltas.append({"content": content})
         if calls:
-            found.append({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-        chunks = [self._chunk(event.index, delta) for delta in found]
+            deltas.append({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
+        chunks = [self._chunk(event.index, delta) for delta in deltas]
         if chunks and self._logprobs:
-            chunks[-1]["choices"][0]["logprobs"] = {"content": [self._logprob(one) for one in event.tokens]}
+            chunks[-1]["choices"][0]["logprobs"] = {
+                "content": [self._logprob(token) for token in event.tokens]
+            }
         if event.reason:
             chunks.append(self._chunk(event.index, {}, "tool_calls" if calls else event.reason))
         return chunks
 
-    def _held(self, event: Event, content: str) -> tuple[str, list[dict[str, Any]]]:
-        """Content that is certainly no call of a tool; at the end, the calls."""
+    def _hold_back(self, event: Event, content: str) -> tuple[str, list[dict[str, Any]]]:
+        """Hold back content that may become a tool call. Returns (content to send now, calls at the end)."""
         index = event.index
         if not self._tools or index in self._plain:
             return content, []
@@ -315,7 +173,7 @@ class ChatAnswer:
         choice = {"index": index, "delta": dict(delta), "finish_reason": reason, "logprobs": None}
         return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
 
-    def _logprob(self, chosen: Chosen) -> dict[str, Any]:
+    def _logprob(self, chosen: SampledToken) -> dict[str, Any]:
         def shown(token: int, logprob: float, data: bytes) -> dict[str, Any]:
             text = data.decode("utf-8", "replace")
             return {"token": text, "logprob": logprob, "bytes": list(data)}
@@ -326,7 +184,7 @@ class ChatAnswer:
 
 
 def parse_calls(content: str) -> list[dict[str, Any]]:
-    """Calls of tools in an answer: JSON objects with name and arguments, alone or in a fence; [] where it is none."""
+    """The tool calls in an answer: JSON objects with name and arguments, bare or in a code fence; else []."""
     text = content.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     decoder, calls, at = json.JSONDecoder(), [], 0
     while at < len(text):
@@ -334,11 +192,11 @@ def parse_calls(content: str) -> list[dict[str, Any]]:
             value, at = decoder.raw_decode(text, at)
         except ValueError:
             return []
-        for one in value if isinstance(value, list) else [value]:
-            if not (isinstance(one, dict) and isinstance(one.get("name"), str) and "arguments" in one):
+        for call in value if isinstance(value, list) else [value]:
+            if not (isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call):
                 return []
-            arguments = json.dumps(one["arguments"], ensure_ascii=False)
-            function = {"name": one["name"], "arguments": arguments}
+            arguments = json.dumps(call["arguments"], ensure_ascii=False)
+            function = {"name": call["name"], "arguments": arguments}
             calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
         at += len(text[at:]) - len(text[at:].lstrip(" \n\r\t,"))
     return calls
@@ -357,29 +215,29 @@ async def completions(request: Request) -> Response:
     prompt = fields.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
-    if isinstance(prompt, list) and not all(type(one) is int for one in prompt):
-        raise FieldError("prompt", "several prompts in one request are not served: send them one by one")
+    if isinstance(prompt, list) and not all(type(token) is int for token in prompt):
+        raise FieldError("prompt", "several prompts in one request are not supported: send them one by one")
     if not isinstance(prompt, str | list) or not prompt:
         raise FieldError("prompt", "it must be text, or a list of token ids")
     if isinstance(prompt, str):
         prompt = fields.text("prompt") if isinstance(fields.get("prompt"), str) else prompt
     if fields.has("suffix") and fields.text("suffix"):
-        raise FieldError("suffix", "this model cannot fill in: it reads from left to right")
-    ask = service.ask_text(
+        raise FieldError("suffix", "this model reads from left to right and cannot fill in")
+    generation = service.completion_request(
         prompt,
         settings,
         stop=fields.stops("stop"),
-        grammar=_response_grammar(fields, request.app.state.vocabulary),
+        grammar=response_grammar(fields, request.app.state.vocabulary),
         count=fields.integer("n", 1, 1, service.limits.count) or 1,
         state=state_of(request, fields),
     )
     echo = service.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
     answer = TextAnswer(service, name, echo if fields.boolean("echo", False) else "")
-    return await respond(request, ask, answer, fields)
+    return await respond(request, generation, answer, fields)
 
 
 class TextAnswer:
-    """The shapes of one text completion."""
+    """The JSON of a text completion, whole or in chunks."""
 
     def __init__(self, service: Service, name: str, echo: str):
         self._echo = echo
@@ -390,9 +248,9 @@ class TextAnswer:
             "model": name,
             "system_fingerprint": service.fingerprint,
         }
-        self._text_of = service.tokenizer
+        self._tokenizer = service.tokenizer
 
-    def whole(self, answers: Sequence[Whole], usage: Mapping[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Completion], usage: Mapping[str, Any]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
@@ -415,17 +273,17 @@ class TextAnswer:
         choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
         return {**self.head, "choices": [choice]}
 
-    def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
         if not tokens or not tokens[0].top:
             return None
 
         def text(token: int) -> str:
-            return (self._text_of.token_bytes(token) or b"").decode("utf-8", "replace")
+            return (self._tokenizer.token_bytes(token) or b"").decode("utf-8", "replace")
 
         return {
-            "tokens": [text(one.token) for one in tokens],
-            "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{text(token): logprob for token, logprob in one.top} for one in tokens],
+            "tokens": [text(token.token) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{text(other): logprob for other, logprob in token.top} for token in tokens],
         }
 
 
@@ -443,23 +301,25 @@ def usage_json(running: Running) -> dict[str, Any]:
     }
 
 
-async def respond(request: Request, ask: Ask, answer: ChatAnswer | TextAnswer, fields: Fields) -> Response:
-    """The answer to a request, whole or as a stream of events."""
+async def respond(
+    request: Request, generation: GenerationRequest, answer: ChatAnswer | TextAnswer, fields: Fields
+) -> Response:
+    """Run a request. The response is complete, or a stream if the request asks for one."""
     service: Service = request.app.state.service
     streamed = fields.boolean("stream", False)
     with_usage = fields.object("stream_options").boolean("include_usage", False)
-    running = service.run(ask)
+    running = service.run(generation)
     if not streamed:
-        answers = await until_gone(request, service.whole(running))
+        answers = await until_disconnect(request, service.collect(running))
         return JSONResponse(answer.whole(answers, usage_json(running)))
-    lines = _lines(running, answer, ask.count, with_usage)
+    lines = _lines(running, answer, generation.count, with_usage)
     return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 async def _lines(
     running: Running, answer: ChatAnswer | TextAnswer, count: int, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events. An error in the middle is an event too, since the status has gone out."""
+    """Server-sent events. An error becomes an event too, because the HTTP status was sent before."""
     empty = {"usage": None} if with_usage else {}
 
     def line(chunk: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The page at `/`: plain files, sent as they are."""
+"""The web page at `/`: static files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-# Nothing but our own files is loaded, and nothing that a model writes can be a script.
+# Load nothing but files of this server, and never run a model's output as a script.
 POLICY = (
     "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src 'self' data:"
 )
@@ -21,7 +21,7 @@ def routes() -> list[Route]:
 
 async def home(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
-        return PlainTextResponse("Ollama is running")  # by which its clients know a server
+        return PlainTextResponse("Ollama is running")  # Ollama's clients recognise a server by this text
     return _file("index.html")
 
 
@@ -33,7 +33,7 @@ def _file(name: str) -> Response:
     folder = importlib.resources.files("rwkv_npu") / "data" / "page"
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if name not in names:
-        return PlainTextResponse("there is no such file", 404)
+        return PlainTextResponse("no such file", 404)
     kind = TYPES.get(name.rpartition(".")[2], "text/plain")
     headers = {
         "Content-Security-Policy": POLICY,

@@ -1,7 +1,7 @@
-"""OpenAI's responses: a conversation that the server remembers.
+"""OpenAI's responses API: conversations that the server remembers.
 
-`previous_response_id` names the turns before; their state is in the cache, so that a turn costs what is new in it. What
-is remembered is text: where the cache has lost a state, the turns are read again.
+`previous_response_id` names the turns before. Their state is usually in the cache, so that only the new turn is read.
+The server remembers text: if the cache has dropped a state, the turns are read again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from rwkv_npu.serve.fields import FieldError, Fields
-from rwkv_npu.serve.openai import EFFORTS, content_of, known_model, options
+from rwkv_npu.serve.request import EFFORTS, content_of, known_model, options
 from rwkv_npu.serve.service import Running, Service
-from rwkv_npu.serve.web import NotFoundError, body_of, until_gone
+from rwkv_npu.serve.web import NotFoundError, body_of, until_disconnect
 from rwkv_npu.text.chat import Message
 
-KEPT = 4096  # responses whose turns are remembered
+KEPT = 4096  # responses that are remembered
 
 
 def routes() -> list[Route]:
@@ -37,7 +37,7 @@ def routes() -> list[Route]:
 
 
 class Memory:
-    """Turns by the id of the response that ended them; the oldest go first."""
+    """Turns of conversations, by the id of the response that ended them. The oldest are dropped first."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, tuple[tuple[Message, ...], dict[str, Any]]] = OrderedDict()
@@ -50,7 +50,7 @@ class Memory:
     def find(self, name: str) -> tuple[tuple[Message, ...], dict[str, Any]]:
         """Raises NotFoundError."""
         if name not in self._kept:
-            raise NotFoundError("previous_response_id", f"there is no response {name[:80]!r}")
+            raise NotFoundError("previous_response_id", f"no response has the id {name[:80]!r}")
         return self._kept[name]
 
     def drop(self, name: str) -> None:
@@ -64,48 +64,48 @@ async def create(request: Request) -> Response:
     fields = Fields.parse(await body_of(request))
     name = known_model(service, fields.text("model", ""))
     settings = options(service, fields, name, service.limits.default_tokens)
-    most = fields.integer("max_output_tokens", settings.max_tokens, 1, 1 << 31)
-    assert most is not None
-    settings = replace(settings, max_tokens=min(most, service.limits.max_tokens))
+    max_tokens = fields.integer("max_output_tokens", settings.max_tokens, 1, 1 << 31)
+    assert max_tokens is not None
+    settings = replace(settings, max_tokens=min(max_tokens, service.limits.max_tokens))
     previous = fields.text("previous_response_id", "")
     turns = [turn for turn in memory.find(previous)[0] if turn.role != "system"] if previous else []
     instructions = fields.text("instructions", "")
-    asked = [Message("system", instructions)] * bool(instructions) + [*turns, *_input(fields)]
+    messages = [Message("system", instructions)] * bool(instructions) + [*turns, *_input(fields)]
     effort = fields.object("reasoning").choice("effort", "none", tuple(EFFORTS))
     think = "free" if name.endswith(":think") and effort == "none" else EFFORTS[effort]
-    running = service.run(service.ask_chat(asked, settings, think=think))
-    answer = Answered(name, previous or None, asked, memory, fields.boolean("store", True))
+    running = service.run(service.chat_request(messages, settings, think=think))
+    answer = ResponseBody(name, previous or None, messages, memory, fields.boolean("store", True))
     if not fields.boolean("stream", False):
-        (whole,) = await until_gone(request, service.whole(running))
-        return JSONResponse(answer.done(whole.content, whole.reason, running))
+        (completion,) = await until_disconnect(request, service.collect(running))
+        return JSONResponse(answer.done(completion.content, completion.reason, running))
     return StreamingResponse(_lines(running, answer), media_type="text/event-stream")
 
 
 def _input(fields: Fields) -> list[Message]:
-    """Raises FieldError for what is no text."""
+    """The messages of the field `input`. Raises FieldError if it is not text."""
     given = fields.get("input")
     if isinstance(given, str) and given:
         return [Message("user", fields.text("input"))]
     items = fields.objects("input")
     if not items:
         raise FieldError("input", "it must be text, or a list of messages")
-    found = []
+    messages = []
     for item in items:
         if item.text("type", "message") != "message":
-            raise item.error("type", "only messages are served")
+            raise item.error("type", "only messages are supported")
         role = item.choice("role", "user", ("system", "developer", "user", "assistant"))
-        found.append(Message("system" if role == "developer" else role, content_of(item)))
-    return found
+        messages.append(Message("system" if role == "developer" else role, content_of(item)))
+    return messages
 
 
-class Answered:
-    """The shape of one response. asked: all turns before the answer."""
+class ResponseBody:
+    """The JSON of one response. messages: all turns before the answer."""
 
     def __init__(
-        self, model: str, previous: str | None, asked: Sequence[Message], memory: Memory, store: bool
+        self, model: str, previous: str | None, messages: Sequence[Message], memory: Memory, store: bool
     ):
         self.id, self.item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
-        self._asked, self._memory, self._store = asked, memory, store
+        self._messages, self._memory, self._store = messages, memory, store
         self._head = {
             "id": self.id,
             "object": "response",
@@ -129,7 +129,7 @@ class Answered:
         return {"id": self.item, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def done(self, text: str, reason: str, running: Running) -> dict[str, Any]:
-        """The whole response, which is remembered from now on."""
+        """The complete response. It is remembered if the request asked to store it."""
         status = "incomplete" if reason == "length" else "completed"
         usage = running.usage
         response = {
@@ -146,11 +146,11 @@ class Answered:
             },
         }
         if self._store:
-            self._memory.keep([*self._asked, Message("assistant", text)], response)
+            self._memory.keep([*self._messages, Message("assistant", text)], response)
         return response
 
 
-async def _lines(running: Running, answer: Answered) -> AsyncIterator[str]:
+async def _lines(running: Running, answer: ResponseBody) -> AsyncIterator[str]:
     count = 0
 
     def line(kind: str, **values: Any) -> str:
@@ -159,14 +159,14 @@ async def _lines(running: Running, answer: Answered) -> AsyncIterator[str]:
         event = {"type": kind, "sequence_number": count - 1, **values}
         return f"event: {kind}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
 
-    place: Mapping[str, Any] = {"item_id": answer.item, "output_index": 0, "content_index": 0}
+    location: Mapping[str, Any] = {"item_id": answer.item, "output_index": 0, "content_index": 0}
     part = {"type": "output_text", "text": "", "annotations": []}
     text, reason = "", "stop"
     yield line("response.created", response=answer.begun())
     yield line("response.in_progress", response=answer.begun())
     opened = {**answer.message("", "in_progress"), "content": []}
     yield line("response.output_item.added", output_index=0, item=opened)
-    yield line("response.content_part.added", **place, part=part)
+    yield line("response.content_part.added", **location, part=part)
     async with aclosing(running.events) as events:  # type: ignore[type-var]
         async for event in events:
             if event.error is not None:
@@ -176,10 +176,10 @@ async def _lines(running: Running, answer: Answered) -> AsyncIterator[str]:
             delta = "".join(piece.text for piece in event.pieces if not piece.thought)
             text += delta
             if delta:
-                yield line("response.output_text.delta", **place, delta=delta, logprobs=[])
+                yield line("response.output_text.delta", **location, delta=delta, logprobs=[])
     response = answer.done(text, reason, running)
-    yield line("response.output_text.done", **place, text=text, logprobs=[])
-    yield line("response.content_part.done", **place, part={**part, "text": text})
+    yield line("response.output_text.done", **location, text=text, logprobs=[])
+    yield line("response.content_part.done", **location, part={**part, "text": text})
     yield line("response.output_item.done", output_index=0, item=response["output"][0])
     yield line(f"response.{response['status']}", response=response)
 

@@ -1,4 +1,4 @@
-"""Listens, serves until it is told to stop, and lets running answers end."""
+"""Listen at an address, serve until a signal, and let running answers finish."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rwkv_npu.serve.service import Service
 from rwkv_npu.serve.web import LOOPBACK, PATIENCE_S, application
 
 CONNECTIONS = 256
-HEADER_S = 20  # for the first line and the headers of a request
+HEADER_S = 20  # seconds for the request line and the headers
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that hangs up on a client which does not send its headers in time."""
+    """HTTP/1.1 that closes a connection whose headers do not arrive in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -33,7 +33,7 @@ class PatientProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which tells the scheduler to take no more jobs as soon as it is told to stop."""
+    """uvicorn that tells the scheduler at the first signal to accept no more jobs."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address. Raises UsageError where it is taken or none of this machine's."""
+    """Open a listening socket. Raises UsageError if the address is taken or not on this machine."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -54,14 +54,14 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
-            f"cannot listen at {host}:{port} ({reason}): give another --port or --host"
+            f"cannot listen on {host}:{port} ({reason}): give another --port or --host"
         ) from None
     bound.set_inheritable(True)
     return bound
 
 
 def serve(service: Service, bound: socket.socket, *, key: str | None, verbose: bool) -> None:
-    """Serve until SIGINT or SIGTERM; answers that run have PATIENCE_S to end."""
+    """Serve until SIGINT or SIGTERM. Running answers then have PATIENCE_S to finish."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("rwkv_npu.serve")
@@ -79,7 +79,7 @@ def serve(service: Service, bound: socket.socket, *, key: str | None, verbose: b
         timeout_graceful_shutdown=PATIENCE_S,
         server_header=False,
     )
-    # uvicorn raises a signal again once all is done: it has had its effect by then.
+    # uvicorn raises the signal again after its shutdown; here it must not end the process.
     restored = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         Server(config, service).run(sockets=[bound])

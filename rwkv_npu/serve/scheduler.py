@@ -1,8 +1,8 @@
-"""One thread that owns the model and steps all sequences together.
+"""One thread owns the model and steps all sequences together.
 
-Each step is one forward over rows of many sequences: a token of every answer that is being written, and as many tokens
-of waiting prompts as the time between two tokens allows. Prompts are read from checkpoint to checkpoint, in steps of
-GRAIN tokens counted from the last one: so the numbers of a sequence do not depend on what else runs.
+Each step is one forward over rows of many sequences: one token of every answer in progress, and as many prompt tokens
+as the time between two tokens allows. Prompts are read from checkpoint to checkpoint, in multiples of GRAIN tokens
+after the last one. So the results of a sequence do not depend on other sequences.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from rwkv_npu.runtime.engine import Engine
 from rwkv_npu.serve.cache import Checkpoint, Checkpoints, StateCache
 from rwkv_npu.text.sampling import Choice, Sampler, sample
 
-GRAIN = 16  # rows: prompts are cut at multiples of it, at which the recurrences begin a chunk too
-SMOOTHING = 0.2  # of a measured time, in the average of all before
+GRAIN = 16  # rows: prompts are cut at multiples of it, where the recurrences begin a chunk too
+SMOOTHING = 0.2  # weight of the newest time in a moving average
 
 log = logging.getLogger("rwkv_npu.serve")
 
 
 class BusyError(RwkvNpuError):
-    """The server takes no more work now."""
+    """The server cannot take more work now."""
 
 
 class Writer(Protocol):
-    """Whoever receives the tokens of one answer. All calls come from the scheduler's thread.
+    """Receives the tokens of one answer. All calls come from the scheduler's thread.
 
-    sampler: draws its tokens. top: how many of the most likely tokens it wants with each.
+    sampler: samples its tokens. top: how many of the most likely tokens to pass with each.
     """
 
     sampler: Sampler
     top: int
 
     def allowed(self) -> np.ndarray | None:
-        """The tokens that may come next, as `sampling.sample` takes them; None for all."""
+        """The mask of tokens that may come next, in the form that `sampling.sample` takes. None allows all."""
 
     def take(self, choice: Choice) -> int | None:
-        """Take what was drawn; the token to go on with, None where the answer has ended."""
+        """Accept a sampled token. Returns the token to continue with, None at the end of the answer."""
 
     def fail(self, error: RwkvNpuError) -> None:
-        """The answer ends here, for this reason."""
+        """End the answer with an error."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A prompt to read and the answers to write after it.
+    """A prompt to read, and the answers to write after it.
 
-    ids: all tokens of the prompt. writers: one for each answer; none only reads, for the cache. state: what to begin
-    with instead of an empty one, which the cache knows nothing of. started: called with the number of tokens that the
-    cache had, when the prompt's turn comes. finished: called with the state after the prompt.
+    ids: all tokens of the prompt. writers: one for each answer; an empty list only fills the cache. state: the initial
+    state, if not the empty one; the cache is not used then. started: called with the number of cached tokens when
+    the scheduler admits the prompt. finished: called with the state after the prompt.
     """
 
     ids: Sequence[int]
@@ -71,21 +71,21 @@ class Job:
     cached: int = 0
 
     def cancel(self) -> None:
-        """End it within a step. Safe from any thread."""
+        """Stop the job within one step. Thread-safe."""
         self.cancelled = True
 
 
 @dataclass(eq=False)
 class _Reading:
-    """A prompt that is being read: `position` tokens of it are in `state`."""
+    """A prompt in progress: `state` has read its first `position` tokens."""
 
     job: Job
-    checkpoints: deque[Checkpoint]  # still to come
+    checkpoints: deque[Checkpoint]  # after `position`
     state: State
     position: int
 
     def rows(self, budget: int) -> int:
-        """Tokens to read next: to the next checkpoint, or whole grains within `budget`."""
+        """Number of tokens to read next: up to the next checkpoint, or whole grains within `budget`."""
         end = self.checkpoints[0].position if self.checkpoints else len(self.job.ids)
         left = end - self.position
         return left if left <= budget else budget // GRAIN * GRAIN
@@ -93,7 +93,7 @@ class _Reading:
 
 @dataclass(eq=False)
 class _Writing:
-    """An answer that is being written: `token` is chosen and not yet read by `state`."""
+    """An answer in progress: `token` was sampled, and `state` has not read it yet."""
 
     job: Job
     writer: Writer
@@ -103,7 +103,7 @@ class _Writing:
 
 @dataclass
 class Counters:
-    """What was done since the start: tokens, seconds, answers."""
+    """Totals since the start: tokens, seconds, answers."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -118,7 +118,7 @@ class Counters:
 
 @dataclass
 class _Pace:
-    """Average seconds of a step that only writes, and of a row of a prompt."""
+    """Moving averages: seconds of a step without prompt tokens, and of one row of a prompt."""
 
     write: float = 0.0
     row: float = 0.0
@@ -131,14 +131,14 @@ class _Pace:
             self.row += SMOOTHING * (row - self.row) if self.row else row
 
     def budget(self, most: int) -> int:
-        """Rows of prompts that fit beside answers without doubling the time of a step."""
+        """Rows of prompts that fit in a step without doubling the time between two tokens."""
         return int(min(most, self.write / self.row)) if self.write and self.row else GRAIN
 
 
 class Scheduler:
-    """Runs jobs on an engine. `submit` from any thread; everything else happens in one thread of its own.
+    """Runs jobs on an engine. Any thread may call `submit`; the model runs in the scheduler's own thread.
 
-    slots: answers and prompts at a time. queue: jobs that may wait for a slot.
+    slots: answers and prompts in progress at a time. queue: jobs that may wait for a slot.
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class Scheduler:
         self.slots, self.queue, self.cache, self.checkpoints = slots, queue, cache, checkpoints
         self._engine = engine
         self._waiting: deque[Job] = deque()
-        self._idle_work: deque[Job] = deque(maxlen=slots)  # prompts that only the cache wants
+        self._idle_work: deque[Job] = deque(maxlen=slots)  # prompts to read for the cache only
         self._reading: list[_Reading] = []
         self._writing: list[_Writing] = []
-        self._held: list[Job] = []  # until another job has read what they begin with
+        self._held: list[Job] = []  # jobs whose next checkpoint another job is about to reach
         self._pace = _Pace()
         self._wake = threading.Condition()
         self._closing = self._draining = False
@@ -162,7 +162,7 @@ class Scheduler:
     # -- from any thread
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises BusyError where too many wait, or the server is about to stop."""
+        """Queue a job. Raises BusyError if the queue is full or the server is shutting down."""
         with self._wake:
             if self._draining:
                 raise BusyError("the server is shutting down")
@@ -173,7 +173,7 @@ class Scheduler:
             self._wake.notify()
 
     def read_when_idle(self, ids: Sequence[int]) -> None:
-        """Have the cache know these tokens, once nothing else is to be done. Forgotten where too much is."""
+        """Read these tokens for the cache when the scheduler is idle. Dropped if too many of them wait."""
         with self._wake:
             if not self._draining:
                 self._idle_work.append(Job(ids, ()))
@@ -189,25 +189,25 @@ class Scheduler:
 
     @property
     def reading(self) -> int:
-        return sum(bool(one.job.writers) for one in self._reading)
+        return sum(bool(reading.job.writers) for reading in self._reading)
 
     @property
     def writing(self) -> int:
         return len(self._writing)
 
-    def place(self, job: Job) -> int | None:
-        """How many jobs are before this one in the queue; None once its turn has come."""
+    def queue_position(self, job: Job) -> int | None:
+        """How many jobs are before this one in the queue. None if it is not in the queue."""
         with self._wake:
             return self._waiting.index(job) if job in self._waiting else None
 
     def refuse(self) -> None:
-        """Take no more jobs. Those there are go on."""
+        """Accept no more jobs. Queued and running jobs go on."""
         with self._wake:
             self._draining = True
             self._idle_work.clear()
 
     def close(self) -> None:
-        """Stop, with errors for the answers that are not complete."""
+        """Stop the thread. Incomplete answers end with an error."""
         with self._wake:
             self._closing = self._draining = True
             self._wake.notify()
@@ -226,19 +226,19 @@ class Scheduler:
                 self._admit()
                 self._drop_cancelled()
                 self._step()
-            except Exception:  # a fault of ours: the answers end, the server stays
+            except Exception:  # a bug: all answers fail, and the server keeps running
                 log.exception("a step failed")
-                self._fail_all(RwkvNpuError("the server failed inside; its log has the reason"))
+                self._fail_all(RwkvNpuError("internal error: the server's log has the reason"))
         self._fail_all(RwkvNpuError("the server was stopped"))
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._reading or self._writing or self._held or self._idle_work)
 
     def _admit(self) -> None:
-        """Give waiting jobs the free slots; where there are none, and nothing else, one prompt for the cache."""
+        """Give free slots to waiting jobs. If the scheduler is idle, take one prompt for the cache."""
         with self._wake:
             admitted = []
-            jobs = [one.job for one in self._reading if one.job.writers] + self._held
+            jobs = [reading.job for reading in self._reading if reading.job.writers] + self._held
             busy = sum(len(job.writers) for job in jobs) + len(self._writing)
             while self._waiting:
                 needed = len(self._waiting[0].writers)
@@ -252,9 +252,9 @@ class Scheduler:
             self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        """Find out how much of a prompt is known, and start to read the rest.
+        """Look up the known prefix of a prompt, and start to read the rest.
 
-        Where another job is about to read what this one needs next, it waits for that.
+        If another job is about to reach this job's next checkpoint, hold this job until then.
         """
         if job.cancelled:
             self.counters.cancelled += 1
@@ -265,13 +265,13 @@ class Scheduler:
             if state is None:
                 # The last token of a prompt is always read, for its logits.
                 known = [
-                    one
-                    for one in self.checkpoints.of(job.ids)
-                    if one.position < len(job.ids) or not job.writers
+                    checkpoint
+                    for checkpoint in self.checkpoints.of(job.ids)
+                    if checkpoint.position < len(job.ids) or not job.writers
                 ]
                 position, state = self.cache.find(known)
-                checkpoints.extend(one for one in known if one.position > position)
-                coming = {one.checkpoints[0] for one in self._reading if one.checkpoints}
+                checkpoints.extend(checkpoint for checkpoint in known if checkpoint.position > position)
+                coming = {reading.checkpoints[0] for reading in self._reading if reading.checkpoints}
                 if checkpoints and checkpoints[0] in coming:
                     self._held.append(job)
                     return
@@ -290,49 +290,49 @@ class Scheduler:
             self._begin(job)
 
     def _drop_cancelled(self) -> None:
-        running = [one.job for one in self._reading] + [one.job for one in self._writing]
+        running = [reading.job for reading in self._reading] + [writing.job for writing in self._writing]
         self.counters.cancelled += sum(job.cancelled for job in running)
-        self._reading = [one for one in self._reading if not one.job.cancelled]
-        self._writing = [one for one in self._writing if not one.job.cancelled]
+        self._reading = [reading for reading in self._reading if not reading.job.cancelled]
+        self._writing = [writing for writing in self._writing if not writing.job.cancelled]
         if not self._reading:
             self._release_held()
 
     def _step(self) -> None:
-        """One forward over the rows of all sequences, and what follows from its logits."""
-        writing, chosen = list(self._writing), self._choose_prompts()
-        if not writing and not chosen:
+        """One forward over the rows of all sequences; then sample from its logits."""
+        writing, prompts = list(self._writing), self._choose_prompts()
+        if not writing and not prompts:
             return
-        tokens = [[one.token] for one in writing]
-        tokens += [list(one.job.ids[one.position : one.position + rows]) for one, rows in chosen]
-        sequences: list[_Reading | _Writing] = [*writing, *(one for one, _ in chosen)]
-        states = [one.state for one in sequences]
+        tokens = [[answer.token] for answer in writing]
+        tokens += [list(p.job.ids[p.position : p.position + rows]) for p, rows in prompts]
+        sequences: list[_Reading | _Writing] = [*writing, *(prompt for prompt, _ in prompts)]
+        states = [sequence.state for sequence in sequences]
         self.step_began = begin = time.monotonic()
         try:
             logits, _ = self._engine.forward_batch(tokens, states, inplace=True)
         except RwkvNpuError as error:
-            # States of this step are lost: some layers have read their tokens, others have not.
+            # The states of this step are lost: some layers have read their tokens, others have not.
             self._fail_these(sequences, error)
             return
         finally:
             self.step_began = None
-        self._count(time.monotonic() - begin, len(writing), sum(count for _, count in chosen))
-        drawing = [(one, row) for row, one in enumerate(writing)]
-        for row, (reading, count) in enumerate(chosen, len(writing)):
-            drawing += [(one, row) for one in self._advance(reading, count)]
-        self._draw(drawing, np.asarray(logits))
+        self._count(time.monotonic() - begin, len(writing), sum(rows for _, rows in prompts))
+        samples = [(answer, row) for row, answer in enumerate(writing)]
+        for row, (prompt, rows) in enumerate(prompts, len(writing)):
+            samples += [(answer, row) for answer in self._advance(prompt, rows)]
+        self._sample(samples, np.asarray(logits))
 
     def _choose_prompts(self) -> list[tuple[_Reading, int]]:
-        """The prompts of this step, in the order of their arrival, and how many rows of each."""
+        """The prompts of this step in order of arrival, with the number of rows of each."""
         most = self._engine.chunk - len(self._writing)
         budget = min(most, max(GRAIN, self._pace.budget(most))) if self._writing else most
-        chosen = []
-        for reading in sorted(self._reading, key=lambda one: not one.job.writers):
+        prompts = []
+        for reading in sorted(self._reading, key=lambda reading: not reading.job.writers):
             rows = reading.rows(budget)
             if rows <= 0:
                 break
-            chosen.append((reading, rows))
+            prompts.append((reading, rows))
             budget -= rows
-        return chosen
+        return prompts
 
     def _count(self, seconds: float, writing: int, reading: int) -> None:
         self._pace.learn(seconds, writing, reading)
@@ -343,7 +343,7 @@ class Scheduler:
         self.counters.write_seconds += seconds * (1 - share)
 
     def _advance(self, reading: _Reading, rows: int) -> list[_Writing]:
-        """A prompt has been read further: keep its checkpoint. At its end, its answers."""
+        """Record that a prompt was read further. Keep its state at a checkpoint; at its end, return its answers."""
         reading.position += rows
         if reading.checkpoints and reading.checkpoints[0].position == reading.position:
             self.cache.keep(reading.checkpoints.popleft().key, reading.state)
@@ -360,39 +360,39 @@ class Scheduler:
         self._writing += answers
         return answers
 
-    def _draw(self, drawing: Sequence[tuple[_Writing, int]], logits: np.ndarray) -> None:
-        """Draw the next token of each answer, from a row of the logits, or end it."""
-        if not drawing:
+    def _sample(self, samples: Sequence[tuple[_Writing, int]], logits: np.ndarray) -> None:
+        """Sample the next token of each answer from its row of the logits, or end the answer."""
+        if not samples:
             return
-        writers = [one.writer for one, _ in drawing]
+        writers = [answer.writer for answer, _ in samples]
         choices = sample(
-            logits[[row for _, row in drawing]],
+            logits[[row for _, row in samples]],
             [writer.sampler for writer in writers],
             allowed=[writer.allowed() for writer in writers],
             top=max(writer.top for writer in writers),
         )
-        for (one, _), choice in zip(drawing, choices, strict=True):
+        for (answer, _), choice in zip(samples, choices, strict=True):
             try:
                 if isinstance(choice, BackendError):
                     raise choice
-                token = one.writer.take(choice)
+                token = answer.writer.take(choice)
             except RwkvNpuError as error:
-                self._fail_these([one], error)
+                self._fail_these([answer], error)
                 continue
             if token is None:
-                self._writing.remove(one)
+                self._writing.remove(answer)
                 self.counters.answers += 1
             else:
-                one.token = token
+                answer.token = token
 
     def _fail_these(self, sequences: Sequence[_Reading | _Writing], error: RwkvNpuError) -> None:
-        for one in sequences:
-            if isinstance(one, _Reading):
-                self._reading.remove(one)
-                self._fail(one.job.writers, error)
+        for sequence in sequences:
+            if isinstance(sequence, _Reading):
+                self._reading.remove(sequence)
+                self._fail(sequence.job.writers, error)
             else:
-                self._writing.remove(one)
-                self._fail([one.writer], error)
+                self._writing.remove(sequence)
+                self._fail([sequence.writer], error)
 
     def _fail_all(self, error: RwkvNpuError) -> None:
         with self._wake:
@@ -407,5 +407,5 @@ class Scheduler:
     def _fail(self, writers: Sequence[Writer], error: RwkvNpuError) -> None:
         for writer in writers:
             self.counters.failed += 1
-            with contextlib.suppress(Exception):  # one that cannot be told anything more is gone
+            with contextlib.suppress(Exception):  # its client may have gone
                 writer.fail(error)

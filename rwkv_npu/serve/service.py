@@ -1,7 +1,7 @@
-"""Requests of any API as jobs of the scheduler, and their answers as events.
+"""Turns requests of any API into jobs of the scheduler, and answers into events.
 
-The APIs (openai.py, ollama.py, llama.py) differ in names and shapes only. What they mean is said here once: a prompt,
-how its answers are written, and an asynchronous stream of events.
+The APIs (openai.py, ollama.py, llama.py) differ in names and shapes only. This module holds what they share: a prompt,
+the options of its answers, and an asynchronous stream of events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model
-from rwkv_npu.serve.answers import Answer, Chosen, Event, Grammar, Options
+from rwkv_npu.serve.answers import Answer, Event, Grammar, Options, SampledToken
 from rwkv_npu.serve.cache import Checkpoints, StateCache, Store
 from rwkv_npu.serve.scheduler import Job, Scheduler
 from rwkv_npu.text.chat import AnswerParser, Message, Prompt, Template, history, render
@@ -30,11 +30,12 @@ log = logging.getLogger("rwkv_npu.serve")
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A prompt and how it is answered. prompt: text, or token ids. count: answers, which share one reading of it.
+class GenerationRequest:
+    """A prompt and the options of its answers.
 
-    parser: makes what splits each answer. grammar: makes what restricts it. chat: the messages of the prompt, for the
-    cache to know the answer as part of the next turn; tools: those of the prompt.
+    prompt: text, or token ids. count: number of answers, which share one reading of the prompt. parser: creates the
+    parser of each answer. grammar: creates the grammar of each answer. chat, tools: messages and tools behind the
+    prompt; with them the cache can read the answer as part of the next turn's prompt.
     """
 
     prompt: str | Sequence[int]
@@ -49,7 +50,7 @@ class Ask:
 
 @dataclass
 class Usage:
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt: int = 0
     cached: int = 0
@@ -59,7 +60,7 @@ class Usage:
 
 @dataclass
 class Running:
-    """A request that runs: its usage grows while `events` come."""
+    """A request in progress. Its usage grows while `events` arrive."""
 
     job: Job
     usage: Usage
@@ -68,7 +69,7 @@ class Running:
 
 @dataclass
 class Limits:
-    """What one request may ask for."""
+    """Limits of one request."""
 
     prompt_tokens: int = 1 << 17
     max_tokens: int = 1 << 15
@@ -77,10 +78,10 @@ class Limits:
 
 
 class Service:
-    """One model, its template, its scheduler and its cache.
+    """One model with its chat template, scheduler and cache.
 
-    name: of the model, as clients are told. neutral_sampling: take OpenAI's neutral values (temperature 1, top_p 1, no
-    penalties) as a wish; otherwise requests that have just these get the template's defaults.
+    name: of the model, as clients see it. neutral_sampling: accept OpenAI's neutral values (temperature 1, top_p 1, no
+    penalties). By default, a request with exactly these values gets the template's defaults instead.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Service:
         neutral_sampling: bool = False,
     ):
         if model.tokenizer is None:
-            raise UsageError("this model has no vocabulary, and a server needs one: give --tokenizer FILE")
+            raise UsageError("this model has no vocabulary, but a server needs one: give --tokenizer FILE")
         self.model, self.name, self.template = model, name, template
         self.tokenizer: Tokenizer = model.tokenizer
         self.limits, self.neutral_sampling = limits or Limits(), neutral_sampling
@@ -110,9 +111,9 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """For OpenAI's `system_fingerprint`: answers with the same one and the same seed are the same.
+        """OpenAI's `system_fingerprint`. The same fingerprint and seed give the same answer.
 
-        Other backends than numba add up in an order that depends on how many sequences there are.
+        The suffix `_rows` marks an exception: on backends other than numba, results depend on the number of sequences.
         """
         exact = set(self.model.engine.backends) == {"numba"} and self.model.precision in ("int8", "int4")
         return f"fp_{self.identity[:12]}" + ("" if exact else "_rows")
@@ -120,7 +121,7 @@ class Service:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
 
-    def ask_chat(
+    def chat_request(
         self,
         messages: Sequence[Message],
         options: Options,
@@ -132,13 +133,13 @@ class Service:
         grammar: Callable[[], Grammar] | None = None,
         count: int = 1,
         state: State | None = None,
-    ) -> Ask:
-        """A chat as a question. state: what the messages follow. Raises UsageError for messages that make no sense."""
+    ) -> GenerationRequest:
+        """The generation request of a chat. state: the messages follow it. Raises UsageError for invalid messages."""
         if not messages:
-            raise UsageError("there are no messages: a chat needs one of the user at least")
+            raise UsageError("the chat has no messages: it needs at least one of the user")
         prompt = render(self.template, messages, think=think, tools=tools, call=call)
         if grammar is not None and not call and self.template.thinks and think == "off":
-            # Structured output begins at once: the empty thought is closed for the model.
+            # Structured output has no thought: close the empty one in the prompt.
             prompt = Prompt(f"{prompt.text}>\n", "")
 
         def parser() -> AnswerParser:
@@ -146,9 +147,9 @@ class Service:
             return AnswerParser(opened=prompt.opened, stops=self.template.stops, always=stop, raw=raw)
 
         known = () if state is not None else tuple(messages)
-        return Ask(prompt.text, options, parser, count, grammar, state, known, tools)
+        return GenerationRequest(prompt.text, options, parser, count, grammar, state, known, tools)
 
-    def ask_text(
+    def completion_request(
         self,
         prompt: str | Sequence[int],
         options: Options,
@@ -157,18 +158,18 @@ class Service:
         grammar: Callable[[], Grammar] | None = None,
         count: int = 1,
         state: State | None = None,
-    ) -> Ask:
-        """A text to be continued."""
-        return Ask(
+    ) -> GenerationRequest:
+        """The generation request of a text to continue."""
+        return GenerationRequest(
             prompt, options, lambda: AnswerParser(always=stop, plain=True, raw=True), count, grammar, state
         )
 
-    def run(self, ask: Ask) -> Running:
-        """Start a request. Raises UsageError for one beyond the limits, BusyError where the queue is full.
+    def run(self, request: GenerationRequest) -> Running:
+        """Start a request. Closing `events` cancels it.
 
-        Whoever stops to listen (closes `events`) stops the request.
+        Raises UsageError for a request beyond the limits, BusyError if the queue is full.
         """
-        ids = self._ids(ask.prompt)
+        ids = self._ids(request.prompt)
         usage = Usage(prompt=len(ids))
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
@@ -180,23 +181,28 @@ class Service:
                 index,
                 self.tokenizer,
                 self.vocabulary,
-                self._seeded(ask.options, index),
-                ask.parser(),
+                self._seeded(request.options, index),
+                request.parser(),
                 listen,
-                ask.grammar() if ask.grammar else None,
+                request.grammar() if request.grammar else None,
             )
-            for index in range(ask.count)
+            for index in range(request.count)
         ]
 
         def started(cached: int) -> None:
             usage.cached = cached
 
-        job = Job(ids, answers, ask.state, started)
+        job = Job(ids, answers, request.state, started)
         self.scheduler.submit(job)
-        return Running(job, usage, self._events(ask, job, answers, usage, queue))
+        return Running(job, usage, self._events(request, job, answers, usage, queue))
 
     async def _events(
-        self, ask: Ask, job: Job, answers: Sequence[Answer], usage: Usage, queue: asyncio.Queue[Event]
+        self,
+        request: GenerationRequest,
+        job: Job,
+        answers: Sequence[Answer],
+        usage: Usage,
+        queue: asyncio.Queue[Event],
     ) -> AsyncIterator[Event]:
         text = [""] * len(answers)
         left = len(answers)
@@ -210,13 +216,10 @@ class Service:
                 yield event
         finally:
             job.cancel()
-        if ask.chat and len(answers) == 1:
-            self._read_ahead(ask, text[0])
-
-    def _read_ahead(self, ask: Ask, answer: str) -> None:
-        """Have the cache know the answer as the next turn's prompt will show it: without its thought, cleaned."""
-        turns = [*ask.chat, Message("assistant", answer)]
-        self.scheduler.read_when_idle(self.encode(history(self.template, turns, tools=ask.tools)))
+        if request.chat and len(answers) == 1:
+            # Read the answer as the next turn's prompt will hold it: without its thought, cleaned.
+            turns = [*request.chat, Message("assistant", text[0])]
+            self.scheduler.read_when_idle(self.encode(history(self.template, turns, tools=request.tools)))
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -224,38 +227,38 @@ class Service:
             raise UsageError("the prompt is empty")
         if len(ids) > self.limits.prompt_tokens:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens: this server reads {self.limits.prompt_tokens} at most"
+                f"the prompt has {len(ids)} tokens, more than this server's limit of {self.limits.prompt_tokens}"
             )
         if min(ids) < 0 or max(ids) >= self.model.spec.V:
             raise UsageError(f"the prompt has ids outside the model's vocabulary of {self.model.spec.V}")
         return ids
 
     def _seeded(self, options: Options, index: int) -> Options:
-        """Several answers to one seed are different, and each is the same again."""
+        """Options with a seed of its own for each answer. The same seed and index give the same answer."""
         return options if options.seed is None or index == 0 else replace(options, seed=options.seed + index)
 
-    async def whole(self, running: Running) -> list[Whole]:
-        """All answers, complete."""
-        found = [Whole() for _ in running.job.writers]
+    async def collect(self, running: Running) -> list[Completion]:
+        """Wait for all answers of a request."""
+        completions = [Completion() for _ in running.job.writers]
         async with aclosing(running.events) as events:  # type: ignore[type-var]
             async for event in events:
-                found[event.index].take(event)
-        return found
+                completions[event.index].add(event)
+        return completions
 
     def close(self) -> None:
         self.scheduler.close()
 
 
 @dataclass
-class Whole:
+class Completion:
     """A complete answer."""
 
     content: str = ""
     thought: str = ""
-    tokens: list[Chosen] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     reason: str = ""
 
-    def take(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         if event.error is not None:
             raise event.error
         for piece in event.pieces:
@@ -268,7 +271,7 @@ class Whole:
 
 
 def model_identity(model: Model) -> str:
-    """Names what a state depends on besides its tokens: weights, precision, partitioning and initial state."""
+    """A hash of all that a state depends on besides its tokens: weights, precision, fusion, initial state."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"1 {model.fingerprint} {model.precision} {model.engine.program.fusion}".encode())
     for part in model.new_state().parts.values():

@@ -1,7 +1,7 @@
 """Named states: upload, download, copy, delete, and requests that begin with one.
 
-A state is what the model knows after a text, in a file of some megabytes: a long instruction is read once and used by
-every request that says `"state": NAME`. Files are safetensors, never pickles, and checked against the model.
+A state holds all that a model remembers of a text, in a file of some megabytes. A long instruction is read once; every
+request with `"state": NAME` begins after it. Files are safetensors, never pickles, and are checked against the model.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ def routes() -> list[Route]:
     ]
 
 
-class Named:
+class NamedStates:
     """States by the names that clients gave them."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[str, State] = OrderedDict()
 
     def find(self, name: str) -> State:
-        """Raises NotFoundError."""
+        """The state of this name. Raises NotFoundError."""
         if name not in self.kept:
-            raise NotFoundError("state", f"there is no state {name[:64]!r}")
+            raise NotFoundError("state", f"no state is called {name[:64]!r}")
         return self.kept[name]
 
     def keep(self, name: str, state: State) -> None:
-        """Raises FieldError for an impossible name, UsageError where there are too many."""
+        """Keep a state. Raises FieldError for an invalid name, UsageError if there are too many states."""
         if not NAME.fullmatch(name):
             raise FieldError("state", "a name has 1 to 64 letters, digits, dots, dashes or underscores")
         if name not in self.kept and len(self.kept) >= MANY:
-            raise UsageError(f"there are {MANY} states already: delete some first")
+            raise UsageError(f"the server holds its maximum of {MANY} states: delete some first")
         self.kept[name] = state
 
 
@@ -69,8 +69,8 @@ def _entry(name: str, state: State) -> dict[str, Any]:
 
 
 async def listed(request: Request) -> Response:
-    named: Named = request.app.state.named
-    return JSONResponse({"object": "list", "data": [_entry(*one) for one in named.kept.items()]})
+    named: NamedStates = request.app.state.named
+    return JSONResponse({"object": "list", "data": [_entry(*item) for item in named.kept.items()]})
 
 
 async def download(request: Request) -> Response:
@@ -82,7 +82,7 @@ async def download(request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """Take a state file. It is refused unless every part has the model's shape and finite numbers."""
+    """Store an uploaded state file. Every part must have the model's shape and finite values."""
     service: Service = request.app.state.service
     data, name = await body_of(request), request.path_params["name"]
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ async def upload(request: Request) -> Response:
         path.write_bytes(data)
         if data[:2] == b"PK":
             raise FieldError(
-                "state", "a tuned state in a .pth is not taken here: save it as safetensors first"
+                "state", "a tuned state in a .pth cannot be uploaded: save it as safetensors first"
             )
         try:
             state = service.model.load_state(path)
@@ -103,9 +103,9 @@ async def upload(request: Request) -> Response:
 
 
 async def read(request: Request) -> Response:
-    """Read a text into a state of this name, which begins empty or as another one."""
+    """Read a text and keep the state after it under a name. It begins empty, or with another named state."""
     service: Service = request.app.state.service
-    named: Named = request.app.state.named
+    named: NamedStates = request.app.state.named
     fields, name = Fields.parse(await body_of(request)), request.path_params["name"]
     ids = service.encode(fields.text("text"))
     if not ids:
@@ -119,7 +119,7 @@ async def read(request: Request) -> Response:
 
 
 class Reader:
-    """Waits for the state after a prompt, and writes nothing (`scheduler.Writer`)."""
+    """Waits for the state after a prompt, and generates nothing (a `scheduler.Writer`)."""
 
     def __init__(self) -> None:
         self.sampler, self.top = Sampler(SamplingOptions(temperature=0)), 0
@@ -140,14 +140,14 @@ class Reader:
 
     def _settle(self, settle: Callable[[Any], None], value: Any) -> None:
         def now() -> None:
-            if not self.state.done():  # nor cancelled, since the client has gone
+            if not self.state.done():  # done: already settled, or cancelled because the client has gone
                 settle(value)
 
         self._loop.call_soon_threadsafe(now)
 
 
 async def fork(request: Request) -> Response:
-    named: Named = request.app.state.named
+    named: NamedStates = request.app.state.named
     state = named.find(request.path_params["name"])
     name = Fields.parse(await body_of(request)).text("name")
     named.keep(name, state.copy())
@@ -155,7 +155,7 @@ async def fork(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    named: Named = request.app.state.named
+    named: NamedStates = request.app.state.named
     name = request.path_params["name"]
     named.find(name)
     del named.kept[name]

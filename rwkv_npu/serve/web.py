@@ -1,4 +1,4 @@
-"""The HTTP application: who may ask, what a request may weigh, how errors look, and what is always there."""
+"""The HTTP application: access control, limits of a request, error responses, health and metrics."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rwkv_npu.serve.scheduler import BusyError
 from rwkv_npu.serve.service import Service
 
 LARGEST_BODY = 16 << 20  # bytes
-SLOWEST_BODY_S = 60  # a client that sends slower than this ties up nothing but itself, and then goes
-PATIENCE_S = 30  # for answers that run, when the server is told to stop
+SLOWEST_BODY_S = 60  # seconds to send a body: a slow client blocks no other, and is then refused
+PATIENCE_S = 30  # seconds for running answers after a signal to stop
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-OPEN_PATHS = ("/health", "/", "/page")  # without a key
+OPEN_PATHS = ("/health", "/", "/page")  # served without a key
 
 log = logging.getLogger("rwkv_npu.serve")
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class NotFoundError(UsageError):
-    """A model, or a thing, that this server does not have."""
+    """A model, state, response or path that this server does not have."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -42,13 +42,13 @@ class NotFoundError(UsageError):
 
 
 class TooLargeError(UsageError):
-    """A body over the limit, or one that comes too slowly."""
+    """A body that is too large, or arrives too slowly."""
 
 
 def error_json(
     status: int, message: str, field: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """An error in OpenAI's shape, whose `message` Ollama's clients find too."""
+    """An error response in OpenAI's shape. Ollama's clients find its `message` too."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     code = {404: "model_not_found", 401: "invalid_api_key"}.get(status)
     body = {"error": {"message": message, "type": kind, "param": field, "code": code}}
@@ -56,7 +56,7 @@ def error_json(
 
 
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Raises TooLargeError beyond the limits of size and time."""
+    """Read the body of a request. Raises TooLargeError beyond the limits of size and time."""
 
     async def read() -> bytes:
         data = bytearray()
@@ -69,11 +69,11 @@ async def body_of(request: Request) -> bytes:
     try:
         return await asyncio.wait_for(read(), SLOWEST_BODY_S)
     except asyncio.TimeoutError:
-        raise TooLargeError(f"the request did not come within {SLOWEST_BODY_S} s") from None
+        raise TooLargeError(f"the request did not arrive within {SLOWEST_BODY_S} s") from None
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which ends when the client closes its connection."""
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client closes its connection."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -92,10 +92,10 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Gate:
-    """Lets requests in: names each in the log, checks its Host and its key, and turns errors into answers.
+    """ASGI middleware: logs each request, checks its Host header and key, and turns errors into responses.
 
-    hosts: names by which the server may be called, None for any. On loopback that is checked: otherwise a page of
-    somebody else, in the user's browser, could call the server through a name of its own (DNS rebinding).
+    hosts: accepted names in the Host header, None for any. On loopback they are checked against DNS rebinding: without
+    the check, a foreign web page in the user's browser could call the server through a name of its own.
     """
 
     def __init__(self, app: ASGI, *, key: str | None, hosts: Sequence[str] | None):
@@ -128,7 +128,7 @@ class Gate:
             sent["status"] = 499
         except RwkvNpuError as error:
             if "status" not in sent:
-                await error_answer(error)(scope, receive, answer)
+                await error_response(error)(scope, receive, answer)
         finally:
             seconds = time.monotonic() - begin
             log.info(
@@ -140,7 +140,8 @@ class Gate:
         bare = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self._hosts is not None and bare.lower() not in self._hosts:
             return error_json(
-                403, f"this server is not called {bare[:80]!r}: start it with --host to serve others"
+                403,
+                f"this server does not answer to the name {bare[:80]!r}: start it with --host to serve others",
             )
         if self._key is None or path in OPEN_PATHS or path.startswith("/page/"):
             return None
@@ -152,8 +153,8 @@ class Gate:
         return None
 
 
-def error_answer(error: RwkvNpuError) -> Response:
-    """An error as an HTTP answer."""
+def error_response(error: RwkvNpuError) -> Response:
+    """The HTTP response to an error."""
     field = getattr(error, "field", None)
     if isinstance(error, BusyError):
         return error_json(503, str(error), headers={"Retry-After": "2"})
@@ -177,7 +178,7 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Counters for Prometheus, by llama-server's names where it has them."""
+    """Counters for Prometheus, under llama-server's names where they exist."""
     service: Service = request.app.state.service
     counters, scheduler, cache = service.scheduler.counters, service.scheduler, service.cache
     values = {
@@ -205,14 +206,14 @@ async def metrics(request: Request) -> Response:
 
 
 def application(service: Service, *, key: str | None = None, hosts: Sequence[str] | None = LOOPBACK) -> Gate:
-    """The ASGI application over a service."""
+    """The ASGI application of a service."""
     from rwkv_npu.serve import llama, ollama, openai, page, responses, states
     from rwkv_npu.serve.structured import Vocabulary
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        # uvicorn waits for open answers before it comes here.
+        # uvicorn has waited for open answers before it runs this.
         await asyncio.to_thread(service.close)
 
     routes: list[Route | Mount] = [
@@ -231,19 +232,19 @@ def application(service: Service, *, key: str | None = None, hosts: Sequence[str
     app.add_exception_handler(405, _wrong_method)
     app.add_exception_handler(RwkvNpuError, _error)
     app.state.service = service
-    app.state.memory, app.state.named = responses.Memory(), states.Named()
+    app.state.memory, app.state.named = responses.Memory(), states.NamedStates()
     app.state.vocabulary = Vocabulary(service.tokenizer, service.model.spec.V)
     return Gate(app, key=key, hosts=hosts)
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
-    return error_json(404, f"there is nothing at {request.url.path[:100]}", "path")
+    return error_json(404, f"no such path: {request.url.path[:100]}", "path")
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
-    return error_json(405, f"{request.method} is not served at {request.url.path[:100]}")
+    return error_json(405, f"{request.method} is not supported at {request.url.path[:100]}")
 
 
 async def _error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RwkvNpuError)
-    return error_answer(error)
+    return error_response(error)

@@ -1,11 +1,11 @@
-"""Chats as text: templates that turn messages into a prompt, and a parser for the answer.
+"""Chats as text: templates that turn messages into a prompt, and a parser for answers.
 
-A template is data: the names of the roles, how a model is told to think, and how it is sampled by default. The forms
-are those that the authors of RWKV train with and publish (RWKV-LM, `RWKV7-G1x-templates.txt`; ChatRWKV,
-`API_DEMO_CHAT.py`). Two details decide the quality of answers: a prompt ends with `Assistant:` and no space, and the
-opening of a thought is `<think` without `>`, which the model writes itself.
+A template is data: role labels, hints that control thinking, and default sampling options. The templates follow the
+texts that RWKV's authors train with and publish (RWKV-LM, `RWKV7-G1x-templates.txt`; ChatRWKV, `API_DEMO_CHAT.py`). Two
+details decide the quality of answers. A prompt ends with `Assistant:` without a space. A thought opens with `<think`
+without `>`, because the model writes the `>` itself.
 
-Nothing here knows a model or a backend.
+This module knows no model and no backend.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from rwkv_npu.errors import UsageError
 
-# Ways to think, from none to long. `off` gives an empty thought in advance, which the model answers at once.
+# Amount of thinking, from none to long. With `off` the prompt holds an empty thought, and the model answers at once.
 THINKING = ("off", "free", "low", "medium", "high")
 ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat. tool_calls: of an assistant, `{"name": ..., "arguments": {...}}` each."""
+    """One turn of a chat. tool_calls: the calls of an assistant, each `{"name": ..., "arguments": {...}}`."""
 
     role: str
     content: str
@@ -33,10 +33,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Template:
-    """How a family of models is talked to.
+    """The chat format of a family of models.
 
-    names: the label of each role. begin: text before the first turn. hints: by way of thinking, what is added to the
-    last user's message; empty for models that do not think. sampling: defaults, by the names of `Model.generate`.
+    names: the label of each role. begin: text before the first turn. hints: by amount of thinking, the text to append
+    to the last user message; empty if the models do not think. sampling: default options, by the names of
+    `Model.generate`. presets: other sampling options, by name.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Template:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Text that ends an answer outside of thoughts and fences."""
+        """Strings that end an answer, except inside a thought or a code fence."""
         return ("\n\n", f"\n{self.names['user']}:")
 
 
@@ -84,7 +85,7 @@ TEMPLATES = {
             {"temperature": 1.2, "top_p": 0.5, "presence_penalty": 0.4, "frequency_penalty": 0.4},
         ),
         Template("world", _WORLD, _CHAT),
-        # The first models that think know one way to do it; later ones a length too.
+        # Only later models know how to think briefly or at length.
         Template(
             "g1", _WORLD, _CHAT, hints={"free": "", "low": "", "medium": "", "high": ""}, presets=_G1_PRESETS
         ),
@@ -102,30 +103,30 @@ TEMPLATES = {
         ),
     )
 }
-HINTS_SINCE = 20250922  # the date in the name of a G1 file from which it knows how long to think
+HINTS_SINCE = 20250922  # G1 models whose file name has this date or a later one know the hints
 
 _G1_NAME = re.compile(r"(?<![a-z])g[01][a-z]?\d*(?![a-z0-9])", re.IGNORECASE)
 _DATE = re.compile(r"20\d{6}")
 
 
 def choose_template(name: str, vocab_size: int) -> Template:
-    """The template for a checkpoint of this file name and size of vocabulary.
+    """The template of a checkpoint, by its file name and the size of its vocabulary.
 
-    Pile models (RWKV-4 Raven) are told by their vocabulary, thinking models by `g0` or `g1` in the name, and their age
-    by the date there.
+    The vocabulary identifies Pile models (RWKV-4 Raven). `g0` or `g1` in the name marks models that think, and the date
+    in the name gives their age.
     """
     if vocab_size < 65536 and vocab_size > 50000:
         return TEMPLATES["raven"]
     if _G1_NAME.search(name):
-        date = max((int(found) for found in _DATE.findall(name)), default=0)
+        date = max((int(digits) for digits in _DATE.findall(name)), default=0)
         return TEMPLATES["g1-20250922" if date >= HINTS_SINCE else "g1"]
     return TEMPLATES["world"]
 
 
 def template_named(name: str) -> Template:
-    """A template by its name. Raises UsageError, with the names there are."""
+    """The template of this name. Raises UsageError with the known names."""
     if name not in TEMPLATES:
-        raise UsageError(f"there is no chat template {name[:40]!r}: there are {', '.join(TEMPLATES)}")
+        raise UsageError(f"no chat template {name[:40]!r}: use one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
@@ -134,14 +135,14 @@ def template_named(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered chat. `opened` is the part of the answer that the prompt already holds, such as `<think`."""
+    """A rendered chat. `opened` is the beginning of the answer that the prompt already holds, such as `<think`."""
 
     text: str
     opened: str = ""
 
 
 def clean(text: str) -> str:
-    """A message without blank lines, which would end the turn; indentation stays.
+    """Remove blank lines, which would end the turn, and white space at both ends. Indentation stays.
 
     Source: `RWKV7-G1x-templates.txt`.
     """
@@ -149,7 +150,7 @@ def clean(text: str) -> str:
 
 
 def without_thought(text: str) -> str:
-    """An old answer without its thought: models are not shown their old thoughts."""
+    """Remove the thought from a past answer: models do not see their past thoughts."""
     before, mark, after = text.rpartition("</think>")
     return after.strip() if mark else text
 
@@ -162,10 +163,11 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     call: bool = False,
 ) -> Prompt:
-    """The prompt for the next answer of the assistant.
+    """Render the prompt for the assistant's next answer.
 
     think: one of THINKING. tools: JSON functions (`name`, `parameters`). call: open the fence of a tool call, so that
-    the answer must be one. A last message of the assistant is continued. Raises UsageError for an unknown role.
+    the answer must be one. If the last message is the assistant's, the answer continues it. Raises UsageError for an
+    unknown role.
     """
     turns = list(messages)
     continued = turns.pop().content if turns and turns[-1].role == "assistant" else None
@@ -184,9 +186,9 @@ def render(
 def history(
     template: Template, turns: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), hint: str = ""
 ) -> str:
-    """Finished turns as text, which ends with a blank line. hint: added to the user's last message.
+    """Render finished turns. The text ends with a blank line. hint: appended to the last user message.
 
-    It is the beginning of every later prompt of the same chat.
+    Every later prompt of the same chat begins with this text.
     """
     turns = _with_tools(list(turns), tools) if tools else turns
     last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
@@ -216,7 +218,7 @@ def _call(call: Mapping[str, Any]) -> str:
 
 
 def _with_tools(turns: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The chat with its tools described in the system's message, as the models were trained."""
+    """Describe the tools in the system message, in the form that the models were trained with."""
     lines = "\n".join(f"- {_signature(tool)}" for tool in tools)
     text = f"Tools:\n{lines}\nReturn only a JSON function call."
     if turns and turns[0].role == "system":
@@ -225,7 +227,7 @@ def _with_tools(turns: list[Message], tools: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _signature(tool: Mapping[str, Any]) -> str:
-    """`get_weather(location: string, unit?: "celsius" | "fahrenheit")`, and the description behind it."""
+    """A function as text: `get_weather(location: string, unit?: "celsius" | "fahrenheit"): description`."""
     schema = tool.get("parameters") or {}
     required = set(schema.get("required") or ())
     parameters = []
@@ -245,7 +247,7 @@ def _signature(tool: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of an answer. thought: whether it belongs to the thinking."""
+    """A piece of an answer's text. thought: True for text inside a thought."""
 
     text: str
     thought: bool = False
@@ -255,14 +257,14 @@ _THINK, _END_THINK, _FENCE = "<think>", "</think>", "```"
 
 
 class AnswerParser:
-    """Splits an answer, as it comes, into thought and content, and finds its end.
+    """Splits a stream of text into thought and content, and finds the end of the answer.
 
-    Blank lines end an answer, but not inside a thought or a fence, nor before its first visible character. A user's
-    label at the start of a line always ends it. Text that may belong to a mark or a stop string is held back.
+    A blank line ends an answer, except inside a thought or a code fence, or before the first visible character. A user
+    label at the start of a line always ends it. Text that may be part of a mark or a stop string is held back.
 
-    opened: the part of the answer that the prompt holds. stops: of the template, outside fences. always: the caller's
-    own stop strings, anywhere in the content. raw: nothing but `always` ends the answer (structured output). plain: the
-    text is no answer of a chat: it begins with its first character, and has no thoughts.
+    opened: the beginning of the answer that the prompt holds. stops: the template's stop strings, ignored inside code
+    fences. always: the caller's stop strings, which hold anywhere in the content. raw: only `always` ends the answer
+    (structured output). plain: the text is no chat answer: it has no thoughts, and its first characters count.
     """
 
     def __init__(
@@ -289,14 +291,14 @@ class AnswerParser:
             self._begun = plain or bool(opened.strip())
 
     def push(self, text: str) -> list[Piece]:
-        """The pieces that are certain once `text` has come; `stopped` is set when the answer has ended."""
+        """Add text. Returns the pieces that are final by now. Sets `stopped` at the end of the answer."""
         if self.stopped:
             return []
         self._buffer += text
         return self._pieces(final=False)
 
     def finish(self) -> list[Piece]:
-        """The rest that was held back, at the end of the text."""
+        """End of the stream: return the text that was held back."""
         return [] if self.stopped else self._pieces(final=True)
 
     def _pieces(self, final: bool) -> list[Piece]:
@@ -365,13 +367,13 @@ class AnswerParser:
             self._line_start = not line[2].strip() if line[1] else self._line_start and not text.strip()
 
     def _find_fence(self) -> int | None:
-        """Where a line of the buffer begins with a fence."""
+        """Index of a code fence at the start of a line in the buffer, or None."""
         pattern = r"(?:^|\n)[ \t]*```" if self._line_start else r"\n[ \t]*```"
-        found = re.search(pattern, self._buffer)
-        return found.end() - len(_FENCE) if found else None
+        match = re.search(pattern, self._buffer)
+        return match.end() - len(_FENCE) if match else None
 
     def _fence_overlap(self) -> int:
-        """How much of the buffer's end may be the start of a fence."""
+        """Length of the buffer's end that may be the start of a code fence."""
         line = self._buffer.rpartition("\n")
         at_start = bool(line[1]) or self._line_start
         tail = line[2].lstrip(" \t")
@@ -379,7 +381,7 @@ class AnswerParser:
 
 
 def overlap(text: str, marks: Iterable[str]) -> int:
-    """Length of the longest end of `text` that is the start of one of `marks`."""
+    """Length of the longest suffix of `text` that is a proper prefix of one of `marks`."""
     longest = 0
     for mark in marks:
         for size in range(min(len(text), len(mark) - 1), longest, -1):
