@@ -286,6 +286,28 @@ def test_squares_are_rewritten_for_older_compilers(
         assert (tmp_path / "scratch" / "weights.bin").read_bytes() == bytes(16)
 
 
+@pytest.mark.parametrize(
+    ("version", "rows", "changed"), [("2.3.2", 2, True), ("2.3.2", 1, False), ("2.5.0", 2, False)]
+)
+def test_a_mask_that_two_products_read_becomes_two_for_older_compilers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, rows: int, changed: bool
+) -> None:
+    helper = onnx.helper
+    nodes = [helper.make_node("Mul", ["a", "mask"], ["b"]), helper.make_node("Mul", ["b", "mask"], ["y"])]
+    shapes = {"a": [rows, 4], "mask": [rows, 1], "y": [rows, 4]}
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]) for name in shapes]
+    graph = helper.make_graph(nodes, "g", ends[:2], ends[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.chdir(tmp_path)
+    adapted = child._adapt(model, "a.onnx", [shapes["a"], shapes["mask"]])
+    assert (adapted != "a.onnx") == changed
+    if changed:
+        found = onnx.load(adapted).graph.node
+        assert [list(node.input) for node in found] == [["a", "mask"], ["mask"], ["b", "mask.2"]]
+        assert found[1].op_type == "Relu"
+
+
 def test_small_builds_share_a_process(
     fake: toolkit.Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,9 @@ def _shapes(inputs: list[Any], given: dict[str, list[int]]) -> list[list[int]]:
 def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
     """Return the path of a graph that this compiler version can build: `path` itself, or an adapted copy.
 
-    Compilers before 2.5 fail with a KeyError on Mul(r, r) of one row. If r = Relu(a), Mul(r, a) has the same result.
+    Compilers before 2.5 fail with a KeyError on two kinds of graphs. One is Mul(r, r) of one row: if r = Relu(a),
+    Mul(r, a) has the same result. The other is an input `mask` of several rows that two products read: the second reads
+    Relu(mask), which is the same since the mask holds zeros and ones.
     """
     folder = os.path.dirname(path)
     for tensor in model.graph.initializer:
@@ -160,16 +162,11 @@ def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
             if not os.path.isfile(file) or os.path.getsize(file) < end:
                 raise ValueError(f"{file}, which holds {tensor.name}, is missing or too short")
     version = importlib.metadata.version("rknn-toolkit2").split(".")
-    if [int(part) for part in version[:2]] >= [2, 5] or any(shape[:1] != [1] for shape in shapes):
+    if [int(part) for part in version[:2]] >= [2, 5]:
         return path
-    relus = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Relu"}
-    squares = [
-        n for n in model.graph.node if n.op_type == "Mul" and n.input[0] == n.input[1] and n.input[0] in relus
-    ]
-    if not squares:
+    one_row = all(shape[:1] == [1] for shape in shapes)
+    if not (_rewrite_squares(model.graph) if one_row else _rewrite_mask(model.graph)):
         return path
-    for node in squares:
-        node.input[1] = relus[node.input[0]]
     for tensor in model.graph.initializer:  # ONNX resolves external data relative to the graph's folder
         for entry in tensor.external_data:
             if entry.key == "location" and not os.path.lexists(entry.value):
@@ -177,6 +174,35 @@ def _adapt(model: Any, path: str, shapes: list[list[int]]) -> str:
     with open("adapted.onnx", "wb") as copy:
         copy.write(model.SerializeToString())
     return os.path.abspath("adapted.onnx")
+
+
+def _rewrite_squares(graph: Any) -> bool:
+    """Replace Mul(r, r) by Mul(r, a), where r = Relu(a). Returns whether there was one."""
+    relus = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Relu"}
+    products = [node for node in graph.node if node.op_type == "Mul"]
+    squares = [n for n in products if n.input[0] == n.input[1] and n.input[0] in relus]
+    for node in squares:
+        node.input[1] = relus[node.input[0]]
+    return bool(squares)
+
+
+def _rewrite_mask(graph: Any) -> bool:
+    """Give every product with `mask` but the first a mask of its own. Returns whether there were several."""
+    import onnx
+
+    nodes, found = [], 0
+    for node in graph.node:
+        if node.op_type == "Mul" and "mask" in node.input:
+            found += 1
+            if found > 1:
+                own = f"mask.{found}"
+                nodes.append(onnx.helper.make_node("Relu", ["mask"], [own], name=own))
+                node.input[list(node.input).index("mask")] = own
+        nodes.append(node)
+    if found > 1:
+        del graph.node[:]
+        graph.node.extend(nodes)
+    return found > 1
 
 
 def _printed() -> str:
