@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import pytest
 import torch
 
 import rwkv_npu
-from rwkv_npu.errors import CheckpointError, RwkvNpuError, StateError, UsageError
+from rwkv_npu.errors import CheckpointError, RwkvNpuError, UsageError
 from rwkv_npu.formats.adapters import is_adapter, open_adapter
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint, write_checkpoint
-from rwkv_npu.formats.state import new_state
 from tests.conversions import convert, outputs
 from tests.tiny import error_line, peak_memory, run_main, write_model
 
@@ -407,41 +405,6 @@ def test_a_conversion_with_an_adapter_takes_no_more_memory(tmp_path: Path) -> No
     ]
     assert [status for status, _ in used] == [0, 0]
     assert used[1][1] - used[0][1] < 40e6  # two matrices in fp32 are 8 MB; all of them, 67 MB
-
-
-# -- tuned states ----------------------------------------------------------------------------------------------------
-
-
-def tuned_state(path: Path, spec: Any) -> Path:
-    state = {f"blocks.{i}.att.time_state": noise(spec.H, spec.N, spec.N, size=0.5) for i in range(spec.L)}
-    torch.save(state, path)
-    return path
-
-
-@pytest.mark.parametrize("generation", ("5.2", "6", "7"))
-def test_a_tuned_state_in_a_bundle(generation: str, tmp_path: Path) -> None:
-    spec = write_model(tmp_path / "base.pth", generation)
-    tuned = tuned_state(tmp_path / "tuned.pth", spec)
-    together = tmp_path / "together.pth"
-    torch.save(torch.load(tmp_path / "base.pth") | torch.load(tuned), together)
-    bundle = convert(tmp_path / "base.pth", tmp_path / "out.rwkv", cpu="fp32", initial_state=tuned)
-    found = outputs(bundle, backend="numpy")
-    np.testing.assert_allclose(found, outputs(together, backend="numpy"), atol=1e-5, rtol=1e-5)
-    assert np.abs(found - outputs(tmp_path / "base.pth", backend="numpy")).max() > 0.01
-    assert open_bundle(bundle).manifest.initial_state["file"] == "tuned.pth"
-
-
-def test_a_state_of_a_text_cannot_begin_every_text(tmp_path: Path) -> None:
-    spec = write_model(tmp_path / "base.pth")
-    state = new_state(spec, "", {})
-    state.parts["att.shift"][:] = 1
-    state.tokens_seen = 7
-    state.save(tmp_path / "talk.st")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(StateError, match="has read 7 tokens"):
-            convert(tmp_path / "base.pth", tmp_path / "out", initial_state=tmp_path / "talk.st")
-    assert not (tmp_path / "out").exists()
 
 
 def test_settings_of_an_adapter_without_one(tmp_path: Path) -> None:

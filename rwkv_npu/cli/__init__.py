@@ -31,6 +31,7 @@ from rwkv_npu.cli import (
     merge,
     models,
     serve,
+    state,
     toolkit,
     tune,
 )
@@ -47,6 +48,7 @@ COMMANDS = (
     batch,
     evaluate,
     info,
+    state,
     tune,
     doctor,
     bench,

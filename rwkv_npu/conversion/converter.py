@@ -75,7 +75,7 @@ from rwkv_npu.formats.bundle import (
 )
 from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.formats.files import remove_unlisted, remove_within, write_atomically
-from rwkv_npu.formats.state import set_initial_state
+from rwkv_npu.formats.tuned import set_initial_state
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Scaling, default_scaling
 from rwkv_npu.progress import progress

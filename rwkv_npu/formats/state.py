@@ -5,21 +5,18 @@ fp32 and independent of backend, precision and fusion, so that a state made on o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_npu.errors import StateError, first_line
-from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.formats.detect import FLOATS
 from rwkv_npu.formats.files import is_file, os_reason, write_atomically
 from rwkv_npu.formats.layout import (
@@ -35,7 +32,6 @@ from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.models.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"
-TUNED = "att.time_state"  # what a tuned state holds of each layer
 EMPTY_Q = -1e30  # v4: the running maximum of an empty history
 
 
@@ -124,28 +120,6 @@ def load_state(
     if layout is None:
         raise StateError(f"{path} is a tuned state in safetensors, whose layout cannot be told: {NAME_IT}")
     return _tuned(path, spec, fingerprint, tensors, layout)
-
-
-def set_initial_state(checkpoint: Checkpoint, path: Path, layout: str | None = None) -> str:
-    """Put the tuned state at `path` into a checkpoint, and return the digest of its values. Raises as `load_state`."""
-    state = load_state(path, checkpoint.spec, checkpoint.fingerprint, layout)
-    tuned = {f"blocks.{layer}.{TUNED}": part for layer, part in enumerate(time_states(state, path))}
-    if not all(np.isfinite(part).all() for part in tuned.values()):
-        raise StateError(f"{path} holds NaN or infinity")
-    digest = hashlib.blake2b(b"".join(part.tobytes() for part in tuned.values()), digest_size=16).hexdigest()
-    checkpoint.amend({name: partial(np.asarray, part) for name, part in tuned.items()}, digest)
-    return digest
-
-
-def time_states(state: State, path: Path) -> np.ndarray:
-    """What a tuned state holds: (L, H, N, N). Raises StateError for a state of a text, which holds more."""
-    if state.tokens_seen or state.parts["att.shift"].any() or state.parts["ffn.shift"].any():
-        raise StateError(
-            f"{path} has read {state.tokens_seen} tokens: only a tuned state is one to begin every text with"
-        )
-    if "att.wkv" not in state.parts:
-        raise StateError(f"{path} is a state of RWKV-4, which has no tuned ones")
-    return state.parts["att.wkv"]
 
 
 def _is_zip(path: Path) -> bool:
