@@ -64,8 +64,8 @@ class Model:
 
     @property
     def precision(self) -> str:
-        """Of the weights: fp16, or fp16/int8 where the backends have others."""
-        return "/".join(dict.fromkeys(map(self.source.precision_on, self.engine.backends)))
+        """Precision of the weights, such as fp16, or fp16/int8 if the backends have different ones."""
+        return "/".join(dict.fromkeys(str(self.source.precision_on(name)) for name in self.engine.backends))
 
     def new_state(self) -> State:
         """The state before the first token: zeros, or the state that the checkpoint was tuned with."""

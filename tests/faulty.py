@@ -1,4 +1,4 @@
-"""An NPU that misbehaves on request, and engines on it behind the guard."""
+"""A faulty NPU backend, and engines that run on it with a fallback."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Faults, Recorded, Runner
-from rwkv_npu.backends.guard import Guard
+from rwkv_npu.backends.base import Backend, Faults, GoldenVectors, Runner
+from rwkv_npu.backends.fallback import Fallback
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 from rwkv_npu.runtime.engine import Engine
-from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, record
+from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, golden_vectors
 from rwkv_npu.runtime.weights import ModelSource
 
 ADVICE = "; try something"
@@ -21,7 +21,7 @@ KINDS = ("code", "nan", "inf", "zeros", "rows", "missing")
 
 
 class FaultyRunner:
-    """Computes like NumPy, into buffers that its next run reuses, unless the next fault says otherwise."""
+    """Computes with NumPy, and then makes the next fault. Its next run reuses the outputs' buffers."""
 
     def __init__(self, npu: FaultyNpu, group: Group, runner: Runner):
         self._npu, self._group, self._runner = npu, group, runner
@@ -51,8 +51,10 @@ class FaultyRunner:
 
 
 class FaultyNpu(NumpyBackend):
-    """Artifacts for a few row counts. `faults` are those of the calls after opening, "" for none; `chip` names the
-    fault of a group that it always has."""
+    """A backend with fixed row counts.
+
+    faults: the faults of the calls after opening, "" for none. chip(group): a fault of every call of that group.
+    """
 
     name = "faulty"
 
@@ -81,15 +83,15 @@ class FaultyNpu(NumpyBackend):
         self.closed = True
 
 
-def guarded_engine(
-    source: ModelSource, npu: FaultyNpu, recorded: Mapping[str, Recorded] | None = None
-) -> tuple[Engine, Guard]:
-    """An engine on `npu` behind a guard that falls back to NumPy; its verdict is not asked for."""
-    rows = record(source, SELF_TEST_ROWS) if recorded is None else recorded
-    guard = Guard(npu, lambda: rows, lambda: NumpyBackend(source), Faults(), advice=ADVICE)
-    engine = plain_engine(source, guard, guard.faults)
+def engine_with_fallback(
+    source: ModelSource, npu: FaultyNpu, recorded: Mapping[str, GoldenVectors] | None = None
+) -> tuple[Engine, Fallback]:
+    """An engine on `npu` with NumPy as fallback. `check_self_tests` is left to the caller."""
+    rows = golden_vectors(source, SELF_TEST_ROWS) if recorded is None else recorded
+    fallback = Fallback(npu, lambda: rows, lambda: NumpyBackend(source), Faults(), advice=ADVICE)
+    engine = plain_engine(source, fallback, fallback.faults)
     npu.opened = True
-    return engine, guard
+    return engine, fallback
 
 
 def plain_engine(source: ModelSource, backend: Backend, faults: Faults | None = None) -> Engine:

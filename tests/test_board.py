@@ -63,18 +63,18 @@ def test_a_library_without_a_version_has_none(tmp_path: Path, content: bytes) ->
 
 
 @pytest.mark.parametrize(
-    ("versions", "said"),
+    ("versions", "expected"),
     [
         (("2.3.2 (x)", "0.9.8"), ""),
-        (("2.2.0", "0.9.8"), "librknnrt 2.2.0 is older than is advised, 2.3.0: should anything fail"),
-        (("2.3.2", "0.9.8", "2.5.0"), "librknnrt 2.3.2 is older than the artifacts' compiler, 2.5.0: should"),
-        (("2.5.0", "0.9.2"), "the NPU's driver 0.9.2 is older than is advised, 0.9.6: should anything fail"),
-        ((None, None), ""),  # not shown to this user: the self-test judges
+        (("2.2.0", "0.9.8"), "librknnrt 2.2.0 is older than the recommended 2.3.0: if anything fails"),
+        (("2.3.2", "0.9.8", "2.5.0"), "librknnrt 2.3.2 is older than the artifacts' compiler, 2.5.0: if"),
+        (("2.5.0", "0.9.2"), "the NPU's driver 0.9.2 is older than the recommended 0.9.6: if anything fails"),
+        ((None, None), ""),  # not shown to this user: the self-test decides
     ],
 )
-def test_old_versions_are_said(versions: tuple[str | None, ...], said: str) -> None:
-    found = hardware.outdated(*versions)
-    assert found.startswith(said) and bool(found) == bool(said)
+def test_outdated_warns_of_old_versions(versions: tuple[str | None, ...], expected: str) -> None:
+    warning = hardware.outdated(*versions)
+    assert warning.startswith(expected) and bool(warning) == bool(expected)
 
 
 # -- large and small cores -------------------------------------------------------------------------------

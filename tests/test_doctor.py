@@ -219,10 +219,10 @@ def test_a_board_shows_what_its_runtime_reads_and_the_memory_of_the_npu(tmp_path
     root = plant(tmp_path)
     shown = "2.3.2 (/usr/lib/librknnrt.so), reads artifacts of toolkit 2.3.2 and older"
     assert found(root, "librknnrt").found == shown
-    assert found(root, "NPU memory").found == "3.5 GiB free for a model (a process can have 3.5)"
-    assert found(root, "NPU memory", bundle).found.endswith("of NPU memory (of 3.5); 11.4 GiB are free")
+    assert found(root, "NPU memory").found == "3.8 GB free for a model (a process can have 3.8)"
+    assert found(root, "NPU memory", bundle).found.endswith("of NPU memory (of 3.8); 12.3 GB are free")
     little = plant(tmp_path, {"proc/meminfo": "MemTotal: 4000000 kB\nMemAvailable: 1048576 kB\n"})
-    assert found(little, "NPU memory").found.startswith("1.0 GiB free for a model")
+    assert found(little, "NPU memory").found.startswith("1.1 GB free for a model")
 
 
 def test_a_bundle_has_to_fit_the_chip_and_its_memory(tmp_path: Path, bundle: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_bundle_has_to_fit_the_chip_and_its_memory(tmp_path: Path, bundle: Pat
     )
     full = plant(tmp_path / "full", {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 8 kB\n"})
     finding = found(full, "NPU memory", bundle)
-    assert finding.level == BAD and "0.00 GiB are free" in finding.found and "--rows 32" in finding.mend
+    assert finding.level == BAD and "0.00 GB are free" in finding.found and "--rows 32" in finding.mend
     assert found(plant(tmp_path / "good"), "NPU memory", bundle).level == OK
 
 

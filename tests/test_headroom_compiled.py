@@ -18,7 +18,7 @@ from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.models.spec import Scaling
-from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import Environment, Simulator
 from tests.fake_compiler import stand_in
@@ -78,7 +78,7 @@ def test_each_of_the_scales_is_needed(
     ]
     source.program = replace(source.program, scaling=Scaling(layers=tuple(pairs)))
     last = source.program.group("last", source.spec.L - 1)
-    recorded = record(source, ROWS)[last.name]
+    recorded = golden_vectors(source, ROWS)[last.name]
     assert max(np.abs(array).max() for array in recorded.inputs.values()) < LARGEST  # it can be told
     file = tmp_path / "g.onnx"
     file.write_bytes(compiler_model(source.program, last, ROWS, source.tensor).SerializeToString())

@@ -26,7 +26,7 @@ from rwkv_npu.models.spec import Group
 from rwkv_npu.quant.npu import NPU_WIDTH, Int8Maths, Quantised
 from rwkv_npu.quant.ranges import choose
 from rwkv_npu.quant.smoothing import smoothings
-from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph
 from tests.tiny import run_main, write_model
@@ -70,7 +70,7 @@ def simulated(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What simulator and NumPy make of a group, on rows of a pass of the model; nothing is left to the board's CPU."""
     found = group_of(source, group)
-    inputs = record(source, rows)[group].inputs
+    inputs = golden_vectors(source, rows)[group].inputs
     model = compiler_model(source.program, found, rows, source.tensor, chosen)
     (folder / "g.onnx").write_bytes(model.SerializeToString())
     trace = compiler_trace(source.program, found, rows, {name: q.params for name, q in chosen.items()})

@@ -57,12 +57,12 @@ OFF = """
 import json, sys
 import rwkv_npu
 from rwkv_npu.runtime import loading
-from rwkv_npu.backends.base import Recorded
+from rwkv_npu.backends.base import GoldenVectors
 right = loading.self_test
 
 def off(source):
     rows = right(source).items()
-    return {group: Recorded(r.inputs, {k: v * 7 / 6 for k, v in r.outputs.items()}) for group, r in rows}
+    return {group: GoldenVectors(r.inputs, {k: v * 7 / 6 for k, v in r.outputs.items()}) for group, r in rows}
 
 loading.self_test = off
 for precision in sys.argv[2:]:

@@ -51,7 +51,7 @@ def test_weights_are_counted_to_the_byte() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(UsageError, match=r"rk3588 at fp16 with rows 32: 34 contexts .* GiB .*--target none"):
+    with pytest.raises(UsageError, match=r"rk3588 at fp16 with rows 32: 34 contexts .* GB .*--target none"):
         plan("2.9B")
     with pytest.raises(UsageError, match="rows 1,64"):
         plan("1.5B", (1, 64))
@@ -67,7 +67,7 @@ def test_contexts_and_memory_are_counted_before_loading(monkeypatch: pytest.Monk
         ):
             check_room(too_much, "they", "use less")
     with pytest.raises(
-        BackendError, match=r"is free, 2\.00 GiB: .* = 3\.00 GiB .*; end other programs, or use"
+        BackendError, match=r"free memory of 2\.15 GB: .* = 3\.22 GB .*; end other programs, or use"
     ):
         check_room(MemoryPlan(2 * gib, gib, 5), "they", "use less")
     monkeypatch.setattr(hardware, "memory", dict)

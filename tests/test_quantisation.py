@@ -322,7 +322,7 @@ def test_a_board_runs_what_there_is_for_its_chip(
     for chip, precision in (("rk3588", "mixed"), ("rk3576", "fp16")):
         assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--target", chip)[0] == 0
     source = BundleSource(open_bundle(out))
-    for chip, precision in (("rk3588", "mixed"), ("rk3576", "fp16"), ("rk3562", "no")):
+    for chip, precision in (("rk3588", "mixed"), ("rk3576", "fp16"), ("rk3562", None)):
         monkeypatch.setattr(hardware, "soc", lambda chip=chip: chip)
         assert source.precision_on("rknn") == precision and source.precision_on("rknn-sim") == "mixed"
 

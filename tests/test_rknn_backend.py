@@ -177,16 +177,16 @@ def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture
     assert "warning: rknn failed at first (rknn_run returned -1: failed): the CPU runs it" in said[2]
 
 
-# -- what is refused, and what is said -------------------------------------------------------------------
+# -- errors and warnings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("log", "message"),
     [
         (
             "E RKNN: Invalid RKNN model version 6\n" + TRACEBACK + "Exception: RKNN init failed. error code: "
             "RKNN_ERR_MODEL_INVALID\n",
-            r"Invalid RKNN model version 6: librknnrt 2\.3\.2 does not read what toolkit 2\.5\.0 compiled: on a PC, "
+            r"Invalid RKNN model version 6: librknnrt 2\.3\.2 cannot read files of toolkit 2\.5\.0: on a PC, run "
             r"rwkv-npu toolkit install --version 2\.3\.2 and rwkv-npu convert --toolkit 2\.3\.2",
         ),
         (
@@ -195,7 +195,7 @@ def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture
         ),
         (
             TRACEBACK + "Exception: Can not find dynamic library on RK3588!\n",
-            "Can not find dynamic library on RK3588!: librknnrt.so belongs into /usr/lib",
+            "Can not find dynamic library on RK3588!: librknnrt.so belongs in /usr/lib",
         ),
         (
             "!!! It is detected that some necessary files are missing in the container.\n" + TRACEBACK,
@@ -207,16 +207,16 @@ def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture
         ),
         (
             "E The core mode 99 is not supported currently.\nE Catch exception when set npu core mode.\n",
-            "core mode 99 is not supported currently.: --npu-cores auto is not for this chip",
+            "core mode 99 is not supported currently.: this chip does not have NPU cores auto",
         ),
         (TRACEBACK + "Exception: something new\n", "cannot open .*: something new"),
-        ("", "it does not say why: rwkv-npu doctor may"),
+        ("", "it reports no reason: run rwkv-npu doctor"),
     ],
 )
-def test_what_rknnlite_logs_is_one_line_with_a_remedy(
-    bundle: Path, said: str, message: str, monkeypatch: pytest.MonkeyPatch
+def test_rknnlites_log_becomes_one_line_with_advice(
+    bundle: Path, log: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeLite, "says", said)
+    monkeypatch.setattr(FakeLite, "says", log)
     monkeypatch.setattr(FakeLite, "fails", True)
     refused(bundle, message)
     monkeypatch.setattr(FakeLite, "says", "")
@@ -230,19 +230,19 @@ def test_a_runtime_older_than_every_toolkit_has_to_be_updated(
     become_a_board(monkeypatch, tmp_path, runtime="1.6.0")
     monkeypatch.setattr(FakeLite, "says", "E RKNN: Invalid RKNN model version 6\n")
     monkeypatch.setattr(FakeLite, "fails", True)
-    refused(bundle, r"librknnrt 1\.6\.0 does not read .*: update it to 2\.2\.0 or later")
+    refused(bundle, r"librknnrt 1\.6\.0 cannot read .*: update it to 2\.2\.0 or later")
 
 
-def test_old_versions_are_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_versions_cause_one_warning(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRuntime, "versions", ("1.5.2 (c6b7b351a@2023)", "0.8.2"))
     with pytest.warns(
         UserWarning, match=r"librknnrt 1\.5\.2 is .* 2\.5\.0, and .* driver 0\.8\.2 .* 0\.9\.6"
-    ) as said:
+    ) as warned:
         load(bundle).close()
-    assert len(said) == 1
+    assert len(warned) == 1
 
 
-def test_a_pc_is_told_what_it_lacks(made: Path) -> None:
+def test_on_a_pc_the_error_names_the_board(made: Path) -> None:
     with pytest.raises(BackendError, match="needs a board with a Rockchip NPU.*rknn-sim.*doctor"):
         load(made)
 
@@ -259,13 +259,13 @@ def test_a_board_without_rknnlite(bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_memory_is_counted_before_anything_is_loaded(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "memory", lambda: {"MemAvailable": 1000})
-    refused(bundle, r"memory that is free, 0\.00 GiB: 7 contexts .* GiB of NPU memory")
+    refused(bundle, r"free memory of 0\.00 GB: 7 contexts .* GB of NPU memory")
     monkeypatch.setattr(hardware, "memory", lambda: {})
     big = BundleSource.artifacts
     monkeypatch.setattr(
         BundleSource, "artifacts", lambda self: [replace(a, weight_bytes=1 << 30) for a in big(self)]
     )
-    refused(bundle, r"do not fit the NPU: 7 contexts \(of 150\), weights 7\.00 .*--rows 32")
+    refused(bundle, r"do not fit the NPU: 7 contexts \(of 150\), weights 7\.52 .*one row count, such as 32")
     assert not FakeLite.opened
 
 
@@ -274,7 +274,7 @@ def test_a_file_of_another_group_is_refused(bundle: Path, monkeypatch: pytest.Mo
         return self.bundle.path / artifact.path.replace("/last.", "/first.")
 
     monkeypatch.setattr(BundleSource, "artifact_path", other)
-    refused(bundle, "has inputs .* which is not last")
+    refused(bundle, "has inputs .* not those of last")
 
 
 # -- auto ------------------------------------------------------------------------------------------------
@@ -351,11 +351,11 @@ def test_a_batch_is_timed_where_it_is_read(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["opening", "self-test", "lock"])
-def test_auto_takes_the_cpu_and_says_so_where_the_npu_fails(
+def test_auto_warns_and_takes_the_cpu_if_the_npu_fails(
     bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     message = {
-        "opening": "does not say why",
+        "opening": "reports no reason",
         "self-test": "contexts fail",
         "lock": "cannot open the NPU's lock",
     }[kind]

@@ -21,7 +21,7 @@ from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.quant.npu import Int8Maths, Quantised
 from rwkv_npu.quant.ranges import choose
-from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import CompileOptions, compile_graph
 from tests.ragged import ragged_inputs
@@ -219,7 +219,7 @@ def test_the_compiler_builds_it_in_int8(
     (tmp_path / "g.onnx").write_bytes(
         compiler_model(source.program, group, rows, source.tensor, chosen).SerializeToString()
     )
-    recorded = record(source, rows)[group.name].inputs
+    recorded = golden_vectors(source, rows)[group.name].inputs
     given = {port.name: recorded[port.name] for port in group.fixed_inputs(rows)}
     options = CompileOptions(int8=int8)
     result = compile_graph(toolkit_environment, tmp_path / "g.onnx", tmp_path / "g.rknn", options, given)

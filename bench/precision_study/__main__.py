@@ -36,7 +36,7 @@ from rwkv_npu.conversion.quantise import MAX_KL
 from rwkv_npu.evaluation import count_bytes, evaluate
 from rwkv_npu.formats.bundle import Artifact, Bundle, open_bundle
 from rwkv_npu.model import Model
-from rwkv_npu.quant.npu import Ranges
+from rwkv_npu.quant.npu import ProjectionParams
 from rwkv_npu.runtime.loading import Options, open_engine
 from rwkv_npu.runtime.placement import Plan
 from rwkv_npu.runtime.selftest import passes
@@ -64,7 +64,9 @@ def by_the_compiler(ids: np.ndarray, bundle: Bundle) -> Callable[..., CompilerGr
     chunks = np.split(ids[: STEPS * ROWS], range(ROWS, STEPS * ROWS, ROWS))
     steps = list(passes(BundleSource(bundle), chunks))
 
-    def graph(source: BundleModel, artifact: Artifact, parameters: Mapping[str, Ranges]) -> CompilerGraph:
+    def graph(
+        source: BundleModel, artifact: Artifact, parameters: Mapping[str, ProjectionParams]
+    ) -> CompilerGraph:
         rows = [step[artifact.group].inputs for step in steps]
         options = CompileOptions(artifact.target, "w8a8", calibration=rows)
         return replace(compiler_graph(source, artifact, parameters), options=options)

@@ -18,17 +18,18 @@ BACKENDS = {
     "rknn": ("rknn", "RknnBackend", "rwkv_npu"),
     "rknn-matmul": ("rknn_matmul", "RknnMatmulBackend", "rwkv_npu"),
 }
-# Those that need a board. They are opened behind a guard (guard.py), and take `cores` beside `threads`.
+# Backends that need a board. They run with a fallback (fallback.py), and take `cores` beside `threads`.
 NPU_BACKENDS = ("rknn", "rknn-matmul")
-# Those that run a bundle's artifacts, and those that read its weights as stored unless they are asked for a precision.
+# Backends that run a bundle's artifacts.
 COMPILED = ("rknn", "rknn-sim")
+# Backends that use a bundle's weights as stored, unless they are asked for a precision.
 REFERENCES = ("numpy", "torch")
-# Those that make weights of these precisions themselves, of whatever there is.
+# Precisions that a backend converts the stored weights to by itself.
 MADE_PRECISIONS = {"rknn-matmul": ("fp16", "w8a8")}
 
 
 def open_backend(name: str, source: Any, **options: Any) -> Backend:
-    """Make the backend `name` over a model. Raises BackendError for an unknown or uninstalled one."""
+    """Open the backend `name` on the weights `source`. Raises BackendError if it is unknown or not installed."""
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
     module, cls, package = BACKENDS[name]

@@ -1,4 +1,4 @@
-"""The interface of a backend: it opens groups and runs them. It knows no model, no file and no plan."""
+"""The interface of a backend: it opens groups and runs them. It knows no files and no placement."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rwkv_npu.quant.cpu import Packed
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """Golden vectors of a group: inputs in a forward of the model, and the reference's outputs, (rows, width) each."""
+class GoldenVectors:
+    """Golden vectors of a group, (rows, width) each: inputs from a forward, and the reference's outputs."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -24,14 +24,14 @@ class Recorded:
 
 @dataclass
 class Faults:
-    """Faults of an NPU: the number of failed calls, and the groups that the CPU runs since then, with the reason."""
+    """Faults of an NPU. calls: number of failed calls. groups: those that the CPU runs instead, with the reason."""
 
     calls: int = 0
     groups: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    """The weights of a model, as a backend asks for them, whether they come from a bundle or from a checkpoint."""
+    """The weights of a model for a backend, from a bundle or from a checkpoint."""
 
     @property
     def spec(self) -> Spec: ...
@@ -41,22 +41,22 @@ class Source(Protocol):
         """The computation of the groups (`models.network.Program`)."""
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor in the shape in which the maths uses it: vectors in fp32, the others as stored."""
+        """A tensor in `Tensor.used_shape`: vectors in fp32, the others in their stored dtype."""
 
     def packed(self, name: str, index: int | None = None) -> Packed | None:
-        """A projection, or number `index` of a stack, quantised for the CPU; None where it is not quantised."""
+        """A projection, or number `index` of a stack, quantised for the CPU; None if it is not quantised."""
 
     def weight(self, name: str) -> np.ndarray:
-        """As `tensor`, in the precision that was asked for: quantised weights are dequantised, in fp32."""
+        """As `tensor`, in the requested precision: quantised weights are dequantised to fp32."""
 
     def release(self, name: str) -> None:
-        """Say that a projection was copied and will not be read again."""
+        """Free the memory of a projection that was copied and will not be read again."""
 
     def maths(self) -> NumpyMaths:
-        """The maths in NumPy, in the precision that was asked for."""
+        """`maths.Maths` in NumPy, in the requested precision."""
 
     def evaluate(self, group: Group, f: Maths, x: dict[str, Any]) -> dict[str, Any]:
-        """Outputs of a group for its inputs, computed with the operations of `f`."""
+        """Compute a group with the operations of `f`: inputs by name -> outputs by name."""
 
     def onnx(self, group: Group) -> str | bytes:
         """The group's graph with symbolic M: the path of a file, or its bytes."""
@@ -65,9 +65,10 @@ class Source(Protocol):
 class Runner(Protocol):
     """A group opened for a number of rows.
 
-    The backend owns `inputs`, (M, width) fp32; the caller fills them and calls `run`. The outputs are valid until the
-    next run of this runner, and of several rows until the next but one run of a group of its role: layers after the
-    first may take turns in two sets of arrays. With one row, runners of different groups may run at the same time.
+    The backend owns `inputs`, (M, width) fp32 each. The caller fills them and calls `run`. Outputs are valid until the
+    next run of this runner. For several rows they are overwritten earlier: layers after the first may share two sets of
+    arrays, so the second next run of a group of the same role may reuse them. Runners of one row and different groups
+    may run at the same time.
     """
 
     @property
@@ -77,10 +78,12 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
+    """Runs the groups of a model on one kind of hardware or library."""
+
     name: str
 
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
-        """Numbers of rows, ascending, for which the group can be opened; None: any."""
+        """Row counts that the group can be opened for, ascending; None: any."""
 
     def open(self, group: Group, rows: int) -> Runner:
         """Open `group` for M = `rows`. Raises BackendError."""
@@ -89,35 +92,35 @@ class Backend(Protocol):
 
 
 class FusedForward(Protocol):
-    """All groups but the head, and the recurrences between them, as one call; opened for a number of rows."""
+    """All groups but the head, and the recurrences between them, in one call. Opened for a number of rows."""
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
-        """The caller fills them; their names and widths are `spec.fused_inputs`."""
+        """Arrays that the caller fills, with the names and widths of `spec.fused_inputs`."""
 
     def run(self, rows: Rows) -> np.ndarray:
-        """The input of the head, (M, D), valid until the next run. The states of `rows` are updated in place.
+        """Run the forward: returns the head's input (M, D), valid until the next run. Updates the states in place.
 
-        Raises UsageError for states that cannot be updated where they lie.
+        Raises UsageError for states that cannot be updated in place.
         """
 
     def seconds(self) -> dict[str, float]:
-        """The time of the last run, by role of group, and of the `recurrence`."""
+        """Seconds of the last run by role of group, and of the `recurrence`."""
 
 
 @runtime_checkable
 class FusedBackend(Protocol):
-    """A backend that has the fused forward as well."""
+    """A backend that also has the fused forward."""
 
     def open_fused(self, rows: int) -> FusedForward:
         """Open the fused forward for M = `rows`. Raises BackendError."""
 
 
-def relative_error(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
-    """The worst output's root mean square of the difference over that of the expected; inf where not finite."""
+def relative_error(outputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """The relative error of the worst output: rms of the difference over rms of the expected; inf if not finite."""
     worst = 0.0
     for name, want in expected.items():
-        difference = np.asarray(found[name], np.float64).reshape(want.shape) - want
+        difference = np.asarray(outputs[name], np.float64).reshape(want.shape) - want
         scale = float(np.sqrt(np.square(want, dtype=np.float64).mean()))
         error = float(np.sqrt(np.square(difference).mean())) / max(scale, 1e-12)
         worst = max(worst, error if np.isfinite(error) else np.inf)

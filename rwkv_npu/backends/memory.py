@@ -1,4 +1,4 @@
-"""The one place that adds up what a bundle takes on a board."""
+"""The NPU memory that a bundle takes on a board, and the limits of the NPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, Manifest
 
-DOMAIN_BYTES = 4 << 30  # an IOMMU domain, and RKNNLite has one a process
-BUDGET_BYTES = int(3.5 * (1 << 30))  # what a plan may fill of it: the driver and other buffers need room too
-MAX_CONTEXTS = 150  # seen on boards; every artifact is a context
+DOMAIN_BYTES = 4 << 30  # an IOMMU domain; RKNNLite has one in each process
+BUDGET_BYTES = int(3.5 * (1 << 30))  # the part of it for a model; the driver and other buffers use the rest
+MAX_CONTEXTS = 150  # the limit seen on boards; each artifact is a context
 
-
-INT8_COLUMN_BYTES = 8  # what every column of an int8 matrix has beside it: a bias and a scale
+INT8_COLUMN_BYTES = 8  # a bias and a scale, which each column of an int8 matrix has in addition
 
 
 def matrix_bytes(k: int, n: int, bits: int) -> int:
@@ -23,7 +22,7 @@ def matrix_bytes(k: int, n: int, bits: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that the NPU has to hold: weights of every artifact, and the buffers of their inputs and outputs."""
+    """NPU memory of a set of artifacts, in bytes: their weights, and the buffers of their inputs and outputs."""
 
     weights: int
     buffers: int
@@ -38,22 +37,22 @@ class MemoryPlan:
         return self.total <= BUDGET_BYTES and self.contexts <= MAX_CONTEXTS
 
     def arithmetic(self) -> str:
-        gib = 1 << 30
+        """The sum and its limits, in GB, for messages."""
         return (
-            f"{self.contexts} contexts (of {MAX_CONTEXTS}), weights {self.weights / gib:.2f} + "
-            f"buffers {self.buffers / gib:.2f} = {self.total / gib:.2f} GiB of NPU memory (of {BUDGET_BYTES / gib:.1f})"
+            f"{self.contexts} contexts (of {MAX_CONTEXTS}), weights {self.weights / 1e9:.2f} + "
+            f"buffers {self.buffers / 1e9:.2f} = {self.total / 1e9:.2f} GB of NPU memory (of {BUDGET_BYTES / 1e9:.1f})"
         )
 
 
 def plan_memory(manifest: Manifest, artifacts: list[Artifact] | None = None) -> MemoryPlan:
-    """Add up `artifacts` (all those of the manifest): each holds its own copy of its weights."""
+    """The NPU memory of `artifacts` (None: all in the manifest). Each artifact has its own copy of its weights."""
     artifacts = manifest.artifacts if artifacts is None else artifacts
     widths = {
         (fusion, group["name"]): sum(port["shape"][1] for port in (*group["inputs"], *group["outputs"]))
         for fusion, groups in manifest.groups.items()
         for group in groups
     }
-    element = 2  # fp16 on the NPU's side of every input and output
+    element = 2  # bytes; inputs and outputs are fp16 on the NPU
     return MemoryPlan(
         weights=sum(artifact.weight_bytes for artifact in artifacts),
         buffers=sum(element * a.rows * widths[a.fusion, a.group] for a in artifacts),
@@ -61,13 +60,16 @@ def plan_memory(manifest: Manifest, artifacts: list[Artifact] | None = None) -> 
     )
 
 
-def check_room(plan: MemoryPlan, what: str, remedy: str) -> None:
-    """Raises BackendError, with the arithmetic, for what the NPU or the board cannot hold. Asked before loading."""
+def check_room(plan: MemoryPlan, subject: str, advice: str) -> None:
+    """Check, before loading, that a plan fits the NPU and the board's free memory. Raises BackendError.
+
+    subject: a plural noun that begins the message. advice: ends it.
+    """
     if not plan.fits:
-        raise BackendError(f"{what} do not fit the NPU: {plan.arithmetic()}; {remedy}")
+        raise BackendError(f"{subject} do not fit the NPU: {plan.arithmetic()}; {advice}")
     free = hardware.memory().get("MemAvailable")
     if free is not None and plan.total > free:
         raise BackendError(
-            f"{what} do not fit the memory that is free, {free / 2**30:.2f} GiB: {plan.arithmetic()}; end other "
-            f"programs, or {remedy}"
+            f"{subject} do not fit the free memory of {free / 1e9:.2f} GB: {plan.arithmetic()}; end other "
+            f"programs, or {advice}"
         )

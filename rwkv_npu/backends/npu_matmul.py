@@ -1,12 +1,12 @@
-"""Products on the NPU: x (M, K) fp32 times a weight that lies packed in its memory, the columns split over its cores.
+"""Matrix products on the NPU: x (M, K) fp32 times a weight packed in NPU memory, its columns split over the cores.
 
-    Memory    a buffer of the NPU, and the same bytes as an array
-    Context   one shape on one core: its buffers for A and C, and whichever B is bound to it
-    Weight    a matrix, padded, cut into parts of K and of N, packed once
-    Products  makes contexts and weights, and multiplies
+    Memory    a buffer in NPU memory, and an array over the same bytes
+    Context   one shape on one core: buffers for A and C, and the B that is bound
+    Weight    a matrix, padded, cut into parts along K and N, packed once
+    Products  opens contexts, packs weights, multiplies
 
-Layouts, padding and types are hidden here. K is cut where it is wider than the NPU takes, and the parts are added in
-fp32; N is cut into a part for each core, and each is driven from a thread of its own.
+Callers see no layouts, padding or types. A K that is wider than the NPU takes is cut, and the parts are added in fp32.
+N is cut into one part for each core, and each core is driven by a thread of its own.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from rwkv_npu.backends.rknn_api import (
 from rwkv_npu.errors import BackendError
 from rwkv_npu.quant.npu import spans
 
-# A block of the native layouts of A and C, as one element: 8 of fp16, 16 of int8, 4 sums. Copied whole, it is moved
-# several times faster than its parts.
+# A block of the native layouts of A and C as one element of 16 bytes: 8 fp16 or 16 int8 operands, or 4 sums. Copying
+# whole blocks is several times faster than copying their elements.
 BLOCK = np.dtype(np.complex128)
-# Bytes of weights below which a part of its own is not worth a thread. One core of the NPU was seen to read 10 GB/s, so
-# that it takes 0.1 ms over these; handing them to a thread takes 0.04 to 0.2 ms (bench/results/board-dispatch-*).
+# Smallest part in bytes of weights that is worth a thread. One NPU core was seen to read 10 GB/s: 0.1 ms for this part.
+# Starting work in a thread takes 0.04 to 0.2 ms (bench/results/board-dispatch-*).
 MIN_PART = 1 << 20
 _LARGEST_INT8 = 127
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a matrix (K, N) is cut: lengths of the parts, padded as the NPU wants them."""
+    """The parts of a matrix (K, N): their lengths along K and N, padded to the NPU's blocks."""
 
     K: int
     N: int
@@ -62,12 +62,12 @@ class Cut:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """(K, N, number of the core) of every part; parts along K share the core's context."""
+        """(K, N, core number) of every part. Parts along K share the context of their core."""
         return [(depth, width, core) for depth in self.depths for core, width in enumerate(self.widths)]
 
 
 def cut(K: int, N: int, kind: Kind, cores: int) -> Cut:
-    """Parts as equal as alignment allows: N over `cores` unless they are small, K where it is above MAX_K."""
+    """Cut a matrix into parts as equal as alignment allows: N over the cores if the parts are large, K above MAX_K."""
     depths = _parts(K, K_BLOCK, ceil(K / MAX_K))
     worth = depths[0] * N * kind.operand.itemsize // MIN_PART
     return Cut(K, N, depths, _parts(N, kind.b_block, max(1, min(cores, worth, N // kind.b_block))))
@@ -79,6 +79,8 @@ def _parts(length: int, block: int, count: int) -> tuple[int, ...]:
 
 
 class Memory:
+    """A buffer in NPU memory, and an int8 array over the same bytes."""
+
     def __init__(self, library: Library, context: int, size: int):
         self._library, self._context = library, context
         self.pointer = library.create_mem(context, size)
@@ -96,8 +98,7 @@ class Memory:
 
 @dataclass
 class _Shaped:
-    """Buffers of a context for one M. `a` (M, K / k) and `c` (M, N / 4) are blocks, as callers see them, over the
-    native layouts."""
+    """Buffers of a context for one M. a (M, K / k) and c (M, N / 4) are blocks in row order: views of the buffers."""
 
     handle: int
     shape: Shape
@@ -109,21 +110,23 @@ class _Shaped:
 
 
 class Context:
-    """Products (M, K) @ (K, N) for each M of `rows`, on one core. One context of the library where it takes several
-    shapes in one, else one for each M."""
+    """Products (M, K) @ (K, N) for each M in `rows`, on one core.
+
+    It is one context of librknnrt if that supports dynamic shapes, otherwise one for each M.
+    """
 
     def __init__(self, library: Library, kind: Kind, rows: Sequence[int], K: int, N: int, core_mask: int):
         self._library, self._kind = library, kind
         self._handles: list[int] = []
         self._memories: list[Memory] = []
         self._shaped: dict[int, _Shaped] = {}
-        self._ready: set[int] = set()  # each M whose buffers are bound
-        self._bound: dict[int, Memory] = {}  # B, by handle
+        self._ready: set[int] = set()  # every M whose buffers are bound
+        self._bound: dict[int, Memory] = {}  # the bound B by handle
         try:
             attrs = self._create(rows, K, N)
             for handle in self._handles:
                 code = library.set_core_mask(handle, core_mask)
-                check("rknn_matmul_set_core_mask", code, "--npu-cores chooses other cores")
+                check("rknn_matmul_set_core_mask", code, "choose other NPU cores")
             for number, M in enumerate(rows):
                 handle = self._handles[0 if self.dynamic else number]
                 self._shaped[M] = self._shape(handle, M, K, N, attrs[number])
@@ -160,16 +163,16 @@ class Context:
         )  # fmt: skip
 
     def memory(self, size: int, handle: int | None = None) -> Memory:
-        """A buffer that lives as long as the context."""
-        found = Memory(self._library, self._handles[0] if handle is None else handle, size)
-        self._memories.append(found)
-        return found
+        """A new buffer, which lives as long as the context."""
+        memory = Memory(self._library, self._handles[0] if handle is None else handle, size)
+        self._memories.append(memory)
+        return memory
 
     def multiply(self, a: np.ndarray, b: Memory) -> np.ndarray:
-        """(M, K) of the operands' type times packed B -> (M, N / 4) blocks of sums, valid until the next call."""
+        """a (M, K) of the operand type times packed b -> (M, N / 4) blocks of sums, valid until the next call."""
         s = self._shaped[len(a)]
         if len(a) not in self._ready:
-            self._choose(s)
+            self._set_shape(s)
         if self._bound.get(s.handle) is not b:
             self._bind(s.handle, b, s.attr.B)
             self._bound[s.handle] = b
@@ -179,8 +182,8 @@ class Context:
         s.c_memory.sync(FROM_DEVICE)
         return s.c
 
-    def _choose(self, s: _Shaped) -> None:
-        """Buffers belong to a shape, and are bound after it is chosen."""
+    def _set_shape(self, s: _Shaped) -> None:
+        """Set the M of the next products. Buffers belong to a shape, so they are bound after it is set."""
         if self.dynamic:
             self._ready.clear()
             check("rknn_matmul_set_dynamic_shape", self._library.set_shape(s.handle, byref(s.shape)))
@@ -200,10 +203,7 @@ class Context:
 
 @dataclass
 class Weight:
-    """`parts[i][j]` is part i along K and j along N: where it is multiplied, and its memory.
-
-    scale: (N,) fp32 of int8's columns, None in fp16.
-    """
+    """A packed matrix. parts[i][j]: context and memory of part i along K and j along N. scale: (N,) fp32, int8 only."""
 
     cut: Cut
     parts: list[list[tuple[Context, Memory]]]
@@ -211,23 +211,23 @@ class Weight:
 
 
 class Products:
-    """Contexts and weights of a model. `own`: each weight has contexts of its own, so that nothing is bound anew at
-    a call; else all weights of a shape share one.
+    """Contexts and weights of a model.
 
-    cores: masks of those that columns are split over.
+    cores: masks of the cores that columns are split over. own: each weight has contexts of its own, so that a call
+    binds nothing; otherwise all weights of a shape share a context.
     """
 
     def __init__(self, library: Library, kind: Kind, cores: Sequence[int], *, own: bool):
         self._library, self._kind, self._cores, self._own = library, kind, tuple(cores), own
         self._contexts: dict[tuple[object, ...], Context] = {}
-        self._lock = threading.Lock()  # contexts have one set of buffers
+        self._lock = threading.Lock()  # one product at a time: contexts have one set of buffers
         # The calling thread drives the first core.
         self._threads = ThreadPoolExecutor(max(1, len(cores) - 1), "rknn-matmul")
 
     def weight(self, name: str, matrix: np.ndarray, rows: Sequence[int]) -> Weight:
-        """Pack a matrix (K, N) of any float type, to be multiplied by any of these numbers of rows.
+        """Pack a matrix (K, N) of any float type for products with the given row counts.
 
-        Raises BackendError when memory or contexts end.
+        Raises BackendError if there are no more memory or contexts.
         """
         K, N = matrix.shape
         how = cut(K, N, self._kind, len(self._cores))
@@ -251,12 +251,12 @@ class Products:
         return self._contexts[key]
 
     def multiply(self, x: np.ndarray, weight: Weight) -> np.ndarray:
-        """x (M, K) fp32 -> (M, N) fp32, an array of the caller's own. M is one of the rows. Raises BackendError."""
+        """x (M, K) fp32 times a weight -> (M, N) fp32, a new array. M is one of its row counts. Raises BackendError."""
         a, scale = (x, None) if weight.scale is None else quantized_rows(x)
         depths = sum(weight.cut.depths)
         if depths > a.shape[1]:
             a = np.pad(a, ((0, 0), (0, depths - a.shape[1])))
-        with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are left for the guard to see
+        with np.errstate(over="ignore", invalid="ignore"):  # the fallback detects infinity and NaN
             a = np.ascontiguousarray(a, self._kind.operand)
         result = np.empty((len(x), sum(weight.cut.widths)), np.float32)
         with self._lock:
@@ -291,7 +291,9 @@ class Products:
         try:
             first()
         finally:
-            errors = [future.exception() for future in futures]  # none may run on behind the lock
+            errors = [
+                future.exception() for future in futures
+            ]  # waits: none may run after the lock is released
         for error in errors:
             if error is not None:
                 raise error
@@ -307,21 +309,21 @@ def _slices(widths: Sequence[int]) -> list[slice]:
 
 
 def column_scale(matrix: np.ndarray) -> np.ndarray:
-    """(K, N) -> (N,): what a step of int8 is worth in each column."""
+    """Scales of the columns of an int8 matrix: (K, N) -> (N,) fp32."""
     largest = np.maximum(matrix.max(axis=0), -matrix.min(axis=0)).astype(np.float32)
     return np.maximum(largest, np.float32(1e-30)) / np.float32(_LARGEST_INT8)
 
 
 def quantized_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(M, K) -> int8 values, still as floats, and the scale of each row (M, 1)."""
+    """Quantize rows to int8: (M, K) -> the int8 values as floats (M, K), and the scale of each row (M, 1)."""
     scale = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-30)) / np.float32(_LARGEST_INT8)
     return np.rint(x / scale), scale
 
 
 def pack(matrix: np.ndarray, scale: np.ndarray | None, target: np.ndarray, depth: int, kind: Kind) -> None:
-    """Fill `target` with a matrix (K, N), over its columns' scale, in the native layout (N/n, K/32, n, 32).
+    """Write a matrix (K, N), divided by the scales of its columns, to `target` in the native layout (N/n, K/32, n, 32).
 
-    `depth` is K with its padding. One block of columns at a time: the whole would be there twice.
+    depth: K with its padding. One block of columns at a time, so that there is never a second copy of the matrix.
     """
     n, (K, N) = kind.b_block, matrix.shape
     blocks = target.reshape(-1, depth // K_BLOCK, n, K_BLOCK)

@@ -1,6 +1,6 @@
-"""The CPU, compiled: programs that all threads execute, on quantised or 16-bit weights where they lie.
+"""The compiled CPU backend: programs that all threads execute, on quantised, 16-bit or fp32 weights in place.
 
-A program is bound to memory for a capacity of rows, a power of two, and computes any number of rows up to it.
+A program is bound to memory for a capacity of rows, a power of two. It computes any number of rows up to its capacity.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from rwkv_npu.quant.cpu import LANES, Packed, pack_floats, padded
 
 FORMATS = {"float16": instructions.FP16, "bfloat16": instructions.BF16, "float32": instructions.FP32}
 
-FUSED = "fused forward"  # its name among those of the groups
+FUSED = "fused forward"  # its key beside the names of groups
 
 Ports = dict[str, np.ndarray]
 
 
 class Memory:
-    """The memory of some ports: whole tiles and panels."""
+    """The memory of a program's inputs or outputs, padded to whole tiles and panels."""
 
     def __init__(self, layout: Layout, ports: tuple[Port, ...], rows: int):
         self.whole: Ports = {}
@@ -49,7 +49,7 @@ class Memory:
             self.whole[port.name], self._parts[port.name] = layout.allocate(rows, port.width)
 
     def first(self, rows: int) -> Ports:
-        """The part that counts, of so many rows."""
+        """Views of the first rows, without padding: (rows, width) each."""
         return {name: part[:rows] for name, part in self._parts.items()}
 
     def address(self, name: str) -> int:
@@ -57,7 +57,7 @@ class Memory:
 
 
 class BoundProgram:
-    """A program with the memory that it refers to by address."""
+    """A program, and the memory that it refers to by address."""
 
     def __init__(self, program: MachineProgram, inputs: Memory, outputs: Memory, arena: np.ndarray):
         self.program, self.inputs, self.outputs = program, inputs, outputs
@@ -65,7 +65,7 @@ class BoundProgram:
 
 
 class NumbaRunner:
-    """A bound program for a number of rows. Inputs and outputs are views of its memory, without padding."""
+    """A bound program for a number of rows. Its inputs and outputs are views of its memory, without padding."""
 
     def __init__(self, pool: Any, bound: BoundProgram, rows: int):
         self._pool, self._bound, self._rows = pool, bound, rows
@@ -95,8 +95,11 @@ class NumbaFused:
 
 
 class Shared:
-    """Memory that programs of one capacity have in common: layers of a kind take turns in two sets of ports, and all
-    use one arena for the values between inputs and outputs."""
+    """Memory that programs of one capacity share.
+
+    Layers of the same role use two sets of inputs and outputs alternately. All programs use one arena for the values
+    between inputs and outputs.
+    """
 
     def __init__(self) -> None:
         self.bound: dict[str, BoundProgram] = {}
@@ -104,13 +107,15 @@ class Shared:
         self.arenas: list[np.ndarray] = []
 
     def arena(self, size: int) -> np.ndarray:
-        """At least so many bytes. Arenas that were handed out stay as they are, since programs refer to them."""
+        """An arena of at least `size` bytes. Older arenas stay, because programs refer to them."""
         if not self.arenas or len(self.arenas[-1]) < size:
             self.arenas.append(aligned_bytes(size))
         return self.arenas[-1]
 
 
 class NumbaBackend:
+    """Compiled kernels on the CPU: groups, and the fused forward."""
+
     name = "numba"
 
     def __init__(self, source: Source, *, threads: int | None = None):
@@ -119,10 +124,10 @@ class NumbaBackend:
         self.close()
 
     def close(self) -> None:
-        """Forget all memory, and every address in it. What is opened afterwards reads the weights anew."""
+        """Free all memory and forget every address in it. Groups opened later read the weights again."""
         self._recordings: dict[str, Recording] = {}
         self._shared: dict[int, Shared] = {}  # by capacity
-        self._kept: list[np.ndarray] = []  # the arrays behind the addresses below
+        self._kept: list[np.ndarray] = []  # keeps the arrays of the addresses below alive
         self._vectors: dict[str, int] = {}
         self._matrices: dict[Matrix, Bound] = {}
         self._code: Code | None = None
@@ -134,7 +139,7 @@ class NumbaBackend:
         if group.name not in self._recordings:
             weights = Weights(self._source)
             self._hold(group.name, record(self._source.program, group, weights), weights)
-        # Layer 0 stands apart: later layers read its values.
+        # Layer 0 shares no memory: later layers read its values.
         shared = rows > 1 and group.layer > 0
         kind = (group.role, group.layer % 2) if shared else (group.name, 0)
         bound = self._bound(group.name, kind, group.inputs, group.outputs, rows)
@@ -158,7 +163,7 @@ class NumbaBackend:
         outputs: tuple[Port, ...],
         rows: int,
     ) -> BoundProgram:
-        """The program of a recording for at least so many rows, on memory for its ports that all of a kind share."""
+        """The bound program of a recording for at least `rows` rows. Programs of one kind share inputs and outputs."""
         capacity = 1 << (rows - 1).bit_length()
         shared = self._shared.setdefault(capacity, Shared())
         if name in shared.bound:
@@ -189,7 +194,7 @@ class NumbaBackend:
         return shared.bound[name]
 
     def _hold(self, name: str, recording: Recording, weights: Weights) -> None:
-        """Have in memory everything that a recording refers to."""
+        """Load every weight and vector that a recording refers to, and compile its kernels."""
         for matrix, weight in weights.items():
             if matrix not in self._matrices:
                 self._matrices[matrix] = self._matrix(weight)
@@ -204,7 +209,7 @@ class NumbaBackend:
         self._prepare({self._matrices[matrix].format for matrix in weights})
 
     def _prepare(self, formats: set[int]) -> None:
-        """Have the kernels compiled, together, that matrices of these formats need, and a text: the sampler's too."""
+        """Compile the kernels for matrices of these formats together, with the sampler's: a text needs all of them."""
         pool, linear, compiler = (kernels.load(name) for name in ("pool", "linear", "compiler"))
         kernels.load("sampling")
         products = [table[format_] for format_ in sorted(formats) for table in (linear.GEMV, linear.GEMM)]
@@ -212,7 +217,7 @@ class NumbaBackend:
         compiler.prepare([*others, *products])
 
     def _products(self, format_: int) -> tuple[int, int]:
-        """The addresses of the kernels that multiply with a matrix of a format: of few and of many rows."""
+        """Addresses of the gemv and gemm kernels of a matrix format."""
         linear = kernels.load("linear")
         return linear.GEMV[format_].address, linear.GEMM[format_].address
 
@@ -221,7 +226,7 @@ class NumbaBackend:
             format_ = instructions.INT4 if weight.bits == 4 else instructions.INT8
             return Bound(format_, *padded(*weight.shape), self._keep(weight.data), self._keep(weight.scales))
         if weight.dtype.name not in FORMATS:
-            raise BackendError(f"numba has no product with {weight.dtype} weights: use --backend ort")
+            raise BackendError(f"numba has no product with {weight.dtype} weights: use backend ort")
         strips = pack_floats(weight)
         return Bound(FORMATS[weight.dtype.name], strips.shape[1], len(strips) * LANES, self._keep(strips), 0)
 
@@ -233,13 +238,13 @@ class NumbaBackend:
         return Code(recurrence.kernel(spec).run.address, tables)
 
     def _keep(self, array: np.ndarray) -> int:
-        """The address of an array that stays until the backend is closed."""
+        """Keep an array until the backend is closed, and return its address."""
         self._kept.append(array)
         return int(array.ctypes.data)
 
 
 class Weights(dict[Matrix, Weight]):
-    """Matrices of a model, looked up when they are asked for."""
+    """Matrices of a model, loaded at first use."""
 
     def __init__(self, source: Source):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The reference backend: the formulas of the model, executed by NumPy on the stored weights."""
+"""The reference backend: NumPy computes the formulas of the model on the stored weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NumpyBackend:
 
     def __init__(self, source: Source, *, threads: int | None = None):
         self._source = source
-        self._maths = source.maths()  # one for all runners: it keeps the matrices that it has quantised
+        self._maths = source.maths()  # shared by all runners, because it caches quantised matrices
 
     def row_counts(self, group: Group) -> None:
         return None

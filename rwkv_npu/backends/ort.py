@@ -1,6 +1,6 @@
-"""ONNX Runtime: the default on a PC. One session a group, all on one shared pool of threads.
+"""ONNX Runtime on the CPU: one session for each group, and one pool of threads for all sessions.
 
-A pool per session collapses: dozens of pools spin on the same cores.
+A pool for each session would be very slow: dozens of pools would spin on the same cores.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError, first_line
 from rwkv_npu.models.spec import Group
 
-# Prepacked weights multiply one row twice as fast; without, a model opens faster and holds its weights once.
+# Prepacked weights multiply one row twice as fast. Without them a model opens faster and holds its weights once.
 PREPACK = True
 
-_pool_threads: int | None = None  # the pool is the process's, and cannot be resized
+_pool_threads: int | None = None  # threads of the process's pool, which cannot be resized
 
 
 def share_threads(threads: int | None) -> None:
-    """Make the process's pool of `threads` (None: one a large core) at first use."""
+    """Create the process's pool at first use. threads: None takes one for each large core."""
     global _pool_threads
     wanted = threads or _default_threads()
     if _pool_threads is None:
@@ -38,13 +38,13 @@ def share_threads(threads: int | None) -> None:
 
 
 def _default_threads() -> int:
-    """0 leaves it to ONNX Runtime: one a core, wherever that is, which is right where all are alike and ours."""
+    """One thread for each large core, or 0 (ONNX Runtime's choice: one a core) if all cores are alike and usable."""
     big = hardware.big_cores()
     return 0 if big == hardware.core_numbers() else len(big)
 
 
 class OrtRunner:
-    """Inputs and outputs are bound once, to arrays that live as long as the runner."""
+    """A session with inputs and outputs bound once, to arrays that live as long as the runner."""
 
     def __init__(self, session: Any, group: Group, rows: int):
         self._session = session

@@ -1,7 +1,7 @@
-"""Rockchip's NPU through RKNNLite, on a board: one context per artifact, opened once.
+"""Rockchip's NPU through RKNNLite, on a board: each artifact is a context, which is opened once.
 
-`RKNNLite.inference` hands out arrays even where `rknn_run` failed, so that its steps are called apart here, and
-every code is looked at. Inputs go in as fp32: librknnrt makes fp16 of them whatever they are.
+`RKNNLite.inference` returns arrays even if `rknn_run` failed. This module therefore calls its steps one by one and
+checks every return code. Inputs are passed in fp32, because librknnrt converts any input to fp16 by itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULT_CORES = "auto"
 
 
 class ArtifactSource(Source, Protocol):
-    """A model with artifacts on this machine's disk."""
+    """Weights from a bundle that may have artifacts."""
 
     @property
     def outdated(self) -> str: ...
@@ -47,45 +47,47 @@ class ArtifactSource(Source, Protocol):
 
 
 class _Sizes:
-    """Bytes of each output as librknnrt gave them. RKNNLite 2.5.0 does not look, and reads on behind a short one; 2.3.2
-    refuses it."""
+    """Sizes of the outputs that librknnrt returned in the last call.
+
+    RKNNLite 2.5.0 does not check them, and reads beyond the end of a short output. 2.3.2 refuses a short output.
+    """
 
     def __init__(self, runtime: Any):
-        self._given: list[int] = []
-        # ctypes calls it after each call, with its arguments. A version of RKNNLite that keeps its library elsewhere
-        # goes unchecked.
+        self._bytes: list[int] = []
+        # ctypes calls errcheck after each call. In a version of RKNNLite that keeps its library elsewhere, sizes are
+        # not checked.
         with contextlib.suppress(AttributeError):
-            runtime.lib.rknn_outputs_get.errcheck = self._note
+            runtime.lib.rknn_outputs_get.errcheck = self._record
 
-    def _note(self, code: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    def _record(self, code: int, function: Any, arguments: tuple[Any, ...]) -> int:
         _, count, outputs, *_ = arguments
-        self._given = [outputs[i].size for i in range(count)]
+        self._bytes = [outputs[i].size for i in range(count)]
         return code
 
     def values(self, expected: list[int]) -> list[int]:
-        """Numbers of fp32 values. What a library does not set is the number that RKNNLite expects, in values."""
-        # A call that is not seen has none, and not those of the one before.
-        given, self._given = self._given, []
-        return expected if given in ([], expected) else [size // 4 for size in given]
+        """Numbers of fp32 values in the outputs, `expected` where no size is known."""
+        sizes, self._bytes = self._bytes, []  # a call that is not recorded must not see older sizes
+        # A library that sets no size leaves the number of values that RKNNLite wrote there.
+        return expected if sizes in ([], expected) else [size // 4 for size in sizes]
 
 
 def submit(runtime: Any) -> None:
-    """Run what was set. Raises BackendError for a code, which RKNNLite may pack with a frame's number."""
-    code = runtime.run(False)
+    """Run the context on its inputs. Raises BackendError."""
+    code = runtime.run(False)  # RKNNLite may return it with a frame number, in a tuple
     check("rknn_run", code[0] if isinstance(code, (tuple, list)) else code)
 
 
 class RknnRunner:
-    """A context. `order` names its inputs as the artifact has them."""
+    """A context of RKNNLite. order: names of its inputs, in the artifact's order."""
 
     def __init__(self, lite: Any, group: Group, rows: int, order: list[str]):
         self._runtime, self._group, self._rows = lite.rknn_runtime, group, rows
         self.inputs = allocate_inputs(group, rows)
         self._given, self._sizes = [self.inputs[name] for name in order], _Sizes(lite.rknn_runtime)
-        # From 2.5.0 on RKNNLite can keep the arrays that it returns. Older ones leave them in reference cycles,
-        # which Python's collector finds: it runs every twenty calls or so, by the number of their objects.
-        able = "reuse_outputs" in inspect.signature(self._runtime.get_outputs).parameters
-        self._options = {"reuse_outputs": True} if able else {}
+        # RKNNLite can reuse the arrays that it returns from 2.5.0 on. Older versions leave them in reference cycles,
+        # and Python's garbage collector then runs about every twenty calls.
+        reuses = "reuse_outputs" in inspect.signature(self._runtime.get_outputs).parameters
+        self._options = {"reuse_outputs": True} if reuses else {}
 
     def run(self) -> Mapping[str, np.ndarray]:
         runtime = self._runtime
@@ -100,14 +102,14 @@ class RknnRunner:
         return self._named(arrays)
 
     def _named(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Raises BackendError where what came back is not what the group has to give."""
+        """The outputs of a run by name, (M, width) each. Raises BackendError if their sizes are wrong."""
         ports = self._group.outputs
-        wanted = [self._rows * port.width for port in ports]
-        found = [array.size for array in arrays]
-        if found == wanted:
-            found = self._sizes.values(wanted)
-        if found != wanted:
-            raise BackendError(f"librknnrt returned outputs of {found} values instead of {wanted}")
+        expected = [self._rows * port.width for port in ports]
+        sizes = [array.size for array in arrays]
+        if sizes == expected:
+            sizes = self._sizes.values(expected)
+        if sizes != expected:
+            raise BackendError(f"librknnrt returned outputs of {sizes} values instead of {expected}")
         return {
             port.name: array.reshape(self._rows, port.width)
             for port, array in zip(ports, arrays, strict=True)
@@ -115,10 +117,10 @@ class RknnRunner:
 
 
 class RknnBackend:
-    """Contexts are opened one after the other, in the order in which they are asked for.
+    """Runs the artifacts of a bundle on the NPU. Contexts are opened one after the other, at first use.
 
-    cores: which of the NPU's cores run them, a key of CORES. Raises BackendError with what is missing, and what to
-    do about it.
+    cores: the NPU cores that run them, a key of CORES.
+    Raises BackendError with the missing chip, package, library or artifacts, and advice.
     """
 
     name = "rknn"
@@ -132,7 +134,7 @@ class RknnBackend:
         chosen = _fitting(source.artifacts(), chip=_chip())
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
         self._lite = _rknnlite()
-        check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count (--rows 32)")
+        check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count, such as 32")
         self._contexts: dict[tuple[str, int], Any] = {}
         raise_file_limit()
         LOCK.acquire()
@@ -151,8 +153,8 @@ class RknnBackend:
         if key not in self._contexts:
             self._contexts[key] = lite = _open_context(self._lite, path, artifact, self._cores)
             self._bar.update()
-            if len(self._contexts) == 1 and (said := _misfits(lite, artifact)):
-                warnings.warn(said, stacklevel=2)
+            if len(self._contexts) == 1 and (warning := _outdated(lite, artifact)):
+                warnings.warn(warning, stacklevel=2)
         return RknnRunner(self._contexts[key], group, rows, _input_order(path, group, rows))
 
     def close(self) -> None:
@@ -165,27 +167,27 @@ class RknnBackend:
             LOCK.release()
 
 
-# -- what has to be there --------------------------------------------------------------------------------
+# -- requirements ----------------------------------------------------------------------------------------
 
 
 def _chip() -> str:
     chip = hardware.soc()
     if chip is None:
         raise BackendError(
-            "rknn needs a board with a Rockchip NPU, and this machine is none: rknn-sim computes the same, "
-            "and rwkv-npu doctor says what a board needs"
+            "rknn needs a board with a Rockchip NPU, and this machine has none: rknn-sim computes the same, "
+            "and rwkv-npu doctor checks a board"
         )
     return chip
 
 
 def _fitting(artifacts: list[Artifact], chip: str) -> list[Artifact]:
-    """The artifacts for this chip, of one precision."""
+    """The artifacts for a chip, in the precision of the first. Raises BackendError if there are none."""
     fitting = [artifact for artifact in artifacts if artifact.target == chip]
     if not fitting:
         others = ", ".join(sorted({artifact.target for artifact in artifacts})) or "none at all"
         raise BackendError(
             f"there are no artifacts of this fusion for the {chip} (there are: {others}): add them on a PC with "
-            f"rwkv-npu convert --target {chip}, or use --backend ort"
+            f"rwkv-npu convert --target {chip}, or use backend ort"
         )
     return [artifact for artifact in fitting if artifact.precision == fitting[0].precision]
 
@@ -207,13 +209,13 @@ def _rknnlite() -> Any:
 
 
 def _input_order(path: Path, group: Group, rows: int) -> list[str]:
-    """Names of the artifact's inputs. Raises BackendError where it is not of this group."""
+    """Names of an artifact's inputs, in its order. Raises BackendError if the artifact is of another group."""
     info = rknn_info(path)
     inputs = [port["name"] for port in info["inputs"]]
     outputs = [port["name"] for port in info["outputs"]]
     expected = sorted(port.name for port in group.fixed_inputs(rows))
     if sorted(inputs) != expected or outputs != [port.name for port in group.outputs]:
-        raise BackendError(f"{path} has inputs {inputs} and outputs {outputs}, which is not {group.name}")
+        raise BackendError(f"{path} has inputs {inputs} and outputs {outputs}, not those of {group.name}")
     return inputs
 
 
@@ -223,65 +225,68 @@ def _open_context(rknnlite: Any, path: Path, artifact: Artifact, cores: str) -> 
         lite, raised = rknnlite(verbose=False), ""
         try:
             failed = lite.load_rknn(str(path)) or lite.init_runtime(core_mask=CORES[cores])
-        except Exception as error:  # it logs most of what goes wrong, and raises the rest
+        except Exception as error:  # RKNNLite logs most errors and raises the others
             failed, raised = -1, f"E {error}"
         if failed:
             with contextlib.suppress(Exception):
                 lite.release()
     if failed:
-        said = explain(f"{printed.text}\n{raised}", artifact, cores)
-        raise BackendError(f"RKNNLite cannot open {path.name}: {said}")
-    lite.rknn_data = None  # the file's content, which librknnrt has copied: weights need not be there twice
+        reason = explain(f"{printed.text}\n{raised}", artifact, cores)
+        raise BackendError(f"RKNNLite cannot open {path.name}: {reason}")
+    lite.rknn_data = None  # free the file's content: librknnrt has a copy
     return lite
 
 
-def _misfits(lite: Any, artifact: Artifact) -> str:
-    """Names the runtime or driver if it is older than it should be, "" if neither is."""
+def _outdated(lite: Any, artifact: Artifact) -> str:
+    """A warning about a runtime or driver that is too old, "" if neither is."""
     with captured():
         _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
     return hardware.outdated(runtime, driver, artifact.toolkit)
 
 
 def explain(text: str, artifact: Artifact, cores: str) -> str:
-    """Turns RKNNLite's log into one line that says what to do."""
+    """Turn RKNNLite's log into one line: the error and advice."""
     library = hardware.runtime_library()
     runtime = hardware.runtime_version(library) if library else None
-    remedies = {
+    advice = {
         r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*": _older_file(artifact, runtime),
-        r"Can not find dynamic library.*": "librknnrt.so belongs into /usr/lib; it comes with the board's image",
+        r"Can not find dynamic library.*": "librknnrt.so belongs in /usr/lib; it comes with the board's image",
         r".*missing in the container.*": "start it with --device /dev/dri/renderD129 and "
         "-v /proc/device-tree/compatible:/proc/device-tree/compatible",
         r".*(failed to open rknpu|need to insmod).*|.*RKNN_ERR_DEVICE_UNAVAILABLE.*": "the kernel's NPU driver cannot "
-        "be opened: rwkv-npu doctor says more",
+        "be opened: run rwkv-npu doctor",
         r".*(RKNN_ERR_MALLOC_FAIL|failed to allocate|Cannot allocate memory).*": "end other programs, or convert with "
-        "one row count (--rows 32)",
+        "one row count, such as 32",
         r".*Too many open files.*": "raise the limit, ulimit -Hn",
-        r".*RKNN_ERR_TARGET_PLATFORM_UNMATCH.*": f"the artifact is for the {artifact.target}: convert with --target",
-        r".*(core mode|core mask|core_mask).*": f"--npu-cores {cores} is not for this chip: use auto",
+        r".*RKNN_ERR_TARGET_PLATFORM_UNMATCH.*": f"the artifact is for the {artifact.target}: convert for this chip",
+        r".*(core mode|core mask|core_mask).*": f"this chip does not have NPU cores {cores}: use auto",
     }
-    for pattern, remedy in remedies.items():
+    for pattern, action in advice.items():
         if match := re.search(pattern, text):
-            return f"{_bare(match[0])}: {remedy}"
+            return f"{_bare(match[0])}: {action}"
     lines = text.splitlines()
-    native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]  # librknnrt knows more than RKNNLite
-    said = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
-    return _bare(said[-1]) if said else "it does not say why: rwkv-npu doctor may"
+    native = [
+        line for line in lines if re.match(r"E? ?RKNN\b", line)
+    ]  # librknnrt's errors are the more precise ones
+    errors = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
+    return _bare(errors[-1]) if errors else "it reports no reason: run rwkv-npu doctor"
 
 
 def _older_file(artifact: Artifact, runtime: str | None) -> str:
-    """The way to an artifact that the board's runtime reads."""
+    """Advice for an artifact that the board's runtime cannot read: an older compiler, or a newer runtime."""
     known = f"librknnrt {runtime}" if runtime else "this librknnrt"
-    what = f"{known} does not read what toolkit {artifact.toolkit or '(unknown)'} compiled"
+    problem = f"{known} cannot read files of toolkit {artifact.toolkit or '(unknown)'}"
     if runtime is None or (artifact.toolkit and numbers(runtime) >= numbers(artifact.toolkit)):
-        # Its own word does not explain it: try the next older compiler.
+        # The versions do not explain the error: try the next older compiler.
         older = [v for v in VERSIONS if not artifact.toolkit or numbers(v) < numbers(artifact.toolkit)]
     else:
         older = [v for v in VERSIONS if numbers(v) <= numbers(runtime)]
     if not older:
-        return f"{what}: update it to {VERSIONS[-1]} or later"
-    return f"{what}: on a PC, rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"
+        return f"{problem}: update it to {VERSIONS[-1]} or later"
+    commands = f"rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"
+    return f"{problem}: on a PC, run {commands}"
 
 
 def _bare(line: str) -> str:
-    """A line without what RKNNLite puts before what librknnrt says."""
+    """A line of librknnrt without the prefixes that RKNNLite adds."""
     return re.sub(r"^(E |Exception: )+", "", line.strip())[:LONGEST]

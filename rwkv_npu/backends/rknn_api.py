@@ -1,8 +1,7 @@
 """librknnrt's matmul interface through ctypes: C (M, N) = A (M, K) B (K, N) on one core of the NPU.
 
-Declarations of our own; a C program compiled from our own header holds every size and offset in tests/test_abi.py.
-Layouts: A and C "native" are (K/k, M, k) and (N/4, M, 4), B native is (N/n, K/32, n, 32), with k, n = 8, 16 in fp16
-and 16, 32 in int8.
+The declarations are this project's own. tests/test_abi.py compares every size and offset with a C program.
+Native layouts: A (K/k, M, k), B (N/n, K/32, n, 32), C (N/4, M, 4), with k, n = 8, 16 in fp16 and 16, 32 in int8.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import numpy as np
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 
-OVERRIDE = "RWKV_NPU_RKNNRT"  # names another librknnrt.so than the image's
+OVERRIDE = "RWKV_NPU_RKNNRT"  # environment variable: the path of a librknnrt.so other than the image's
 
-CHIP = "rk3588"  # whose sizes, layouts and cores these are
-CORES = (1, 2, 4)  # masks
-K_BLOCK, C_BLOCK = 32, 4  # of K in B's native layout, which K is a multiple of; of N in C's
+CHIP = "rk3588"  # the chip of the sizes, layouts and cores below
+CORES = (1, 2, 4)  # masks of the cores
+K_BLOCK, C_BLOCK = 32, 4  # blocks of K in B's native layout, and of N in C's; K is a multiple of K_BLOCK
 MAX_K = 10240
 NATIVE = 1
 TO_DEVICE, FROM_DEVICE = 1, 2
@@ -42,7 +41,7 @@ MESSAGES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of product that the RK3588 has: operands and sums, and how N and the layouts of A and B are blocked."""
+    """A type of product of the RK3588: its code, the dtypes of operands and sums, the blocks k of A and n of B."""
 
     code: int
     operand: np.dtype
@@ -102,7 +101,7 @@ class TensorMem(ctypes.Structure):
 
 
 class Library:
-    """The functions of librknnrt.so, with their types. Raises BackendError where there is none."""
+    """The functions of librknnrt.so that are used here. Raises BackendError if the library cannot be loaded."""
 
     def __init__(self) -> None:
         path = os.environ.get(OVERRIDE) or hardware.runtime_library()
@@ -124,13 +123,9 @@ class Library:
             self.create_mem = self._function("rknn_create_mem", context, c_uint32)
             self.create_mem.restype = memory
         except (OSError, AttributeError) as error:
-            named = (
-                f"{OVERRIDE} names it"
-                if OVERRIDE in os.environ
-                else "rwkv-npu doctor says what belongs there"
-            )
-            raise BackendError(f"{self.path} cannot be used as librknnrt.so ({error}): {named}") from error
-        try:  # younger than the rest
+            advice = f"check {OVERRIDE}" if OVERRIDE in os.environ else "rwkv-npu doctor names the right file"
+            raise BackendError(f"{self.path} cannot be used as librknnrt.so ({error}): {advice}") from error
+        try:  # missing in older versions
             shapes = POINTER(context), info, c_int, POINTER(Shape), POINTER(IoAttr)
             self.create_dynamic = self._function("rknn_matmul_create_dynamic_shape", *shapes)
             self.set_shape = self._function("rknn_matmul_set_dynamic_shape", context, POINTER(Shape))
@@ -143,8 +138,8 @@ class Library:
         return function
 
 
-def check(what: str, code: int, remedy: str = "") -> None:
-    """Raises BackendError for a code that is not 0."""
+def check(function: str, code: int, advice: str = "") -> None:
+    """Raises BackendError if a function of the library returned a code other than 0."""
     if code:
-        said = f"{what} returned {code}: {MESSAGES.get(code, 'see librknnrt')}"
-        raise BackendError(f"{said}; {remedy}" if remedy else said)
+        message = f"{function} returned {code}: {MESSAGES.get(code, 'see librknnrt')}"
+        raise BackendError(f"{message}; {advice}" if advice else message)

@@ -1,4 +1,4 @@
-"""The graph of an artifact with its options, as Rockchip's compiler and its simulator read it."""
+"""The graph of an artifact and its options, for Rockchip's compiler and simulator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BundleModel(Protocol):
 
 @dataclass(frozen=True)
 class CompilerGraph:
-    """A graph, traced once. weight_bytes: of its weights in fp32, in which the compiler works."""
+    """The traced graph of an artifact. weight_bytes: size of its weights in fp32, which the compiler works in."""
 
     bundle: Bundle
     trace: Trace
@@ -34,7 +34,7 @@ class CompilerGraph:
     name: str
 
     def onnx(self) -> bytes:
-        """The graph with its weights."""
+        """The graph with its weights, as an ONNX file."""
         quantised = {name: self.bundle.quantised(name) for name in self.int8}
         return traced_model(self.trace, self.name, self.bundle.tensor, quantised).SerializeToString()
 
@@ -42,14 +42,14 @@ class CompilerGraph:
 def compiler_graph(
     source: BundleModel, artifact: Artifact, parameters: Mapping[str, ProjectionParams] | None = None
 ) -> CompilerGraph:
-    """Trace the graph of an artifact. parameters: `int8_parameters` of its precision, read here where None."""
+    """Trace the graph of an artifact. parameters: `int8_parameters` of its precision; None reads them here."""
     bundle, program = source.bundle, source.program
     if parameters is None:
         parameters = int8_parameters(bundle, artifact.precision)
     group = next(group for group in program.groups if group.name == artifact.group)
     trace = compiler_trace(program, group, artifact.rows, parameters, zeros_in(bundle.tensor))
     identity = {"fingerprint": bundle.manifest.fingerprint, "group": artifact.group, "int8": artifact.int8}
-    # Products in int8 are a kind of the fp16 graph's.
+    # Projections in int8 are part of an fp16 graph.
     precision = "fp16" if artifact.precision in bundle.manifest.int8 else artifact.precision
     options = CompileOptions(
         artifact.target,
@@ -65,6 +65,6 @@ def compiler_graph(
 
 
 def int8_parameters(bundle: Bundle, precision: str) -> dict[str, ProjectionParams]:
-    """Quantization parameters of the projections that artifacts of a precision have in int8, by name."""
+    """Quantization parameters by name, of the projections that are int8 in artifacts of a precision."""
     chosen = bundle.manifest.int8.get(precision)
     return {name: bundle.ranges(name) for name in chosen.projections} if chosen else {}

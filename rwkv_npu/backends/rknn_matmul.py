@@ -1,8 +1,8 @@
-"""The NPU through its matmul interface: it multiplies, and the CPU does all the rest in fp32.
+"""The NPU through its matmul interface: the NPU multiplies, and the CPU computes everything else in fp32.
 
-A group's large projections go to the NPU one by one, whatever the fusion; low-rank matrices stay on the CPU, since
-each takes less time there than a call. No artifact is needed: weights are packed from the bundle, once, and all row
-counts share them.
+The large projections of a group run on the NPU one by one, with either fusion. Low-rank matrices stay on the CPU, where
+a product takes less time than a call to the NPU. No artifacts are needed: weights are packed once from the bundle, and
+all row counts share them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.models.spec import Kind as TensorKind
 
-ROWS = (1, 64)  # of a call: tokens, and chunks of prompts
+ROWS = (1, 64)  # rows of a call: for decoding, and for prompts
 HEAD, HEAD_ROWS = "head.weight", (1,)
 KINDS = {"fp16": FP16, "w8a8": INT8}
 DEFAULT_PRECISION, DEFAULT_CORES = "fp16", "auto"
 
 
 class MatmulSource(Source, Protocol):
-    """A model whose user may have asked for a precision."""
+    """Weights with an optional precision that the user requested."""
 
     precision: str | None
 
@@ -41,8 +41,10 @@ Multiply = Callable[[np.ndarray, Weight], np.ndarray]
 
 
 class NpuMaths(NumpyMaths):
-    """`maths.Maths` with large products by `multiply`. `weight` packs a projection at its first use, and gives None for
-    those that stay on the CPU."""
+    """`maths.Maths` with large projections on the NPU.
+
+    weight(name): the packed projection, or None for one that stays on the CPU. multiply: runs a product on the NPU.
+    """
 
     def __init__(
         self,
@@ -72,9 +74,10 @@ class RknnMatmulRunner:
 
 
 class RknnMatmulBackend:
-    """cores: which of the NPU's three the columns are split over: `auto` is all of them, else numbers with commas.
+    """Runs large projections on the NPU and the rest of each group on the CPU.
 
-    Raises BackendError with what is missing, or with the arithmetic where the model does not fit.
+    cores: the NPU cores that columns are split over: `auto` for all three, or numbers such as "0,1".
+    Raises BackendError for a missing chip or library, and for a model that does not fit.
     """
 
     name = "rknn-matmul"
@@ -86,9 +89,9 @@ class RknnMatmulBackend:
             raise BackendError(f"rknn-matmul computes in {' or '.join(KINDS)}, not in {source.precision}")
         masks, library = _masks(cores), Library()
         plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
-        check_room(plan, "the weights", "use --precision w8a8, or ort")
-        if said := hardware.outdated(hardware.runtime_version(library.path), hardware.driver_version()):
-            warnings.warn(said, stacklevel=2)
+        check_room(plan, "the weights", "use precision w8a8, or backend ort")
+        if warning := hardware.outdated(hardware.runtime_version(library.path), hardware.driver_version()):
+            warnings.warn(warning, stacklevel=2)
         raise_file_limit()
         LOCK.acquire()
         self._source = source
@@ -103,7 +106,7 @@ class RknnMatmulBackend:
     def open(self, group: Group, rows: int) -> RknnMatmulRunner:
         if rows not in self.row_counts(group):
             raise BackendError(f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows")
-        with captured():  # what librknnrt prints beside its codes
+        with captured():  # librknnrt prints messages beside its codes
             self._source.evaluate(group, self._packing, dict(allocate_inputs(group, rows)))
         return RknnMatmulRunner(self._source, self._maths, group, rows)
 
@@ -123,12 +126,12 @@ class RknnMatmulBackend:
 
 
 def _no_product(x: np.ndarray, weight: Weight) -> np.ndarray:
-    """Stands for the NPU in a pass that only packs weights: it has not been tested yet, and must not be asked."""
+    """Takes the place of NPU products while weights are packed: the NPU must not run before its self-test."""
     return np.zeros((len(x), weight.cut.N), np.float32)
 
 
 def _large(spec: Spec) -> dict[str, tuple[int, int]]:
-    """Shapes (K, N) of the projections that the NPU multiplies."""
+    """Shapes (K, N) by name, of the projections that run on the NPU."""
     linear = [tensor for tensor in tensors(spec) if tensor.kind is TensorKind.LINEAR]
     return {tensor.name: (tensor.used_shape[0], tensor.used_shape[1]) for tensor in linear}
 
@@ -138,7 +141,7 @@ def _rows(name: str) -> tuple[int, ...]:
 
 
 def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryPlan, bool]:
-    """Memory of the model, and True if every weight has contexts of its own: they share if those are too many."""
+    """NPU memory of the model, and True if every weight has contexts of its own. Weights share if that is too many."""
     cuts = {name: cut(K, N, kind, cores) for name, (K, N) in _large(spec).items()}
     for own in (True, False):
         shapes = {
@@ -159,12 +162,12 @@ def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryP
 
 
 def _check_chip() -> None:
-    """Shapes and layouts here are the RK3588's. A library of the user's own is taken as it is."""
+    """Raises BackendError for another chip, whose layouts differ. With a library from OVERRIDE, any chip passes."""
     chip = hardware.soc()
     if chip != CHIP and OVERRIDE not in os.environ:
         other = "rknn" if chip else "ort"
         raise BackendError(
-            f"rknn-matmul needs an {CHIP}, and this machine is {chip or 'none'}: use --backend {other}"
+            f"rknn-matmul needs an {CHIP}, and this machine is {chip or 'none'}: use backend {other}"
         )
 
 

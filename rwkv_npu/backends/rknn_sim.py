@@ -1,7 +1,7 @@
-"""Rockchip's simulator: computes what the compiled graphs compute. For fidelity, not for speed.
+"""Rockchip's simulator on a PC: it computes the results of the compiled graphs, slowly.
 
-A loaded `.rknn` cannot be simulated, so every graph is built anew from the bundle, in a child process, with the
-options of its artifact.
+The simulator cannot load a `.rknn` file. Every graph is therefore built again from the bundle, with the options of its
+artifact, in a child process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rwkv_npu.models.spec import Group
 from rwkv_npu.progress import progress
 from rwkv_npu.toolkit import Job, Simulator, available_memory, require
 
-SHARE = 0.8  # of the memory that is there, for all simulators together
+SHARE = 0.8  # the part of the available memory that all simulators together may use
 
 
 class CompiledSource(BundleModel, Source, Protocol):
@@ -45,7 +45,7 @@ class SimulatorRunner:
 
 
 class RknnSimBackend:
-    """Opens what a bundle has artifacts for, all of it at once: building is what takes the time."""
+    """Simulators of all artifacts of one target and precision. Building them takes most of the time."""
 
     name = "rknn-sim"
 
@@ -56,7 +56,7 @@ class RknnSimBackend:
         if not artifacts:
             raise BackendError(
                 "rknn-sim simulates a bundle's artifacts, and there are none of this precision and fusion: "
-                "run rwkv-npu convert (with --fusion projection for that one)"
+                "convert the checkpoint for them first"
             )
         chosen = artifacts[0].target, artifacts[0].precision
         if len({a.target for a in artifacts}) > 1:
@@ -101,11 +101,11 @@ class RknnSimBackend:
 
 
 def _check_memory(weights: list[int]) -> None:
-    """Raises BackendError, with the arithmetic, when the simulators of so many bytes of weights cannot all be held."""
+    """Raises BackendError if the simulators need more memory than is available. weights: bytes for each simulator."""
     jobs = [Job(Path(), Path(), size) for size in weights]
     needed, available = sum(job.simulator_rss for job in jobs), int(SHARE * available_memory())
     if needed > available:
         raise BackendError(
-            f"simulating {len(jobs)} artifacts takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB "
-            "can be had: convert with one row count (--rows 32), or use another backend"
+            f"simulating {len(jobs)} artifacts takes about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} "
+            "GB are available: convert with one row count, such as 32, or use another backend"
         )

@@ -14,7 +14,7 @@ from rwkv_npu.models.spec import Group
 
 
 class TorchMaths:
-    """`maths.Maths` over tensors. Tensors of the model are widened to fp32 once, when first used."""
+    """`maths.Maths` over torch tensors. A weight is converted to fp32 at its first use."""
 
     def __init__(self, source: Source, prefix: str = "", tensors: dict[str, torch.Tensor] | None = None):
         self._source, self._prefix = source, prefix
@@ -27,7 +27,7 @@ class TorchMaths:
         full = self._prefix + name
         if full not in self._tensors:
             array = self._source.weight(full)
-            # A copy where nothing is to be widened: torch takes no read-only memory.
+            # Copied even if it is fp32 already: torch takes no read-only memory.
             self._tensors[full] = torch.from_numpy(array.astype(np.float32, order="K", copy=True))
         return self._tensors[full]
 

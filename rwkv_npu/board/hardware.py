@@ -1,7 +1,7 @@
-"""Reads what the system tells of the machine: chip, cores, clocks, memory, the NPU's driver and runtime.
+"""Properties of the machine, read from the system: chip, cores, clocks, memory, the NPU's driver and runtime.
 
-Everything is read below `root`, where Linux on a board shows it, and is None or empty where it does not. Nothing is
-changed, and the NPU is not touched.
+Everything is read from the files of Linux below `root`, and is None or empty if the system does not show it. Nothing is
+changed, and the NPU is not used.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pathlib import Path
 ROOT = Path("/")
 # Where RKNNLite looks for the runtime, in this order.
 LIBRARIES = ("usr/lib/librknn_runtime.so", "usr/lib64/librknn_runtime.so", "usr/lib/librknnrt.so")
-# The oldest that are advised: older drivers hang and lose memory, librknnrt 2.2 was seen to multiply to zeros.
+# Oldest recommended versions. Older drivers hang and leak memory; products of librknnrt 2.2 were seen to be all zero.
 OLDEST_DRIVER, OLDEST_RUNTIME = "0.9.6", "2.3.0"
 _CORES = {"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"}
-_ALIKE = 0.85  # of the fastest's clock: cores without a known kind are of its kind down to this
+_ALIKE = 0.85  # cores of unknown kind count as fast ones from this part of the fastest clock on
 _DEVFREQ = {"dmc": "ddr", "npu": "npu"}
 
 
 @dataclass(frozen=True)
 class Clock:
-    """A clock and what sets it, in MHz: a cluster of the CPU (`cpu4`, by its first core), `ddr` or `npu`."""
+    """A clock in MHz and its governor. name: a CPU cluster by its first core, such as `cpu4`; `ddr`; or `npu`."""
 
     name: str
     folder: Path
@@ -36,7 +36,7 @@ class Clock:
 
 
 def soc(root: Path = ROOT) -> str | None:
-    """The Rockchip chip, such as rk3588 (an rk3588s is one too); None on other machines."""
+    """The Rockchip chip, such as rk3588 (also for an rk3588s); None on other machines."""
     names = (read(root / "proc/device-tree/compatible") or "").split("\0")
     chips = [match[1] for name in reversed(names) if (match := re.match(r"rockchip,(rk\d+)", name))]
     return chips[0] if chips else None
@@ -52,7 +52,7 @@ def kernel(root: Path = ROOT) -> str | None:
 
 
 def cpu_model(root: Path = ROOT) -> str:
-    """The processor's name; on a board, which has none, its kinds of cores."""
+    """The processor's name. A board shows no name: there it is made of the kinds of its cores."""
     if names := _cpuinfo(root, "model name"):
         return names[0]
     parts = [_CORES.get(part, part) for part in _cpuinfo(root, "CPU part")]
@@ -67,16 +67,16 @@ def core_numbers(root: Path = ROOT) -> list[int]:
 
 
 def usable_cores() -> list[int]:
-    """The cores that this process may use, in order; all of the machine where the system does not tell (macOS)."""
+    """Numbers of the cores that this process may use, ascending. On macOS, which does not show them, all cores."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def big_cores(root: Path = ROOT, among: Collection[int] | None = None) -> list[int]:
-    """Numbers of the cores of the fastest kind, ascending, of those that this process may use (or of `among`).
+    """Numbers of the fastest cores, ascending, among the usable cores (or `among`).
 
-    All of them where they are alike, or where nothing tells them apart.
+    All of them, if the cores are alike or the system does not show a difference.
     """
     allowed = sorted(usable_cores() if among is None else among)
     speeds = {number: _speed(root, number) for number in allowed}
@@ -84,19 +84,19 @@ def big_cores(root: Path = ROOT, among: Collection[int] | None = None) -> list[i
         return allowed
     fastest = max(allowed, key=lambda number: speeds[number])
     kinds = _kinds(root)
-    if kinds.keys() >= set(allowed):  # clusters of one kind may have clocks that differ a little
+    if kinds.keys() >= set(allowed):  # clocks of clusters of one kind may differ a little
         return [number for number in allowed if kinds[number] == kinds[fastest]]
     return [number for number in allowed if speeds[number] >= _ALIKE * speeds[fastest]]
 
 
 def _speed(root: Path, core: int) -> int:
-    """The core's capacity as the scheduler knows it, else its highest clock; 0 where neither is shown."""
+    """The scheduler's capacity of a core, or else its highest clock; 0 if neither is shown."""
     folder = root / f"sys/devices/system/cpu/cpu{core}"
     return _number(folder / "cpu_capacity", 1) or _number(folder / "cpufreq/cpuinfo_max_freq", 1) or 0
 
 
 def _kinds(root: Path) -> dict[int, str]:
-    """The kind of each core; empty if one of them is not known."""
+    """The kind of each core by number; empty if one of them is not known."""
     numbers, parts = core_numbers(root), _cpuinfo(root, "CPU part")
     return dict(zip(numbers, parts, strict=True)) if len(parts) == len(numbers) else {}
 
@@ -109,7 +109,7 @@ def _cpuinfo(root: Path, key: str) -> list[str]:
 
 
 def clocks(root: Path = ROOT) -> list[Clock]:
-    """The clusters of the CPU, then DDR and NPU; virtual machines hide them."""
+    """Clocks of the CPU clusters, then of DDR and NPU. Virtual machines show none."""
     found = []
     for policy in sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*")):
         speeds = [_number(policy / file, 1000) for file in ("scaling_cur_freq", "cpuinfo_max_freq")]
@@ -125,7 +125,7 @@ def clocks(root: Path = ROOT) -> list[Clock]:
 
 
 def driver_version(root: Path = ROOT) -> str | None:
-    """Version of the kernel's NPU driver, rknpu. Some kernels show it to root alone."""
+    """Version of the kernel's NPU driver, rknpu. Some kernels show it to root only."""
     for file in ("sys/module/rknpu/version", "sys/kernel/debug/rknpu/version", "proc/rknpu/version"):
         if match := re.search(r"\d+\.\d+\.\d+", read(root / file) or ""):
             return match[0]
@@ -133,7 +133,7 @@ def driver_version(root: Path = ROOT) -> str | None:
 
 
 def mainline_driver(root: Path = ROOT) -> bool:
-    """Tell whether the NPU is driven by `rocket`, of mainline Linux (6.18 and later), and not by Rockchip's rknpu."""
+    """True if the driver of the NPU is mainline Linux's `rocket` (6.18 and later) instead of Rockchip's rknpu."""
     events = (
         read(device / "device/uevent") or "" for device in sorted((root / "sys/class/accel").glob("accel*"))
     )
@@ -141,12 +141,12 @@ def mainline_driver(root: Path = ROOT) -> bool:
 
 
 def runtime_library(root: Path = ROOT) -> Path | None:
-    """The librknnrt.so that RKNNLite would load."""
+    """Path of the librknnrt.so that RKNNLite loads."""
     return next((root / name for name in LIBRARIES if (root / name).is_file()), None)
 
 
 def runtime_build(library: Path) -> str | None:
-    """Version and build of a librknnrt.so, without loading it: 2.3.2 (429f97ae6b@2025-04-09T09:09:27)."""
+    """Version and build of a librknnrt.so, such as 2.3.2 (429f97ae6b@2025-04-09T09:09:27), without loading it."""
     try:
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             match = re.search(rb"librknnrt version: (\d+\.\d+\.\d+( \([^)\0]*\))?)", data)
@@ -156,39 +156,45 @@ def runtime_build(library: Path) -> str | None:
 
 
 def runtime_version(library: Path) -> str | None:
-    """The version alone: 2.3.2."""
+    """Version of a librknnrt.so, such as 2.3.2."""
     build = runtime_build(library)
     return version(build) if build else None
 
 
-def version(text: str) -> str:
-    """The version in a text: 2.3.2 of `2.3.2 (429f97ae6b@2025-04-09)`."""
+def version(text: str) -> str | None:
+    """The version in a text: 2.3.2 from `2.3.2 (429f97ae6b@2025-04-09)`. None if there is none."""
     match = re.search(r"\d+(\.\d+)+", text)
-    return match[0] if match else "of no known version"
+    return match[0] if match else None
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The version in a text, to be compared; none is the oldest."""
-    return tuple(int(part) for part in version(text).split(".") if part.isdigit())
+    """The version in a text, for comparison. () if there is none, which is older than any version."""
+    return tuple(int(part) for part in (version(text) or "").split(".") if part.isdigit())
 
 
 def outdated(runtime: str | None, driver: str | None, compiler: str = "") -> str:
-    """Names the versions that are older than they should be, "" if none is; unknown ones are not judged.
+    """A warning that names versions older than recommended, "" for none. Unknown versions (None) cause no warning.
 
-    It may work all the same, and the self-test has to show it.
+    compiler: the version that compiled the artifacts. An outdated version may work: the self-test decides.
     """
-    found = []
+    problems = []
     if runtime and compiler and numbers(runtime) < numbers(compiler):
-        found.append(f"librknnrt {version(runtime)} is older than the artifacts' compiler, {compiler}")
+        problems.append(
+            f"librknnrt {version(runtime) or runtime} is older than the artifacts' compiler, {compiler}"
+        )
     elif runtime and numbers(runtime) < numbers(OLDEST_RUNTIME):
-        found.append(f"librknnrt {version(runtime)} is older than is advised, {OLDEST_RUNTIME}")
+        problems.append(
+            f"librknnrt {version(runtime) or runtime} is older than the recommended {OLDEST_RUNTIME}"
+        )
     if driver and numbers(driver) < numbers(OLDEST_DRIVER):
-        found.append(f"the NPU's driver {version(driver)} is older than is advised, {OLDEST_DRIVER}")
-    return f"{', and '.join(found)}: should anything fail, look there (rwkv-npu doctor)" if found else ""
+        problems.append(
+            f"the NPU's driver {version(driver) or driver} is older than the recommended {OLDEST_DRIVER}"
+        )
+    return f"{', and '.join(problems)}: if anything fails, update it (rwkv-npu doctor)" if problems else ""
 
 
 def npu_nodes(root: Path = ROOT) -> list[Path]:
-    """The device nodes through which the driver is reached: one of the DRM's, or /dev/rknpu."""
+    """The device nodes of the NPU's driver: a DRM node, or /dev/rknpu."""
     drm = [
         root / "dev/dri" / device.name
         for device in sorted((root / "sys/class/drm").glob("renderD*"))
@@ -199,6 +205,7 @@ def npu_nodes(root: Path = ROOT) -> list[Path]:
 
 
 def may_use(node: Path) -> bool:
+    """True if this user may read and write a device node."""
     return os.geteuid() == 0 or os.access(node, os.R_OK | os.W_OK)
 
 
@@ -215,7 +222,7 @@ def _meminfo(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def read(path: Path) -> str | None:
-    """The text of a small file without the white space around it; None where it cannot be read."""
+    """The text of a small file, stripped; None if it cannot be read."""
     try:
         return path.read_bytes().decode(errors="replace").strip()
     except OSError:

@@ -1,6 +1,6 @@
-"""The NPU as something that one process holds: the lock, file descriptors, what Rockchip's libraries print.
+"""Use of the NPU by one process at a time: a lock, file descriptors, and capture of Rockchip's prints.
 
-Two clients at once were seen to take kernels down with them, so there is one at a time on a machine.
+Two processes on the NPU at once were seen to crash the kernel. The lock therefore allows one on a machine.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from rwkv_npu.errors import BackendError
 
 LOCK_NAME = "rwkv_npu.lock"
-FILES = 1 << 16  # descriptors wanted: the driver takes one a buffer, and the usual limit is 1024
+FILES = 1 << 16  # open files wanted: the driver needs one for each buffer, and the usual limit is 1024
 
 
 def lock_folder() -> Path:
-    """A folder that every user of the machine can write to, and the same for all of them.
+    """The folder of the lock: one that all users of the machine share and can write to.
 
-    RWKV_NPU_LOCKS names another: for NPUs that are none, and may be many.
+    The environment variable RWKV_NPU_LOCKS names another folder, for emulated NPUs, of which there may be several.
     """
     if own := os.environ.get("RWKV_NPU_LOCKS"):
         return Path(own)
@@ -36,10 +36,10 @@ def lock_folder() -> Path:
 
 
 class Lock:
-    """The machine's NPU, held by this process for as many backends as it has.
+    """The lock on the machine's NPU. One process holds it, for any number of its backends.
 
-    The file names its owner. The lock itself is the kernel's and goes with the process, however that ends, so
-    that a file left behind by a killed one is in nobody's way.
+    The file holds the owner's pid. The lock itself is a kernel lock on the file, which ends with its process. The file
+    of a killed process therefore blocks nobody.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -49,7 +49,7 @@ class Lock:
         self._guard = threading.Lock()
 
     def acquire(self) -> None:
-        """Raises BackendError with the owner's pid where another process has the NPU."""
+        """Take the lock. Raises BackendError, with the owner's pid, if another process holds it."""
         with self._guard:
             if not self._holders:
                 self._take()
@@ -76,18 +76,17 @@ class Lock:
             owner = os.pread(file, 32, 0).decode(errors="replace").strip()
             os.close(file)
             raise BackendError(
-                f"the NPU is in use by process {owner or 'unknown'}, and takes one at a time: wait for it, end it, "
-                f"or use --backend ort ({self.path})"
+                f"the NPU is in use by process {owner or 'unknown'}, and only one may use it: wait for it, end it, "
+                f"or use backend ort ({self.path})"
             ) from None
-        with contextlib.suppress(
-            OSError
-        ):  # read-only, as another user's: the lock holds without a name in it
+        # Another user's file may be read-only. The lock holds without a pid in it.
+        with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
         self._file = file
 
     def _open(self) -> int:
-        # Everybody may write to the folder: no link of theirs is followed.
+        # Any user may write to the folder, so links in it are not followed.
         flags = os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(FileNotFoundError, PermissionError):
             return os.open(self.path, os.O_RDWR | flags)
@@ -95,7 +94,7 @@ class Lock:
             return os.open(self.path, os.O_RDONLY | flags)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o666)
         with contextlib.suppress(OSError):
-            os.fchmod(file, 0o666)  # whatever the umask: any user may be the next owner
+            os.fchmod(file, 0o666)  # regardless of the umask: any user may be the next owner
         return file
 
 
@@ -103,7 +102,7 @@ LOCK = Lock()
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as the system allows, up to FILES; the limit after it."""
+    """Raise this process's limit of open files to FILES, or as far as the system allows. Returns the new limit."""
     import resource  # Linux and macOS have it
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -115,14 +114,14 @@ def raise_file_limit() -> int:
 
 
 class Printed:
-    """Text printed while output was captured."""
+    """The text that was printed while output was captured."""
 
     text = ""
 
 
 @contextlib.contextmanager
 def captured() -> Iterator[Printed]:
-    """Keep what C libraries and Python print, on stdout and stderr alike, from the user: stdout is for text."""
+    """Capture all output of C libraries and Python to stdout and stderr, because stdout is for generated text."""
     printed = Printed()
     _flush()
     with contextlib.ExitStack() as restore, tempfile.TemporaryFile() as file:

@@ -185,7 +185,7 @@ def _memory(root: Path) -> Iterator[Finding]:
     memory = hardware.memory(root)
     if "MemTotal" in memory:
         free = memory.get("MemAvailable", 0)
-        yield Finding(OK, "memory", f"{free / 2**30:.1f} of {memory['MemTotal'] / 2**30:.1f} GiB free")
+        yield Finding(OK, "memory", f"{free / 1e9:.1f} of {memory['MemTotal'] / 1e9:.1f} GB free")
     if "CmaTotal" in memory:
         small = memory["CmaTotal"] < SMALL_CMA
         mend = (
@@ -205,8 +205,8 @@ def _npu_memory(root: Path) -> Iterator[Finding]:
     """The memory that the NPU can have, for any model; `_room` compares it with that of a bundle."""
     free = hardware.memory(root).get("MemAvailable")
     if free is not None:
-        most = BUDGET_BYTES / 2**30
-        shown = f"{min(free / 2**30, most):.1f} GiB free for a model (a process can have {most:.1f})"
+        most = BUDGET_BYTES / 1e9
+        shown = f"{min(free / 1e9, most):.1f} GB free for a model (a process can have {most:.1f})"
         yield Finding(OK, "NPU memory", shown)
 
 
@@ -314,7 +314,7 @@ def _room(root: Path, chip: str | None, bundle: Bundle, artifacts: list[Artifact
     if not plan.fits:
         return Finding(BAD, "NPU memory", plan.arithmetic(), f"{again} --rows 32")
     if free is not None and plan.total > free:
-        shown = f"{plan.arithmetic()}; {free / 2**30:.2f} GiB are free"
+        shown = f"{plan.arithmetic()}; {free / 1e9:.2f} GB are free"
         return Finding(BAD, "NPU memory", shown, f"end other programs, or {again} --rows 32")
-    shown = f"; {free / 2**30:.1f} GiB are free" if free is not None else ""
+    shown = f"; {free / 1e9:.1f} GB are free" if free is not None else ""
     return Finding(OK, "NPU memory", plan.arithmetic() + shown)

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     use_big_cores(arguments.threads)
     options = Options(arguments.threads, arguments.npu_cores)
-    plan, found = tune(bundle, options, say=lambda line: print(line, file=sys.stderr))
+    plan, found = tune(bundle, options, log=lambda line: print(line, file=sys.stderr))
     measured = {f"{m.fusion} {m.backend}": {use: _milliseconds(m, use) for use in USES} for m in found}
     machine = machine_key()
     kept = save_tuned(bundle.path, machine, artifacts_digest(bundle.manifest), plan, measured)

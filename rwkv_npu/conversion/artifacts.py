@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from rwkv_npu.backends.base import Recorded, relative_error
+from rwkv_npu.backends.base import GoldenVectors, relative_error
 from rwkv_npu.backends.memory import MemoryPlan, matrix_bytes, plan_memory
 from rwkv_npu.backends.ort import OrtBackend
 from rwkv_npu.backends.rknn_graph import CompilerGraph, compiler_graph, int8_parameters
@@ -21,7 +21,7 @@ from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.quant.npu import ProjectionParams
-from rwkv_npu.runtime.selftest import record
+from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
@@ -186,8 +186,10 @@ def _place(artifact: Artifact) -> tuple[str, str, str, int]:
     return artifact.target, artifact.fusion, artifact.group, artifact.rows
 
 
-def _verify_inputs(source: BundleSource, artifacts: Sequence[Artifact]) -> Mapping[tuple[str, int], Recorded]:
-    recorded = {rows: record(source, rows) for rows in {a.rows for a in artifacts}}
+def _verify_inputs(
+    source: BundleSource, artifacts: Sequence[Artifact]
+) -> Mapping[tuple[str, int], GoldenVectors]:
+    recorded = {rows: golden_vectors(source, rows) for rows in {a.rows for a in artifacts}}
     return {(a.group, a.rows): recorded[a.rows][a.group] for a in artifacts}
 
 
@@ -201,7 +203,7 @@ class Build:
     group: Group
     artifact: Artifact
     parameters: Mapping[str, ProjectionParams]
-    verify: Recorded | None = None
+    verify: GoldenVectors | None = None
 
     @property
     def out(self) -> Path:
@@ -279,7 +281,7 @@ def verify_graphs(bundle: Bundle) -> dict[str, float]:
     errors = {}
     for fusion in FUSIONS:
         source = BundleSource(bundle, fusion, bundle.manifest.cpu)
-        recorded = record(source, VERIFY_ROWS)
+        recorded = golden_vectors(source, VERIFY_ROWS)
         for group in progress(f"verify graphs, {fusion}", "graph", over=source.program.groups):
             given, expected = recorded[group.name].inputs, recorded[group.name].outputs
             runner = OrtBackend(source).open(group, rows=max(map(len, given.values())))

@@ -109,13 +109,14 @@ def evaluate(
 
 
 def model_identity(model: Model) -> str:
-    """Models of which this is the same give the same logits: content, backends, and the precision of each."""
-    source, precisions = model.source, list(map(model.source.precision_on, model.engine.backends))
+    """Identifies a model's logits: its weights, backends and their precisions. Equal identities: equal logits."""
+    source = model.source
+    precisions = [str(source.precision_on(name)) for name in model.engine.backends]
     content = model.fingerprint
     if isinstance(source, BundleSource):
-        # Which projections are in int8 is in no file but the manifest.
+        # The choice of int8 projections is only in the manifest.
         manifest = source.bundle.manifest
-        in_int8 = [manifest.int8[one].projections for one in precisions if one in manifest.int8]
+        in_int8 = [manifest.int8[name].projections for name in precisions if name in manifest.int8]
         content = digest(f"{artifacts_digest(manifest)} {manifest.int8_key} {in_int8}".encode())
     return f"{content} {' '.join(precisions)} {model.describe()}"
 

@@ -1,1 +1,1 @@
-"""Groups as ONNX graphs: the formulas of `models` traced, with the numbers added."""
+"""Groups as ONNX graphs: the formulas of `models` are traced, then the weights are added."""

@@ -1,6 +1,6 @@
-"""ONNX models of recorded groups, one kind for each reader: numbers inside, in a file beside, or quantised.
+"""ONNX models of traced groups: with weights inside, in an external file, or quantised.
 
-A model comes from a `Trace` (graphs.py) and `tensor(name)`, which gives a tensor as the maths uses it.
+A model is made from a `Trace` (trace.py) and `tensor(name)`, which returns a tensor in `Tensor.used_shape`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from rwkv_npu.quant.npu import Quantised
 Tensors = Callable[[str], np.ndarray]
 
 OPSET = 17  # the first with LayerNormalization; Rockchip's compiler takes up to 19
-IR_VERSION = 8  # a newer onnx would write one that Rockchip's compiler cannot read
+IR_VERSION = 8  # Rockchip's compiler cannot read the default of newer versions of onnx
 
-MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operations
-INT8_ROWS = 4  # MatMulNBits' accuracy level at which it quantises rows too, block by block
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+INT8_ROWS = 4  # the accuracy level of MatMulNBits that quantises rows too, block by block
 
 
 def inline_model(
     trace: Trace, name: str, tensor: Tensors, dtype: type[np.floating] = np.float32
 ) -> onnx.ModelProto:
-    """The graph with its numbers inside."""
+    """The graph with its weights inside, projections in `dtype`."""
     projections = [
         _initialiser(label, constant.of(tensor(constant.name)), dtype)
         for label, constant in trace.projections.items()
@@ -43,7 +43,7 @@ def inline_model(
 def external_model(
     trace: Trace, name: str, tensor: Tensors, location: str, place: Callable[[Constant], Entry]
 ) -> onnx.ModelProto:
-    """The graph with its projections in the file `location` beside it, at their `place` in that file."""
+    """The graph with its projections in an external file. place(constant): dtype, shape, offset and bytes in it."""
     projections = []
     for label, constant in trace.projections.items():
         dtype, shape, offset, nbytes = place(constant)
@@ -58,7 +58,7 @@ def external_model(
 def quantised_model(
     trace: Trace, name: str, tensor: Tensors, packed: Callable[[Constant], Packed]
 ) -> onnx.ModelProto:
-    """The graph with its projections quantised, as ONNX Runtime's MatMulNBits takes them; it quantises rows as well."""
+    """The graph with quantised projections, for ONNX Runtime's MatMulNBits, which quantises rows too."""
     model = _model(trace, name, tensor, [])
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in trace.projections:
@@ -72,7 +72,7 @@ def quantised_model(
 
 
 def _in_blocks(label: str, weight: Packed) -> tuple[TensorProto, TensorProto]:
-    """data (N, blocks, bytes of a block) and scales (N x blocks): column after column."""
+    """A weight in MatMulNBits' layout, column by column: data (N, blocks, bytes of a block), scales (N x blocks)."""
     n, blocks = weight.shape[1], weight.padded_k // BLOCK
     q = numbers(weight).swapaxes(0, 1).reshape(weight.padded_k, -1)[:, :n].T.reshape(n, blocks, BLOCK)
     if weight.bits == 4:
@@ -82,7 +82,7 @@ def _in_blocks(label: str, weight: Packed) -> tuple[TensorProto, TensorProto]:
 
 
 def _quantised_product(product: onnx.NodeProto, weight: Packed, data: str, scales: str) -> onnx.NodeProto:
-    """What takes the place of a MatMul."""
+    """A MatMulNBits node that replaces a MatMul."""
     k, n = weight.shape
     return helper.make_node(
         "MatMulNBits",
@@ -105,10 +105,10 @@ def compiler_model(
     tensor: Tensors,
     quantised: Mapping[str, Quantised] = MappingProxyType({}),
 ) -> onnx.ModelProto:
-    """The graph as Rockchip's compiler reads it: fixed rows, weights inside, in fp32.
+    """The graph for Rockchip's compiler: fixed rows, fp32 weights inside.
 
-    The weights of projections that are `quantised`, by label, are what their int8 numbers stand for. Constants of zeros
-    are left out.
+    quantised: projections by label that become int8; their dequantised weights are in the graph. All-zero constants are
+    left out.
     """
     int8 = {label: q.params for label, q in quantised.items()}
     trace = compiler_trace(program, group, rows, int8, zeros_in(tensor))
@@ -116,12 +116,12 @@ def compiler_model(
 
 
 def zeros_in(tensor: Tensors) -> Callable[[Constant], bool]:
-    """Tells constants that are zero in fp16, in which Rockchip's compiler has them."""
+    """A predicate: True for constants that are all zero in fp16, the compiler's precision."""
 
     def is_zero(constant: Constant) -> bool:
         array = constant.of(tensor(constant.name))
         with np.errstate(over="ignore", under="ignore"):
-            # Most have something in their first rows.
+            # Most constants have a nonzero value in their first rows.
             return not any(part.astype(np.float16, copy=False).any() for part in (array[:4], array))
 
     return is_zero
@@ -130,7 +130,7 @@ def zeros_in(tensor: Tensors) -> Callable[[Constant], bool]:
 def traced_model(
     trace: Trace, name: str, tensor: Tensors, quantised: Mapping[str, Quantised] = MappingProxyType({})
 ) -> onnx.ModelProto:
-    """As `compiler_model`, of a graph that was traced already."""
+    """As `compiler_model`, for a graph that is traced already."""
 
     def values(constant: Constant) -> np.ndarray:
         whole = quantised.get(constant.whole.label)

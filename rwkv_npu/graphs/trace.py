@@ -1,10 +1,10 @@
-"""Records the maths of a group as the nodes of an ONNX graph; onnx.py adds the numbers.
+"""Traces the maths of a group into an ONNX graph, without weights; onnx.py adds them.
 
-The tracer implements `rwkv_npu.models.maths.Maths`: the formulas of `models/` run on it as they run on NumPy, and
-leave nodes behind instead of numbers. Names of nodes and initialisers are those of the checkpoint.
+The tracer implements `rwkv_npu.models.maths.Maths`. The formulas of `models/` run on it as they run on NumPy, and each
+operation adds nodes to the graph. Nodes and initialisers have the names of the checkpoint.
 
-Two uses: with `rows=None` the graph has a symbolic M, for ONNX Runtime; with fixed rows it is meant for
-Rockchip's compiler, and matrices wider than `split` are cut into parts that the NPU takes.
+With `rows=None` the graph has a symbolic M, for ONNX Runtime. With fixed rows it is for Rockchip's compiler, and
+matrices wider than `split` are cut into parts that the NPU takes.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ class Constant:
 
     @property
     def whole(self) -> Constant:
-        """The constant that this is a part of."""
+        """The constant that this one is cut from."""
         return Constant(self.name, self.index)
 
     def of(self, array: np.ndarray) -> np.ndarray:
+        """This constant's part of its tensor."""
         return self.cut(array if self.index is None else array[self.index])
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """This part of the matrix, or vector."""
+        """This constant's rows and columns of the whole matrix or vector."""
         if self.rows:
             array = array[slice(*self.rows)]
         return array[..., slice(*self.columns)] if self.columns else array
 
 
 class Value:
-    """A symbolic array (M, sum of widths): one tensor of the graph, or several side by side. None stands for a part
-    that is zero for every input."""
+    """A symbolic array (M, sum of widths): one or more tensors of the graph, side by side.
+
+    names: of the tensors. A None is a part that is zero for every input.
+    """
 
     # Without this NumPy scalars would try to broadcast over a Value.
     __array_ufunc__ = None
@@ -78,8 +81,10 @@ class Value:
 
 @dataclass
 class Trace:
-    """A recorded graph without the numbers of its constants. int8: by label of a weight whose product is in int8, the
-    quantization parameters of its input and of its product."""
+    """A graph without the values of its constants.
+
+    int8: quantization parameters of the input and the product, by label of a weight whose product is in int8.
+    """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     projections: dict[str, Constant] = field(default_factory=dict)
@@ -91,11 +96,11 @@ class Trace:
 
 
 class Tracer:
-    """`maths.Maths` over `Value`s. `shape_of(name)` is the shape of a tensor as the maths uses it.
+    """`maths.Maths` over `Value`s. shape_of(name): `used_shape` of a tensor.
 
-    is_zero: tells constants of zeros, which Rockchip's compiler cannot build. Their products are left out, exactly, and
-    what follows from them. rows_of: name and width of an input with a row a token, from which zeros are made where a
-    graph has to have them.
+    is_zero: True for all-zero constants, which Rockchip's compiler cannot build. The tracer leaves out their products,
+    which are exactly zero, and the operations on those.
+    rows_of: name and width of an input with one row a token. The tracer makes zeros from it where a graph needs some.
     """
 
     def __init__(
@@ -155,7 +160,7 @@ class Tracer:
             self.whole(x),
             *(self._constant(Constant(f"{label}.{part}")) for part in ("weight", "bias")),
         ]
-        # The compiler fails without these two attributes, though both have the defaults' values.
+        # The compiler fails without these two attributes, although they have their default values.
         return self._like(x, self.node("LayerNormalization", inputs, label, axis=-1, epsilon=eps))
 
     def tanh(self, x: Value) -> Value:
@@ -182,8 +187,8 @@ class Tracer:
         return self._like(h, self.node("Add", [masked, self.whole(previous)]))
 
     def row_matmul(self, x: Value, s: Value) -> Value:
-        # As products of two axes only, which stay on the NPU: repeat x along the rows of each matrix,
-        # multiply, and add up the columns with a matrix of ones.
+        # Only products of two axes stay on the NPU. So: repeat x along the rows of each matrix, multiply elementwise,
+        # and add up the columns by a product with a matrix of ones.
         R = sum(x.widths)
         if x.names == (None,):
             return x
@@ -194,7 +199,7 @@ class Tracer:
         return self._like(x, self.node("MatMul", [product, self._literal(collect)]))
 
     def binary(self, op: str, a: Value, b: Any) -> Value:
-        """Elementwise, part by part; b may be a Value, a Constant vector or a number."""
+        """An elementwise operation, part by part. b: a Value, a Constant vector or a number."""
         others: list[str | None]  # None where b is zero
         if isinstance(b, Value):
             finest = max(a.widths, b.widths, key=len)
@@ -218,11 +223,11 @@ class Tracer:
         return Value(self, names, a.widths)
 
     def _zeros(self, width: int) -> str:
-        """Zeros (M, width) as a tensor of the graph: some rows less themselves, which the compiler builds."""
+        """A tensor of zeros (M, width): an input minus itself, which the compiler can build."""
         return self.zeros_from(*self._rows_of, width)
 
     def zeros_from(self, rows: str, wide: int, width: int) -> str:
-        """Zeros (M, width) that depend on the tensor `rows` (M, wide)."""
+        """A tensor of zeros (M, width) made from the tensor `rows` (M, wide)."""
         pieces = [rows if count == wide else self._columns(rows, 0, count) for count in _pieces(width, wide)]
         zeros = [self.node("Sub", [piece, piece]) for piece in pieces]
         return zeros[0] if len(zeros) == 1 else self.node("Concat", zeros, axis=1)
@@ -233,16 +238,16 @@ class Tracer:
         return name
 
     def whole(self, x: Value) -> str:
-        """x as one tensor."""
+        """The name of x as one tensor."""
         parts = zip(x.names, x.widths, strict=True)
         names = [self._zeros(width) if name is None else name for name, width in parts]
         return names[0] if len(names) == 1 else self.node("Concat", names, axis=1)
 
     def _smoothed(self, x: Value, ranges: ProjectionParams) -> Value:
-        """x by what smooths its channels, and within the range of int8.
+        """x times its SmoothQuant factors, clipped to the range of int8.
 
-        The compiler would take the factors into the weights, and leave the range to what they were to smooth; it does
-        not reach across a Clip, which is what rounding does anyway.
+        Without the Clip the compiler would fold the factors into the weights and undo the smoothing. It does not fold
+        across a Clip. Rounding to int8 clips anyway, so the Clip changes no result.
         """
         assert ranges.smoothing is not None
         factors = reciprocal(ranges.smoothing)
@@ -269,7 +274,7 @@ class Tracer:
     def _product(self, x: str, constant: Constant) -> str:
         self.trace.projections[constant.label] = constant
         label = constant.label.replace(".weight", "")
-        # Low-rank matrices have no suffix to drop, and two things cannot have one name.
+        # Node and weight need different names. Low-rank matrices have no suffix `.weight` to drop.
         return self.node(
             "MatMul", [x, constant.label], label if label != constant.label else f"{label}.product"
         )
@@ -282,17 +287,17 @@ class Tracer:
         content = hashlib.blake2b(array.tobytes(), digest_size=4).hexdigest()
         name = f"literal.{array.dtype}.{'x'.join(map(str, array.shape))}.{content}"
         literals = self.trace.literals
-        while literals.get(name, array).tobytes() != array.tobytes():  # two of one digest
+        while literals.get(name, array).tobytes() != array.tobytes():  # a collision of digests
             name += "+"
         literals[name] = array
         return name
 
     def _part_widths(self, width: int) -> list[int]:
-        """How a tensor of `width` columns lies in the graph: as one, or as parts that the NPU takes."""
+        """Widths of the parts of a tensor with `width` columns, each of which the NPU takes."""
         return cut(width, self._split or width)
 
     def _cut(self, x: Value, widths: Sequence[int]) -> Value:
-        """x in parts of `widths`, each of which lies in one of those that it has."""
+        """x cut into parts of `widths`. Each new part must lie inside one of the old parts."""
         names: list[str | None] = []
         for begin, end in spans(widths):
             ((name, start, stop),) = [
@@ -310,12 +315,12 @@ class Tracer:
 
 
 def _pieces(width: int, wide: int) -> list[int]:
-    """`width` as parts of `wide` and a rest."""
+    """`width` as a sum of parts `wide` and a rest."""
     return [wide] * (width // wide) + ([width % wide] if width % wide else [])
 
 
 def _spans(widths: Sequence[int]) -> Sequence[tuple[int, int] | None]:
-    """Where the parts begin and end; None for one that is all there is."""
+    """(begin, end) of each part; None for a single part."""
     return spans(widths) if len(widths) > 1 else [None]
 
 
@@ -328,8 +333,12 @@ def trace_group(
     int8: Mapping[str, ProjectionParams] = MappingProxyType({}),
     is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
-    """Record `group`; `rows` fixes M, `split` is the widest matrix that is left in one piece. Projections in
-    `int8`, by label, are cut as that wants it, and their inputs smoothed. Constants that `is_zero` are left out."""
+    """Trace a group.
+
+    rows: fixes M; None leaves it symbolic. split: the widest matrix that is not cut.
+    int8: quantization parameters by label of the projections in int8; they are cut for int8, their inputs smoothed.
+    is_zero: True for constants to leave out, because they are all zero.
+    """
     rows_of = max(((port.name, port.width) for port in group.inputs), key=lambda port: port[1])
     tracer = Tracer(
         _shapes(program.spec).__getitem__,
@@ -348,7 +357,7 @@ def trace_group(
         for names in (node.input, node.output):
             names[:] = [renamed.get(name, name) for name in names]
     for new, old in results.items():
-        if renamed.get(old) != new:  # an input handed on, or one value under two names
+        if renamed.get(old) != new:  # an output that is an input, or a value with two names
             trace.nodes.append(helper.make_node("Identity", [renamed.get(old, old)], [new], name=new))
     ports = group.inputs if rows is None else group.fixed_inputs(rows)
     if is_zero is not None:
@@ -361,12 +370,12 @@ def trace_group(
 
 @lru_cache(maxsize=4)
 def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's tensors as the maths uses them, by name."""
+    """`used_shape` of a model's tensors by name."""
     return {tensor.name: tensor.used_shape for tensor in tensors(spec)}
 
 
 def _remove_unused(trace: Trace, outputs: Collection[str]) -> None:
-    """Remove the nodes that no output follows from: those before a product that was left out."""
+    """Remove the nodes that no output depends on: the inputs of products that were left out."""
     used, kept = set(outputs), []
     for node in reversed(trace.nodes):
         if used.intersection(node.output):
@@ -380,8 +389,10 @@ def _remove_unused(trace: Trace, outputs: Collection[str]) -> None:
 
 
 def _use_inputs(tracer: Tracer, inputs: Sequence[Port], output: Port) -> None:
-    """Add zeros that depend on each input that no node reads: the compiler would drop it from the artifact, and its
-    callers fill all of its inputs."""
+    """Add zeros made from each input that no node reads to the output.
+
+    The compiler would drop such an input from the artifact, and callers fill all inputs.
+    """
     nodes = tracer.trace.nodes
     used = {name for node in nodes for name in node.input}
     for port in inputs:
@@ -391,7 +402,7 @@ def _use_inputs(tracer: Tracer, inputs: Sequence[Port], output: Port) -> None:
         for node in nodes:
             for names in (node.input, node.output):
                 names[:] = [inner if name == output.name else name for name in names]
-        # Of the mask, of width 1, one column serves all.
+        # The mask has width 1: one column of zeros is added to all columns.
         zeros = tracer.zeros_from(port.name, port.width, output.width if port.width > 1 else 1)
         nodes.append(helper.make_node("Add", [inner, zeros], [output.name], name=output.name))
 
@@ -409,13 +420,13 @@ def compiler_trace(
     int8: Mapping[str, ProjectionParams] = MappingProxyType({}),
     is_zero: Callable[[Constant], bool] | None = None,
 ) -> Trace:
-    """The graph as Rockchip's compiler reads it, without its numbers."""
+    """Trace a group for Rockchip's compiler: fixed rows, wide matrices cut."""
     split = NPU_WIDTH if rows > 1 else None
     return trace_group(program, group, rows=rows, split=split, int8=int8, is_zero=is_zero)
 
 
 class Matrix(NamedTuple):
-    """What a graph multiplies with, (k, n): a projection or a part of one; `name` is that of its tensor."""
+    """A projection of a graph, or a part of one: the name of its tensor, and its shape (k, n)."""
 
     name: str
     k: int
@@ -423,7 +434,7 @@ class Matrix(NamedTuple):
 
 
 def matrices(trace: Trace, spec: Spec) -> list[Matrix]:
-    """The projections of a graph, from shapes alone."""
+    """The projections of a graph with their shapes."""
     shapes = _shapes(spec)
 
     def length(part: tuple[int, int] | None, whole: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs groups on the backends that a plan assigns to them, in whatever row counts those backends have."""
+"""Runs groups on the backends of their placement, padded to the row counts that a backend has."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rwkv_npu.backends.base import Backend, Faults, FusedBackend, Runner
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 
-# Where a backend takes any number of rows, runners of more are made anew: their buffers would add up over the layers.
+# On a backend that takes any number of rows, runners of more rows are not kept: their buffers would add up over layers.
 KEPT_ROWS = 8
 
-# The backend of a group: for decoding, with one row a sequence, or for more.
+# Returns the backend of a group. The flag is True for decoding (one row of each sequence), False for prefill.
 Assign = Callable[[Group, bool], Backend]
 
 
 @dataclass
 class Counters:
-    """The work of the groups since the engine was made, and the time it took.
+    """Calls and seconds since the engine was opened.
 
-    calls: into backends, for a group or for the fused forward. run_s: seconds inside the backends, by role of the
-    group. recurrence_s: of the recurrences. dispatch_s: choosing runners and filling their inputs.
-    faults: those of an NPU, for which the CPU stepped in.
+    calls: calls to backends, for groups or the fused forward. run_s: seconds in backends, by role of group.
+    recurrence_s: seconds in recurrences. dispatch_s: seconds to select runners and fill their inputs.
+    faults: faults of an NPU, which the CPU replaced.
     """
 
     calls: int = 0
@@ -36,7 +36,7 @@ class Counters:
     faults: Faults = field(default_factory=Faults)
 
     def add_fused(self, spent: dict[str, float], total: float) -> None:
-        """Count a fused forward that took `total` seconds, of which `spent` by role of group and in the recurrence."""
+        """Count a fused forward. total: its seconds. spent: seconds by role of group, and of the `recurrence`."""
         self.calls += 1
         self.dispatch_s += total - sum(spent.values())
         self.recurrence_s += spent.pop("recurrence")
@@ -45,38 +45,40 @@ class Counters:
 
 
 class Dispatcher:
-    """Every group's backend for decoding and for prefill, and its runners. `fused`: use fused forwards."""
+    """The backends of all groups, for decoding and for prefill, and their open runners.
+
+    assign: returns the backend of a group. fused: use a backend's fused forward if it has one.
+    """
 
     def __init__(self, groups: Sequence[Group], assign: Assign, faults: Faults, *, fused: bool = True):
         self.counters = Counters(faults=faults)
         self._groups = groups
-        # Looked up at every call, asked for once.
-        self._assigned = {
+        self._assigned = {  # (group, decode) -> backend and its row counts
             (group.name, decode): (backend, backend.row_counts(group))
             for group in groups
             for decode in (True, False)
             for backend in (assign(group, decode),)
         }
         self._runners: dict[tuple[int, str, int], Runner] = {}
-        self._fused = {decode: self._one_fused(decode) if fused else None for decode in (True, False)}
-        # Whether the same backends decode and prefill, so that both may share a forward.
+        self._fused = {decode: self._fused_backend(decode) if fused else None for decode in (True, False)}
+        # True if the same backends decode and prefill: then both may share a forward.
         self.alike = all(
             self._assigned[group.name, True][0] is self._assigned[group.name, False][0] for group in groups
         )
 
     def fused(self, decode: bool) -> FusedBackend | None:
-        """The backend of the fused forward; None where several backends share the groups, or theirs has none."""
+        """The backend of the fused forward; None if several backends share the groups, or the backend has none."""
         return self._fused[decode]
 
-    def _one_fused(self, decode: bool) -> FusedBackend | None:
+    def _fused_backend(self, decode: bool) -> FusedBackend | None:
         backends = [self._assigned[group.name, decode][0] for group in self._groups if group.role != "head"]
-        one = all(backend is backends[0] for backend in backends)
-        return backends[0] if one and isinstance(backends[0], FusedBackend) else None
+        same = all(backend is backends[0] for backend in backends)
+        return backends[0] if same and isinstance(backends[0], FusedBackend) else None
 
     def run(
         self, group: Group, inputs: Mapping[str, np.ndarray], *, decode: bool
     ) -> Mapping[str, np.ndarray]:
-        """Run `group` on rows (M, width); the outputs are valid until its next run."""
+        """Run a group: inputs (M, width) by name -> outputs by name, valid until its next run."""
         rows = len(inputs[group.inputs[0].name])
         backend, counts = self._assigned[group.name, decode]
         if counts is None:
@@ -94,7 +96,7 @@ class Dispatcher:
         capacity: int,
         keep: bool,
     ) -> Mapping[str, np.ndarray]:
-        """One call of a runner of `capacity` rows; rows see only rows above them, so that padding goes to the end."""
+        """One call of a runner of `capacity` rows. A row depends only on rows above it, so padding is at the end."""
         begin = time.perf_counter()
         key = id(backend), group.name, capacity
         runner = self._runners.get(key) or backend.open(group, capacity)
@@ -102,9 +104,9 @@ class Dispatcher:
             self._runners[key] = runner
         targets, rows = runner.inputs, len(inputs[group.inputs[0].name])
         for port in group.inputs:
-            target, given = targets[port.name], inputs[port.name]
-            target[:rows] = given
-            target[rows:] = given[-1]  # a chip might not survive the norm of a row of zeros
+            target, source = targets[port.name], inputs[port.name]
+            target[:rows] = source
+            target[rows:] = source[-1]  # not zeros: their norm may fail on a chip
         filled = time.perf_counter()
         outputs = runner.run()
         self.counters.calls += 1
@@ -115,16 +117,16 @@ class Dispatcher:
     def _in_pieces(
         self, group: Group, inputs: Mapping[str, np.ndarray], step: int, decode: bool
     ) -> Mapping[str, np.ndarray]:
-        """More rows than the group is built for, of one whose rows do not see each other: the head."""
+        """Run the head on more rows than it was built for, in several calls. Its rows are independent."""
         pieces = []
         for start in range(0, len(inputs[group.inputs[0].name]), step):
             rows = {name: array[start : start + step] for name, array in inputs.items()}
-            found = self.run(group, rows, decode=decode)
-            pieces.append({name: array.copy() for name, array in found.items()})
+            outputs = self.run(group, rows, decode=decode)
+            pieces.append({name: array.copy() for name, array in outputs.items()})
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def open(self) -> None:
-        """Open everything that will be used: an artifact that cannot be opened is reported when a model is loaded."""
+        """Open every runner that will be used, so that loading a model reports all errors. Raises BackendError."""
         for group in self._groups:
             uses = [(decode, *self._assigned[group.name, decode]) for decode in (True, False)]
             for _, backend, counts in uses:
@@ -133,30 +135,30 @@ class Dispatcher:
             same = uses[0][1] is uses[1][1]
             for decode, backend, counts in uses:
                 if self._fused[decode] and group.role != "head":
-                    continue  # the fused forward has it
+                    continue  # part of the fused forward
                 if decode:
-                    chosen = (counts or (1,)) if same else (counts or (1,))[:1]
+                    used = (counts or (1,)) if same else (counts or (1,))[:1]
                 else:
-                    chosen = () if same or group.role == "head" else counts or ()
-                for rows in chosen:
+                    used = () if same or group.role == "head" else counts or ()
+                for rows in used:
                     if decode or rows > 1:
                         self._runners[id(backend), group.name, rows] = backend.open(group, rows)
 
     def limit(self, *, decode: bool) -> int | None:
-        """The most rows of one forward; None: any number."""
+        """The largest number of rows of one forward; None: any."""
         counts = [self._assigned[group.name, decode][1] for group in self._groups if group.role != "head"]
         return min((count[-1] for count in counts if count is not None), default=None)
 
     def backends(self) -> list[str]:
-        """Names of the backends that serve something."""
+        """Names of the backends in use."""
         return list(dict.fromkeys(backend.name for backend, _ in self._assigned.values()))
 
     def calls(self) -> int:
-        """Into backends, for a token."""
+        """Number of calls to backends for one token."""
         return 2 if self._fused[True] else len(self._groups)
 
     def describe(self) -> str:
-        """The backends in a few words."""
+        """The backends, for people."""
         decode, prefill = (
             "/".join(dict.fromkeys(self._assigned[group.name, use][0].name for group in self._groups))
             for use in (True, False)

@@ -1,7 +1,7 @@
-"""Runs a model on token ids: chunks of prompts and single tokens of any sequences, together in one forward.
+"""Runs a model on token ids. One forward reads chunks of prompts and single tokens of several sequences together.
 
-The engine knows ids, states and backends; it knows nothing of text, of sampling or of files. A call goes from `Engine`
-to a runner of a backend, and from there into what computes: compiled code, ONNX Runtime, the NPU.
+The engine knows ids, states and backends. It does not know text, sampling or files. A call goes from `Engine` to a
+runner of a backend, and from there to compiled code, ONNX Runtime or the NPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import Spec
 from rwkv_npu.runtime.dispatch import Assign, Counters, Dispatcher
 
-PREFILL_ROWS = 128  # rows a call where the backend takes any number
+PREFILL_ROWS = 128  # rows of a call on a backend that takes any number
 
 
 class TimedRecurrence:
-    """A recurrence whose seconds are counted."""
+    """A recurrence that counts its seconds."""
 
     def __init__(self, recurrence: Recurrence, counters: Counters):
         self._recurrence, self._counters = recurrence, counters
@@ -41,12 +41,13 @@ class TimedRecurrence:
 
 
 class Engine:
-    """A model that maps ids and a state to logits and a state.
+    """A model: token ids and a state -> logits and the next state.
 
-    program, host, fingerprint: the model, as a bundle or a checkpoint describes it. `assign` chooses the backends;
-    `faults` is where they count theirs. `initial` is the tuned state of each layer that has one. `recurrence`: None is
-    NumPy's. `fused`: use a backend's fused forward where it has one. `batch`: from this many sequences on, their next
-    tokens are read by the backends of prompts; None: never.
+    program, host, fingerprint: the groups of the model, its host tensors by name, and the identity of its weights.
+    assign: returns the backend of a group. initial: the tuned state of each layer that has one.
+    faults: shared with the backends, which count theirs in it. recurrence: None takes NumPy's.
+    fused: use a backend's fused forward if it has one.
+    batch: from this number of sequences on, the prefill backends read their next tokens. None: never.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Engine:
         self._network = Network(program, host, timed)
         self._dispatcher.open()
         self._initial = initial
-        self._lock = threading.Lock()  # runners own their buffers: one call at a time
+        self._lock = threading.Lock()  # one call at a time: runners own their buffers
         self._closed = False
         self.chunk = self._dispatcher.limit(decode=False) or PREFILL_ROWS
 
@@ -83,7 +84,7 @@ class Engine:
 
     @property
     def fused(self) -> bool:
-        """Whether tokens go through a backend's fused forward."""
+        """True if decoding uses a backend's fused forward."""
         return self._dispatcher.fused(True) is not None
 
     @property
@@ -97,12 +98,13 @@ class Engine:
         return self._dispatcher.backends()
 
     def describe(self) -> str:
-        """Backends, fusion and what runs the recurrence, in a few words."""
+        """Backends, fusion and recurrence, for people."""
         used, calls = self._dispatcher.describe(), self._dispatcher.calls()
         recurrence = self._recurrence.name if self._recurrence else "NumPy"
         return f"{used}, {self.program.fusion} fusion, {calls} calls a token, recurrence in {recurrence}"
 
     def new_state(self) -> State:
+        """The state before the first token, tuned if the model has a tuned state."""
         return new_state(self.spec, self.fingerprint, self._initial)
 
     def forward(
@@ -114,12 +116,12 @@ class Engine:
         inplace: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> tuple[np.ndarray, State]:
-        """Read `tokens` after `state` (None: from the start).
+        """Read `tokens` after `state` (None: the initial state).
 
-        Returns logits, fp32, (V,) after the last token or (T, V) after each, and the new state; `state` is
-        left as it was unless `inplace`, and then lost after an exception. `progress` is called with the number of
-        tokens of every chunk read.
-        Raises UsageError for no tokens at all, ids outside the vocabulary, or a state of another model.
+        Returns the logits after the last token, (V,) fp32, or with `all_logits` after each, (T, V), and the new state.
+        inplace: updates `state` itself, which is then lost after an exception.
+        progress: called with the number of tokens of each chunk.
+        Raises UsageError for an empty sequence, ids outside the vocabulary, or a state of another model.
         """
         ids = self._check(tokens)
         if state is None:
@@ -139,12 +141,12 @@ class Engine:
         *,
         inplace: bool = False,
     ) -> tuple[np.ndarray | list[np.ndarray], list[State]]:
-        """Read B sequences of any lengths, their rows together: ids and B states -> logits and the B new states.
+        """Read B sequences of any lengths together, each after its state.
 
-        Returns logits, fp32, (B, V) after each sequence's last token, or with `all_logits` a list of (T_i, V) after
-        each token. `states` are left as they were unless `inplace`: then they are updated where they lie, none of them
-        is copied, and they are lost after an exception.
-        Raises UsageError as `forward`, for an empty sequence, for the same state twice, and for counts that differ.
+        Returns the logits after the last token of each sequence, (B, V) fp32, or with `all_logits` a list of (T_i, V)
+        after each token, and the B new states.
+        inplace: updates `states` themselves, without copies. They are then lost after an exception.
+        Raises UsageError as `forward`, and for a state that is given twice or a number of states other than B.
         """
         tokens, states = list(tokens), list(states)
         if not tokens or len(tokens) != len(states):
@@ -163,7 +165,7 @@ class Engine:
         return (logits if all_logits else np.concatenate(logits)), states
 
     def close(self) -> None:
-        """Give back what the backend holds; the engine cannot be used after it."""
+        """Close the backends and free their memory. The engine cannot be used afterwards."""
         self._closed = True
         self._dispatcher.close()
         if self._recurrence:
@@ -176,13 +178,13 @@ class Engine:
         all_logits: bool,
         progress: Callable[[int], object] | None = None,
     ) -> list[np.ndarray]:
-        """Read each sequence after its state: (T_i, V) each with `all_logits`, else (1, V)."""
+        """Read each sequence after its state. Returns its logits: (T_i, V) with `all_logits`, otherwise (1, V)."""
         collected: list[list[np.ndarray]] = [[] for _ in ids]
         for wave, decode in self._waves(ids):
             pieces = [ids[sequence][start:stop] for sequence, start, stop in wave]
             rows = Rows(pieces, [states[sequence].parts for sequence, _, _ in wave])
             x = self._hidden(rows, decode)
-            # 1. The rows whose logits are wanted: all, or the last of each sequence that ends here.
+            # 1. Select the rows that need logits: all, or the last of each sequence that ends in this wave.
             ends = [stop == len(ids[sequence]) for sequence, _, stop in wave]
             wanted = [
                 range(first, last + 1) if all_logits else ([last] if end else [])
@@ -190,7 +192,7 @@ class Engine:
             ]
             indices = [row for some in wanted for row in some]
             logits = self._logits(x[indices], decode or not all_logits) if indices else None
-            # 2. Back to their sequences.
+            # 2. Return the logits to their sequences.
             begin = 0
             for (sequence, start, stop), some, end in zip(wave, wanted, ends, strict=True):
                 if logits is not None and len(some):
@@ -201,14 +203,13 @@ class Engine:
                     states[sequence].logits = collected[sequence][-1][-1].copy()
                 if progress:
                     progress(stop - start)
-        return [found[0] if len(found) == 1 else np.concatenate(found) for found in collected]
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in collected]
 
     def _waves(self, ids: Sequence[np.ndarray]) -> Iterator[tuple[list[tuple[int, int, int]], bool]]:
-        """Deal the sequences' tokens over forwards: pieces (sequence, start, stop), and whether the wave decodes.
+        """Divide the tokens among forwards. Yields pieces (sequence, start, stop), and True if the wave decodes.
 
-        Each sequence is cut every `chunk` tokens, wherever it stands and whatever else is read: by its tokens alone. A
-        piece of one token decodes, unless there are `batch` of them. Pieces of both kinds share a forward where the
-        same backends serve both.
+        A sequence is cut every `chunk` tokens, independently of the other sequences. A piece of one token decodes,
+        unless there are `batch` such pieces. Decoding and prefill share a forward if the same backends run both.
         """
         starts = [0] * len(ids)
         while True:
@@ -236,7 +237,7 @@ class Engine:
             yield wave, decode
 
     def _hidden(self, rows: Rows, decode: bool) -> np.ndarray:
-        """The input of the head, (M, D), valid until the next call. The states of `rows` are updated in place."""
+        """Run a forward up to the head: returns its input (M, D), valid until the next call. Updates the states."""
         fused = self._dispatcher.fused(decode)
         if fused is None:
             return self._network.hidden(partial(self._dispatcher.run, decode=decode), rows)

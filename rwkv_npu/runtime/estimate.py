@@ -1,8 +1,8 @@
-"""Estimates of a model's times on an RK3588, added up from the terms of `rk3588.py`.
+"""Estimates of a model's times on an RK3588: sums of the terms of `rk3588.py`.
 
-`convert --dry-run`, `info` and `bench inference` all print what these functions return, so they agree. Every part
-of a sum is named, every term has a source, and every total has a low and a high end: all terms at their fast ends,
-and all at their slow ends. Nothing here was measured on a board by this project.
+`convert --dry-run`, `info` and `bench inference` use these functions, so their figures agree. Each part of a sum has a
+name and each term a source. Each total has a range: all terms at their fast ends, and all at their slow ends. This
+project has measured none of the terms on a board.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rwkv_npu.runtime.operators import Operators, count_operators
 from rwkv_npu.runtime.rk3588 import BOUNDS, TERMS, Terms
 
 CPU_PRECISIONS = ("fp16", *PRECISIONS)
-MATMUL_PRECISIONS = {"fp16": 16, "w8a8": 8}  # of the NPU's matmul interface, with the bits of a weight
+MATMUL_PRECISIONS = {"fp16": 16, "w8a8": 8}  # precisions of the NPU's matmul interface, and bits of a weight
 
-# Parts of a time. The engine measures the first six; an estimate has the others besides.
+# Parts of a time. The engine measures the first six; estimates have the others too.
 PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest", "calls", "operators", "io")
 
 Milliseconds = Mapping[str, float]
@@ -30,9 +30,9 @@ Milliseconds = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Milliseconds by part, for some tokens read at once, one pass of the head and the choice of a token.
+    """Milliseconds by part, to read some tokens in one pass, run the head once and sample one token.
 
-    ms: with every term at its central value. low, high: with every term at its fast end, and at its slow end.
+    ms: all terms at their central values. low: all at their fast ends. high: all at their slow ends.
     """
 
     ms: Milliseconds
@@ -53,36 +53,37 @@ class Estimate:
         return sum(self.high.values())
 
     def speeds(self, tokens: int) -> tuple[float, float, float]:
-        """(slow, central, fast) tokens a second. A prompt ends before its next token is chosen."""
+        """(slow, central, fast) tokens a second. Several tokens are a prompt, which ends before sampling."""
         left_out = "sampling" if tokens > 1 else ""
         times = (sum(ms.values()) - ms.get(left_out, 0.0) for ms in (self.high, self.ms, self.low))
         slow, central, fast = (1e3 * tokens / time for time in times)
         return slow, central, fast
 
 
-# -- what runs -------------------------------------------------------------------------------------------
+# -- artifacts, bytes and cycles -------------------------------------------------------------------------
 
 
 def served_by(artifacts: Sequence[Artifact], tokens: int) -> list[tuple[Artifact, int]]:
-    """The artifacts that read `tokens` tokens, each with its number of calls; the head reads the last row alone."""
-    found = []
+    """The artifacts that read `tokens` tokens, with their numbers of calls. The head reads the last row only."""
+    calls = []
     for group in dict.fromkeys(a.group for a in artifacts):
         sizes = {a.rows: a for a in artifacts if a.group == group}
         if group == "head":
-            found.append((sizes[min(sizes)], 1))
+            calls.append((sizes[min(sizes)], 1))
             continue
         full, rest = divmod(tokens, max(sizes))
         if full:
-            found.append((sizes[max(sizes)], full))
+            calls.append((sizes[max(sizes)], full))
         if rest:
-            found.append((sizes[min(rows for rows in sizes if rows >= rest)], 1))
-    return found
+            calls.append((sizes[min(rows for rows in sizes if rows >= rest)], 1))
+    return calls
 
 
 def formula_cycles(k: int, n: int, rows: int, bits: int) -> tuple[float, float, float]:
-    """(DDR, NPU, total) cycles of a product with a constant (k, n) matrix of 16 or 8 bits, as the RK3588's compiler
-    counts them: found from its tables, whose sums over a graph it meets within a few per cent. Operators that are no
-    products have no cycles there, and what is fused into one, such as adding the residual, is left out here.
+    """(DDR, NPU, total) cycles of a product with a constant (k, n) matrix of 16 or 8 bits, by the RK3588's compiler.
+
+    The formula was fitted to the compiler's tables; sums over a graph agree within a few per cent. The tables have no
+    cycles for other operators. Operators fused into a product, such as adding the residual, are not counted here.
     """
     size, narrowest, columns = (2, 64, 16) if bits == 16 else (1, 128, 32)
     ddr = (size * rows * (k + n) + matrix_bytes(k, n, bits)) / rk3588.NPU_TABLE_GB_PER_S
@@ -95,12 +96,12 @@ def _whole(count: int, unit: int) -> int:
 
 
 def weights(spec: Spec) -> dict[str, int]:
-    """Numbers that every token multiplies with: `head`, and all the other `projections`."""
+    """Number of weights that a token is multiplied with, by part: `head`, and all other `projections`."""
     return _by_part(spec, lambda tensor: prod(tensor.shape))
 
 
 def weight_bytes(spec: Spec, precision: str) -> dict[str, int]:
-    """Bytes of them that the CPU reads for a token: packed as the bundle has them, or in fp16 or fp32."""
+    """Bytes of weights that the CPU reads for a token, by part: packed as in a bundle, or in fp16 or fp32."""
     if precision in ("fp16", "fp32"):
         size = 2 if precision == "fp16" else 4
         return {part: size * count for part, count in weights(spec).items()}
@@ -122,7 +123,7 @@ def _by_part(spec: Spec, size: Callable[[Tensor], int]) -> dict[str, int]:
 
 
 def graph_ms(cycles: Mapping[str, int], rows: int, dram: str, terms: Terms, bound: str) -> float:
-    """Products of one compiled graph on one core: the slower of reading weights and of arithmetic."""
+    """Milliseconds of the products of a compiled graph on one core: the larger of reading weights and arithmetic."""
     read = terms[f"npu_read_{dram.lower()}"].at(bound)
     memory = cycles.get("ddr", 0) * rk3588.NPU_TABLE_GB_PER_S / read
     factor = terms["graph_over_table"].at(bound) if rows >= 16 else 1.0
@@ -130,14 +131,17 @@ def graph_ms(cycles: Mapping[str, int], rows: int, dram: str, terms: Terms, boun
 
 
 def port_ms(elements: int, rows: int, terms: Terms, bound: str) -> tuple[float, float]:
-    """(transposes in the graph, conversion of fp32 on the CPU) of inputs and outputs. `elements` are of a row."""
+    """Milliseconds of inputs and outputs: (transposes in the graph, conversion from and to fp32 on the CPU).
+
+    elements: of all inputs and outputs, in one row.
+    """
     transposed = rows * elements * terms["transpose_element"].at(bound) if rows > 1 else 0.0
     converted = rows * elements * terms["conversion_element"].at(bound)
     return transposed / 1e6, converted / 1e6
 
 
 def operators_ms(found: Operators, rows: int, terms: Terms, bound: str) -> float:
-    """Operators that the compiler's table has no cycles for."""
+    """Milliseconds of the operators that the compiler's table has no cycles for."""
     if rows == 1:
         return found.count * terms["small_operator"].at(bound) / 1e3
     norm, other = terms["norm_element"].at(bound), terms["other_element"].at(bound)
@@ -145,7 +149,7 @@ def operators_ms(found: Operators, rows: int, terms: Terms, bound: str) -> float
 
 
 def matmul_share(k: int, bits: int, terms: Terms, bound: str) -> float:
-    """Share of a core's peak that products of many rows reach through the matmul interface."""
+    """The part of a core's peak that products of many rows reach through the matmul interface."""
     if bits == 8:
         return terms["matmul_int8"].at(bound)
     size = next((size for size in (1024, 2048, 4096) if k <= size), 8192)
@@ -155,9 +159,9 @@ def matmul_share(k: int, bits: int, terms: Terms, bound: str) -> float:
 def cpu_product_ms(
     bytes_: float, work: float, precision: str, rows: int, dram: str, terms: Terms, bound: str
 ) -> float:
-    """A product on the four large cores: the slower of memory and of the kernel's static cycles.
+    """Milliseconds of a product on the four large cores: the larger of memory time and the kernel's static cycles.
 
-    bytes_: read. work: multiply-adds of all rows.
+    bytes_: weights that are read. work: multiply-adds of all rows.
     """
     read = terms[f"cpu_read_{dram.lower()}"].at(bound) * 1e9
     cycles = rk3588.CPU_CORES * rk3588.CPU_HZ
@@ -173,7 +177,7 @@ def cpu_product_ms(
 
 
 def host_ms(spec: Spec, tokens: int, dram: str, terms: Terms, bound: str) -> dict[str, float]:
-    """Recurrence, the choice of one token, and what Python does around a pass."""
+    """Milliseconds by part: recurrence, sampling of one token, and the Python code around a pass."""
     return {
         "recurrence": _recurrence_ms(spec, tokens, dram, terms, bound),
         "sampling": spec.V * terms["sampling_entry"].at(bound) * terms["host_kernels"].at(bound) / 1e6,
@@ -182,7 +186,7 @@ def host_ms(spec: Spec, tokens: int, dram: str, terms: Terms, bound: str) -> dic
 
 
 def _recurrence_ms(spec: Spec, tokens: int, dram: str, terms: Terms, bound: str) -> float:
-    """The slower of arithmetic on the four large cores, and of reading and writing the state once."""
+    """The larger of arithmetic on the four large cores, and reading and writing the state once."""
     if spec.generation == "4":
         cycles = spec.L * spec.A * terms["recurrence_v4"].at(bound)
     else:
@@ -204,7 +208,7 @@ def on_npu(
     terms: Terms = TERMS,
     host: Milliseconds | None = None,
 ) -> Estimate:
-    """Compiled graphs on one core through RKNNLite. `host` replaces the estimate of the CPU's part."""
+    """Estimate for compiled graphs on one core through RKNNLite. host: measured CPU time, instead of an estimate."""
     used = served_by(artifacts, tokens)
     counts = {
         key: count_operators(spec, *key) for key in dict.fromkeys((a.fusion, a.rows) for a in artifacts)
@@ -234,18 +238,18 @@ def on_three_cores(
     terms: Terms = TERMS,
     host: Milliseconds | None = None,
 ) -> Estimate:
-    """The `rknn-matmul` backend: columns of every large product over three cores, chunks of 64 rows."""
+    """Estimate for the `rknn-matmul` backend: large products split over three cores, prompts in chunks of 64 rows."""
     bits = MATMUL_PRECISIONS[precision]
     used = [t for t in tensors(spec) if t.kind.is_projection and not t.optional]
     large = [t for t in used if t.kind is Kind.LINEAR and t.name != "head.weight"]
     small = sum(prod(t.used_shape) for t in used if t.kind is not Kind.LINEAR)
-    # Products of one input (r, k and v) are handed over together: 3 steps a layer.
+    # Products of one input (r, k and v) run in one step: 3 steps a layer.
     steps = len(groups(spec, "projection")) - 1
     chunks = -(-tokens // 64)
     rows = min(tokens, 64)
 
     def product(k: int, n: int, rows: int, bound: str) -> tuple[float, float]:
-        """(product, conversion of its operands) in ms."""
+        """Milliseconds of (a product, the conversion of its operands)."""
         cores = terms["npu_three_cores"].at(bound)
         memory = matrix_bytes(k, n, bits) / (terms[f"npu_read_{dram.lower()}"].at(bound) * 1e9)
         peak = rk3588.NPU_FLOPS[bits] * matmul_share(k, bits, terms, bound)
@@ -276,7 +280,7 @@ def on_cpu(
     terms: Terms = TERMS,
     host: Milliseconds | None = None,
 ) -> Estimate:
-    """The compiled backend on the four large cores; `precision` is one of `weight_bytes`."""
+    """Estimate for the `numba` backend on the four large cores. precision: as in `weight_bytes`."""
     count, size = weights(spec), weight_bytes(spec, precision)
 
     def ms(bound: str) -> dict[str, float]:
@@ -306,7 +310,7 @@ def _estimate(ms: Callable[[str], Mapping[str, float]], calls: int = 0) -> Estim
 def for_bundle(
     spec: Spec, artifacts: Sequence[Artifact], tokens: int, dram: str = rk3588.DRAMS[0]
 ) -> Estimate | None:
-    """Compiled graphs on their chip; None where the chip's terms or the compiler's cycles are not known."""
+    """Estimate for a bundle's artifacts; None if the terms of their chip or the compiler's cycles are unknown."""
     if not artifacts or any(a.target != rk3588.NAME or not a.cycles for a in artifacts):
         return None
     return on_npu(spec, artifacts, tokens, dram)
@@ -331,7 +335,7 @@ def sequences_for_npu(
 
 
 def explain(terms: Terms = TERMS) -> list[str]:
-    """Every term with its range and source, and how they are added up."""
+    """Lines for people: how the terms are added up, and each term with range and source."""
     return [
         "Central values, and in parentheses all terms at their fast ends and all at their slow ends.",
         "Products on the NPU: the slower of the compiler's DDR cycles at the rate that boards read weights with, and "

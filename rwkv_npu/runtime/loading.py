@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
 from rwkv_npu.backends.base import Backend, Faults
-from rwkv_npu.backends.guard import FP16_BOUND, INT8_BOUND, Guard
+from rwkv_npu.backends.fallback import FP16_BOUND, INT8_BOUND, Fallback
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import RwkvNpuError, UsageError, first_line
 from rwkv_npu.formats.bundle import Bundle, artifacts_digest
@@ -49,7 +49,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
             f"and {NPU_BACKEND} and {SIMULATOR} run artifacts that were converted with --precision {source.precision}"
         )
     opened: dict[str, Backend] = {}
-    guards: list[Guard] = []
+    fallbacks: list[Fallback] = []
     faults, recorded = Faults(), functools.cache(lambda: self_test(source))
     advice = _advice(source)
 
@@ -62,8 +62,8 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
             if name in NPU_BACKENDS:
                 npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
                 bound = INT8_BOUND if _in_int8(name, source) else FP16_BOUND
-                guards.append(Guard(npu, recorded, cpu, faults, bound=bound, advice=advice))
-                opened[name] = guards[-1]
+                fallbacks.append(Fallback(npu, recorded, cpu, faults, bound=bound, advice=advice))
+                opened[name] = fallbacks[-1]
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)
             on_failure.callback(opened[name].close)
@@ -79,8 +79,8 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
             # The NumPy backend alone is the reference, all of it.
             recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
-        for guard in guards:
-            guard.verdict()
+        for fallback in fallbacks:
+            fallback.check_self_tests()
         on_failure.pop_all()
     return engine
 

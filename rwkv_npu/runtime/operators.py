@@ -1,6 +1,6 @@
-"""Counts the operators of a group that are no products: the compiler's cycle table has no cycles for them.
+"""Counts the operators of a group other than products. The compiler's cycle table has no cycles for them.
 
-The formulas of `models/` run on `Counter` as they run on NumPy, with widths instead of arrays.
+The formulas of `models/` run on `Counter` as they run on NumPy, with widths in place of arrays.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from rwkv_npu.models.spec import Group, Spec, tensors
 
 @dataclass
 class Operators:
-    """Elements of one row that operators write, and how many operators there are.
+    """Numbers of operators, and of the elements that they write in one row.
 
-    norm: of LayerNorm. other: of all other operators. ports: of inputs and outputs with one row a token.
+    norm: elements of LayerNorms. other: elements of all other operators. count: operators. ports: elements of inputs
+    and outputs.
     """
 
     norm: int = 0
@@ -40,7 +41,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Counter:
-    """`maths.Maths` over `Width`s: adds up what passes."""
+    """`maths.Maths` over `Width`s: counts operators and elements in `found`."""
 
     shapes: dict[str, tuple[int, ...]]
     rows: int
@@ -84,10 +85,10 @@ class Counter:
 
 
 def count_operators(spec: Spec, fusion: str, rows: int) -> dict[str, Operators]:
-    """Operators of every group of a partitioning, by its name, in a graph of `rows` rows."""
+    """Operators of each group by name, in graphs of `rows` rows."""
     program = Program(spec, fusion)
     shapes = {tensor.name: tensor.used_shape for tensor in tensors(spec)}
-    counted: dict[tuple[object, ...], Operators] = {}  # layers of the same ports are alike
+    counted: dict[tuple[object, ...], Operators] = {}  # layers with the same ports have the same operators
     found = {}
     for group in program.groups:
         key = group.role, group.inputs, group.outputs

@@ -1,4 +1,4 @@
-"""The reference reads ids: calibration, int8 measurement, sampling and golden vectors all go through here."""
+"""The reference's forward over token ids. Calibration, int8 measurement, sampling and golden vectors use it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rwkv_npu.runtime.weights import ModelSource
 def read(
     source: ModelSource, run: Run, chunks: Iterable[Sequence[np.ndarray]], *, last_row: bool = False
 ) -> Iterator[np.ndarray]:
-    """Read `chunks`, one after the other from new states; yield the logits of each, (M, V).
+    """Read `chunks` one after the other, beginning with new states. Yields the logits of each chunk, (M, V).
 
-    A chunk has some ids of every sequence, and its rows are theirs, one sequence after the other. run: evaluates a
-    group. last_row: the head computes the last row only, (1, V).
-    A chunk is taken from `chunks` after the logits of the one before were used, so that it may follow from them.
+    A chunk has ids of every sequence; its rows are the sequences end to end. run: computes a group.
+    last_row: compute the head for the last row only, (1, V).
+    Chunks are taken one at a time, so that a generator may make the next from the logits of the last.
     """
     network = Network(source.program, source.tensor)
     states: list[Arrays] = []

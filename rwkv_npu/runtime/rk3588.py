@@ -1,7 +1,7 @@
-"""The RK3588 in numbers: constants of the chip, and every term of the estimates with its source.
+"""Constants of the RK3588, and the terms of the estimates with their sources.
 
-No term was measured on a board by this project. Where a source gives a range, low and high are its ends; a spread
-that is an assumption says so. A board's own figures replace terms by `Terms.measured`.
+This project has measured none of the terms on a board. If a source gives a range, low and high are its ends; assumed
+ranges are marked. `Terms.measured` replaces terms by figures measured on a board.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from dataclasses import dataclass, replace
 
 NAME = "rk3588"
 
-# NPU: three cores at 1 GHz, so that the compiler's cycles are nanoseconds.
+# NPU: three cores at 1 GHz. A cycle of the compiler is 1 ns.
 NPU_CORES = 3
 NPU_HZ = 1e9
 NPU_FLOPS = {16: 1.024e12, 8: 2.048e12}  # operations a second of one core, by bits of an operand
-NPU_TABLE_GB_PER_S = 23.63  # memory of one core in the compiler's cycle table; boards reach half of it
+NPU_TABLE_GB_PER_S = (
+    23.63  # memory bandwidth of a core in the compiler's cycle table; boards reach half of it
+)
 
 # CPU: the four Cortex-A76; the Cortex-A55 beside them are not used.
 CPU_NAME = "RK3588 CPU, 4 x Cortex-A76"
 CPU_CORES = 4
 CPU_HZ = 2.3e9
 
-DRAMS = ("LPDDR5", "LPDDR4X")  # both at their full clock; a board at 528 MHz takes twice as long
+DRAMS = ("LPDDR5", "LPDDR4X")  # both at full clock; a board at 528 MHz takes twice as long
 
-BOUNDS = ("low", "central", "high")  # of a time: low is the fastest
+BOUNDS = ("low", "central", "high")  # bounds of a time: low is the fastest
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ _TERMS = (
     Term("recurrence_v7", 5500, 6500, 9000, "cycles", f"{_STATIC}, a token and head of 64{_ASSUMED}"),
     Term("recurrence_v56", 4300, 5100, 7000, "cycles", f"v7's, by operations an element: 7 against 9{_ASSUMED}"),
     Term("recurrence_v4", 15, 25, 60, "cycles", "a token and channel, three exponentials; an assumption"),
-    # What was measured on a PC only, and how many times slower a Cortex-A76 is, by kind of work.
+    # Measured on a PC only, and the factors by which a Cortex-A76 is slower, by kind of work.
     Term("sampling_entry", 2.9, 4.3, 10.0, "ns", "the compiled sampler on a PC (bench/sampler): greedy, top-p, flat"),
     Term("python_pass", 0.2, 0.3, 0.4, "ms", "this project on a PC: a forward pass without products and recurrence"),
     Term("host_kernels", 2.0, 2.9, 4.0, "x", "peak of a PC's core against a Cortex-A76, 106 and 36.8 GFLOP/s in fp32"),
@@ -111,7 +113,7 @@ class Terms(Mapping[str, Term]):
         return len(self._terms)
 
     def measured(self, values: Mapping[str, float], source: str) -> Terms:
-        """These terms with some replaced by measured values, without a spread. Raises KeyError for an unknown name."""
+        """A copy with some terms replaced by measured values, without a range. Raises KeyError for an unknown name."""
         new = {
             name: replace(self._terms[name], low=value, central=value, high=value, source=source)
             for name, value in values.items()
@@ -119,7 +121,7 @@ class Terms(Mapping[str, Term]):
         return Terms({**self._terms, **new})
 
     def explain(self, names: Mapping[str, object] | None = None) -> list[str]:
-        """A line for each term: name, range, unit, source."""
+        """One line for each term (or those in `names`): name, range, unit, source."""
         return [
             f"{term.name}: {_range(term)} {term.unit}; {term.source}"
             for name, term in self._terms.items()
@@ -135,5 +137,5 @@ def _range(term: Term) -> str:
 
 TERMS = Terms({term.name: term for term in _TERMS})
 
-# Milliseconds of square fp16 products, one core, matmul interface, as others measured them on boards.
+# Published milliseconds of square fp16 products on boards: matmul interface, one core.
 PUBLISHED_MATMUL_MS = {256: 0.27, 512: 0.88, 1024: 4.4, 2048: 30.3, 4096: 788.0, 8192: 14723.0}

@@ -1,8 +1,8 @@
-"""Golden vectors: each group's inputs in a forward of the model, and the reference's outputs.
+"""Golden vectors: inputs of each group from a forward of the model, and the reference's outputs.
 
-Graphs and artifacts are compared on them when they are made, and a board's NPU before it is trusted. They have the
-residual that the model's own weights make, outliers and all, which random rows do not have. For the board a few are
-kept in the bundle, since the reference takes seconds there.
+A conversion tests graphs and artifacts on them, and a board tests its NPU on them before use. Their residual comes from
+the model's own weights, with its outliers, unlike random rows. A bundle contains a few for the board, where the
+reference would take seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from rwkv_npu.backends.base import Recorded
+from rwkv_npu.backends.base import GoldenVectors
 from rwkv_npu.formats.bundle import SELF_TEST, Bundle
 from rwkv_npu.formats.safetensors import TensorPlan, replace_tensors
 from rwkv_npu.models.common import Arrays
@@ -21,14 +21,14 @@ from rwkv_npu.models.spec import FUSIONS, Group, Port
 from rwkv_npu.runtime import reference
 from rwkv_npu.runtime.weights import BundleSource, ModelSource
 
-HISTORY = 16  # tokens that each sequence has read before, at least: the states must have a past
-SELF_TEST_ROWS = 3  # the second shows whether a row sees the row above, the third whether the mask hides it
+HISTORY = 16  # fewest tokens that each sequence has read before, so that its state is not the initial one
+SELF_TEST_ROWS = 3  # the second row tests the token shift from the row above, the third row its mask
 
 
-def record(source: ModelSource, rows: int, seed: int = 0) -> dict[str, Recorded]:
-    """By group, golden vectors of `rows` rows: the tokens of two sequences, of one where there are fewer than three.
+def golden_vectors(source: ModelSource, rows: int, seed: int = 0) -> dict[str, GoldenVectors]:
+    """Compute golden vectors of `rows` rows, by group. The rows are tokens of two sequences, or one below three rows.
 
-    The tokens are random: what matters are states with a history and a residual as large as the model makes it.
+    The tokens are random. States with a history and the model's own residual are what the tests need.
     """
     rng = np.random.default_rng(seed)
     counts = [rows] if rows < 3 else [rows - rows // 3, rows // 3]
@@ -37,16 +37,18 @@ def record(source: ModelSource, rows: int, seed: int = 0) -> dict[str, Recorded]
     return recorded
 
 
-def passes(source: ModelSource, chunks: Iterable[Sequence[np.ndarray]]) -> Iterator[dict[str, Recorded]]:
-    """By group, inputs and outputs of a forward over each of `chunks`, which have ids of every sequence. The head gets
-    the last row."""
-    recorded: dict[str, Recorded] = {}
+def passes(source: ModelSource, chunks: Iterable[Sequence[np.ndarray]]) -> Iterator[dict[str, GoldenVectors]]:
+    """Run the reference over `chunks` of ids, one for each sequence. Yields inputs and outputs by group for each chunk.
+
+    The head computes the last row only.
+    """
+    recorded: dict[str, GoldenVectors] = {}
     f = NumpyMaths(source.tensor)
 
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
-        given = {port.name: inputs[port.name].copy() for port in group.inputs}
+        copies = {port.name: inputs[port.name].copy() for port in group.inputs}
         outputs = source.evaluate(group, f, dict(inputs))
-        recorded[group.name] = Recorded(given, {name: array.copy() for name, array in outputs.items()})
+        recorded[group.name] = GoldenVectors(copies, {name: array.copy() for name, array in outputs.items()})
         return outputs
 
     for _ in reference.read(source, run, chunks, last_row=True):
@@ -54,35 +56,37 @@ def passes(source: ModelSource, chunks: Iterable[Sequence[np.ndarray]]) -> Itera
 
 
 def write_self_test(bundle: Bundle) -> None:
-    """Write the golden vectors with which a board tests its NPU, for both fusions, unless they are there."""
+    """Write the golden vectors of both fusions to a bundle, unless it has them."""
     path = bundle.path / SELF_TEST
     if not path.exists():
         plans = [plan for fusion in FUSIONS for plan in _plans(BundleSource(bundle, fusion))]
         replace_tensors(path, plans)
 
 
-def self_test(source: ModelSource) -> dict[str, Recorded]:
-    """The golden vectors of `write_self_test`, by group; made now for a checkpoint, or a bundle that is too old."""
+def self_test(source: ModelSource) -> dict[str, GoldenVectors]:
+    """The golden vectors of a model by group: from its bundle, or computed for a checkpoint or an old bundle."""
     fusion = source.program.fusion
     ports: dict[str, Port] = {}
     for group in source.program.groups:
-        for kind, some in (("in", group.inputs), ("out", group.outputs)):
-            ports |= {_name(fusion, group.name, kind, port.name): port for port in some}
+        for kind, group_ports in (("in", group.inputs), ("out", group.outputs)):
+            ports |= {_name(fusion, group.name, kind, port.name): port for port in group_ports}
     rows = None
     if isinstance(source, BundleSource) and not source.outdated:
         rows = source.bundle.self_test(ports)
     if rows is None:
-        return record(source, SELF_TEST_ROWS)
+        return golden_vectors(source, SELF_TEST_ROWS)
 
     def read(group: Group, kind: str) -> Arrays:
-        some = group.inputs if kind == "in" else group.outputs
-        return {port.name: rows[_name(fusion, group.name, kind, port.name)] for port in some}
+        group_ports = group.inputs if kind == "in" else group.outputs
+        return {port.name: rows[_name(fusion, group.name, kind, port.name)] for port in group_ports}
 
-    return {group.name: Recorded(read(group, "in"), read(group, "out")) for group in source.program.groups}
+    return {
+        group.name: GoldenVectors(read(group, "in"), read(group, "out")) for group in source.program.groups
+    }
 
 
 def _plans(source: ModelSource) -> Iterator[TensorPlan]:
-    for group, recorded in record(source, SELF_TEST_ROWS).items():
+    for group, recorded in golden_vectors(source, SELF_TEST_ROWS).items():
         for kind, arrays in (("in", recorded.inputs), ("out", recorded.outputs)):
             for port, array in arrays.items():
                 name = _name(source.program.fusion, group, kind, port)

@@ -1,9 +1,9 @@
-"""Measures every available backend, and makes the fastest plan for this machine.
+"""Measures every available backend, and selects the fastest plan for this machine.
 
-A backend reads a prompt and some tokens as it would in use, so that caches, threads and the cost of a call are real,
-while the engine counts the time of each role. The rest of a pass is the host's time, which differs between backends
-too: their threads that wait for work take cores from it. A backend with a fused forward is measured twice: with it, as
-it runs alone, and group by group, as it would run in a mixture.
+Each backend reads a prompt and single tokens as in normal use, so that caches, threads and the cost of calls are real.
+The engine counts the time of each role. The rest of a pass is host time, which also depends on the backend, because its
+waiting threads take cores from the host. A backend with a fused forward is measured twice: with the fused forward, and
+group by group, as it runs when several backends are mixed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from rwkv_npu.runtime.placement import USES, Plan
 from rwkv_npu.runtime.weights import BundleSource
 
 CPU_BACKENDS = ("numba", "ort", "numpy")
-SECONDS, FEWEST, MOST = 2.0, 3, 40  # for each use on each backend: at most so long, and so many passes
-TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use by which fusions are compared
-BATCHES = (2, 4, 8, 16, 32, 64)  # sequences at once
-WORTH = 0.95  # of the time of what is simpler: a mixture, or another fusion, has to stay below it
+SECONDS, FEWEST, MOST = 2.0, 3, 40  # time limit, fewest and most passes, for each use on each backend
+TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use in the text that fusions are compared on
+BATCHES = (2, 4, 8, 16, 32, 64)  # numbers of sequences that are read together
+WORTH = 0.95  # a mixture or another fusion is chosen below this part of the time of the simpler plan
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians in seconds, by use. A prefill pass has `chunk` tokens, and no head.
+    """Median seconds of passes by use (decode, prefill). A prefill pass has `chunk` tokens, and no head.
 
-    calls: of a pass group by group, by role (all groups of the role together); host: the rest of that pass. fused: of a
-    whole pass with the fused forward; empty where the backend has none.
+    calls: a pass group by group, by role (the sum over all groups of a role). host: the rest of that pass.
+    fused: a whole pass with the fused forward; empty if the backend has none.
     """
 
     fusion: str
@@ -51,7 +51,7 @@ class Measured:
         return self.chunk if use == "prefill" else 1
 
     def seconds(self, use: str) -> float:
-        """Of a pass with this backend alone."""
+        """Seconds of a pass with this backend only."""
         return self.fused[use] if self.fused else sum(self.calls[use].values()) + self.host[use]
 
     def per_token(self, use: str) -> float:
@@ -62,9 +62,9 @@ class Measured:
 
 
 def measure(source: BundleSource, backend: str, options: Options, chunk: int | None) -> Measured:
-    """Time `backend` on a prompt of `chunk` tokens (None: as many as it takes at once) and on single ones.
+    """Time a backend on a prompt of `chunk` tokens (None: the most that it takes in one call) and on single tokens.
 
-    Raises RwkvNpuError where it cannot be opened, or faults.
+    Raises RwkvNpuError if the backend cannot be opened, or has faults.
     """
     fused: dict[str, float] = {}
     engine = open_engine(source, Plan(backend), options)
@@ -81,7 +81,7 @@ def measure(source: BundleSource, backend: str, options: Options, chunk: int | N
             raise BackendError(f"{backend} fails at {', '.join(faults)}")
     finally:
         engine.close()
-    calls, host = ({use: found[i] for use, found in results.items()} for i in (0, 1))
+    calls, host = ({use: result[i] for use, result in results.items()} for i in (0, 1))
     return Measured(source.program.fusion, backend, chunk, calls, host, fused)  # type: ignore[arg-type]
 
 
@@ -90,25 +90,28 @@ def _uses(engine: Engine, ids: np.ndarray) -> dict[str, tuple[dict[str, float], 
 
 
 def _passes(engine: Engine, ids: np.ndarray) -> tuple[dict[str, float], float]:
-    """Median seconds of reading `ids`: by role, and the host's."""
+    """Median seconds to read `ids`: by role, and of the host."""
     roles = {group.role for group in engine.program.groups if len(ids) == 1 or group.role != "head"}
-    engine.forward(ids)  # opens what is not open, and fills caches
+    engine.forward(ids)  # opens the remaining runners, and fills caches
     totals: list[float] = []
-    taken: list[dict[str, float]] = []
+    by_role: list[dict[str, float]] = []
     spent, begin = engine.counters.run_s, time.perf_counter()
     while len(totals) < FEWEST or (len(totals) < MOST and time.perf_counter() - begin < SECONDS):
         before, start = dict(spent), time.perf_counter()
         engine.forward(ids)
         totals.append(time.perf_counter() - start)
-        taken.append({role: seconds - before.get(role, 0.0) for role, seconds in spent.items()})
-    host = [total - sum(found.values()) for total, found in zip(totals, taken, strict=True)]
-    medians = {role: float(np.median([found[role] for found in taken])) for role in roles}
+        by_role.append({role: seconds - before.get(role, 0.0) for role, seconds in spent.items()})
+    host = [total - sum(seconds.values()) for total, seconds in zip(totals, by_role, strict=True)]
+    medians = {role: float(np.median([seconds[role] for seconds in by_role])) for role in roles}
     return medians, float(np.median(host))
 
 
-def tune(bundle: Bundle, options: Options, say: Say) -> tuple[Plan, list[Measured]]:
-    """The fastest plan for this machine, and what it follows from. `say` gets a line for what cannot be measured."""
-    found: list[Measured] = []
+def tune(bundle: Bundle, options: Options, log: Log) -> tuple[Plan, list[Measured]]:
+    """Measure all backends with both fusions. Returns the fastest plan and the measurements.
+
+    log: called with a line for each backend: its speeds, or why it cannot be measured.
+    """
+    measurements: list[Measured] = []
     for fusion in FUSIONS:
         source, chunk = BundleSource(bundle, fusion), None
         for backend in (*NPU_BACKENDS, *CPU_BACKENDS):
@@ -116,27 +119,28 @@ def tune(bundle: Bundle, options: Options, say: Say) -> tuple[Plan, list[Measure
             try:
                 if absent:
                     raise BackendError(absent)
-                found.append(measure(source, backend, options, chunk))
+                measurements.append(measure(source, backend, options, chunk))
             except RwkvNpuError as error:
-                say(f"{fusion} fusion, {backend}: not measured: {error}")
+                log(f"{fusion} fusion, {backend}: not measured: {error}")
                 continue
-            # Backends are compared on as many rows as the NPU takes: a mixture reads prompts in its chunks.
-            chunk = chunk or (found[-1].chunk if backend in NPU_BACKENDS else PREFILL_ROWS)
-            say(f"{fusion} fusion, {backend}: " + ", ".join(_speed(found[-1], use) for use in USES))
-    if not found:
-        raise BackendError("no backend can run this model here: rwkv-npu doctor may say why")
+            # All backends are compared on the NPU's chunk, because a mixture with the NPU reads prompts in its chunks.
+            chunk = chunk or (measurements[-1].chunk if backend in NPU_BACKENDS else PREFILL_ROWS)
+            log(f"{fusion} fusion, {backend}: " + ", ".join(_speed(measurements[-1], use) for use in USES))
+    if not measurements:
+        raise BackendError("no backend can run this model here: rwkv-npu doctor may show why")
     plans = {
-        fusion: best_plan([m for m in found if m.fusion == fusion]) for fusion in {m.fusion for m in found}
+        fusion: best_plan([m for m in measurements if m.fusion == fusion])
+        for fusion in {m.fusion for m in measurements}
     }
     seconds, plan = min(plans.values(), key=lambda pair: pair[0])
-    usual = plans.get(bundle.manifest.fusion)
-    plan = usual[1] if usual and WORTH * usual[0] <= seconds else plan
-    return replace(plan, batch=_measure_batch(BundleSource(bundle, plan.fusion), plan, options)), found
+    default = plans.get(bundle.manifest.fusion)
+    plan = default[1] if default and WORTH * default[0] <= seconds else plan
+    return replace(plan, batch=_measure_batch(BundleSource(bundle, plan.fusion), plan, options)), measurements
 
 
 def _measure_batch(source: BundleSource, plan: Plan, options: Options) -> int | None:
-    """The fewest sequences (of BATCHES) whose next tokens the backends of prompts read sooner than those of tokens do.
-    None where they are the same, or never do."""
+    """The smallest number of sequences (of BATCHES) whose next tokens the prefill backends read faster than the decode
+    backends. None if they are the same backends, or if prefill is never faster."""
     engine = open_engine(source, plan, options)
     try:
         if engine.alike:
@@ -151,7 +155,7 @@ def _measure_batch(source: BundleSource, plan: Plan, options: Options) -> int | 
 
 
 def _batch_seconds(engine: Engine, count: int, batch: int | None) -> float:
-    """Median seconds in which the next tokens of `count` sequences are read."""
+    """Median seconds to read the next tokens of `count` sequences."""
     engine.batch = batch
     ids, states = np.ones((count, 1), np.int64), [engine.new_state() for _ in range(count)]
     taken: list[float] = []
@@ -159,45 +163,51 @@ def _batch_seconds(engine: Engine, count: int, batch: int | None) -> float:
         begin = time.perf_counter()
         engine.forward_batch(ids, states, inplace=True)
         taken.append(time.perf_counter() - begin)
-    return float(np.median(taken[1:]))  # the first opens what is not open
+    return float(np.median(taken[1:]))  # the first pass opens runners
 
 
 def _speed(measured: Measured, use: str) -> str:
     return f"{use} {1e3 * measured.per_token(use):.2f} ms a token"
 
 
-def best_plan(found: Sequence[Measured]) -> tuple[float, Plan]:
-    """Seconds of a typical text, and the plan, from measurements of one fusion."""
+def best_plan(measurements: Sequence[Measured]) -> tuple[float, Plan]:
+    """Seconds of a typical text with the fastest plan, and that plan. The measurements have one fusion."""
     seconds, rules, speeds = 0.0, list[tuple[str, str]](), []
     for use in USES:
-        single = min(found, key=lambda measured: measured.per_token(use))
-        chosen, own_rules = single.seconds(use), [(use, single.backend)]
-        mixtures = [_by_role(found, use), _own_head(found, use)]
+        single = min(measurements, key=lambda measured: measured.per_token(use))
+        best, best_rules = single.seconds(use), [(use, single.backend)]
+        mixtures = [_by_role(measurements, use), _own_head(measurements, use)]
         mixed, mixed_rules = min(mixtures, key=lambda mixture: mixture[0])
-        if mixed < WORTH * chosen:
-            chosen, own_rules = mixed, mixed_rules
-        rules += own_rules
-        token = chosen / single.rows(use)
+        if mixed < WORTH * best:
+            best, best_rules = mixed, mixed_rules
+        rules += best_rules
+        token = best / single.rows(use)
         seconds += TYPICAL[use] * token
         speeds.append(f"{use} {1e3 * token:.2f} ms a token")
     names = {name for _, name in rules}
     default = rules[0][1]
-    plan = Plan(default, () if len(names) == 1 else tuple(rules), found[0].fusion, ", ".join(speeds))
+    plan = Plan(default, () if len(names) == 1 else tuple(rules), measurements[0].fusion, ", ".join(speeds))
     return seconds, plan
 
 
-def _own_head(found: Sequence[Measured], use: str) -> tuple[float, list[tuple[str, str]]]:
-    """Seconds and rules of the best mixture that leaves a backend its fused forward: another has the head."""
-    body = min(found, key=lambda measured: measured.seconds(use) - measured.head(use))
-    head = min(found, key=lambda measured: measured.head(use))
-    host = max(head.host[use] - body.host[use], 0.0)  # waiting threads of the head's backend cost it as well
+def _own_head(measurements: Sequence[Measured], use: str) -> tuple[float, list[tuple[str, str]]]:
+    """Seconds and rules of the best mixture of two backends: one for the head, one for all other groups.
+
+    The second may use its fused forward.
+    """
+    body = min(measurements, key=lambda measured: measured.seconds(use) - measured.head(use))
+    head = min(measurements, key=lambda measured: measured.head(use))
+    host = max(
+        head.host[use] - body.host[use], 0.0
+    )  # the waiting threads of the head's backend slow the host too
     seconds = body.seconds(use) - body.head(use) + head.head(use) + host
     return seconds, [(use, body.backend), (f"head:{use}", head.backend)]
 
 
-def _by_role(found: Sequence[Measured], use: str) -> tuple[float, list[tuple[str, str]]]:
-    """Seconds and rules of the mixture of the fastest backend for each role, run group by group."""
-    best = {role: min(found, key=lambda measured: measured.calls[use][role]) for role in found[0].calls[use]}
+def _by_role(measurements: Sequence[Measured], use: str) -> tuple[float, list[tuple[str, str]]]:
+    """Seconds and rules of the mixture that runs each role on its fastest backend, group by group."""
+    roles = measurements[0].calls[use]
+    best = {role: min(measurements, key=lambda measured: measured.calls[use][role]) for role in roles}
     host = max(measured.host[use] for measured in best.values())
     seconds = sum(measured.calls[use][role] for role, measured in best.items()) + host
     return seconds, [(f"{role}:{use}", measured.backend) for role, measured in best.items()]

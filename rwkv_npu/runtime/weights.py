@@ -1,4 +1,4 @@
-"""A model as backends and the engine see it, whether it lies in a bundle or in a checkpoint."""
+"""The weights and groups of a model for backends and the engine, from a bundle or a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.quant.cpu import Packed, unpack
 from rwkv_npu.quant.npu import Int8Maths, Quantised
 
-WIDENED = 4 << 30  # bytes
+WIDENED = 4 << 30  # the most bytes of fp32 weights that `widened` keeps
 
 
 class ModelSource:
-    """Tensors and groups of a model. Subclasses say where its tensors and its graphs are.
+    """The tensors and groups of a model. Subclasses read them from a bundle or a checkpoint.
 
-    precision: what the user asked for, None for whatever there is.
+    precision: the precision that the user requested; None for the default.
     """
 
     precision: str | None = None
@@ -47,36 +47,36 @@ class ModelSource:
 
     @property
     def cpu_precision(self) -> str:
-        """In which precision the CPU is to multiply."""
+        """The precision of products on the CPU."""
         return "fp32"
 
-    def precision_on(self, backend: str) -> str:
-        """In which precision the weights are that a backend of this name multiplies with."""
+    def precision_on(self, backend: str) -> str | None:
+        """The precision of the weights on a backend, None if the backend has no weights for this machine."""
         if backend in MADE_PRECISIONS:
             return self.precision or MADE_PRECISIONS[backend][0]
         return self.cpu_precision
 
     def packed(self, name: str, index: int | None = None) -> Packed | None:
-        """A projection, or number `index` of a stack, as the CPU multiplies it quantised; None where it does not."""
+        """A projection, or number `index` of a stack, quantised for the CPU; None if the CPU uses it unquantised."""
         return None
 
     def weight(self, name: str) -> np.ndarray:
-        """As `tensor`, in the precision that was asked for: what quantised numbers stand for, in fp32."""
+        """As `tensor`, in the requested precision: quantised weights are dequantised to fp32."""
         return self.tensor(name)
 
     def release(self, name: str) -> None:
-        """A projection was read and will not be again: its pages need not stay in memory."""
+        """Free the memory of a projection that will not be read again."""
 
     def unquantised(self) -> ModelSource:
-        """The model with the weights that it stores whole, for a CPU that takes over from an NPU."""
+        """The same model with its unquantised weights, for the CPU as fallback of an NPU."""
         return self
 
     def quantised(self, name: str) -> Quantised | None:
-        """A projection that artifacts of the precision that was asked for have in int8, None where they do not."""
+        """A projection in the int8 of artifacts of the requested precision, None if it is not int8 in them."""
         return None
 
     def maths(self) -> NumpyMaths:
-        """What multiplies in NumPy, in the precision that was asked for: products in int8 as artifacts have them."""
+        """`maths.Maths` in NumPy, in the requested precision. Its int8 products are those of artifacts."""
         return NumpyMaths(self.weight)
 
     def has(self, name: str) -> bool:
@@ -95,29 +95,31 @@ class ModelSource:
 
     @property
     def outdated(self) -> str:
-        """The reason why the artifacts of an old bundle cannot be used, "" if they can."""
+        """The reason why artifacts cannot be used (the bundle is too old), "" if they can."""
         return ""
 
     def artifacts(self) -> list[Artifact]:
-        """The artifacts that there are for this fusion."""
+        """The artifacts for this fusion, in the requested precision."""
         return []
 
     def initial_states(self) -> dict[int, np.ndarray]:
-        """The tuned `time_state` (H, N, N) of every layer that has one."""
+        """The tuned `time_state` (H, N, N) by layer, of the layers that have one."""
         names = {layer: f"blocks.{layer}.att.time_state" for layer in range(self.spec.L)}
         return {layer: self.tensor(name) for layer, name in names.items() if self.has(name)}
 
 
 def widened(source: ModelSource) -> Callable[[str], np.ndarray]:
-    """`source.tensor` for a reference that reads a model many times: in fp32, and kept once it was used, where all of
-    them take no more than WIDENED bytes."""
+    """`source.tensor` for a reference that reads a model many times.
+
+    Tensors are converted to fp32 once and cached, unless all of them would take more than WIDENED bytes.
+    """
     if 4 * source.spec.parameters > WIDENED:
         return source.tensor
     return cache(lambda name: np.asarray(source.tensor(name), np.float32))
 
 
 class BundleSource(ModelSource):
-    """`precision` chooses among those of the artifacts and of the CPU's weights; None takes the bundle's own."""
+    """A model in a bundle. precision: one of its artifacts or of its CPU weights; None takes the bundle's defaults."""
 
     def __init__(self, bundle: Bundle, fusion: str | None = None, precision: str | None = None):
         manifest = bundle.manifest
@@ -133,12 +135,13 @@ class BundleSource(ModelSource):
     def cpu_precision(self) -> str:
         return self._cpu_precision
 
-    def precision_on(self, backend: str) -> str:
+    def precision_on(self, backend: str) -> str | None:
         if backend in COMPILED:
-            return next((artifact.precision for artifact in self._run_by(backend)), "no")
-        if backend in REFERENCES:  # of which only NumPy computes the products that artifacts have in int8
-            lacking = backend != "numpy" and self.precision in self.bundle.manifest.int8
-            return self.bundle.manifest.cpu if lacking else self.precision or self.bundle.manifest.cpu
+            return next((artifact.precision for artifact in self._run_by(backend)), None)
+        if backend in REFERENCES:
+            # Of the references, only NumPy computes the int8 products of artifacts.
+            unquantised = backend != "numpy" and self.precision in self.bundle.manifest.int8
+            return self.bundle.manifest.cpu if unquantised else self.precision or self.bundle.manifest.cpu
         return super().precision_on(backend)
 
     def tensor(self, name: str) -> np.ndarray:
@@ -168,20 +171,20 @@ class BundleSource(ModelSource):
 
     @property
     def outdated(self) -> str:
-        """The reason why the bundle's graphs and artifacts cannot be used, "" if they can: they have other ports."""
+        """The reason why the bundle's graphs and artifacts cannot be used (their ports are older), "" if they can."""
         return self.bundle.manifest.outdated
 
     def artifacts(self) -> list[Artifact]:
-        """Those of the bundle's default precision come first."""
+        """The artifacts for this fusion and precision, those of the bundle's default precision first."""
         manifest = self.bundle.manifest
         if self.outdated:
             return []
-        all_ = [a for a in manifest.artifacts if a.fusion == self.program.fusion]
-        all_.sort(key=lambda artifact: artifact.precision != manifest.npu_default)
-        return [a for a in all_ if self.precision in (None, a.precision)]
+        artifacts = [a for a in manifest.artifacts if a.fusion == self.program.fusion]
+        artifacts.sort(key=lambda artifact: artifact.precision != manifest.npu_default)
+        return [a for a in artifacts if self.precision in (None, a.precision)]
 
     def _run_by(self, backend: str) -> list[Artifact]:
-        """The artifacts that a backend runs: those like the first, on a board like the first for its chip."""
+        """The artifacts that a backend runs: one target and precision. On a board the target is its chip."""
         if backend not in COMPILED:
             return []
         chip = hardware.soc() if backend in NPU_BACKENDS else None
@@ -195,8 +198,8 @@ class BundleSource(ModelSource):
         return plan_memory(self.bundle.manifest, artifacts)
 
     def quantised(self, name: str) -> Quantised | None:
-        chosen = self.bundle.manifest.int8.get(self.precision or "")
-        return self.bundle.quantised(name) if chosen and name in chosen.projections else None
+        int8 = self.bundle.manifest.int8.get(self.precision or "")
+        return self.bundle.quantised(name) if int8 and name in int8.projections else None
 
     def maths(self) -> NumpyMaths:
         if self.precision not in self.bundle.manifest.int8:
@@ -206,7 +209,7 @@ class BundleSource(ModelSource):
     def onnx(self, group: Group) -> str | bytes:
         if self._quantised:
             return self._quantised_onnx(group)
-        if self.outdated:  # its files have the ports of another format: trace the graph anew
+        if self.outdated:  # the bundle's graphs have other ports: trace the graph again
             return self._traced(group, np.float16)
         path = self.bundle.graph_path(self.program.fusion, group.name)
         if not path.is_file():
@@ -225,7 +228,7 @@ class BundleSource(ModelSource):
 
 
 class CheckpointSource(ModelSource):
-    """A checkpoint used as it is: graphs are built in memory, in fp32."""
+    """A model in a checkpoint, used without conversion. Graphs are built in memory, in fp32."""
 
     def __init__(self, checkpoint: Checkpoint, fusion: str | None = None, precision: str | None = None):
         super().__init__(Program(checkpoint.spec, fusion or "layer"), checkpoint.fingerprint)
@@ -236,7 +239,7 @@ class CheckpointSource(ModelSource):
         if name in self._vectors:
             return self._vectors[name]
         tensor = self.checkpoint.tensor(name)
-        if tensor.ndim < 2:  # widened to fp32 by the checkpoint: small, and read at every call
+        if tensor.ndim < 2:  # a new fp32 array, small, and read in every call: cached
             self._vectors[name] = tensor
         return tensor
 

@@ -1,4 +1,4 @@
-"""Whatever an NPU does wrong, the text is the CPU's."""
+"""The fallback: with any fault of an NPU, the results are the CPU's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_npu.backends import guard as guard_module
-from rwkv_npu.backends.guard import Hang, Worker
+from rwkv_npu.backends import fallback as fallback_module
+from rwkv_npu.backends.fallback import Hang, Worker
 from rwkv_npu.backends.numpy import NumpyBackend
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.checkpoint import open_checkpoint
@@ -23,9 +23,9 @@ from rwkv_npu.formats.state import State
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, Group
 from rwkv_npu.runtime.engine import Engine
-from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, record
+from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
-from tests.faulty import ADVICE, KINDS, FaultyNpu, guarded_engine, plain_engine
+from tests.faulty import ADVICE, KINDS, FaultyNpu, engine_with_fallback, plain_engine
 from tests.tiny import write_model
 
 IDS = np.random.default_rng(5).integers(1, 60, 19)
@@ -36,14 +36,14 @@ BOUND = 2e-5  # between chunks of other sizes
 @pytest.fixture(scope="module", params=[(g, f) for g in ("4", "6", "7") for f in FUSIONS], ids="-".join)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CheckpointSource:
     generation, fusion = request.param
-    path = tmp_path_factory.mktemp("guard") / "model.pth"
+    path = tmp_path_factory.mktemp("fallback") / "model.pth"
     write_model(path, generation, vocabulary=False, D=32, L=3, V=60)
     return CheckpointSource(open_checkpoint(path), fusion)
 
 
 @pytest.fixture(scope="module")
 def recorded(source: CheckpointSource):
-    return record(source, SELF_TEST_ROWS)
+    return golden_vectors(source, SELF_TEST_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -66,64 +66,64 @@ def assert_same(found: tuple[np.ndarray, State], expected: tuple[np.ndarray, Sta
 
 @settings(max_examples=40, deadline=None)
 @given(faults=st.lists(st.sampled_from(("", "", *KINDS)), max_size=60))
-def test_no_pattern_of_faults_is_seen(source, recorded, expected, faults: list[str]) -> None:
+def test_results_are_right_under_any_pattern_of_faults(source, recorded, expected, faults: list[str]) -> None:
     npu = FaultyNpu(source, faults)
-    engine, guard = guarded_engine(source, npu, recorded)
-    with warnings.catch_warnings(record=True) as said:
+    engine, fallback = engine_with_fallback(source, npu, recorded)
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert_same(read(engine), expected)
-    assert guard.faults.calls == npu.made
-    assert len(said) == (1 if guard.faults.groups else 0)
+    assert fallback.faults.calls == npu.made
+    assert len(warned) == (1 if fallback.faults.groups else 0)
 
 
-def test_one_fault_is_made_good_by_the_second_attempt(source, recorded, expected) -> None:
+def test_a_second_attempt_corrects_one_fault(source, recorded, expected) -> None:
     npu = FaultyNpu(source, ["", "nan", "", "", "code"])
-    engine, guard = guarded_engine(source, npu, recorded)
+    engine, fallback = engine_with_fallback(source, npu, recorded)
     assert_same(read(engine), expected)  # without a warning, which would be an error here
-    assert guard.faults.calls == 2 and not guard.faults.groups
+    assert fallback.faults.calls == 2 and not fallback.faults.groups
 
 
-def test_two_in_a_row_give_the_group_to_the_cpu(source, recorded, expected) -> None:
+def test_two_faults_in_a_row_leave_the_group_to_the_cpu(source, recorded, expected) -> None:
     npu = FaultyNpu(source, ["code", "zeros"])
-    engine, guard = guarded_engine(source, npu, recorded)
-    with pytest.warns(UserWarning, match="faulty failed at .* the CPU runs it from now on") as said:
+    engine, fallback = engine_with_fallback(source, npu, recorded)
+    with pytest.warns(UserWarning, match="faulty failed at .* the CPU runs it from now on") as warned:
         assert_same(read(engine), expected)
-    assert len(said) == 1 and guard.faults.calls == 2
-    assert str(said[0].message).endswith(ADVICE)  # since its numbers were wrong
-    assert guard.faults.groups == {source.program.groups[0].name: "all outputs are zero"}
-    assert engine.counters.faults is guard.faults
+    assert len(warned) == 1 and fallback.faults.calls == 2
+    assert str(warned[0].message).endswith(ADVICE)  # because the results were wrong
+    assert fallback.faults.groups == {source.program.groups[0].name: "all outputs are zero"}
+    assert engine.counters.faults is fallback.faults
 
 
-def test_advice_on_numbers_is_not_given_where_the_call_failed(source, recorded) -> None:
-    engine, _ = guarded_engine(source, FaultyNpu(source, ["nan", "code"]), recorded)
+def test_a_failed_call_causes_no_advice_on_results(source, recorded) -> None:
+    engine, _ = engine_with_fallback(source, FaultyNpu(source, ["nan", "code"]), recorded)
     with pytest.warns(UserWarning, match=r"\(rknn_run returned -3\).* counted, not reported$"):
         engine.forward(IDS)
 
 
 @pytest.mark.parametrize("at", [0, 3, 9])
-def test_a_hang_does_not_hang(source, recorded, expected, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "CALL_SECONDS", 0.3)
+def test_a_hang_is_abandoned(source, recorded, expected, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback_module, "CALL_SECONDS", 0.3)
     npu = FaultyNpu(source, [""] * at + ["hang"])
-    engine, guard = guarded_engine(source, npu, recorded)
+    engine, fallback = engine_with_fallback(source, npu, recorded)
     begin = time.monotonic()
-    with pytest.warns(UserWarning, match=r"no answer within 0\.3 s.*runs everything from now on") as said:
+    with pytest.warns(UserWarning, match=r"no answer within 0\.3 s.*runs everything from now on") as warned:
         assert_same(read(engine), expected)
-    assert len(said) == 1 and npu.made == guard.faults.calls == 1  # not asked again, be it for another group
-    assert set(guard.faults.groups) == {group.name for group in source.program.groups}
-    later = guard.open(source.program.groups[0], 1)  # nor is a context opened on what has been given up
+    assert len(warned) == 1 and npu.made == fallback.faults.calls == 1  # no further calls, for any group
+    assert set(fallback.faults.groups) == {group.name for group in source.program.groups}
+    later = fallback.open(source.program.groups[0], 1)  # opens no context on the abandoned NPU
     assert np.isfinite(later.run()[source.program.groups[0].outputs[0].name]).all()
-    engine.close()  # does not wait for it
+    engine.close()  # does not wait for the hanging call
     assert not npu.closed and time.monotonic() - begin < 20
     npu.never.set()
 
 
 def test_a_cpu_that_fails_too_is_an_error(source, recorded) -> None:
-    engine, guard = guarded_engine(source, FaultyNpu(source, ["code"] * 2), recorded)
+    engine, fallback = engine_with_fallback(source, FaultyNpu(source, ["code"] * 2), recorded)
 
     def no_cpu() -> NumpyBackend:
         raise BackendError("no memory")
 
-    guard._make_cpu = no_cpu
+    fallback._make_cpu = no_cpu
     with pytest.raises(BackendError, match="no memory"), pytest.warns(UserWarning):
         engine.forward(IDS)
 
@@ -136,34 +136,34 @@ def test_a_context_that_fails_its_self_test_leaves_its_group_to_the_cpu(
     source, recorded, expected, kind: str
 ) -> None:
     broken = source.program.groups[1]
-    engine, guard = guarded_engine(
+    engine, fallback = engine_with_fallback(
         source, FaultyNpu(source, chip=lambda g: kind if g is broken else ""), recorded
     )
-    assert set(guard.faults.groups) == {broken.name}
+    assert set(fallback.faults.groups) == {broken.name}
     with pytest.warns(UserWarning, match=rf"of .* contexts fail .*{broken.name} at 1 rows.*{ADVICE}"):
-        guard.verdict()
+        fallback.check_self_tests()
     assert_same(read(engine), expected)
-    assert guard.faults.calls == 0
+    assert fallback.faults.calls == 0
 
 
 def test_an_npu_that_fails_all_tests_is_an_error(source, recorded) -> None:
-    _, guard = guarded_engine(source, FaultyNpu(source, chip=lambda group: "zeros"), recorded)
+    _, fallback = engine_with_fallback(source, FaultyNpu(source, chip=lambda group: "zeros"), recorded)
     with pytest.raises(
         BackendError, match=r"(\d+) of \1 contexts fail their self-test \(\S+ at 1 rows: all outputs are zero"
     ):
-        guard.verdict()
+        fallback.check_self_tests()
 
 
 def test_a_hang_while_opening_is_an_error(source, recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "CALL_SECONDS", 0.2)
+    monkeypatch.setattr(fallback_module, "CALL_SECONDS", 0.2)
     npu = FaultyNpu(source, chip=lambda group: "hang")
     with pytest.raises(BackendError, match="cannot open .* at 1 rows: no answer within 0.2 s"):
-        guarded_engine(source, npu, recorded)
+        engine_with_fallback(source, npu, recorded)
     npu.never.set()
 
 
 class Narrow(FaultyNpu):
-    """A chip whose numbers end at `limit`: what is larger becomes infinite, and a norm makes NaN of it."""
+    """A chip whose numbers end at `limit`. Larger inputs overflow, and a norm turns infinity into NaN."""
 
     limit = np.inf
 
@@ -181,23 +181,23 @@ class Narrow(FaultyNpu):
         return runner
 
 
-def test_the_self_test_carries_the_residual_that_the_model_makes(tmp_path: Path) -> None:
-    """fp16 ends at 65504: a chip on which this model's largest residual overflows is caught before the first token."""
+def test_the_self_test_finds_a_chip_on_which_the_residual_overflows(tmp_path: Path) -> None:
+    """Golden vectors contain the model's largest residual, so the fault is found before the first token."""
     write_model(tmp_path / "model.pth", "7", vocabulary=False, D=32, L=3, V=60)
     source = CheckpointSource(open_checkpoint(tmp_path / "model.pth"), "layer")
-    recorded = record(source, SELF_TEST_ROWS)
+    recorded = golden_vectors(source, SELF_TEST_ROWS)
     largest = {name: np.abs(rows.inputs["x"]).max() for name, rows in recorded.items()}
     npu = Narrow(source)
     npu.limit = 0.999 * largest["mid.1"]
-    _, guard = guarded_engine(source, npu, recorded)
-    assert "mid.1" in guard.faults.groups and "first" not in guard.faults.groups
+    _, fallback = engine_with_fallback(source, npu, recorded)
+    assert "mid.1" in fallback.faults.groups and "first" not in fallback.faults.groups
     assert (
-        guard.faults.groups["mid.1"].startswith("self-test: ")
-        and "not finite" in guard.faults.groups["mid.1"]
+        fallback.faults.groups["mid.1"].startswith("self-test: ")
+        and "not finite" in fallback.faults.groups["mid.1"]
     )
 
 
-def test_recorded_rows_are_what_a_pass_computes(source, recorded) -> None:
+def test_golden_vectors_are_the_references_results(source, recorded) -> None:
     for group in source.program.groups:
         rows = recorded[group.name]
         again = source.evaluate(group, NumpyMaths(source.tensor), dict(rows.inputs))
@@ -223,14 +223,14 @@ def test_calls_return_and_raise(worker: Worker) -> None:
     assert worker.call(lambda: 2, 5) == 2
 
 
-def test_a_call_that_does_not_return_is_left_behind(worker: Worker) -> None:
+def test_a_call_that_does_not_return_raises_hang(worker: Worker) -> None:
     never = threading.Event()
     with pytest.raises(Hang, match=r"no answer within 0\.05 s"):
         worker.call(never.wait, 0.05)
     never.set()
 
 
-def test_what_ctrl_c_interrupts_is_not_taken_for_the_next_answer(worker: Worker) -> None:
+def test_the_result_of_an_interrupted_call_is_not_returned_by_the_next(worker: Worker) -> None:
     def interrupt() -> str:
         time.sleep(0.05)
         signal.raise_signal(signal.SIGINT)

@@ -1,8 +1,8 @@
-"""Stands between an NPU's backend and whoever uses it: nothing that the NPU does wrong gets through.
+"""An NPU backend with the CPU as its fallback: the caller never gets a wrong result of the NPU.
 
-Every context is tested on recorded rows when it is opened. A call that fails is made once more, and then the CPU
-makes it, and all further calls of that group. Calls go through a thread, so that one which never returns can be left
-behind. A group's inputs are kept until its outputs are good: the caller sees neither fault nor repetition.
+Each context is tested on golden vectors when it is opened. A call that fails is repeated once. If it fails again, the
+CPU runs this call and all later calls of its group. Calls to the NPU run in a thread of their own, so that a call that
+never returns can be abandoned. The inputs of a call are kept until its outputs are accepted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Faults, Recorded, Runner, relative_error
+from rwkv_npu.backends.base import Backend, Faults, GoldenVectors, Runner, relative_error
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 
-CALL_SECONDS = (
-    10.0  # the slowest calls take a tenth of a second; the driver itself gives up after some seconds
-)
-OPEN_SECONDS = 120.0  # a large artifact from a slow card
+# Time limit of a call. The slowest calls take 0.1 s, and the driver's own limit is some seconds.
+CALL_SECONDS = 10.0
+OPEN_SECONDS = 120.0  # time limit of opening a large artifact on a slow card
 
-# Relative error (rms) of a context's worst output that is still taken for rounding: what fp16 was seen to make of the
-# most delicate outputs is a tenth of it, int8 stays below the other, and what goes wrong is not subtle.
+# Largest relative error (rms) of a context's worst output that passes the self-test. Rounding stays below it: fp16 was
+# seen to reach a tenth of its bound on the most delicate outputs. Faults exceed it by far.
 FP16_BOUND, INT8_BOUND = 0.05, 0.25
 
 
@@ -34,7 +33,7 @@ class Hang(BackendError):
 
 
 class _Call:
-    """Work for the thread, and what came of it."""
+    """Work for the thread, and its result or error."""
 
     def __init__(self, work: Callable[[], Any]):
         self.work, self.done = work, threading.Lock()
@@ -44,7 +43,7 @@ class _Call:
 
 
 class Worker:
-    """One thread that makes calls in turn. After a `Hang` it is lost, and must not be used again."""
+    """A thread that runs calls one after the other. It must not be used again after a `Hang`."""
 
     def __init__(self, name: str):
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -54,12 +53,12 @@ class Worker:
         while (call := self._queue.get()) is not None:
             try:
                 call.result = call.work()
-            except BaseException as error:  # it is the caller's, who waits for it
+            except BaseException as error:  # `call` raises it in the caller's thread
                 call.error = error
             call.done.release()
 
     def call(self, work: Callable[[], Any], seconds: float) -> Any:
-        """The result of `work`; raises what it raises, or Hang after `seconds`."""
+        """Run `work` in the thread and return its result. Raises its exception, or Hang after `seconds`."""
         call = _Call(work)
         self._queue.put(call)
         if not call.done.acquire(timeout=seconds):
@@ -72,17 +71,17 @@ class Worker:
         self._queue.put(None)
 
 
-class GuardedRunner:
-    """`inputs` are the NPU's, and from its group's last fault on the CPU's."""
+class FallbackRunner:
+    """A runner on the NPU, or on the CPU once its group is left to the CPU. `npu`: None starts on the CPU."""
 
-    def __init__(self, guard: Guard, group: Group, rows: int, npu: Runner | None):
-        self._guard, self._group, self._rows = guard, group, rows
-        self._npu, self._cpu = npu, None if npu else guard.open_cpu(group, rows)
+    def __init__(self, fallback: Fallback, group: Group, rows: int, npu: Runner | None):
+        self._fallback, self._group, self._rows = fallback, group, rows
+        self._npu, self._cpu = npu, None if npu else fallback.open_cpu(group, rows)
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
-        if self._cpu is None and self._group.name in self._guard.faults.groups:
-            self._cpu = self._guard.open_cpu(self._group, self._rows)
+        if self._cpu is None and self._group.name in self._fallback.faults.groups:
+            self._cpu = self._fallback.open_cpu(self._group, self._rows)
         runner = self._cpu or self._npu
         assert runner is not None
         return runner.inputs
@@ -90,28 +89,27 @@ class GuardedRunner:
     def run(self) -> Mapping[str, np.ndarray]:
         if self._cpu is None:
             assert self._npu is not None
-            outputs = self._guard.run(self._group, self._rows, self._npu)
+            outputs = self._fallback.run(self._group, self._rows, self._npu)
             if outputs is not None:
                 return outputs
-            given = self._npu.inputs
-            for name, array in self.inputs.items():
-                array[...] = given[name]
+            for name, array in self.inputs.items():  # now the CPU's
+                array[...] = self._npu.inputs[name]
         assert self._cpu is not None
         return self._cpu.run()
 
 
-class Guard:
-    """A backend around another.
+class Fallback:
+    """A backend that runs groups on an NPU backend, and on the CPU where the NPU fails.
 
-    recorded: gives the rows of the self-test, by group. cpu: makes the backend that steps in, when it is needed.
-    faults: where they are counted; several guards may share it. bound: on the self-test's error. advice: what else may
-    be tried where numbers come out wrong.
+    golden: returns the golden vectors of the self-test, by group. cpu: opens the CPU's backend, at its first use.
+    faults: counts the faults; several fallbacks may share it. bound: largest error that passes the self-test.
+    advice: appended to messages about wrong results.
     """
 
     def __init__(
         self,
         npu: Backend,
-        recorded: Callable[[], Mapping[str, Recorded]],
+        golden: Callable[[], Mapping[str, GoldenVectors]],
         cpu: Callable[[], Backend],
         faults: Faults,
         *,
@@ -119,31 +117,33 @@ class Guard:
         advice: str = "",
     ):
         self.name, self.faults, self._advice = npu.name, faults, advice
-        self._npu, self._recorded, self._make_cpu, self._bound = npu, recorded, cpu, bound
+        self._npu, self._golden, self._make_cpu, self._bound = npu, golden, cpu, bound
         self._cpu: Backend | None = None
         self._worker: Worker | None = Worker(f"{npu.name} calls")
         self._warned = False
-        self._tested: dict[str, str] = {}  # by context: "" or what its self-test found
+        self._tested: dict[str, str] = {}  # by context: the fault that its self-test found, "" for none
 
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
         return self._npu.row_counts(group)
 
-    def open(self, group: Group, rows: int) -> GuardedRunner:
+    def open(self, group: Group, rows: int) -> FallbackRunner:
         if group.name in self.faults.groups or self._worker is None:
-            return GuardedRunner(self, group, rows, None)
+            return FallbackRunner(self, group, rows, None)
         context = f"{group.name} at {rows} rows"
         try:
             runner = self._call(lambda: self._npu.open(group, rows), OPEN_SECONDS)
-            fault = self._test(group, rows, runner) and self._test(group, rows, runner)  # as a call: twice
+            fault = self._test(group, rows, runner) and self._test(
+                group, rows, runner
+            )  # repeated once, as a call
         except Hang as hang:
             raise BackendError(f"{self.name} cannot open {context}: {hang}") from hang
         self._tested[context] = fault
         if fault:
             self.faults.groups[group.name] = f"self-test: {fault}"
-        return GuardedRunner(self, group, rows, None if fault else runner)
+        return FallbackRunner(self, group, rows, None if fault else runner)
 
-    def verdict(self) -> None:
-        """After all is opened: warn of the contexts that failed their self-test; BackendError if none passed it."""
+    def check_self_tests(self) -> None:
+        """Call it when all groups are open. Warns of failed self-tests; raises BackendError if all of them failed."""
         failed = {context: fault for context, fault in self._tested.items() if fault}
         if not failed:
             return
@@ -154,8 +154,8 @@ class Guard:
         warnings.warn(f"{self.name}: {counted}; their groups run on the CPU{self._advice}", stacklevel=4)
 
     def run(self, group: Group, rows: int, runner: Runner) -> Mapping[str, np.ndarray] | None:
-        """Run `runner`, twice if the first call fails; None if the CPU has to take over."""
-        fault, advice = "the NPU was given up", ""
+        """Run `runner`, and once more if it fails. Returns None if the CPU has to run the group."""
+        fault, advice = "the NPU is no longer used", ""
         for _ in range(2):
             if self._worker is None:
                 break
@@ -170,10 +170,10 @@ class Guard:
         self.faults.groups[group.name] = fault
         if not self._warned:
             self._warned = True
-            what = "it" if self._worker else "everything"
+            left_to_cpu = "it" if self._worker else "everything"
             warnings.warn(
-                f"{self.name} failed at {group.name} ({fault}): the CPU runs {what} from now on; further faults are "
-                f"counted, not reported{advice}",
+                f"{self.name} failed at {group.name} ({fault}): the CPU runs {left_to_cpu} from now on; further faults "
+                f"are counted, not reported{advice}",
                 stacklevel=2,
             )
         return None
@@ -184,7 +184,7 @@ class Guard:
         return self._cpu.open(group, rows)
 
     def close(self) -> None:
-        """After a hang the NPU is left as it is: giving it back would wait for it."""
+        """Close both backends. After a hang the NPU's stays open, because closing it would hang too."""
         if self._worker is not None:
             try:
                 self._call(self._npu.close, OPEN_SECONDS)
@@ -204,9 +204,9 @@ class Guard:
             raise
 
     def _test(self, group: Group, rows: int, runner: Runner) -> str:
-        """Test a context on golden vectors, as many rows as it takes. Returns what is wrong, "" if nothing."""
-        recorded = self._recorded()[group.name]
-        for name, array in recorded.inputs.items():
+        """Test a context on golden vectors, on as many rows as it has. Returns the fault, "" for none."""
+        golden = self._golden()[group.name]
+        for name, array in golden.inputs.items():
             target = runner.inputs[name]
             count = min(len(array), len(target))
             target[:count], target[count:] = array[:count], array[-1]
@@ -218,14 +218,14 @@ class Guard:
             return str(refused)
         if flaw := self._flaw(group, rows, outputs):
             return flaw
-        expected = {name: array[:rows] for name, array in recorded.outputs.items()}
+        expected = {name: array[:rows] for name, array in golden.outputs.items()}
         error = relative_error(
             {name: outputs[name][: len(array)] for name, array in expected.items()}, expected
         )
-        return "" if error <= self._bound else f"its error is {error:.2g}, relatively"
+        return "" if error <= self._bound else f"its relative error is {error:.2g}"
 
     def _flaw(self, group: Group, rows: int, outputs: Mapping[str, np.ndarray]) -> str:
-        """Describe outputs that cannot be right: of a wrong shape, not finite, or all zero; "" if there is no flaw."""
+        """Describe outputs that cannot be right: wrong shape, not finite, or all zero. Returns "" for no flaw."""
         for port in group.outputs:
             array = outputs.get(port.name)
             if array is None or array.shape != (rows, port.width):
@@ -233,7 +233,7 @@ class Guard:
                 return f"{port.name} has the shape {shape} instead of {(rows, port.width)}"
             if not np.isfinite(array).all():
                 return f"{port.name} is not finite"
-        silent = not any(array.any() for array in outputs.values())
-        if silent and any(array.any() for array in self._recorded()[group.name].outputs.values()):
+        all_zero = not any(array.any() for array in outputs.values())
+        if all_zero and any(array.any() for array in self._golden()[group.name].outputs.values()):
             return "all outputs are zero"
         return ""
