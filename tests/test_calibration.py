@@ -1,4 +1,4 @@
-"""What calibration sees of a model: every projection of both fusions, a uniform sample, and the peaks."""
+"""What calibration sees of a model: every projection of both fusions, a uniform sample, and the absmax."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_extremes_are_those_of_all_rows(folder: Path, seven: Statistics) -> None
         np.testing.assert_array_equal(samples.absmax, np.abs(samples.rows).max(0))
         assert few.projections[label].rows.shape == (10, samples.rows.shape[1])
         np.testing.assert_array_equal(few.projections[label].absmax, samples.absmax)
-    assert few.peaks == seven.peaks
+    assert few.absmax == seven.absmax
 
 
 def test_rows_of_all_projections_are_the_same_tokens(folder: Path) -> None:
@@ -107,16 +107,16 @@ def test_peaks_hold_products_and_norms(folder: Path, seven: Statistics) -> None:
     source = source_of(folder, "7")
     for label, samples in seven.projections.items():
         products = samples.rows @ source.tensor(label).astype(np.float32)
-        assert seven.peaks[label] >= np.abs(products).max() * (1 - 1e-5), label
-    assert seven.peaks["blocks.1.ln1"] > 0 and seven.peaks["ln_out"] > 0 and seven.peaks["mid.0.y"] > 0
+        assert seven.absmax[label] >= np.abs(products).max() * (1 - 1e-5), label
+    assert seven.absmax["blocks.1.ln1"] > 0 and seven.absmax["ln_out"] > 0 and seven.absmax["mid.0.y"] > 0
 
 
 def test_partial_sums_count(folder: Path, monkeypatch: pytest.MonkeyPatch, seven: Statistics) -> None:
     """They can be larger than what they add up to, and are never smaller at their largest."""
     monkeypatch.setattr(calibration, "SLICE", 4)
-    sliced = calibrate(source_of(folder, "7"), some_ids(), rows=ROWS).peaks
-    assert all(sliced[name] >= peak * (1 - 1e-4) for name, peak in seven.peaks.items())
-    assert any(sliced[label] > seven.peaks[label] * 1.01 for label in seven.projections)
+    sliced = calibrate(source_of(folder, "7"), some_ids(), rows=ROWS).absmax
+    assert all(sliced[name] >= peak * (1 - 1e-4) for name, peak in seven.absmax.items())
+    assert any(sliced[label] > seven.absmax[label] * 1.01 for label in seven.projections)
 
 
 def test_rows_are_in_the_order_of_the_text(folder: Path, seven: Statistics) -> None:

@@ -61,7 +61,7 @@ def logits(source: CheckpointSource) -> np.ndarray:
 def in_the_graphs(source: CheckpointSource) -> dict[str, float]:
     """Magnitudes as a pass under the source's own scaling has them."""
     seen = calibrate(source, IDS, rows=16, keep=2)
-    return {**seen.peaks, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
+    return {**seen.absmax, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
 
 
 def check(path: Path, factors: dict[str, float]) -> Scaling:

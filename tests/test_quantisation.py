@@ -252,7 +252,7 @@ def test_what_goes_with_damaged_ranges_is_said(
         assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--fusion", fusion)[0] == 0
     (out / INT8).unlink()
     status, _, err = convert(capsys, checkpoint, out, ids, "--precision", "w8a8")
-    assert status == 0 and f"{INT8} is missing or damaged: it is made again" in err
+    assert status == 0 and f"{INT8} is missing or damaged: it will be made again" in err
     lost = "convert with --target rk3588 --precision w8a8 --fusion projection to have them again"
     assert err.count("go with it") == 1 and lost in err
     kinds = {(artifact.precision, artifact.fusion) for artifact in manifest_of(out).artifacts}
@@ -269,7 +269,7 @@ def test_another_text_makes_all_of_int8_anew(
     before = manifest_of(out)
     np.save(tmp_path / "other.npy", np.random.default_rng(1).integers(1, V, 400))
     status, _, err = convert(capsys, checkpoint, out, tmp_path / "other.npy", "--precision", "mixed")
-    assert status == 0 and "other ranges go: convert again to have --target rk3588 --precision w8a8" in err
+    assert status == 0 and "To have them again, convert with --target rk3588 --precision w8a8" in err
     after = manifest_of(out)
     assert run_main(capsys, "info", out, "--check")[0] == 0
     assert after.int8_key != before.int8_key and list(after.int8) == ["mixed"]

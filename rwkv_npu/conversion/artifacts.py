@@ -1,4 +1,4 @@
-"""The compile step: the artifacts that a request needs, and their compilation."""
+"""The compile step: plan the artifacts of a request, and compile them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
 VERIFY_ROWS = 16
-BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # the choices of `--rows auto`
+BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # the alternatives of `--rows auto`
 
 
 # -- the plan --------------------------------------------------------------------------------------------
@@ -40,41 +40,41 @@ def plan_artifacts(
     rows: Sequence[int] | None,
     int8: Collection[str] = (),
 ) -> list[Artifact]:
-    """The artifacts that `target` needs; `rows` None is `--rows auto`. `int8` names the projections in int8.
+    """Plan the artifacts for `target`. `rows` None means `--rows auto`. `int8` names the projections in int8.
 
-    Artifacts of the same kind that the manifest has count for the memory of the NPU. auto: decode and prefill have
-    artifacts of their own where that memory holds the weights twice, else one artifact serves both. Raises UsageError,
-    with the arithmetic, where not even that fits.
+    With auto, decode and prefill have separate artifacts if the NPU's memory holds the weights twice; otherwise one
+    artifact serves both. Existing artifacts of the same kind count too. Raises UsageError with the arithmetic if the
+    model does not fit.
     """
     traces: dict[str, Trace] = {group.name: trace_group(program, group) for group in program.groups}
 
     def weigh(group: Group) -> int:
         return sum(
-            matrix_bytes(one.k, one.n, 8 if one.name in int8 else 16)
-            for one in matrices(traces[group.name], program.spec)
+            matrix_bytes(matrix.k, matrix.n, 8 if matrix.name in int8 else 16)
+            for matrix in matrices(traces[group.name], program.spec)
         )
 
     for artifacts, memory in candidates(manifest, program, target, precision, rows, weigh):
         if memory.fits:
-            chosen = {
+            in_int8 = {
                 name: [label for label in trace.projections if label in int8]
                 for name, trace in traces.items()
             }
-            return [replace(a, int8=_identity(manifest.int8_key, chosen[a.group])) for a in artifacts]
+            return [replace(a, int8=_identity(manifest.int8_key, in_int8[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
         f"the model does not fit the NPU of {target} at {precision} with rows {counts}: {memory.arithmetic()}; "
-        f"try {_ways_out(precision, rows)}"
+        f"try {_alternatives(precision, rows)}"
     )
 
 
-def _ways_out(precision: str, rows: Sequence[int] | None) -> str:
-    ways = {"w8a8": [], "mixed": ["--precision w8a8", "a larger --max-kl"]}.get(
+def _alternatives(precision: str, rows: Sequence[int] | None) -> str:
+    options = {"w8a8": [], "mixed": ["--precision w8a8", "a larger --max-kl"]}.get(
         precision, ["--precision w8a8"]
     )
     if rows and len(rows) > 1:
-        ways.append("fewer --rows")
-    return ", ".join([*ways, "or --target none for the CPU alone"]) + " (--dry-run says what fits)"
+        options.append("fewer --rows")
+    return ", ".join([*options, "or --target none for the CPU alone"]) + " (--dry-run shows what fits)"
 
 
 def candidates(
@@ -85,8 +85,10 @@ def candidates(
     rows: Sequence[int] | None,
     weigh: Callable[[Group], int],
 ) -> Iterator[tuple[list[Artifact], MemoryPlan]]:
-    """Sets of artifacts, the best first, each with its memory plan: artifacts of its kind that the manifest has count
-    too. `weigh` gives the bytes of a group's weights."""
+    """Alternative sets of artifacts with their memory plans, the best first.
+
+    A memory plan includes existing artifacts of the same kind. `weigh` gives the bytes of a group's weights.
+    """
     sizes = {group.name: weigh(group) for group in program.groups}
     for counts in [rows] if rows else [BOTH_ROWS, ONE_ROWS]:
         artifacts = [
@@ -100,14 +102,14 @@ def candidates(
                 weight_bytes=sizes[group.name],
             )
             for group in program.groups
-            # The head reads one row at a time.
+            # The head always runs on one row.
             for count in ((1,) if group.role == "head" else counts)
         ]
         yield artifacts, plan_memory(manifest, [*artifacts, *beside(manifest, artifacts)])
 
 
 def beside(manifest: Manifest, artifacts: Collection[Artifact]) -> list[Artifact]:
-    """The artifacts of the same target, precision and fusion that a bundle keeps beside `artifacts`."""
+    """Existing artifacts of the same target, precision and fusion that stay in the bundle beside `artifacts`."""
     kinds = {(a.target, a.precision, a.fusion) for a in artifacts}
     slots = set(map(slot, artifacts))
     alike = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) in kinds]
@@ -115,17 +117,17 @@ def beside(manifest: Manifest, artifacts: Collection[Artifact]) -> list[Artifact
 
 
 def slot(artifact: Artifact) -> tuple[str, str, str, str, int]:
-    """A bundle has one artifact for each of these."""
+    """The key of an artifact: a bundle holds at most one artifact for each."""
     return artifact.target, artifact.precision, artifact.fusion, artifact.group, artifact.rows
 
 
 def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
-    """Row counts of all groups but the head, which has one of its own."""
+    """Row counts of all groups except the head, which always has one row."""
     return sorted({artifact.rows for artifact in artifacts if artifact.group != "head"})
 
 
 def _identity(key: str, names: Sequence[str]) -> str:
-    """A digest of the projections of an artifact that are in int8, and of the key of their parameters."""
+    """A digest of an artifact's int8 projections and of the key of their parameters. "" without int8."""
     return hashlib.blake2b(json.dumps([key, *names]).encode(), digest_size=8).hexdigest() if names else ""
 
 
@@ -133,7 +135,7 @@ def _identity(key: str, names: Sequence[str]) -> str:
 
 
 def is_current(artifact: Artifact, planned: Artifact, environment: Environment, verify: bool) -> bool:
-    """Whether an artifact need not be built again: of this int8 and compiler, and verified if that is asked."""
+    """True if an artifact need not be built again: same int8 choice, same compiler, and verified if required."""
     verified = artifact.error is not None or not verify
     return artifact.int8 == planned.int8 and artifact.toolkit == environment.version and verified
 
@@ -146,11 +148,11 @@ def build_artifacts(
     jobs: int | None = None,
     verify: bool = False,
 ) -> list[Artifact]:
-    """Compile those of `planned` that are not in the bundle's manifest, and return them with what was found out.
+    """Compile the planned artifacts that the manifest lacks. Returns them with the compiler's results filled in.
 
-    Builds run in child processes, `jobs` at a time or as many as memory and cores allow. With `verify` each is run
-    in Rockchip's simulator right after it was built, since a loaded `.rknn` cannot be. Two precisions with the same
-    projections in int8 share a file.
+    Builds run in child processes: `jobs` at a time, or as many as memory and cores allow. With `verify`, Rockchip's
+    simulator runs each build before its process ends, because it cannot load a `.rknn`. Two precisions with the same
+    int8 projections share a file.
     """
     known = {slot(artifact) for artifact in source.bundle.manifest.artifacts}
     missing = [artifact for artifact in planned if slot(artifact) not in known]
@@ -177,12 +179,12 @@ def build_artifacts(
 
 
 def _twin(artifact: Artifact, others: Iterable[Artifact]) -> Artifact | None:
-    """An artifact of another int8 precision that is the same graph. (fp16 and bf16 graphs are never shared.)"""
+    """An artifact of another int8 precision with the same graph. fp16 and bf16 graphs are never shared."""
     alike = (a for a in others if a.int8 == artifact.int8 and a.precision != artifact.precision)
-    return next((a for a in alike if a.int8 and _place(a) == _place(artifact)), None)
+    return next((a for a in alike if a.int8 and _graph_key(a) == _graph_key(artifact)), None)
 
 
-def _place(artifact: Artifact) -> tuple[str, str, str, int]:
+def _graph_key(artifact: Artifact) -> tuple[str, str, str, int]:
     return artifact.target, artifact.fusion, artifact.group, artifact.rows
 
 
@@ -195,8 +197,10 @@ def _verify_inputs(
 
 @dataclass
 class Build:
-    """An artifact on its way. Its `.rknn` and the notes beside it survive an interruption; both together are a finished
-    build. The notes go before the compiler starts: it may replace the `.rknn` and be killed.
+    """One artifact to build.
+
+    A finished build has a `.rknn` and a notes file beside it, which survive an interruption. The notes are deleted
+    before the compiler starts, because it may replace the `.rknn` and then be killed.
     """
 
     source: BundleSource
@@ -222,7 +226,7 @@ class Build:
         return compiler_graph(self.source, self.artifact, self.parameters)
 
     def noted(self, environment: Environment) -> Artifact | None:
-        """The artifact of an interrupted conversion, if it is finished and serves."""
+        """The artifact of an earlier, interrupted conversion if it is finished and still current, else None."""
         try:
             artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
@@ -244,13 +248,13 @@ class Build:
         )
 
     def write_graph(self) -> None:
-        """Write the graph for the compiler, and remove the notes of an earlier build."""
+        """Write the graph for the compiler. Delete the notes of an earlier build first."""
         self.notes.unlink(missing_ok=True)
         self.onnx_path.parent.mkdir(parents=True, exist_ok=True)
         self.onnx_path.write_bytes(self.graph.onnx())
 
     def complete(self, result: CompileResult) -> Artifact:
-        """Note the results of the compiler and of the verification."""
+        """Add the compiler's results and the verification error to the artifact, and write the notes."""
         error = None
         if self.verify and result.verify_outputs is not None:
             error = relative_error(result.verify_outputs, self.verify.outputs)
@@ -277,7 +281,7 @@ def _run_builds(
 
 
 def verify_graphs(bundle: Bundle) -> dict[str, float]:
-    """Run the graphs of both fusions in ONNX Runtime; returns their errors by file name (relative, rms)."""
+    """Run the graphs of both fusions in ONNX Runtime. Returns their relative rms errors by file name."""
     errors = {}
     for fusion in FUSIONS:
         source = BundleSource(bundle, fusion, bundle.manifest.cpu)

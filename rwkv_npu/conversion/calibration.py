@@ -1,10 +1,10 @@
-"""Activation statistics: the model reads a text on the CPU, and what its projections are given is recorded.
+"""Activation statistics: the model reads a text on the CPU, and the inputs and outputs of its projections are recorded.
 
-One pass serves fp16 range scaling, by the largest magnitudes, and int8, by sampled rows. The text is cut into short and
-long contexts: a state with a history of thousands of tokens makes other rows than a new one. A uniform sample of the
-rows is kept, the same tokens for every projection; extremes are those of all rows.
+One pass serves both fp16 range scaling, which needs the absmax of every tensor, and int8, which needs sampled rows. The
+text is split into short and long contexts, because a state with thousands of tokens of history gives other rows than a
+new one. A uniform sample of the rows is kept, with the same tokens for every projection. Extremes cover all rows.
 
-Letters: M rows of a step, K width of a projection's input, n rows kept.
+Letters: M rows of a step, K width of a projection's input, n sampled rows, P parts of K.
 """
 
 from __future__ import annotations
@@ -33,116 +33,121 @@ from rwkv_npu.text.corpus import Tokens, calibration_text, holds_ids, read_token
 from rwkv_npu.text.sampling import Sampler, SamplingOptions
 from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
 
-KEEP = 4096  # rows of every projection
-MEMORY = 2 << 30  # bytes that those rows may take: fewer are kept of large models
-ROWS = 256  # tokens of a step: statistics do not depend on it, and weights are widened once a step
-SHORT, MEDIUM = 64, 512  # tokens of a context; each kind has a quarter of all tokens, one long context half
-SLICE = 512  # the chip adds up products over K in slices of this width, whose sums are probably fp16
+KEEP = 4096  # sampled rows of each projection
+MEMORY = 2 << 30  # limit of their bytes: large models keep fewer rows
+ROWS = 256  # tokens of a step. Statistics do not depend on it; weights are widened once a step
+SHORT, MEDIUM = (
+    64,
+    512,
+)  # tokens of a context; each kind gets a quarter of all tokens, one long context gets half
+SLICE = 512  # the chip adds products over K in slices of this width, and their sums are probably fp16
 
-TOKENS = 8192  # read at most: half of them are one context
-SAMPLED = 1024  # tokens that a model without a vocabulary writes itself, where each takes a pass
-SEQUENCES = 16  # sampled at a time
-LEAST = 8  # tokens of a text: a quarter is held out, and statistics take two rows
+TOKENS = 8192  # limit of the text; half of it is one context
+SAMPLED = 1024  # tokens that a model without a vocabulary generates itself, one pass for each
+SEQUENCES = 16  # to generate at a time
+LEAST = 8  # tokens of a text: a quarter is held out, and statistics need two rows
 
 log = logging.getLogger("rwkv_npu")
 
 
 @dataclass
 class Statistics:
-    """Activation statistics of `tokens` tokens, under the `Scaling` of the source.
+    """Activation statistics of `tokens` tokens, under the `Scaling` of the weights.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
-    peaks: the largest magnitude of every intermediate that is no projection's input. By the label of a projection: of
-        its product and the partial sums of it. By the name of a norm: of the residual that it reads; with `.out`, of
-        its result. As GROUP.INPUT: of a group's inputs. Also of a layer's squares, and of what its sigmoids and tanhs
-        read.
+    absmax: of every intermediate that is not a projection's input. LABEL: of a projection's product and its partial
+        sums. NORM: of the residual that a norm reads; NORM.out: of its result. GROUP.INPUT: of a group's inputs. Also
+        of each layer's squares, and of the inputs of its sigmoids and tanhs.
     """
 
     projections: dict[str, Samples]
-    peaks: dict[str, float]
+    absmax: dict[str, float]
     tokens: int
 
     def save(self, path: Path) -> None:
-        """Write all but `tokens` to `path`, whole or not at all."""
+        """Write everything except `tokens` to `path`, atomically."""
         path.parent.mkdir(exist_ok=True)
         plans = [
             TensorPlan(f"{label}.{kind}", array.dtype, array.shape, partial(np.asarray, array))
             for label, samples in self.projections.items()
             for kind, array in vars(samples).items()
         ]
-        peaks = [
-            TensorPlan(f"{name}.peak", np.float64, (1,), partial(np.array, [peak]))
-            for name, peak in self.peaks.items()
+        absmax = [
+            TensorPlan(f"{name}.absmax", np.float64, (1,), partial(np.array, [value]))
+            for name, value in self.absmax.items()
         ]
-        replace_tensors(path, [*plans, *peaks])
+        replace_tensors(path, [*plans, *absmax])
 
     @staticmethod
     def load(path: Path, tokens: int) -> Statistics:
-        """The statistics that `save` wrote, mapped. Raises CheckpointError."""
+        """Open the statistics that `save` wrote, memory-mapped. Raises CheckpointError."""
         file = TensorFile(path)
         names = list(file.names)
         labels = [name.removesuffix(".rows") for name in names if name.endswith(".rows")]
-        kinds = ("rows", "low", "high", "made")
+        kinds = ("rows", "low", "high", "products")
         projections = {label: Samples(*(file.array(f"{label}.{kind}") for kind in kinds)) for label in labels}
-        peaks = {
-            name.removesuffix(".peak"): float(file.array(name)[0]) for name in names if name.endswith(".peak")
+        absmax = {
+            name.removesuffix(".absmax"): float(file.array(name)[0])
+            for name in names
+            if name.endswith(".absmax")
         }
-        return Statistics(projections, peaks, tokens)
+        return Statistics(projections, absmax, tokens)
 
 
 class Reservoir:
-    """Chooses some of many items, each with the same probability (Vitter's algorithm R)."""
+    """A uniform sample of a stream of unknown length (Vitter's algorithm R)."""
 
     def __init__(self, keep: int, rng: np.random.Generator):
         self.keep, self._rng, self._seen = keep, rng, 0
         self._numbers = np.zeros(keep, np.int64)
 
     def admit(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """For the next `count` items: indices of those that are kept, and their slots 0 .. keep - 1."""
+        """Offer the next `count` items. Returns the indices of those to keep, and their slots 0 .. keep - 1."""
         numbers = np.arange(self._seen, self._seen + count)
         slots = np.where(numbers < self.keep, numbers, self._rng.integers(0, numbers + 1))
         self._seen += count
         kept = np.flatnonzero(slots < self.keep)[::-1]
-        _, last = np.unique(slots[kept], return_index=True)  # of several for one slot the last one stays
+        _, last = np.unique(slots[kept], return_index=True)  # the last of several items for one slot wins
         kept = kept[last]
         self._numbers[slots[kept]] = numbers[kept]
         return kept, slots[kept]
 
     def order(self) -> np.ndarray:
-        """The slots in the order in which their items came, once all are taken."""
+        """The slots, sorted by the order of their items in the stream."""
         return np.argsort(self._numbers)
 
 
 @dataclass
 class _Recorder:
-    """Collects statistics. Rows `chosen` of the present step are kept, in `slots` of `keep`."""
+    """Collects statistics. Of the present step, the rows `kept` go into the `slots` of the sample."""
 
     keep: int
-    chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    kept: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     samples: dict[str, Samples] = field(default_factory=dict)
-    peaks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    absmax: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def rows(self, label: str, x: np.ndarray) -> None:
         K = x.shape[1]
         if label not in self.samples:
-            low, made = np.full(K, np.inf, np.float32), np.array([[np.inf, -np.inf]] * len(int8_parts(K)))
-            self.samples[label] = Samples(np.empty((self.keep, K), np.float32), low, -low, made)
+            low = np.full(K, np.inf, np.float32)
+            products = np.array([[np.inf, -np.inf]] * len(int8_parts(K)))
+            self.samples[label] = Samples(np.empty((self.keep, K), np.float32), low, -low, products)
         samples = self.samples[label]
-        samples.rows[self.slots] = x[self.chosen]
+        samples.rows[self.slots] = x[self.kept]
         samples.low = np.minimum(samples.low, x.min(0))
         samples.high = np.maximum(samples.high, x.max(0))
 
     def product(self, label: str, part: int, x: np.ndarray) -> None:
-        made = self.samples[label].products[part]
-        made[:] = min(made[0], x.min()), max(made[1], x.max())
+        span = self.samples[label].products[part]
+        span[:] = min(span[0], x.min()), max(span[1], x.max())
 
-    def peak(self, name: str, x: np.ndarray) -> None:
-        self.peaks[name] = max(self.peaks[name], largest(x))
+    def tensor(self, name: str, x: np.ndarray) -> None:
+        self.absmax[name] = max(self.absmax[name], largest(x))
 
 
 class RecordingMaths(NumpyMaths):
-    """The reference; records what passes through it."""
+    """The reference operations; each records the statistics of its inputs or outputs."""
 
     def __init__(self, weight: Callable[[str], np.ndarray], recorder: _Recorder, prefix: str = ""):
         super().__init__(weight, prefix)
@@ -152,8 +157,10 @@ class RecordingMaths(NumpyMaths):
         return RecordingMaths(self._weight, self._recorder, f"blocks.{layer}.")
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-        """In parts of K, as int8 has them, and each part in slices, as the chip multiplies: a partial sum can be larger
-        than the whole."""
+        """The product in parts of K, as int8 has them, and in slices, as the chip adds them.
+
+        A partial sum can be larger than the whole sum.
+        """
         label, weight = packed_label(self._prefix + name, index), self._weight(self._prefix + name)
         weight = weight if index is None else weight[index]
         self._recorder.rows(label, x)
@@ -162,40 +169,40 @@ class RecordingMaths(NumpyMaths):
             parts.append(self._sliced(label, x[:, k0:k1], weight[k0:k1]))
             self._recorder.product(label, part, parts[-1])
         product = reduce(np.add, parts)
-        self._recorder.peak(label, product)
+        self._recorder.tensor(label, product)
         return product
 
     def _sliced(self, label: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         product = matmul(x[:, :SLICE], weight[:SLICE])
-        self._recorder.peak(label, product)
+        self._recorder.tensor(label, product)
         for start in range(SLICE, len(weight), SLICE):
             part = matmul(x[:, start : start + SLICE], weight[start : start + SLICE])
             product += part
-            self._recorder.peak(label, part)
-            self._recorder.peak(label, product)
+            self._recorder.tensor(label, part)
+            self._recorder.tensor(label, product)
         return product
 
     def layer_norm(self, x: np.ndarray, name: str, eps: float = LAYER_NORM_EPS) -> np.ndarray:
-        self._recorder.peak(self._prefix + name, x)
+        self._recorder.tensor(self._prefix + name, x)
         normalised = super().layer_norm(x, name, eps)
-        self._recorder.peak(f"{self._prefix}{name}.out", normalised)
+        self._recorder.tensor(f"{self._prefix}{name}.out", normalised)
         return normalised
 
     def tanh(self, x: np.ndarray) -> np.ndarray:
-        self._recorder.peak(f"{self._prefix}tanh", x)
+        self._recorder.tensor(f"{self._prefix}tanh", x)
         return super().tanh(x)
 
     def sigmoid(self, x: np.ndarray) -> np.ndarray:
-        self._recorder.peak(f"{self._prefix}sigmoid", x)
+        self._recorder.tensor(f"{self._prefix}sigmoid", x)
         return super().sigmoid(x)
 
     def relu(self, x: np.ndarray) -> np.ndarray:
         positive = super().relu(x)
-        self._recorder.peak(f"{self._prefix}square", np.square(positive))
+        self._recorder.tensor(f"{self._prefix}square", np.square(positive))
         return positive
 
     def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
-        self._recorder.peak(f"{self._prefix}row_matmul", largest(x) * s)
+        self._recorder.tensor(f"{self._prefix}row_matmul", largest(x) * s)
         return super().row_matmul(x, s)
 
 
@@ -208,48 +215,48 @@ def calibrate(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Statistics:
-    """Read `ids` in steps of `rows` tokens, and record what the projections are given.
+    """Read `ids` in steps of `rows` tokens, and record activation statistics.
 
-    keep: rows of each projection that are kept at most; all of them take no more than MEMORY bytes. progress: called
-    with the tokens of each step.
-    Raises UsageError for less than two ids or one outside the vocabulary, CheckpointError where the model's values do
+    keep: limit of the sampled rows of each projection; together they take at most MEMORY bytes. progress: called with
+    the number of tokens after each step.
+    Raises UsageError for fewer than two ids or an id outside the vocabulary, CheckpointError if the model's values do
     not stay finite.
     """
     tokens, spec = check_ids(ids, source.spec, at_least=2), source.spec
     pieces = list(contexts(tokens))
-    room = min(keep, sum(map(len, pieces)), MEMORY // (4 * _row_width(spec)))
-    sample = Reservoir(max(2, room), np.random.default_rng(seed))
+    limit = min(keep, sum(map(len, pieces)), MEMORY // (4 * _row_width(spec)))
+    sample = Reservoir(max(2, limit), np.random.default_rng(seed))
     recorder = _Recorder(sample.keep)
     maths = RecordingMaths(widened(source), recorder)
 
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
         for port in group.inputs:
-            recorder.peak(f"{group.name}.{port.name}", inputs[port.name])
+            recorder.tensor(f"{group.name}.{port.name}", inputs[port.name])
         return source.evaluate(group, maths, dict(inputs))
 
     def steps(context: np.ndarray) -> Iterator[list[np.ndarray]]:
         for number, step in enumerate(np.split(context, range(rows, len(context), rows))):
-            recorder.chosen, recorder.slots = sample.admit(len(step))
+            recorder.kept, recorder.slots = sample.admit(len(step))
             yield [step]
             if progress:
-                progress(len(step) - (number == 0))  # the end of text is none of the user's
+                progress(len(step) - (number == 0))  # the end-of-text token does not count
 
     for context in pieces:
         for _ in read(source, run, steps(context)):
             pass
     for samples in recorder.samples.values():
         samples.rows = samples.rows[sample.order()]
-    if not np.isfinite(list(recorder.peaks.values())).all():
+    if not np.isfinite(list(recorder.absmax.values())).all():
         raise CheckpointError(
-            "the model's values do not stay finite over the calibration text: are its weights whole?"
+            "the model's values do not stay finite over the calibration text: its weights may be damaged"
         )
-    return Statistics(recorder.samples, dict(recorder.peaks), len(tokens))
+    return Statistics(recorder.samples, dict(recorder.absmax), len(tokens))
 
 
 def contexts(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The tokens in contexts: a quarter of them in short ones, a quarter in ones of medium length, half in one.
+    """Split tokens into contexts: a quarter into short ones, a quarter into medium ones, half into one.
 
-    Each begins with an end-of-text token, as texts do in training, which has extremes of its own.
+    Each begins with an end-of-text token, as texts do in training. This token has extremes of its own.
     """
     quarter, half = len(tokens) // 4, len(tokens) // 2
     for start, stop, length in (
@@ -262,7 +269,7 @@ def contexts(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _row_width(spec: Spec) -> int:
-    """Numbers in a row of every projection."""
+    """Sum of the input widths of all projections."""
     shapes = [tensor.used_shape for tensor in tensors(spec) if tensor.kind.is_projection]
     return sum(shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in shapes)
 
@@ -271,10 +278,10 @@ def _row_width(spec: Spec) -> int:
 
 
 def read_ids(files: Sequence[str], tokenizer: Tokenizer | None, spec: Spec) -> np.ndarray | None:
-    """Ids of the user's files, (M,) int64: TOKENS at most, the same share of each; None where no file is named.
+    """Read ids from the user's files, (M,) int64: at most TOKENS, the same share of each. None if no file is named.
 
-    Raises UsageError for a file that is empty, binary or no ids, for fewer than LEAST tokens, and for text where there
-    is no tokenizer.
+    Raises UsageError for a file that is empty, binary or not ids, for fewer than LEAST tokens, and for text without a
+    tokenizer.
     """
     if not files:
         return None
@@ -282,30 +289,30 @@ def read_ids(files: Sequence[str], tokenizer: Tokenizer | None, spec: Spec) -> n
 
 
 def default_ids(tokenizer: Tokenizer | None, source: ModelSource) -> np.ndarray:
-    """Ids where the user names no text, (M,) int64: of the text that ships with the package, or sampled from the model
-    where its vocabulary is unknown."""
+    """Ids if the user names no text, (M,) int64: of the text in the package, or sampled from the model if its
+    vocabulary is unknown."""
     if tokenizer is not None:
         ids = calibration_text(tokenizer.encode).ids[:TOKENS]
         return check_ids(ids, source.spec, at_least=LEAST)
     log.info(
-        "no vocabulary is known for this model: it is calibrated on tokens sampled from it, which says less than a "
-        "text (give --tokenizer FILE, or ids to --calibrate)"
+        "no vocabulary is known for this model, so it is calibrated on tokens sampled from it. A text calibrates "
+        "better: give --tokenizer FILE, or --calibrate with ids"
     )
     with show_progress("sample", "token", total=SAMPLED) as bar:
         return sample_ids(source, SAMPLED, progress=bar.update)
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> np.ndarray:
-    """Ids to calibrate with, as int64. Raises UsageError."""
+    """Convert calibration ids to int64. Raises UsageError."""
     tokens = np.asarray(ids)
     if len(tokens) < at_least:
         raise UsageError(
-            f"the calibration text has {len(tokens)} tokens: it takes at least {at_least}, and serves with thousands"
+            f"the calibration text has {len(tokens)} tokens: at least {at_least} are needed, thousands are better"
         )
     if tokens.min() < 0 or tokens.max() >= spec.V:
         wrong = tokens[(tokens < 0) | (tokens >= spec.V)][0]
         raise UsageError(
-            f"the calibration ids hold {wrong}, which is outside the model's vocabulary of {spec.V}"
+            f"the calibration ids contain {wrong}, which is outside the model's vocabulary of {spec.V}"
         )
     return tokens.astype(np.int64)
 
@@ -313,53 +320,55 @@ def check_ids(ids: Sequence[int] | np.ndarray, spec: Spec, *, at_least: int) -> 
 def sample_ids(
     source: ModelSource, count: int, *, seed: int = 0, progress: Callable[[int], object] | None = None
 ) -> np.ndarray:
-    """(count,) ids that the model writes by itself, at temperature 1, in SEQUENCES texts one after the other.
+    """Generate (count,) ids at temperature 1, as SEQUENCES texts one after the other. The result is reproducible.
 
-    The same every time. `progress` is called with the tokens of each step.
+    progress: called with the number of tokens after each step.
     """
     maths = NumpyMaths(widened(source))
     sampler = Sampler(SamplingOptions(top_p=1.0), seed=seed)
-    written = [np.full(SEQUENCES, END_OF_TEXT)]
+    generated = [np.full(SEQUENCES, END_OF_TEXT)]
     steps = -(-count // SEQUENCES)
 
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
         return source.evaluate(group, maths, dict(inputs))
 
-    for logits in read(source, run, (list(written[-1][:, None]) for _ in range(steps))):
-        written.append(np.array([sampler.sample(row)[0] for row in logits]))
+    for logits in read(source, run, (list(generated[-1][:, None]) for _ in range(steps))):
+        generated.append(np.array([sampler.sample(row)[0] for row in logits]))
         if progress:
             progress(SEQUENCES)
-    return np.stack(written[1:], axis=1).reshape(-1)[:count].astype(np.int64)
+    return np.stack(generated[1:], axis=1).reshape(-1)[:count].astype(np.int64)
 
 
 def _read_file(file: str, tokenizer: Tokenizer | None) -> Tokens:
     if tokenizer is None and Path(file).is_file() and not holds_ids(file):
         raise UsageError(
-            f"{file} is text, and no vocabulary is known for this model: give --tokenizer FILE, or ids as .json "
+            f"{file} is text, but no vocabulary is known for this model: give --tokenizer FILE, or ids as .json "
             "or .npy"
         )
-    tokens = read_tokens(file, tokenizer.encode if tokenizer else _no_words)
+    tokens = read_tokens(file, tokenizer.encode if tokenizer else _unused_encode)
     if tokens.bytewise:
         log.info(
-            f"{file}: the vocabulary has nothing but bytes for this text, so that the model hardly knows its "
-            "language: what it is used for would calibrate better"
+            f"{file}: the vocabulary has only single bytes for this text, so the model hardly knows its language. "
+            "A text like those that the model is used for calibrates better"
         )
     return tokens
 
 
-def _no_words(text: str) -> list[int]:
-    raise AssertionError("ids need no tokenizer")
+def _unused_encode(text: str) -> list[int]:
+    raise AssertionError("a file of ids needs no tokenizer")
 
 
 def _shared(pieces: list[np.ndarray]) -> np.ndarray:
-    """The beginnings of all pieces, equally long as far as they go, TOKENS together. The end of each comes at the end,
-    where int8 is measured (quantise.MEASURED)."""
-    share, left = [], TOKENS
+    """Join the beginnings of all pieces: equally long if the pieces allow it, TOKENS together.
+
+    The last eighth of each piece comes at the end, where int8 is measured (quantise.MEASURED).
+    """
+    shares, left = [], TOKENS
     for number, piece in enumerate(sorted(pieces, key=len)):
-        share.append(piece[: left // (len(pieces) - number)])
-        left -= len(share[-1])
-    ends = [len(piece) - len(piece) // 8 for piece in share]
+        shares.append(piece[: left // (len(pieces) - number)])
+        left -= len(shares[-1])
+    ends = [len(piece) - len(piece) // 8 for piece in shares]
     return np.concatenate(
-        [piece[:end] for piece, end in zip(share, ends, strict=True)]
-        + [piece[end:] for piece, end in zip(share, ends, strict=True)]
+        [piece[:end] for piece, end in zip(shares, ends, strict=True)]
+        + [piece[end:] for piece, end in zip(shares, ends, strict=True)]
     )

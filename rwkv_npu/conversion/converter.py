@@ -1,8 +1,8 @@
-"""From a checkpoint to a bundle.
+"""Convert a checkpoint to a bundle.
 
-Everything that can be checked quickly is checked before anything is written. The bundle grows in `OUT.partial/`, where
-each file appears whole and each finished stage is noted: after Ctrl-C, a kill or a full disk the next conversion goes
-on from there. OUT itself appears by one rename. A bundle of the same weights that is there already is added to.
+Everything that can be checked quickly is checked before anything is written. The bundle grows in `OUT.partial/`. Each
+file appears there complete, and each finished stage is noted, so that after Ctrl-C, a kill or a full disk the next
+conversion continues there. OUT itself appears by one rename. An existing bundle of the same weights is extended.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from rwkv_npu.conversion.quantise import (
 from rwkv_npu.conversion.request import Request, parse_rows, parse_target, read_map
 from rwkv_npu.conversion.workspace import (
     Notes,
-    bundle_place,
-    check_place,
+    bundle_path,
+    check_out_path,
     drop_damaged,
-    existing,
+    existing_manifest,
     keep_if,
     other_weights,
     stamp,
@@ -85,7 +85,7 @@ from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
 from rwkv_npu.text.tokenizer import Tokenizer, find_or_explain, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 
-STATISTICS = "calib/statistics.safetensors"  # until the bundle is finished
+STATISTICS = "calib/statistics.safetensors"  # deleted when the bundle is finished
 
 log = logging.getLogger("rwkv_npu")
 
@@ -115,27 +115,27 @@ def convert(
     adapter_blocks: str | None = None,
     initial_state: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Make a bundle of `checkpoint` and return its path; `out` defaults to ./STEM.rwkv.
+    """Convert `checkpoint` to a bundle and return its path. `out` defaults to ./STEM.rwkv.
 
-    target: the chip whose `.rknn` files are built, or `none` for the CPU only.
-    precision: of the artifacts: fp16; w8a8, every large matrix in int8 and all between them in fp16; mixed, as many of
-        them in int8 as leave the KL divergence of the logits under `max_kl` nats a token; bf16, an experiment.
-    precision_map: a JSON file that names the projections of mixed in int8 (request.py), instead of a measurement.
+    target: chip to compile `.rknn` files for, or `none` for the CPU only.
+    precision: of the artifacts. fp16. w8a8: every large matrix in int8, the rest in fp16. mixed: as many large matrices
+        in int8 as keep the KL divergence of the logits under `max_kl` nats a token. bf16: experimental.
+    precision_map: a JSON file that names the int8 projections of mixed (request.py), instead of a measurement.
     rows: row counts of the artifacts, such as "1,64"; auto chooses by memory.
-    cpu: precision in which the CPU multiplies: int8, int4, fp16 or fp32. Beside quantised weights there are those in
-        fp16, which the other backends read. None: the precision of the bundle that is added to, int8 for a new one.
-    force: replace the bundle at `out`. jobs: builds at a time (None: as memory and cores allow).
+    cpu: precision of the CPU's products: int8, int4, fp16 or fp32. Next to quantised weights the bundle holds fp16
+        weights, which other backends read. None: the existing bundle's precision, int8 for a new bundle.
+    force: replace the bundle at `out`. jobs: parallel builds (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
     toolkit: version of the compiler; None: 2.3.2. A board needs a librknnrt of this version or later.
-    calibrate: texts, or ids as `.json` or `.npy`, that the model reads for fp16 range scaling and int8; none is the
-        text that ships with the package. A bundle for the CPU alone needs none.
+    calibrate: texts, or ids as `.json` or `.npy`, to read for fp16 range scaling and int8. Default: the text in the
+        package. A bundle for the CPU alone needs none.
     remedies: against the error of int8: all, or for comparison none, ranges (calibration methods other than min-max) or
         smoothing (SmoothQuant).
-    layout: of a checkpoint that can be read in two ways, blinkdl or web-rwkv; None tells it from the tensors.
-    adapter: of a fine-tuning, merged into the weights. adapter_scale: alpha / rank of a LoRA, where no file holds it;
-        adapter_init: the initial values of PiSSA; adapter_blocks: in or out, for Bone where shapes do not tell.
+    layout: of an ambiguous checkpoint, blinkdl or web-rwkv; None derives it from the tensors.
+    adapter: of a fine-tuning, merged into the weights. adapter_scale: alpha / rank of a LoRA, if no file holds it.
+        adapter_init: initial values of PiSSA. adapter_blocks: in or out, for a Bone whose shapes are ambiguous.
     initial_state: a tuned state from which every text of the bundle begins.
-    Each stage is logged to the logger "rwkv_npu". Progress bars go to stderr when it is a terminal.
+    Each stage is logged to the logger "rwkv_npu". Progress bars go to stderr if it is a terminal.
     Raises CheckpointError, BundleError, ToolkitError, TokenizerError or UsageError, each one line.
     """
     texts = [calibrate] if isinstance(calibrate, str | os.PathLike) else calibrate
@@ -169,11 +169,11 @@ def convert(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was checked against the checkpoint, the output and the texts that it names.
+    """A request that was checked against the checkpoint, the output and the texts.
 
-    request: with the CPU's precision filled in. manifest: of the bundle that is added to, or a new one. mapped: the
-    projections that a precision map puts in int8. ids: of the user's texts, (M,). stamp: the output's, when it was
-    looked at.
+    request: with the CPU's precision filled in. stamp: of the output, to detect that another process writes to it.
+    manifest: of the existing bundle, or a new one. mapped: the projections that a precision map puts in int8. ids: of
+    the user's texts, (M,).
     """
 
     request: Request
@@ -188,25 +188,28 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Check all that can be checked quickly; nothing is written. For conversions and for dry runs. Raises
-    RwkvNpuError."""
+    """Check everything that can be checked quickly, for conversions and dry runs. Writes nothing.
+
+    Raises RwkvNpuError.
+    """
     checkpoint = open_checkpoint(request.checkpoint, request.layout)
     adapter, initial_state = _fine_tune(checkpoint, request)
     spec = checkpoint.spec
     tokenizer, no_text = _find_tokenizer(request, spec.V)
-    out = bundle_place(request.checkpoint, request.out, request.adapter)
-    check_place(out, request.checkpoint)
+    out = bundle_path(request.checkpoint, request.out, request.adapter)
+    check_out_path(out, request.checkpoint)
     before = stamp(out)
-    found = existing(out, checkpoint, request)
-    cpu = request.cpu or (found.cpu_precisions[0] if found else request.cpu_precision)
+    manifest = existing_manifest(out, checkpoint, request)
+    adding = manifest is not None
+    cpu = request.cpu or (manifest.cpu_precisions[0] if manifest else request.cpu_precision)
     request = replace(request, cpu=cpu)
     mapped = None if request.precision_map is None else read_map(request.precision_map, spec)
     ids = read_ids(request.calibrate, tokenizer, spec)
     if no_text:
         log.info(no_text)
-    manifest = found or _new_manifest(checkpoint, request)
+    manifest = manifest or _new_manifest(checkpoint, request)
     manifest.adapter, manifest.initial_state = adapter, initial_state
-    return Prepared(request, checkpoint, tokenizer, out, before, manifest, found is not None, mapped, ids)
+    return Prepared(request, checkpoint, tokenizer, out, before, manifest, adding, mapped, ids)
 
 
 def _fine_tune(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, str], dict[str, str]]:
@@ -226,36 +229,36 @@ def _fine_tune(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, str]
 
 
 def _find_tokenizer(request: Request, vocab_size: int) -> tuple[Tokenizer | None, str]:
-    """The tokenizer for the bundle, or None and the reason: a bundle can do without."""
+    """The tokenizer for the bundle, or None and the reason. A bundle can lack a tokenizer."""
     if request.tokenizer is None:
         return find_or_explain(vocab_size=vocab_size, beside=request.checkpoint)
     return find_tokenizer(vocab_size=vocab_size, override=request.tokenizer), ""
 
 
 def run(request: Request) -> Path:
-    """Convert; as `convert`, for its `Request`."""
+    """Carry out a conversion. See `convert`."""
     job = prepare(request)
     request, manifest = job.request, job.manifest
     compiler = None
     if request.compiles:
         compiler = environment.require(request.toolkit or environment.DEFAULT_VERSION)
         request.check_toolkit(compiler.version)
-    # The choice of mixed is not known yet: the smallest that it can be must fit.
+    # The int8 choice of mixed is not known yet. Refuse the request if not even the smallest possible choice fits.
     smallest = () if not request.quantises else sizes(manifest.spec) if job.mapped is None else job.mapped
     planned = _plan(job, smallest)
     for note in job.checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu}"
     with workspace(job.out, key, adding=job.adding, before=job.stamp) as (folder, notes):
-        # 1. Every value is read.
+        # 1. Read and check every value.
         manifest.weights_digest = _check_values(job, notes)
         if not job.adding:
             keep_if(notes, folder, "weights", manifest.weights_digest, "*")
         drop_damaged(folder, manifest, request, {artifact.path for artifact in planned})
-        # 2. Weights, in the CPU's precision too.
+        # 2. Write the weights, also in the CPU's precision.
         _write_weights(job, folder)
         bundle = Bundle(folder, manifest)
-        # 3. The model reads a text: for fp16 range scaling, and for int8.
+        # 3. Read the text with the model, for fp16 range scaling and for int8.
         ids, text = _read_text(job, bundle, notes) if request.calibrates else (None, None)
         if text is not None:
             spec, statistics = manifest.spec, text.statistics
@@ -268,7 +271,7 @@ def run(request: Request) -> Path:
         if not job.adding:
             stale = ("*.onnx", SELF_TEST, "*.rknn", "*.rknn.json")
             keep_if(notes, folder, "graphs", str(manifest.scaling), *stale)
-        # 4. Graphs for CPUs, and golden vectors.
+        # 4. Write the CPU's graphs and the golden vectors.
         write_graphs(bundle)
         write_self_test(bundle)
         if request.tokenizer is not None or not _has_tokenizer(manifest):
@@ -277,11 +280,11 @@ def run(request: Request) -> Path:
         if request.verify:
             log.info("verifying the graphs in ONNX Runtime")
             manifest.graph_errors |= verify_graphs(bundle)
-        # 5. int8: parameters, and the projections that have it.
+        # 5. int8: choose parameters, then projections.
         if request.quantises:
             assert ids is not None, "int8 is calibrated"
             planned = _plan(job, _quantise(job, bundle, ids, text))
-        # 6. Artifacts.
+        # 6. Compile the artifacts.
         if compiler:
             _compile(job, bundle, planned, compiler)
         if request.verify:
@@ -291,7 +294,7 @@ def run(request: Request) -> Path:
 
 
 def _plan(job: Prepared, int8: Collection[str]) -> list[Artifact]:
-    """The artifacts that there have to be, with these projections in int8."""
+    """The artifacts of the request, with these projections in int8."""
     request, manifest = job.request, job.manifest
     if not request.compiles:
         return []
@@ -300,8 +303,10 @@ def _plan(job: Prepared, int8: Collection[str]) -> list[Artifact]:
 
 
 def _check_values(job: Prepared, notes: Notes) -> str:
-    """Read every value once, and return their digest. Raises CheckpointError for one that cannot be used, BundleError
-    for weights other than those at the output."""
+    """Read every value once. Returns the digest of all values.
+
+    Raises CheckpointError for an unusable value, BundleError if the output holds other weights.
+    """
     spec, request = job.checkpoint.spec, job.request
     fp16 = request.storage == "fp16" or request.compiles
     follows_from = [_file_stamps(job.checkpoint.path), fp16]
@@ -316,7 +321,7 @@ def _check_values(job: Prepared, notes: Notes) -> str:
 
 
 def _file_stamps(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of a checkpoint's files: the same tell that nobody has written to it."""
+    """Names, sizes, times and inodes of a checkpoint's files. Equal stamps mean that the files have not changed."""
     folder = path if path.is_dir() else path.parent
     files = [path] if path.is_file() and path.suffix != ".json" else sorted(folder.iterdir())
     stats = [(file, file.stat()) for file in files if file.is_file()]
@@ -333,14 +338,14 @@ def _write_weights(job: Prepared, folder: Path) -> None:
 
 
 class _Text(NamedTuple):
-    """A text that the model has read, and the activation statistics of that, without any scaling."""
+    """A text that the model has read, and its activation statistics without any scaling."""
 
     digest: str
     statistics: Statistics
 
 
 def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray, _Text | None]:
-    """The ids of the text, and what came of reading it: None where the bundle has all that follows from it."""
+    """The ids of the text, and its statistics: None if the bundle has everything that follows from them."""
     request, manifest = job.request, job.manifest
     source = BundleSource(bundle, "layer", manifest.cpu)
     source.program = Program(manifest.spec, "layer", Scaling())
@@ -366,11 +371,11 @@ def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray,
     path = bundle.path / STATISTICS
     if notes.get("statistics", follows_from) and path.is_file():
         return ids, _Text(text, Statistics.load(path, len(read)))
-    log.info(f"reading {len(read)} tokens for the ranges of numbers")
+    log.info(f"reading {len(read)} tokens for activation statistics")
     if request.quantises and len(read) < FEW:
         log.info(
-            f"{len(read)} tokens are few to choose ranges by: other texts will leave them, and int8 will "
-            "cost more than is measured here; thousands serve"
+            f"{len(read)} tokens are few to choose int8 parameters: on other texts the error of int8 will be larger "
+            "than measured here. Use thousands of tokens"
         )
     with progress("calibrate", "token", total=len(read)) as bar:
         statistics = calibrate(source, read, keep=keep, progress=bar.update)
@@ -380,48 +385,48 @@ def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray,
 
 
 def _quantise(job: Prepared, bundle: Bundle, ids: np.ndarray, text: _Text | None) -> tuple[str, ...]:
-    """Choose parameters and projections of int8, and return the projections. Artifacts of another choice go."""
+    """Choose int8 parameters and projections. Returns the projections. Removes artifacts of another choice."""
     request, manifest = job.request, job.manifest
     key = parameters_key(bundle, ids, request.remedies)
     before = manifest.int8.get(request.precision) if manifest.int8_key == key else None
     table = known_parameters(bundle, key)
     if table is None or manifest.int8_key not in ("", key):
         _forget_int8(bundle)
-        assert text is not None, "the text was read"
+        assert text is not None, "_read_text returns a text if the parameters are unknown"
         samples_of = partial(scaled_samples, manifest.spec, text.statistics, manifest.scaling)
         table = choose_parameters(bundle, samples_of, request.remedies, key)
     mapped = job.mapped if request.precision == "mixed" else list(sizes(manifest.spec))
     max_kl = request.max_kl if mapped is None else None
     same = mapped is None or before is not None and set(before.projections) == set(mapped)
-    chosen = before if before is not None and before.max_kl == max_kl and same else None
-    if chosen is None:
-        chosen, table = select_projections(bundle, split_text(ids)[1], table, key, mapped, max_kl)
+    int8 = before if before is not None and before.max_kl == max_kl and same else None
+    if int8 is None:
+        int8, table = select_projections(bundle, split_text(ids)[1], table, key, mapped, max_kl)
     manifest.int8_key, manifest.sensitivity = key, table
     replaced = manifest.int8.get(request.precision)
-    manifest.int8[request.precision] = chosen
-    log.info("\n".join(describe(request.precision, chosen, table)))
-    if replaced is not None and replaced.projections != chosen.projections:
-        _drop_other_choice(job, chosen.projections)
-    return chosen.projections
+    manifest.int8[request.precision] = int8
+    log.info("\n".join(describe(request.precision, int8, table)))
+    if replaced is not None and replaced.projections != int8.projections:
+        _drop_other_choice(job, int8.projections)
+    return int8.projections
 
 
 def _forget_int8(bundle: Bundle) -> None:
-    """Remove all that follows from other parameters: first from the manifest, in case of a kill."""
+    """Remove everything that follows from other int8 parameters. The manifest is changed first, in case of a kill."""
     manifest = bundle.manifest
     if lost := sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts if a.int8}):
         log.info(
-            "artifacts in int8 of other ranges go: convert again to have "
+            "removing int8 artifacts with other quantization parameters. To have them again, convert with "
             + ", ".join(f"--target {t} --precision {p} --fusion {f}" for t, p, f in lost)
         )
-    gone = {INT8, *manifest.forget_int8()}
-    _drop_files(bundle, gone)
-    for name in gone:
-        with contextlib.suppress(FileNotFoundError):  # its folder
+    names = {INT8, *manifest.forget_int8()}
+    _drop_files(bundle, names)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # the folder may be missing
             remove_within(bundle.path, name)
 
 
 def _drop_files(bundle: Bundle, names: Collection[str]) -> None:
-    """Remove files from the manifest, and from the one on the disk too, before they are replaced or removed."""
+    """Remove files from the manifest, in memory and on disk, before the files are replaced or deleted."""
     manifest, path = bundle.manifest, bundle.path / MANIFEST
     manifest.files = {name: record for name, record in manifest.files.items() if name not in names}
     if path.exists():
@@ -429,26 +434,28 @@ def _drop_files(bundle: Bundle, names: Collection[str]) -> None:
 
 
 def _drop_other_choice(job: Prepared, int8: Collection[str]) -> None:
-    """Remove the artifacts of this precision that have other projections in int8, whatever their target, fusion and
-    rows: a bundle has one choice for each precision."""
+    """Remove artifacts of this precision with other int8 projections, whatever their target, fusion and rows.
+
+    A bundle has one choice for each precision.
+    """
     manifest, precision, everything = job.manifest, job.request.precision, job.manifest.artifacts
     manifest.artifacts = [a for a in everything if a.precision != precision]
     planned = {slot(a): a.int8 for a in _plan(job, int8)}
     manifest.artifacts = [a for a in everything if a.precision != precision or planned.get(slot(a)) == a.int8]
-    gone = [a for a in everything if a.precision == precision and slot(a) not in planned]
-    for target, fusion in sorted({(a.target, a.fusion) for a in gone}):
-        rows = sorted({a.rows for a in gone if (a.target, a.fusion) == (target, fusion)})
+    removed = [a for a in everything if a.precision == precision and slot(a) not in planned]
+    for target, fusion in sorted({(a.target, a.fusion) for a in removed}):
+        rows = sorted({a.rows for a in removed if (a.target, a.fusion) == (target, fusion)})
         log.info(
-            f"{precision} has other projections in int8 now: the artifacts for {target}, {fusion} fusion, rows "
-            f"{', '.join(map(str, rows))}, go; convert with --target {target} --precision {precision} "
-            f"--fusion {fusion} to have them again"
+            f"{precision} has other int8 projections now: removing the artifacts for {target}, {fusion} fusion, rows "
+            f"{', '.join(map(str, rows))}. To have them again, convert with --target {target} "
+            f"--precision {precision} --fusion {fusion}"
         )
 
 
 def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> None:
     request, manifest = job.request, job.manifest
     log.info(
-        f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those not there yet with "
+        f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those that are missing, with "
         f"rknn-toolkit2 {compiler.version}"
     )
     wanted = {slot(artifact): artifact for artifact in planned}
@@ -460,9 +467,9 @@ def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: E
     paths = {artifact.path for artifact in manifest.artifacts if stale(artifact)}
     twins = [a for a in manifest.artifacts if a.path in paths and slot(a) not in wanted]
     if paths:
-        # A file that two precisions share stays one.
-        at = {slot(artifact): artifact.path for artifact in manifest.artifacts}
-        planned = [replace(artifact, path=at.get(slot(artifact), artifact.path)) for artifact in planned]
+        # A file that two precisions share keeps its path.
+        shared_paths = {slot(artifact): artifact.path for artifact in manifest.artifacts}
+        planned = [replace(a, path=shared_paths.get(slot(a), a.path)) for a in planned]
         manifest.artifacts = [a for a in manifest.artifacts if a.path not in paths]
         _drop_files(bundle, paths)
     source = BundleSource(bundle, request.fusion)
@@ -475,7 +482,7 @@ def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: E
 
 
 def _finish(bundle: Bundle) -> None:
-    """Write the manifest, and then remove the notes of the stages and the leavings of interrupted conversions."""
+    """Write the manifest. Then delete the notes of the stages and leftovers of interrupted conversions."""
     record_files(bundle.path, bundle.manifest)
     write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
     remove_unlisted(bundle.path, ("rknn", "cpu", "calib", "graphs"), bundle.manifest.files)
@@ -485,7 +492,7 @@ def _finish(bundle: Bundle) -> None:
 
 
 def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
-    """The results of the verification, a line a graph and artifact: the worst output's relative error."""
+    """The verification errors of graphs and artifacts, one a line: the worst relative error of the outputs."""
     slots = set(map(slot, planned))
     artifacts = {a.path: a.error for a in manifest.artifacts if slot(a) in slots}
     errors = {**manifest.graph_errors, **artifacts}

@@ -1,8 +1,8 @@
-"""Forecasts the result of a conversion from the shapes of a model: nothing is compiled, and nothing written.
+"""Forecast the result of a conversion from a model's shapes. Compiles nothing and writes nothing.
 
-Memory is added up by `memory.plan_memory`, as it is for compiled artifacts. Cycles follow the compiler's formula
-(`estimate.formula_cycles`), and times are the estimates of `runtime.estimate`, as `info` and `bench inference` print
-them. The sizes of matrices are exact; the rest of a file, and every time, is an estimate.
+Memory is computed by `memory.plan_memory`, as for compiled artifacts. Cycles follow the compiler's formula
+(`estimate.formula_cycles`). Times are the estimates of `runtime.estimate`, which `info` and `bench inference` print.
+Sizes of matrices are exact. The rest of a file and all times are estimates.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from rwkv_npu.runtime import rk3588
 from rwkv_npu.runtime.estimate import Estimate, formula_cycles, on_cpu, on_npu, weights
 from rwkv_npu.runtime.selftest import SELF_TEST_ROWS
 
-Share = Callable[[str], float]
+Share = Callable[[str], float]  # name of a projection -> share of it in int8
 
-PROMPT_TOKENS = 128  # of the prompt whose reading is estimated
-TIMED = (1, PROMPT_TOKENS)  # numbers of tokens that are read at once
+PROMPT_TOKENS = 128  # of the prompt in the speed estimate
+TIMED = (1, PROMPT_TOKENS)  # numbers of tokens read at once
 
 PRECISIONS = ("fp16", "mixed", "w8a8")
-ASSUMED_SHARE = 0.8  # of the weights in int8, where nobody has chosen them yet
+ASSUMED_SHARE = 0.8  # of the weights in int8, while the choice of mixed is unknown
 
-# Bytes of a `.rknn` beside its weights, fitted to files of toolkit 2.5.0: for each node of the graph and for each input
-# and output, which are transposed where there are several rows; for each product in int8, which is converted.
+# Bytes of a `.rknn` beside its weights, fitted to files of toolkit 2.5.0: for each node of the graph, for each input
+# and output (transposed if there are several rows), and for the conversions of each int8 product.
 ONE_ROW, SEVERAL_ROWS = (5_200, 5_500), (3_500, 30_800)
 INT8_BYTES = 4_500
 
@@ -46,10 +46,10 @@ INT8_BYTES = 4_500
 class Variant:
     """The artifacts of one precision. Their `weight_bytes` and `cycles` are estimates.
 
-    int8: share of the weights in int8; assumed: the share is an assumption. files: bytes of each `.rknn` by its path.
-    memory: of all artifacts, whether they fit or not. left: groups that do not fit the NPU and stay on the CPU, and
-    left_bytes their bytes. speeds: by kind of DRAM, tokens a second (slow, central, fast) for each of TIMED; empty
-    where the chip's terms are not known. board_bytes: memory of a process beside the NPU's.
+    int8: share of the weights in int8; assumed: that share is an assumption. files: bytes of each `.rknn` by its path.
+    memory: of all artifacts, whether or not they fit. left: groups that do not fit the NPU and stay on the CPU, with
+    left_bytes bytes. speeds: by kind of DRAM and number of tokens (TIMED), tokens a second (slow, central, fast); empty
+    for a chip without measurements. board_bytes: memory of the process, without the NPU's.
     """
 
     precision: str
@@ -67,7 +67,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Forecast:
-    """calls: for a token. parts: bytes of the bundle's files other than artifacts, by what they are."""
+    """calls: NPU calls for a token. parts: bytes of the bundle's files other than artifacts, by kind."""
 
     spec: Spec
     target: str
@@ -82,65 +82,66 @@ class Forecast:
 
 
 class Graphs:
-    """The graphs of a program's groups. Those that are alike but for their layer are one, unless told `apart`."""
+    """The graphs of a program's groups, cached. Layers with equal graphs share one, unless `by_layer` is set."""
 
-    def __init__(self, program: Program, *, apart: bool = False):
-        self.program, self._apart = program, apart
-        self._found: dict[Any, tuple[Trace, list[Matrix]]] = {}
+    def __init__(self, program: Program, *, by_layer: bool = False):
+        self.program, self._by_layer = program, by_layer
+        self._cache: dict[Any, tuple[Trace, list[Matrix]]] = {}
 
-    def _look(self, group: Group, rows: int | None) -> tuple[Trace, list[Matrix]]:
-        key = group.layer if self._apart else None, group.role, group.inputs, group.outputs, rows
-        if key not in self._found:
+    def _get(self, group: Group, rows: int | None) -> tuple[Trace, list[Matrix]]:
+        key = group.layer if self._by_layer else None, group.role, group.inputs, group.outputs, rows
+        if key not in self._cache:
             program = self.program
             trace = trace_group(program, group) if rows is None else compiler_trace(program, group, rows)
-            self._found[key] = trace, matrices(trace, self.program.spec)
-        return self._found[key]
+            self._cache[key] = trace, matrices(trace, self.program.spec)
+        return self._cache[key]
 
     def trace(self, group: Group, rows: int | None = None) -> Trace:
-        """As the compiler reads it, or with `rows` None as the CPU does."""
-        return self._look(group, rows)[0]
+        """The graph for the compiler at this row count; with `rows` None, the graph for the CPU."""
+        return self._get(group, rows)[0]
 
     def matrices(self, group: Group, rows: int | None = None) -> list[Matrix]:
-        """The matrices that it multiplies with."""
-        return self._look(group, rows)[1]
+        """The matrices in that graph."""
+        return self._get(group, rows)[1]
 
 
 def forecast(
     checkpoint: Checkpoint,
     request: Request,
-    chosen: Collection[str] | None = None,
-    there: Sequence[Artifact] = (),
+    int8: Collection[str] | None = None,
+    existing: Sequence[Artifact] = (),
 ) -> Forecast:
-    """Forecast `request` for a checkpoint, in each of PRECISIONS, whatever its own.
+    """Forecast a conversion of `checkpoint`, in each of PRECISIONS.
 
-    chosen: names of the projections that `mixed` has in int8; None where they are not known yet. there: artifacts of
-    an existing bundle, whose memory counts where they are of the same kind.
+    int8: names of the projections that `mixed` puts in int8; None if they are unknown. existing: artifacts of an
+    existing bundle; those of the same kind count for the memory.
     """
     spec = checkpoint.spec
     programs = {fusion: Program(spec, fusion, default_scaling(spec)) for fusion in FUSIONS}
-    graphs = {fusion: Graphs(program, apart=chosen is not None) for fusion, program in programs.items()}
+    graphs = {fusion: Graphs(program, by_layer=int8 is not None) for fusion, program in programs.items()}
     parts = _bundle_parts(checkpoint, request, list(graphs.values()))
-    # Every process holds embedding and vectors, and the state of one sequence.
-    held = parts["embedding and vectors"] + 4 * spec.L * sum(map(prod, state_shapes(spec).values()))
-    ours, variants = graphs[request.fusion], []
+    # Every process holds the embedding, the vectors, and the state of one sequence.
+    host_bytes = parts["embedding and vectors"] + 4 * spec.L * sum(map(prod, state_shapes(spec).values()))
+    fused, variants = graphs[request.fusion], []
     for precision in PRECISIONS if request.compiles else ():
-        assumed = precision == "mixed" and chosen is None
-        variants.append(
-            _variant(ours, request, precision, _share(spec, precision, chosen), held, assumed, there)
-        )
-    return Forecast(spec, request.target, request.fusion, len(ours.program.groups), parts, variants)
+        assumed = precision == "mixed" and int8 is None
+        share = _share(spec, precision, int8)
+        variants.append(_variant(fused, request, precision, share, host_bytes, assumed, existing))
+    return Forecast(spec, request.target, request.fusion, len(fused.program.groups), parts, variants)
 
 
 # -- artifacts -------------------------------------------------------------------------------------------
 
 
-def _share(spec: Spec, precision: str, chosen: Collection[str] | None) -> Share:
-    """Share of a projection in int8, by its name: 0 or 1 where the choice is known."""
-    able = {} if precision == "fp16" else sizes(spec)
-    if precision == "mixed" and chosen is not None:
-        return lambda name: float(name in chosen)
-    part = 1.0 if precision != "mixed" else ASSUMED_SHARE * sum(weights(spec).values()) / sum(able.values())
-    return lambda name: part if name in able else 0.0
+def _share(spec: Spec, precision: str, int8: Collection[str] | None) -> Share:
+    """The share of each projection in int8: 0 or 1 if the choice is known."""
+    candidates = {} if precision == "fp16" else sizes(spec)
+    if precision == "mixed" and int8 is not None:
+        return lambda name: float(name in int8)
+    share = 1.0
+    if precision == "mixed":
+        share = ASSUMED_SHARE * sum(weights(spec).values()) / sum(candidates.values())
+    return lambda name: share if name in candidates else 0.0
 
 
 def _variant(
@@ -148,14 +149,14 @@ def _variant(
     request: Request,
     precision: str,
     share: Share,
-    held: int,
+    host_bytes: int,
     assumed: bool,
-    there: Sequence[Artifact],
+    existing: Sequence[Artifact],
 ) -> Variant:
     program = graphs.program
     spec, groups = program.spec, {group.name: group for group in program.groups}
     manifest = Manifest(spec, "", "", program.fusion, "", program.scaling, None, groups=describe_groups(spec))
-    manifest.artifacts = list(there)
+    manifest.artifacts = list(existing)
 
     def weigh(group: Group) -> int:
         return _weight_bytes(graphs.matrices(group), share)
@@ -163,16 +164,16 @@ def _variant(
     plans = list(candidates(manifest, program, request.target, precision, request.rows, weigh))
     artifacts, memory = next((plan for plan in plans if plan[1].fits), plans[-1])
     if request.target == rk3588.NAME:
-        found = [graphs.matrices(groups[a.group], a.rows) for a in artifacts]
+        traced = [graphs.matrices(groups[a.group], a.rows) for a in artifacts]
         artifacts = [
-            replace(a, cycles=_cycles(f, a.rows, share)) for a, f in zip(artifacts, found, strict=True)
+            replace(a, cycles=_cycles(m, a.rows, share)) for a, m in zip(artifacts, traced, strict=True)
         ]
-    files = {a.path: a.weight_bytes + _around(graphs, groups[a.group], a.rows, share) for a in artifacts}
+    files = {a.path: a.weight_bytes + _overhead(graphs, groups[a.group], a.rows, share) for a in artifacts}
     left = _left(manifest, artifacts)
     kept = [artifact for artifact in artifacts if artifact.group not in left]
     return Variant(
         precision=precision,
-        int8=_int8([one for group in program.groups for one in graphs.matrices(group)], share),
+        int8=_int8_share([matrix for group in program.groups for matrix in graphs.matrices(group)], share),
         assumed=assumed,
         rows=row_counts(artifacts),
         artifacts=artifacts,
@@ -181,46 +182,46 @@ def _variant(
         left=left,
         left_bytes=sum(weigh(groups[name]) for name in left),
         speeds=_speeds(graphs, kept, [groups[name] for name in left], request.cpu_precision),
-        # RKNNLite keeps what it has read of a file beside what it has given to the NPU.
-        board_bytes=held + sum(files[artifact.path] for artifact in kept),
+        # RKNNLite keeps a copy of the file beside the NPU's memory.
+        board_bytes=host_bytes + sum(files[artifact.path] for artifact in kept),
     )
 
 
-def _int8(found: Sequence[Matrix], share: Share) -> float:
-    """Share of the numbers in some matrices that are in int8."""
-    return sum(share(one.name) * one.k * one.n for one in found) / sum(one.k * one.n for one in found)
+def _int8_share(matrices: Sequence[Matrix], share: Share) -> float:
+    """Share of all matrix elements in int8."""
+    return sum(share(m.name) * m.k * m.n for m in matrices) / sum(m.k * m.n for m in matrices)
 
 
 def _blend(share: float, fp16: float, int8: float) -> float:
     return (1 - share) * fp16 + share * int8
 
 
-def _weight_bytes(found: Sequence[Matrix], share: Share) -> int:
-    sizes = (_blend(share(m.name), *(matrix_bytes(m.k, m.n, bits) for bits in (16, 8))) for m in found)
-    return round(sum(sizes))
+def _weight_bytes(matrices: Sequence[Matrix], share: Share) -> int:
+    return round(
+        sum(_blend(share(m.name), *(matrix_bytes(m.k, m.n, bits) for bits in (16, 8))) for m in matrices)
+    )
 
 
-def _cycles(found: Sequence[Matrix], rows: int, share: Share) -> dict[str, int]:
+def _cycles(matrices: Sequence[Matrix], rows: int, share: Share) -> dict[str, int]:
     sums = dict.fromkeys(("ddr", "npu", "total"), 0.0)
-    for one in found:
-        fp16, int8 = (formula_cycles(one.k, one.n, rows, bits) for bits in (16, 8))
+    for matrix in matrices:
+        fp16, int8 = (formula_cycles(matrix.k, matrix.n, rows, bits) for bits in (16, 8))
         for key, wide, narrow in zip(sums, fp16, int8, strict=True):
-            sums[key] += _blend(share(one.name), wide, narrow)
+            sums[key] += _blend(share(matrix.name), wide, narrow)
     return {key: round(value) for key, value in sums.items()}
 
 
-def _around(graphs: Graphs, group: Group, rows: int, share: Share) -> int:
-    """Bytes of a `.rknn` other than its weights."""
+def _overhead(graphs: Graphs, group: Group, rows: int, share: Share) -> int:
+    """Bytes of a `.rknn` beside its weights."""
     nodes = len(graphs.trace(group, rows).nodes)
     ports = len(group.fixed_inputs(rows)) + len(group.outputs)
-    products = sum(share(one.name) for one in graphs.matrices(group, rows))
+    products = sum(share(matrix.name) for matrix in graphs.matrices(group, rows))
     node_bytes, port_bytes = ONE_ROW if rows == 1 else SEVERAL_ROWS
     return round(node_bytes * nodes + port_bytes * ports + INT8_BYTES * products)
 
 
 def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
-    """Groups that are left when the NPU, with what the bundle has for it already, is filled in the order in which
-    a token passes them."""
+    """Groups that do not fit if the NPU is filled in the order of the forward, beside the bundle's artifacts."""
     kept, left = beside(manifest, artifacts), []
     for group in dict.fromkeys(artifact.group for artifact in artifacts):
         more = [*kept, *(artifact for artifact in artifacts if artifact.group == group)]
@@ -234,7 +235,7 @@ def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
 def _speeds(
     graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str
 ) -> dict[str, dict[int, tuple[float, float, float]]]:
-    """Tokens a second (slow, central, fast) by DRAM and number of tokens; groups in `left` are on the CPU."""
+    """Tokens a second (slow, central, fast) by DRAM and number of tokens. Groups in `left` run on the CPU."""
     if not all(artifact.cycles for artifact in kept):
         return {}
     return {
@@ -254,7 +255,7 @@ def _with_left(
     shares = dict.fromkeys(("projections", "head"), 0.0)
     for group in left:
         part = "head" if group.role == "head" else "projections"
-        shares[part] += sum(one.k * one.n for one in graphs.matrices(group)) / count[part]
+        shares[part] += sum(m.k * m.n for m in graphs.matrices(group)) / count[part]
 
     def added(bound: str) -> dict[str, float]:
         ms = dict(getattr(npu, bound))
@@ -274,7 +275,7 @@ def _bundle_parts(checkpoint: Checkpoint, request: Request, graphs: Sequence[Gra
     others = [tensor for tensor in present if not tensor.kind.is_projection]
 
     def width(tensor: Tensor) -> int:
-        """Bytes of a number: vectors are in fp32, tables as they come, but in fp32 at most."""
+        """Bytes of an element: vectors are fp32, tables keep their dtype but take fp32 at most."""
         return 4 if tensor.kind is Kind.VECTOR else min(4, checkpoint.stored(tensor.name).itemsize)
 
     size = 4 if request.storage == "fp32" else 2
@@ -291,7 +292,7 @@ def _bundle_parts(checkpoint: Checkpoint, request: Request, graphs: Sequence[Gra
 
 
 def _small_bytes(graphs: Graphs, group: Group, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Bytes of a graph without its projections, and of the rows of its self-test."""
+    """Bytes of a graph without its projections, and of the rows of its golden vectors."""
     trace, rows = graphs.trace(group), 1 if group.role == "head" else SELF_TEST_ROWS
     numbers = sum(prod(shapes[constant.name]) for constant in trace.vectors.values())
     numbers += sum(array.size for array in trace.literals.values())

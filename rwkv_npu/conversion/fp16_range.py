@@ -1,8 +1,8 @@
-"""fp16 range scaling: powers of two that keep an fp16 graph in range, chosen by activation statistics.
+"""fp16 range scaling: powers of two that keep the intermediates of an fp16 graph in range.
 
-Two intermediates of a graph grow without a norm to hold them: the residual, which v4 to v6 let grow with depth, and the
-square in the channel mix. Both are scaled by powers of two, which changes no bit except of numbers near fp16's
-smallest. The chip overflows silently: so no intermediate of the statistics passes LIMIT.
+Two intermediates can grow without bound: the residual, which grows with depth in v4 to v6, and the square in the
+channel mix. Both are scaled by powers of two, which is exact except for numbers near fp16's smallest. The chip gives no
+sign of an overflow. So the scales keep every intermediate of the activation statistics below LIMIT.
 """
 
 from __future__ import annotations
@@ -19,68 +19,69 @@ from rwkv_npu.models.spec import Scaling, Spec
 from rwkv_npu.quant.ranges import Samples
 
 LARGEST = 65504.0  # of fp16
-LIMIT = LARGEST / 8  # three bits are left to texts that were not read
+LIMIT = LARGEST / 8  # leaves three bits for other texts
 
-# Tokens of our own text that suffice for fp16: extremes show early.
+# Tokens of the package's text that suffice for fp16: extremes appear early.
 TOKENS = 2048
 
 _ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale
-_TWICE = ("square", "ffn.value.weight", "ffn.value.weight.in")  # by its square
+_TWICE = ("square", "ffn.value.weight", "ffn.value.weight.in")  # divided by the square of that scale
 _RESIDUAL = ("ln1", "ln2", "att.output.weight", "att.output.weight.in")  # multiplied by the residual's scale
 
 log = logging.getLogger("rwkv_npu")
 
 
-def choose_scaling(spec: Spec, seen: Statistics) -> Scaling:
-    """The scales nearest to 1 under which nothing that they can change passes LIMIT.
+def choose_scaling(spec: Spec, statistics: Statistics) -> Scaling:
+    """The scales nearest to 1 that keep everything they can change below LIMIT.
 
-    seen: statistics in layer fusion, without any scaling.
+    statistics: in layer fusion, without any scaling.
     """
-    found = magnitudes(spec, seen, Scaling())
+    absmax = magnitudes(spec, statistics, Scaling())
     layers = []
     for layer in range(spec.L):
         block = f"blocks.{layer}."
         once, twice, residual = (
-            _halvings(max(found[block + name] for name in names)) for names in (_ONCE, _TWICE, _RESIDUAL)
+            _halvings(max(absmax[block + name] for name in names)) for names in (_ONCE, _TWICE, _RESIDUAL)
         )
-        # As the layer leaves it, before it is scaled for the next; the channel mix's product is added to it.
-        left = _halvings(max(found[f"{block}out"], found[f"{block}ffn.value.weight"]))
-        layers.append((2.0 ** max(once, ceil(twice / 2)), 2.0 ** -max(residual, left)))
+        # The layer's output before the next layer scales it; the channel mix's product is added to it.
+        output = _halvings(max(absmax[f"{block}out"], absmax[f"{block}ffn.value.weight"]))
+        layers.append((2.0 ** max(once, ceil(twice / 2)), 2.0 ** -max(residual, output)))
     return Scaling(layers=tuple(layers))
 
 
-def magnitudes(spec: Spec, seen: Statistics, scaling: Scaling) -> dict[str, float]:
-    """The largest magnitude of every intermediate under `scaling`, from statistics without any.
+def magnitudes(spec: Spec, statistics: Statistics, scaling: Scaling) -> dict[str, float]:
+    """The absmax of every intermediate under `scaling`, computed from statistics without any scaling.
 
     NAME.in is the input of a projection, `blocks.I.out` the residual after layer I.
     """
-    found = {**seen.peaks, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
+    inputs = {f"{label}.in": float(s.absmax.max()) for label, s in statistics.projections.items()}
+    absmax = {**statistics.absmax, **inputs}
     following = [*(f"blocks.{layer}.ln1" for layer in range(1, spec.L)), "ln_out"]
-    found |= {f"blocks.{layer}.out": found[norm] for layer, norm in enumerate(following)}
-    return {name: magnitude * _factor(spec, name, scaling) for name, magnitude in found.items()}
+    absmax |= {f"blocks.{layer}.out": absmax[norm] for layer, norm in enumerate(following)}
+    return {name: value * _factor(spec, name, scaling) for name, value in absmax.items()}
 
 
 def measure_range(
-    spec: Spec, seen: Statistics, scaling: Scaling, fusion: str, *, adding: bool
+    spec: Spec, statistics: Statistics, scaling: Scaling, fusion: str, *, adding: bool
 ) -> dict[str, Any]:
-    """The largest magnitude under `scaling`, where it is, and how many tokens were read; logs what passes LIMIT.
+    """The largest absmax under `scaling`, its name, and the number of tokens read. Logs intermediates above LIMIT.
 
-    adding: `scaling` is fixed, by the graphs of a bundle that is added to.
+    adding: `scaling` is fixed, because the bundle to add to has graphs with it.
     """
-    found = magnitudes(spec, seen, scaling)
-    name, largest = max(found.items(), key=lambda item: item[1])
-    if loud := too_large(found):
-        less = ": --fusion projection has less of it on the NPU" if fusion == "layer" else ""
-        advice = ": --force scales it anew" if adding else less
+    absmax = magnitudes(spec, statistics, scaling)
+    name, largest = max(absmax.items(), key=lambda item: item[1])
+    if large := too_large(absmax):
+        less = ": --fusion projection puts fewer of them on the NPU" if fusion == "layer" else ""
+        advice = ": --force chooses the scales anew" if adding else less
         log.info(
-            f"{len(loud)} intermediates pass {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
+            f"{len(large)} intermediates exceed {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
         )
-    return {"tokens": seen.tokens, "largest": largest, "at": name}
+    return {"tokens": statistics.tokens, "largest": largest, "at": name}
 
 
-def scaled_samples(spec: Spec, seen: Statistics, scaling: Scaling, label: str) -> Samples:
-    """The samples of a projection under `scaling`, from statistics without any: exact, by powers of two."""
-    samples = seen.projections[label]
+def scaled_samples(spec: Spec, statistics: Statistics, scaling: Scaling, label: str) -> Samples:
+    """The samples of a projection under `scaling`, from statistics without any. Powers of two keep them exact."""
+    samples = statistics.projections[label]
     inputs, products = (_factor(spec, name, scaling) for name in (f"{label}.in", label))
     if inputs == products == 1:
         return samples
@@ -90,13 +91,13 @@ def scaled_samples(spec: Spec, seen: Statistics, scaling: Scaling, label: str) -
     )
 
 
-def too_large(found: dict[str, float]) -> dict[str, float]:
-    """The magnitudes above LIMIT, by name, the largest first."""
-    return {name: x for name, x in sorted(found.items(), key=lambda item: -item[1]) if x > LIMIT}
+def too_large(absmax: dict[str, float]) -> dict[str, float]:
+    """The values above LIMIT, by name, the largest first."""
+    return {name: x for name, x in sorted(absmax.items(), key=lambda item: -item[1]) if x > LIMIT}
 
 
 def _factor(spec: Spec, name: str, scaling: Scaling) -> float:
-    """`scaling` multiplies the intermediate `name` by this."""
+    """The factor by which `scaling` multiplies the intermediate `name`."""
     if name in ("ln_out", "last.x"):
         return scaling.residual(spec.L - 1)
     if name == "first.x":

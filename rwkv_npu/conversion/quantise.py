@@ -1,8 +1,8 @@
 """The int8 step of a conversion: statistics -> parameters -> selection.
 
-`choose_parameters` finds scales and zero points for every projection that may be in int8 and writes them to
-`calib/int8.safetensors`. `select_projections` decides which are. KL is measured on the end of the text, by which no
-parameter was chosen. Each projection's result is noted as soon as it is known: an interrupted conversion goes on there.
+`choose_parameters` chooses scales and zero points of every projection that can be in int8, and writes them to
+`calib/int8.safetensors`. `select_projections` decides which projections are in int8. KL is measured on the end of the
+text, which chooses no parameters. Every result is saved at once, so that an interrupted conversion continues there.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from rwkv_npu.runtime.weights import BundleSource
 
 MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
-MEASURED = 1024  # tokens on which int8 is measured, no more than a quarter of the text
-FEW = 1000  # tokens: fewer are logged as too few to choose parameters by
-VERSION = 8  # of the way in which parameters are chosen, and graphs made
+MEASURED = 1024  # tokens on which int8 is measured; at most a quarter of the text
+FEW = 1000  # tokens: a shorter text gets a warning
+VERSION = 8  # of the method that chooses parameters and makes graphs
 
-# `--remedies`: calibration methods that are tried, and whether SmoothQuant is.
+# `--remedies`: calibration methods to try, and whether to try SmoothQuant.
 REMEDIES: dict[str, tuple[Sequence[str], bool]] = {
     "all": (tuple(ALGORITHMS), True),
     "ranges": (tuple(ALGORITHMS), False),
@@ -47,21 +47,23 @@ log = logging.getLogger("rwkv_npu")
 
 
 def sizes(spec: Spec) -> dict[str, int]:
-    """Bytes in int8 of the projections that may be in int8, by name. Low-rank ones stay in floating point: they are
-    small, and steer the state."""
+    """int8 bytes of the projections that can be in int8, by name.
+
+    Low-rank projections stay in floating point: they are small and steer the state.
+    """
     return {
         t.name: t.shape[0] * t.shape[1] for t in tensors(spec) if t.kind is Kind.LINEAR and not t.optional
     }
 
 
 def split_text(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The part of a text to choose parameters by, and the end on which int8 is measured."""
+    """Split a text into the part that chooses parameters and the end on which int8 is measured."""
     measured = max(1, min(MEASURED, len(ids) // 4))
     return ids[:-measured], ids[-measured:]
 
 
 def parameters_key(bundle: Bundle, ids: np.ndarray, remedies: str) -> str:
-    """A digest of all that the parameters follow from, apart from the weights."""
+    """A digest of everything that determines the parameters, except the weights."""
     text = f"{VERSION} {remedies} {bundle.manifest.scaling}".encode()
     return hashlib.blake2b(text + ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
 
@@ -70,8 +72,10 @@ def parameters_key(bundle: Bundle, ids: np.ndarray, remedies: str) -> str:
 
 
 def known_parameters(bundle: Bundle, key: str) -> list[Sensitivity] | None:
-    """The table that belongs to the parameters in the bundle, if these were chosen under `key`: of an interrupted
-    conversion, or the manifest's."""
+    """The sensitivity table of the bundle's parameters if they were chosen under `key`, else None.
+
+    It comes from the notes of an interrupted conversion, or from the manifest.
+    """
     if not (bundle.path / INT8).is_file():
         return None
     try:
@@ -86,17 +90,17 @@ def known_parameters(bundle: Bundle, key: str) -> list[Sensitivity] | None:
 def choose_parameters(
     bundle: Bundle, samples_of: Callable[[str], Samples], remedies: str, key: str
 ) -> list[Sensitivity]:
-    """Choose scales and zero points of every projection by its samples, write them, and return the table.
+    """Choose scales and zero points of every projection from its samples, write them, and return the table.
 
-    remedies: one of REMEDIES. Each choice is noted under `key`, and taken from the notes of an interrupted conversion.
+    remedies: one of REMEDIES. Each choice is saved under `key`, and read back after an interruption.
     """
     methods, smooth = REMEDIES[remedies]
-    log.info("choosing the ranges of int8")
+    log.info("choosing quantization parameters of int8")
     folder = bundle.path / Path(INT8).parent
     folder.mkdir(exist_ok=True)
     table: list[Sensitivity] = []
     plans: list[TensorPlan] = []
-    for name, size in progress("choose ranges", "matrix", over=sizes(bundle.spec).items()):
+    for name, size in progress("choose int8 parameters", "matrix", over=sizes(bundle.spec).items()):
         note = folder / f"{name}.json"
         choice = _noted_choice(note, key)
         if choice is None:
@@ -115,11 +119,11 @@ def choose_parameters(
 
 
 def _choice_json(choice: Choice) -> dict[str, Any]:
-    ranges = choice.params
-    smoothing = None if ranges.smoothing is None else ranges.smoothing.tolist()
-    affines = [[affine.scale, affine.zero] for affine in (ranges.input, *ranges.outputs)]
+    params = choice.params
+    smoothing = None if params.smoothing is None else params.smoothing.tolist()
+    scales = [[tensor.scale, tensor.zero] for tensor in (params.input, *params.outputs)]
     return {
-        "affines": affines,
+        "affines": scales,
         "smoothing": smoothing,
         "algorithm": choice.algorithm,
         "error": choice.error,
@@ -128,22 +132,21 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
 
 def _noted_choice(note: Path, key: str) -> Choice | None:
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-        if found["key"] != key:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+        if saved["key"] != key:
             return None
-        given, *made = (QuantParams(float(scale), int(zero)) for scale, zero in found["affines"])
-        smoothing = None if found["smoothing"] is None else np.array(found["smoothing"], np.float32)
-        return Choice(
-            ProjectionParams(given, tuple(made), smoothing), str(found["algorithm"]), float(found["error"])
-        )
+        inputs, *outputs = (QuantParams(float(scale), int(zero)) for scale, zero in saved["affines"])
+        smoothing = None if saved["smoothing"] is None else np.array(saved["smoothing"], np.float32)
+        params = ProjectionParams(inputs, tuple(outputs), smoothing)
+        return Choice(params, str(saved["algorithm"]), float(saved["error"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _plans(name: str, choice: Choice) -> list[TensorPlan]:
-    ranges = choice.params
-    affines = np.array([[a.scale, a.zero] for a in (ranges.input, *ranges.outputs)], np.float32)
-    arrays: Mapping[str, Any] = {"ranges": affines, "smoothing": ranges.smoothing}
+    params = choice.params
+    scales = np.array([[t.scale, t.zero] for t in (params.input, *params.outputs)], np.float32)
+    arrays: Mapping[str, Any] = {"ranges": scales, "smoothing": params.smoothing}
     return [
         TensorPlan(f"{name}.{kind}", np.float32, array.shape, partial(np.asarray, array))
         for kind, array in arrays.items()
@@ -167,9 +170,9 @@ def select_projections(
     mapped: Collection[str] | None,
     max_kl: float | None,
 ) -> tuple[Int8Set, list[Sensitivity]]:
-    """The projections of a precision that are in int8, and the table with the KL of each where that was measured.
+    """Select the projections of a precision for int8. Returns them, and the table with the KLs that were measured.
 
-    mapped: these, and no others; None: as many as `max_kl` allows. measured: ids (M,) on which KL is measured.
+    mapped: exactly these projections; None: as many as `max_kl` allows. measured: ids (M,) on which KL is measured.
     """
     bytes_of = sizes(bundle.spec)
 
@@ -182,11 +185,11 @@ def select_projections(
 
     if mapped is not None:
         return _int8_set(bundle.spec, mapped, together(mapped), None), table
-    assert max_kl is not None, "a map, or a limit"
+    assert max_kl is not None, "there is no map, so max_kl limits the choice"
     table = list(table)
     waiting = [number for number, row in enumerate(table) if row.kl is None]
     if waiting:
-        log.info(f"measuring what int8 costs, {len(waiting)} projections one by one")
+        log.info(f"measuring the KL divergence of int8, {len(waiting)} projections one by one")
     for number in progress("measure int8", "matrix", over=waiting):
         name = table[number].name
         table[number] = replace(table[number], kl=evaluator().alone(name, bundle.quantised(name)))
@@ -202,17 +205,17 @@ def _int8_set(spec: Spec, names: Collection[str], kl: float, max_kl: float | Non
     return Int8Set(ordered, sum(bytes_of[name] for name in ordered) / everything, kl, max_kl)
 
 
-def describe(precision: str, chosen: Int8Set, table: list[Sensitivity]) -> Iterator[str]:
-    """The choice, a line a projection, those that cost most first."""
+def describe(precision: str, int8: Int8Set, table: list[Sensitivity]) -> Iterator[str]:
+    """Lines that describe a selection: one for each projection, the largest KL first, and a summary."""
     if any(row.kl is not None for row in table):
-        yield "  KL alone  error   ranges                    projection"
+        yield "  KL alone  error   method                    projection"
     for row in sorted(table, key=lambda row: -(row.kl or 0.0)):
-        how = row.algorithm + (", smoothed" if row.smoothed else "")
-        where = "w8a8" if row.name in chosen.projections else "fp16"
+        method = row.algorithm + (", smoothed" if row.smoothed else "")
+        dtype = "w8a8" if row.name in int8.projections else "fp16"
         kl = "" if row.kl is None else f"{row.kl:.2e}"
-        yield f"  {kl:8s}  {100 * row.error:5.2f} %  {how:24s}  {where}  {row.name}"
-    limit = "" if chosen.max_kl is None else f", {chosen.max_kl:g} is allowed"
+        yield f"  {kl:8s}  {100 * row.error:5.2f} %  {method:24s}  {dtype}  {row.name}"
+    limit = "" if int8.max_kl is None else f" (at most {int8.max_kl:g} allowed)"
     yield (
-        f"{precision}: {len(chosen.projections)} of {len(table)} large projections in int8, "
-        f"{100 * chosen.share:.1f} % of all weights, KL {chosen.kl:.2g} nats a token{limit}"
+        f"{precision}: {len(int8.projections)} of {len(table)} large projections in int8, "
+        f"{100 * int8.share:.1f} % of all weights, KL {int8.kl:.2g} nats a token{limit}"
     )

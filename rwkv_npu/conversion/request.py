@@ -1,11 +1,11 @@
 """The settings of a conversion, and precision maps.
 
-A precision map is a JSON file for `mixed`: it gives projections and groups a precision by name.
+A precision map is a JSON file for `mixed` that assigns precisions to projections and groups by name:
 
     {"mid.*": "w8a8", "blocks.*.att.output.weight": "fp16", "head": "w8a8"}
 
-A pattern names projections as checkpoints do, or groups, with shell wildcards. Later patterns win; a projection that no
-pattern names stays in fp16.
+A pattern with shell wildcards matches names of projections, as in checkpoints, or of groups. Later patterns win. A
+projection that no pattern matches stays in fp16.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS
 
 NO_TARGET = "none"  # graphs for the CPU only
-NEW_BUNDLE_CPU = "int8"  # the CPU's precision in a new bundle, unless the user names one
+NEW_BUNDLE_CPU = "int8"  # default CPU precision of a new bundle
 
-# Precisions of artifacts, and the chips that have others. bf16 builds for the RK3588; no board has run it.
+# Precisions of artifacts; some chips have others. bf16 compiles for the RK3588, but no board has run it.
 ARTIFACT_PRECISIONS = ("fp16", *INT8_PRECISIONS)
 NPU_PRECISIONS = {"rk3588": ("fp16", "bf16", *INT8_PRECISIONS)}
-PROJECTION_PRECISIONS = ("fp16", "w8a8")  # of a projection, in a map
+PROJECTION_PRECISIONS = ("fp16", "w8a8")  # allowed in a precision map
 
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of a conversion. Fields are the arguments of `converter.convert`.
+    """The settings of a conversion: the arguments of `converter.convert`.
 
-    rows None: chosen by memory. cpu None: the precision of the bundle that is added to, int8 for a new one.
-    Raises UsageError for a value that does not exist, or that says nothing beside the others.
+    rows None: chosen by memory. cpu None: the existing bundle's precision, int8 for a new bundle.
+    Raises UsageError for an unknown value, or for one without meaning beside the others.
     """
 
     checkpoint: Path
@@ -75,10 +75,10 @@ class Request:
             ("target", self.target, (*TARGETS, NO_TARGET)),
             ("choice of remedies", self.remedies, REMEDIES),
         ]
-        for what, value, values in known:
+        for name, value, values in known:
             if value not in values:
-                names = ", ".join(name for name in values if name)
-                raise UsageError(f"{what} {value!r} is unknown: use one of {names}")
+                names = ", ".join(known_value for known_value in values if known_value)
+                raise UsageError(f"{name} {value!r} is unknown: use one of {names}")
         if self.precision not in self._npu_precisions:
             raise UsageError(
                 f"{self.target} has no precision {self.precision!r}: use one of {', '.join(self._npu_precisions)}"
@@ -89,10 +89,12 @@ class Request:
             raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
         if self.precision_map is not None and self.precision != "mixed":
             raise UsageError(
-                f"a precision map is for --precision mixed, not for {self.precision}: it says what is in int8"
+                f"a precision map is for --precision mixed, not for {self.precision}: it selects the int8 projections"
             )
         if self.max_kl != MAX_KL and (self.precision != "mixed" or self.precision_map is not None):
-            raise UsageError("--max-kl is for --precision mixed without a map: nothing else is chosen by it")
+            raise UsageError(
+                "--max-kl is for --precision mixed without a map: it limits the choice of projections"
+            )
         if self.adapter is None and not (
             self.adapter_scale is self.adapter_init is self.adapter_blocks is None
         ):
@@ -103,7 +105,7 @@ class Request:
             self.check_toolkit(self.toolkit)
 
     def check_toolkit(self, version: str) -> None:
-        """Raises UsageError for a version of the compiler that cannot build this request."""
+        """Raises UsageError if this version of the compiler cannot build the request."""
         if self.compiles and self.quantises and numbers(version) < numbers(OLDEST_INT8):
             floats = [name for name in self._npu_precisions if name not in INT8_PRECISIONS]
             raise UsageError(
@@ -117,12 +119,12 @@ class Request:
 
     @property
     def cpu_precision(self) -> str:
-        """Precision in which the CPU multiplies; that of a new bundle where the user names none."""
+        """Precision of the CPU's products; the default of a new bundle if the user gives none."""
         return self.cpu or NEW_BUNDLE_CPU
 
     @property
     def storage(self) -> str:
-        """Precision of the weights that every backend reads; quantised ones lie beside them."""
+        """Precision of the weights that every backend can read. Quantised weights are stored beside them."""
         return "fp32" if self.cpu == "fp32" else "fp16"
 
     @property
@@ -135,7 +137,7 @@ class Request:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the model reads a text: for fp16 range scaling, or for int8 parameters."""
+        """True if the model must read a text, for fp16 range scaling or for int8 parameters."""
         return self.compiles or self.quantises
 
 

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes to: a bundle that is added to, or `OUT.partial`, which becomes OUT."""
+"""The folder that a conversion writes to: an existing bundle, or `OUT.partial`, which is renamed to OUT at the end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rwkv_npu.formats.checkpoint import Checkpoint
 from rwkv_npu.formats.files import locked, remove_within, write_atomically
 from rwkv_npu.quant.cpu import PRECISIONS
 
-# Errors of the disk, or of its permissions; any other OSError is a bug of ours.
+# Errors of the disk or of its permissions. Any other OSError is a bug in this package.
 _DISK = (
     errno.EACCES,
     errno.EDQUOT,
@@ -50,9 +50,9 @@ log = logging.getLogger("rwkv_npu")
 
 
 class Notes:
-    """Results of stages that are finished, kept in the file `conversion` of the folder until the bundle is.
+    """Results of finished stages, in the file `conversion` of the folder until the bundle is finished.
 
-    key: what the whole folder follows from; notes of another key are not used.
+    key: identifies everything that the whole folder depends on. Notes with another key are ignored.
     """
 
     def __init__(self, folder: Path, key: str):
@@ -66,12 +66,12 @@ class Notes:
             pass
 
     def get(self, stage: str, follows_from: Any) -> Any:
-        """The result of a stage, None where it is not known or follows from something else."""
+        """The result of a stage. None if it is unknown or depends on something else."""
         source, result = self._stages.get(stage, (None, None))
         return result if source == json.loads(json.dumps(follows_from)) else None
 
     def keep(self, stage: str, follows_from: Any, result: Any) -> None:
-        """Note the result of a stage, at once. Both are JSON."""
+        """Save the result of a stage at once. Both arguments must be JSON."""
         self._stages[stage] = [follows_from, result]
         self.write()
 
@@ -80,76 +80,77 @@ class Notes:
         write_atomically(self._path, json.dumps(data).encode())
 
 
-def bundle_place(checkpoint: Path, out: str | os.PathLike[str] | None, adapter: Path | None = None) -> Path:
-    """The path of a checkpoint's bundle: `out`, or in the current folder STEM.rwkv, or with an adapter
-    STEM+ADAPTER.rwkv."""
+def bundle_path(checkpoint: Path, out: str | os.PathLike[str] | None, adapter: Path | None = None) -> Path:
+    """The path of a checkpoint's bundle: `out`, or STEM.rwkv in the current folder (STEM+ADAPTER.rwkv)."""
     if out is not None:
         return Path(out)
     return Path("+".join(map(_stem, filter(None, (checkpoint, adapter)))) + ".rwkv")
 
 
 def _stem(checkpoint: Path) -> str:
-    """The name as given: a snapshot's file may be a link to one that is named by a hash."""
+    """The checkpoint's name as given: a snapshot's file may be a link to a file named by a hash."""
     path = checkpoint.absolute() if checkpoint.name not in ("", "..") else checkpoint.resolve()
-    if path.name.endswith(".index.json"):  # of a sharded model: its folder has the better name
+    if path.name.endswith(".index.json"):  # a sharded model is better named by its folder
         path = path.parent
     return path.name if path.is_dir() else path.stem
 
 
-def check_place(place: Path, checkpoint: Path) -> None:
-    """Raises UsageError for an output that cannot be made, or whose replacement would remove what is needed."""
-    if place.name in ("", ".."):
-        raise UsageError(f"the output cannot be {place}: name a folder to make")
-    holds = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd()}
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        holds["your home"] = Path.home()
-    for what, path in holds.items():
+def check_out_path(out: Path, checkpoint: Path) -> None:
+    """Raises UsageError if the output cannot be created, or if replacing it would delete something needed."""
+    if out.name in ("", ".."):
+        raise UsageError(f"the output cannot be {out}: give the name of a folder to create")
+    protected = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd()}
+    with contextlib.suppress(RuntimeError):  # the user has no home folder
+        protected["your home"] = Path.home()
+    for name, path in protected.items():
         inside = path.resolve()
-        if place.resolve() in (inside, *inside.parents):
-            raise UsageError(f"the output {place} holds {what}: name another")
+        if out.resolve() in (inside, *inside.parents):
+            raise UsageError(f"the output {out} contains {name}: give another path")
 
 
-def existing(place: Path, checkpoint: Checkpoint, request: Request) -> Manifest | None:
-    """The manifest of the bundle to add to, or None where one has to be made.
+def existing_manifest(out: Path, checkpoint: Checkpoint, request: Request) -> Manifest | None:
+    """The manifest of the bundle to extend. None if a new bundle must be made.
 
-    Raises BundleError for anything else that is there: with `force` too, unless it is a bundle, whole or not.
+    Raises BundleError if anything else exists at `out`. With `force`, a bundle may exist there, even a damaged one.
     """
-    if not (place.exists() or place.is_symlink()):
+    if not (out.exists() or out.is_symlink()):
         return None
     if request.force:
-        if not is_ours(place):
+        if not is_ours(out):
             raise BundleError(
-                f"{place} exists and is no bundle: --force replaces bundles only, name another output"
+                f"{out} exists and is not a bundle: --force replaces only bundles, give another output"
             )
         return None
-    if not is_bundle(place):
-        raise BundleError(f"{place} exists and is no bundle: name another output")
-    manifest = read_manifest(place)
+    if not is_bundle(out):
+        raise BundleError(f"{out} exists and is not a bundle: give another output")
+    manifest = read_manifest(out)
     if manifest.fingerprint != checkpoint.fingerprint:
-        raise other_weights(place)
+        raise other_weights(out)
     if manifest.outdated:
-        raise BundleError(f"{place} is a bundle of format {manifest.format[0]}: give --force to make it anew")
+        raise BundleError(
+            f"{out} is a bundle of format {manifest.format[0]}: --force replaces it by a new one"
+        )
     if request.cpu is not None and request.cpu not in PRECISIONS and manifest.cpu != request.cpu:
         raise BundleError(
-            f"{place} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
-            "name another output, or give --force"
+            f"{out} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
+            "another output, or --force"
         )
     return manifest
 
 
-def is_ours(place: Path) -> bool:
-    """Whether a bundle is at `place`, or what is left of one: damaged, of another version, or unfinished."""
+def is_ours(out: Path) -> bool:
+    """True if `out` is a bundle or the remains of one: damaged, of another version, or unfinished."""
     try:
-        manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         if isinstance(manifest, dict) and {"format", "fingerprint", "checksum"} <= manifest.keys():
             return True
     except (OSError, ValueError, RecursionError):
         pass
-    return _is_unfinished(place) or all((place / name).is_file() for name in (HOST, WEIGHTS))
+    return _is_unfinished(out) or all((out / name).is_file() for name in (HOST, WEIGHTS))
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether `folder` holds a conversion that did not end."""
+    """True if `folder` holds an unfinished conversion."""
     try:
         with (folder / MARK).open(encoding="utf-8") as file:
             return file.read(32).startswith(('{"key": "rwkv_npu ', "rwkv_npu "))
@@ -157,34 +158,34 @@ def _is_unfinished(folder: Path) -> bool:
         return False
 
 
-def other_weights(place: Path) -> BundleError:
-    return BundleError(f"{place} was made from other weights: name another output, or give --force")
+def other_weights(out: Path) -> BundleError:
+    return BundleError(f"{out} was made from other weights: give another output, or --force")
 
 
-def stamp(place: Path) -> bytes | None:
-    """The manifest at `place`, None where nothing is there: another one tells that somebody has written meanwhile."""
+def stamp(out: Path) -> bytes | None:
+    """The bytes of the manifest at `out`, None if `out` does not exist. A change means that somebody wrote to it."""
     try:
-        return (place / MANIFEST).read_bytes()
+        return (out / MANIFEST).read_bytes()
     except OSError:
-        return b"" if place.exists() or place.is_symlink() else None
+        return b"" if out.exists() or out.is_symlink() else None
 
 
 @contextlib.contextmanager
-def workspace(place: Path, key: str, *, adding: bool, before: bytes | None) -> Iterator[tuple[Path, Notes]]:
-    """The folder to write to, and the notes in it: OUT itself when it is added to, else OUT.partial, which becomes OUT
-    at the end.
+def workspace(out: Path, key: str, *, adding: bool, before: bytes | None) -> Iterator[tuple[Path, Notes]]:
+    """The folder to write to, and its notes: OUT if it is extended, else OUT.partial, which becomes OUT at the end.
 
-    key: what all of the folder follows from; an unfinished conversion of another key is removed. before: OUT's `stamp`
-    when it was looked at. Raises BundleError where it has another by now. OUT.partial stays whatever happens, but for
-    a CheckpointError: no conversion of such weights will go on from it.
+    key: identifies everything that the folder depends on; an unfinished conversion with another key is deleted. before:
+    the `stamp` of OUT when it was checked. Raises BundleError if OUT has another stamp by now.
+    After an error, OUT.partial stays for the next conversion. Only a CheckpointError deletes it, because such weights
+    cannot be converted.
     """
-    folder = place if adding else place.with_name(place.name + ".partial")
+    folder = out if adding else out.with_name(out.name + ".partial")
     try:
         with contextlib.ExitStack() as held:
-            # Folders are locked, which stay when their files are replaced: OUT where it exists, and the partial.
-            if place.is_dir():
-                held.enter_context(locked(place))
-            _check_unchanged(place, before)
+            # Lock folders, which stay when their files are replaced: OUT if it exists, and the partial folder.
+            if out.is_dir():
+                held.enter_context(locked(out))
+            _check_unchanged(out, before)
             if not adding:
                 _prepare_partial(folder, key, held)
             notes = Notes(folder, key)
@@ -197,24 +198,24 @@ def workspace(place: Path, key: str, *, adding: bool, before: bytes | None) -> I
                     shutil.rmtree(folder)
                 raise
             if not adding:
-                _check_unchanged(place, before)
-                _replace(folder, place)
-            (place / MARK).unlink(missing_ok=True)  # with the manifest there it means nothing
+                _check_unchanged(out, before)
+                _replace(folder, out)
+            (out / MARK).unlink(missing_ok=True)  # the manifest marks the bundle as finished
     except BlockingIOError:
         raise BundleError(
-            f"another conversion is writing to {place}: wait for it, or name another output"
+            f"another conversion is writing to {out}: wait for it, or give another output"
         ) from None
     except OSError as error:
         if error.errno not in _DISK:
             raise
         line = f"cannot write the bundle: {error.strerror or error} ({folder})"
         if not adding and (folder / MARK).is_file():
-            line += "; what is done is kept there, and the same command goes on from it"
+            line += "; finished stages are kept there, and the same command continues"
         raise BundleError(line) from error
 
 
 def keep_if(notes: Notes, folder: Path, what: str, follows_from: Any, *patterns: str) -> None:
-    """Remove the files that an interrupted conversion made from something else: all that match `patterns`."""
+    """Delete files that an interrupted conversion made from something else: all that match `patterns`."""
     if notes.get(what, follows_from) is None:
         for path in [path for pattern in patterns for path in folder.rglob(pattern)]:
             if path.is_file() and path != folder / MARK:
@@ -222,13 +223,13 @@ def keep_if(notes: Notes, folder: Path, what: str, follows_from: Any, *patterns:
         notes.keep(what, follows_from, True)
 
 
-def _check_unchanged(place: Path, before: bytes | None) -> None:
-    if stamp(place) != before:
-        raise BundleError(f"another conversion has written to {place} meanwhile: run the command again")
+def _check_unchanged(out: Path, before: bytes | None) -> None:
+    if stamp(out) != before:
+        raise BundleError(f"another conversion has written to {out}: run the command again")
 
 
 def _prepare_partial(folder: Path, key: str, held: contextlib.ExitStack) -> None:
-    """Keep an interrupted conversion of this key, remove another's; lock the folder."""
+    """Lock the folder. Keep an interrupted conversion with this key, delete one with another key."""
     if _is_unfinished(folder):
         held.enter_context(locked(folder))
         check_plain(folder)
@@ -236,31 +237,31 @@ def _prepare_partial(folder: Path, key: str, held: contextlib.ExitStack) -> None
             return
         shutil.rmtree(folder)
     elif folder.is_symlink() or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BundleError(f"{folder} is in the way, and not from an interrupted conversion: move it away")
+        raise BundleError(f"{folder} exists, but not from an interrupted conversion: move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # where folders cannot be made, such as /proc
+    except FileNotFoundError as error:  # a file system without new folders, such as /proc
         raise BundleError(f"cannot make {folder}: {error.strerror}") from error
     held.enter_context(locked(folder))
 
 
-def _replace(folder: Path, place: Path) -> None:
-    """Rename the finished folder to `place`; a bundle that is there is removed only after that."""
-    if place.exists() or place.is_symlink():
-        with tempfile.TemporaryDirectory(prefix=f"{place.name}.old-", dir=place.parent) as aside:
+def _replace(folder: Path, out: Path) -> None:
+    """Rename the finished folder to `out`. An existing bundle is deleted only after that."""
+    if out.exists() or out.is_symlink():
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.old-", dir=out.parent) as aside:
             old = Path(aside) / "old"
-            os.replace(place, old)
+            os.replace(out, old)
             try:
-                os.replace(folder, place)
+                os.replace(folder, out)
             except BaseException:
-                os.replace(old, place)
+                os.replace(old, out)
                 raise
     else:
-        os.replace(folder, place)
+        os.replace(folder, out)
 
 
 def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str]) -> None:
-    """Remove damaged files from the manifest, so that they are made again."""
+    """Delete damaged files and remove them from the manifest. The conversion makes those again that it needs."""
     options = {
         a.path: f"--target {a.target} --precision {a.precision} --fusion {a.fusion}"
         for a in manifest.artifacts
@@ -271,13 +272,15 @@ def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: se
     if manifest.int8 and not request.quantises:
         options[INT8] = f"--precision {' or '.join(manifest.int8)}"
     for name in list(damaged_files(folder, manifest)):
-        again = f"convert with {options[name]} to have it again" if name in options else "it is made again"
+        again = (
+            f"convert with {options[name]} to have it again" if name in options else "it will be made again"
+        )
         log.info(f"{name} is missing or damaged: {again}")
         remove_within(folder, name)
         del manifest.files[name]
         if name == INT8:
             stale = manifest.forget_int8()
             for option in dict.fromkeys(options[path] for path in stale if path in options):
-                log.info(f"artifacts in its ranges go with it: convert with {option} to have them again")
+                log.info(f"removing artifacts that depend on it: convert with {option} to have them again")
     manifest.packed = [cpu for cpu in manifest.packed if packed_file(cpu) in manifest.files]
     manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]

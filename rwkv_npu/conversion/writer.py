@@ -1,6 +1,6 @@
-"""Writes the part of a bundle that every machine can use: weights, host tensors and graphs for the CPU.
+"""Write the files of a bundle that every machine can use: weights, host tensors and graphs for the CPU.
 
-Every file appears whole, by a rename, so that a conversion that was interrupted can go on with what is there.
+Each file appears complete, by a rename. So an interrupted conversion can continue with the existing files.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ log = logging.getLogger("rwkv_npu")
 
 
 def write_weights(folder: Path, source: CheckpointSource, cpu: str) -> None:
-    """`host.safetensors` and `graphs/weights.safetensors`, unless they are there."""
+    """Write `host.safetensors` and `graphs/weights.safetensors`, unless they exist."""
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     present = [tensor for tensor in tensors(source.spec) if source.has(tensor.name)]
     projections = [tensor for tensor in present if tensor.kind.is_projection]
     others = [tensor for tensor in present if not tensor.kind.is_projection]
-    for name, chosen, dtype in ((WEIGHTS, projections, STORAGE[cpu]), (HOST, others, None)):
+    for name, selected, dtype in ((WEIGHTS, projections, STORAGE[cpu]), (HOST, others, None)):
         path = folder / name
         if not path.exists():
             log.info(f"writing {name}")
-            plans = [_plan(source, tensor, dtype) for tensor in chosen]
+            plans = [_plan(source, tensor, dtype) for tensor in selected]
             replace_tensors(path, plans)
 
 
 def _plan(source: CheckpointSource, tensor: Tensor, dtype: Any) -> TensorPlan:
-    """A tensor as the maths uses it; `dtype` None keeps what the checkpoint has."""
+    """The plan of a tensor in the model's layout. `dtype` None keeps the checkpoint's dtype."""
     stored = source.tensor(tensor.name).dtype if dtype is None else dtype
     if tensor.kind is Kind.VECTOR:
         stored = np.float32
@@ -74,7 +74,7 @@ def _plan(source: CheckpointSource, tensor: Tensor, dtype: Any) -> TensorPlan:
 
 
 def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None:
-    """`cpu/PRECISION.safetensors`, unless it is there: every projection, quantised from what the checkpoint has."""
+    """Write `cpu/PRECISION.safetensors`, unless it exists: every projection, quantised from the checkpoint's values."""
     path = folder / packed_file(precision)
     if path.exists():
         return
@@ -89,40 +89,40 @@ def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None
 
 
 def _packed_plans(source: CheckpointSource, tensor: Tensor, bits: int, bar: Progress) -> Iterator[TensorPlan]:
-    """data and scales of a projection, or of each matrix of a stack. They are written one after the other."""
+    """Plans of a projection's data and scales, or of each matrix of a stack. Data must be written before its scales."""
     *stack, k, n = tensor.used_shape
     data_shape, scales_shape = packed_shapes(k, n, bits)
     for index in range(stack[0]) if stack else [None]:
-        made: list[np.ndarray] = []
+        scales: list[np.ndarray] = []
 
-        def data(index: int | None = index, made: list[np.ndarray] = made) -> np.ndarray:
+        def data(index: int | None = index, scales: list[np.ndarray] = scales) -> np.ndarray:
             array = source.tensor(tensor.name)
             packed = pack(array if index is None else array[index], bits)
-            made.append(packed.scales)
+            scales.append(packed.scales)
             bar.update()
             return packed.data
 
         label = packed_label(tensor.name, index)
         yield TensorPlan(f"{label}.data", np.uint8, data_shape, data)
-        yield TensorPlan(f"{label}.scales", SCALE, scales_shape, made.pop)
+        yield TensorPlan(f"{label}.scales", SCALE, scales_shape, scales.pop)
 
 
 def write_graphs(bundle: Bundle) -> None:
-    """Graphs of both fusions with symbolic M, their weights by offset, unless they are there."""
+    """Write the graphs of both fusions, unless they exist. M is symbolic; weights are referenced by file offset."""
     with TensorFile(bundle.path / WEIGHTS) as weights:
-        place = _places(weights)
+        locate = _locator(weights)
         for fusion in FUSIONS:
             program = Program(bundle.spec, fusion, bundle.manifest.scaling)
             for group in program.groups:
                 path = bundle.path / graph_file(fusion, group.name)
                 if not path.exists():
                     trace = trace_group(program, group)
-                    model = external_model(trace, group.name, bundle.tensor, Path(WEIGHTS).name, place)
+                    model = external_model(trace, group.name, bundle.tensor, Path(WEIGHTS).name, locate)
                     write_atomically(path, model.SerializeToString())
 
 
-def _places(weights: TensorFile) -> Callable[[Constant], Entry]:
-    def place(constant: Constant) -> Entry:
+def _locator(weights: TensorFile) -> Callable[[Constant], Entry]:
+    def locate(constant: Constant) -> Entry:
         entry = weights.entry(constant.name)
         if constant.index is None:
             return entry
@@ -130,11 +130,11 @@ def _places(weights: TensorFile) -> Callable[[Constant], Entry]:
         size = entry.nbytes // count
         return Entry(entry.dtype, tuple(shape), entry.offset + constant.index * size, size)
 
-    return place
+    return locate
 
 
 def describe_groups(spec: Spec) -> dict[str, list[dict[str, Any]]]:
-    """The groups of both fusions with their ordered inputs and outputs, as the manifest lists them."""
+    """The groups of both fusions with their ordered inputs and outputs, in the manifest's form."""
     return {fusion: [_describe(group) for group in groups(spec, fusion)] for fusion in FUSIONS}
 
 
@@ -151,7 +151,7 @@ def _describe(group: Group) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
-    """Copy the vocabulary into the bundle unless the package ships it; how the manifest names it."""
+    """Copy the vocabulary into the bundle, unless the package ships it. Returns the manifest's name for it."""
     if tokenizer is None:
         return None
     if isinstance(tokenizer.source, str):
@@ -162,7 +162,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
 
 
 def record_files(folder: Path, manifest: Manifest) -> None:
-    """Sizes and digests of every file that the bundle has, other than the manifest."""
+    """Record size and digest of every file of the bundle, except the manifest."""
     packed = map(packed_file, manifest.packed)
     names = [HOST, WEIGHTS, SELF_TEST, *packed, *(a.path for a in manifest.artifacts)]
     for fusion, described in manifest.groups.items():
