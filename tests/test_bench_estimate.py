@@ -11,7 +11,7 @@ import pytest
 
 import rwkv_npu
 from rwkv_npu.backends.numpy import NumpyBackend
-from rwkv_npu.bench import inference, plot, report
+from rwkv_npu.bench import inference, plot_inference, report
 from rwkv_npu.bench.document import MEASURED_PARTS, Document, ModelRow
 from rwkv_npu.bench.inference import Assumptions, estimates, open_subject
 from rwkv_npu.cli import info
@@ -329,7 +329,7 @@ def test_estimates_are_hatched(monkeypatch: pytest.MonkeyPatch, checkpoint: Path
     shown = []
     monkeypatch.setattr(pyplot, "close", shown.append)
     for suffix in ("png", "svg"):
-        plot.draw_inference(
+        plot_inference.draw_inference(
             Document(ModelRow, {"cpu": "x", "cores": 2}, results=rows), tmp_path / f"x.{suffix}"
         )
         assert (tmp_path / f"x.{suffix}").stat().st_size > 1000

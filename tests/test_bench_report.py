@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_npu.bench import analysis, plot, report
+from rwkv_npu.bench import analysis, plot_matmul, report
 from rwkv_npu.bench.document import Document, ProductRow
 from rwkv_npu.errors import UsageError
 from tests.bench_rows import estimate, published, square
@@ -96,7 +96,7 @@ def test_crossovers_in_one_place_share_a_mark(tmp_path: Path, monkeypatch: pytes
     rows = [square(n, 1e-6 * n) for n in (100, 200, 400)]
     rows += [square(n, 1e-6 * n**2 / 300, backend="ort") for n in (100, 200, 400)]
     rows += [square(n, 1e-6 * n**3 / 301**2, backend="torch") for n in (100, 200, 400)]
-    plot.draw_matmul(Document(ProductRow, {}, "", rows), tmp_path / "a.png")
+    plot_matmul.draw_matmul(Document(ProductRow, {}, "", rows), tmp_path / "a.png")
     marks = said["time"].splitlines()
     assert "1-3" in marks and "1" not in marks and sum(" passes " in line for line in marks) == 3
 
@@ -233,13 +233,13 @@ def test_pictures(tmp_path: Path) -> None:
     rows = many_rows()
     facts = {"cpu": "A & B <C>", "cores": 2, "bandwidth_gb_per_s": 30.0, "peak_fp32_gflops": 90.0}
     document = Document(ProductRow, facts, "", rows)
-    paths = plot.draw_matmul(document, tmp_path / "a.svg", analysis.fit_all(rows), bars=[500, 4000])
+    paths = plot_matmul.draw_matmul(document, tmp_path / "a.svg", analysis.fit_all(rows), bars=[500, 4000])
     assert [path.name for path in paths] == [f"a-{name}.svg" for name in DRAWN]
     assert "estimate" in paths[0].name or all(path.stat().st_size > 5000 for path in paths)
     again = [path.read_bytes() for path in paths]
     assert [
         p.read_bytes()
-        for p in plot.draw_matmul(document, tmp_path / "a.svg", analysis.fit_all(rows), [500, 4000])
+        for p in plot_matmul.draw_matmul(document, tmp_path / "a.svg", analysis.fit_all(rows), [500, 4000])
     ] == again
 
 
@@ -256,7 +256,7 @@ def test_what_the_pictures_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: said.update({path.stem[2:]: texts(self)}))
     rows = many_rows()
     facts = {"cpu": "this one", "cores": 2, "bandwidth_gb_per_s": 30.0, "peak_fp32_gflops": 90.0}
-    plot.draw_matmul(Document(ProductRow, facts, "", rows), tmp_path / "a.png", analysis.fit_all(rows))
+    plot_matmul.draw_matmul(Document(ProductRow, facts, "", rows), tmp_path / "a.png", analysis.fit_all(rows))
     assert all("rknn fp16 (estimate)" in text for text in said.values())
     assert (
         "passes" in said["time"] and "crossovers (~ estimate)" in said["time"] and "this one" in said["time"]
@@ -269,9 +269,9 @@ def test_what_the_pictures_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_pictures_of_shapes_that_are_not_square(tmp_path: Path) -> None:
     rows = [replace(square(64), m=m, k=64, n=n) for m in (1, 16) for n in (64, 256)]
-    paths = plot.draw_matmul(Document(ProductRow, {}, "", rows), tmp_path / "a.png")
+    paths = plot_matmul.draw_matmul(Document(ProductRow, {}, "", rows), tmp_path / "a.png")
     assert [path.name for path in paths] == ["a-time.png", "a-roofline.png", "a-bars.png"]
-    assert plot.draw_matmul(Document(ProductRow, {}), tmp_path / "b.png") == []
+    assert plot_matmul.draw_matmul(Document(ProductRow, {}), tmp_path / "b.png") == []
 
 
 @pytest.mark.parametrize(
@@ -288,4 +288,4 @@ def test_pictures_that_cannot_be_written(tmp_path: Path, name: str, message: str
     (tmp_path / "file").write_text("")
     (tmp_path / "taken-bars.png").mkdir()
     with pytest.raises(UsageError, match=message):
-        plot.check_matmul(tmp_path / name)
+        plot_matmul.check_matmul(tmp_path / name)

@@ -5,12 +5,12 @@ Two models are fitted: the 2023 article's exponential, and a power law.
     exponential  t = exp(c + s N)
     power        t = a (N / 1024)^b + t0        a: the time at N = 1024 without t0; t0 is not negative
 
-Two weightings of the points:
+The points are weighted in two ways.
 
-    repeats   the error of a point is that of its median, from its repeats, with FLOOR of the time added in
-              quadrature: the scatter of medians of separate runs. A point without repeats has the floor alone.
-    equal     every point counts the same, in seconds, as in the article (ROOT's default for a graph without errors).
-              Its chi2 is a sum of squared seconds and tests nothing; the large N decide alone.
+    repeats   The error of a point is the error of its median, from its repeats, plus FLOOR of the time in quadrature,
+              for the scatter between separate runs. A point without repeats has the second part only.
+    equal     Every point counts the same, in seconds, as in the article (ROOT's default for a graph without errors).
+              chi2 is then a sum of squared seconds and not a test. Only the large N matter.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from rwkv_npu.errors import UsageError
 
 @dataclass(frozen=True)
 class Crossover:
-    """From N = `size` up to the largest size of both, `winner` is faster. `size` is interpolated between two sizes on
-    log-log axes; `time_s` is the time of both there."""
+    """`winner` is faster from N = `size` up to the largest common size.
+
+    `size` is interpolated between two sizes on log-log axes. `time_s` is the time of both series there.
+    """
 
     winner: str
     loser: str
@@ -43,19 +45,19 @@ class Crossover:
 
 
 def crossovers(rows: Iterable[ProductRow], *, one_machine: bool = False) -> list[Crossover]:
-    """The last change of the lead of every pair of series over square sizes.
+    """The last change of the lead between every pair of series, over square sizes.
 
-    Series of an RK3588 (estimated or published) are compared with each other, and those measured here likewise;
-    one_machine: all rows are of one board.
+    Series of an RK3588 (estimated or published) are compared with each other, and so are series measured here.
+    one_machine: all rows come from one board.
     """
     lines = by_series(rows, square=True)
-    found = []
+    crossings = []
     for winner, loser in permutations(lines, 2):
         if not one_machine and lines[winner][0].is_measured_here != lines[loser][0].is_measured_here:
             continue
         fast, slow = ({row.n: row for row in lines[name]} for name in (winner, loser))
         sizes = sorted(fast.keys() & slow.keys())
-        # Positive: the winner is ahead.
+        # Positive where `winner` is faster.
         leads = [log(_time(slow[size]) / _time(fast[size])) for size in sizes]
         before = max((i for i, lead in enumerate(leads) if lead <= 0), default=-1)
         if not 0 <= before < len(sizes) - 1:
@@ -65,8 +67,8 @@ def crossovers(rows: Iterable[ProductRow], *, one_machine: bool = False) -> list
         size = exp(log(low) + share * log(high / low))
         time = exp(log(_time(fast[low])) + share * log(_time(fast[high]) / _time(fast[low])))
         estimated = fast[low].estimated or slow[low].estimated
-        found.append(Crossover(winner, loser, size, time, estimated))
-    return sorted(found, key=lambda one: (one.winner, one.size))
+        crossings.append(Crossover(winner, loser, size, time, estimated))
+    return sorted(crossings, key=lambda crossing: (crossing.winner, crossing.size))
 
 
 def _time(row: ProductRow) -> float:
@@ -74,28 +76,30 @@ def _time(row: ProductRow) -> float:
     return row.time_s
 
 
-def describe_crossovers(found: Iterable[Crossover], lines: Sequence[str]) -> list[str]:
-    """A line each."""
+def describe_crossovers(crossings: Iterable[Crossover], lines: Sequence[str]) -> list[str]:
+    """One line for each crossover."""
     text = []
-    for one in found:
-        mark = ", estimated" if one.estimated else ""
+    for c in crossings:
+        mark = ", estimated" if c.estimated else ""
         text.append(
-            f"{one.winner} is faster than {one.loser} from N = {one.size:.0f} on ({one.time_s * 1e3:.3g} ms{mark})"
+            f"{c.winner} is faster than {c.loser} from N = {c.size:.0f} on ({c.time_s * 1e3:.3g} ms{mark})"
         )
     return text or [f"no crossovers among {', '.join(lines)}"]
 
 
 # -- steps -----------------------------------------------------------------------------------------------
 
-SMALLEST = 0.07  # relative; smaller jumps are not reported
-STEP_POINTS = 8  # points
-SIDE = 3  # points on each side that must agree that it is a step
+SMALLEST = 0.07  # relative size of a jump; smaller ones are not reported
+STEP_POINTS = 8  # points that a series needs
+SIDE = 3  # points on each side that must confirm a step
 
 
 @dataclass(frozen=True)
 class Step:
-    """From `before` to `after` the time grows `factor` times as much as a smooth curve. A `spike` is one size off its
-    neighbours, and `before` is then that size."""
+    """Between N = `before` and `after` the time grows `factor` times as much as a smooth curve.
+
+    A `spike` is a single size off its neighbours; `before` and `after` are then that size.
+    """
 
     series: str
     kind: str
@@ -106,18 +110,18 @@ class Step:
 
 def find_steps(rows: Iterable[ProductRow]) -> list[Step]:
     """The steps and spikes of every series over square sizes."""
-    found = []
+    steps: list[Step] = []
     for series, points in by_series(rows, square=True).items():
         if len(points) >= STEP_POINTS:
             n = np.array([row.n for row in points])
             t = np.array([row.time_s for row in points], float)
             errors = np.array([(row.time_error_s or 0.0) for row in points]) / t
-            found += _steps_of(series, n, t, errors)
-    return found
+            steps += _steps_of(series, n, t, errors)
+    return steps
 
 
 def _steps_of(series: str, n: np.ndarray, t: np.ndarray, errors: np.ndarray) -> list[Step]:
-    """Works on y, the logarithm of the time over that of a smooth curve."""
+    """Find steps and spikes in y, the logarithm of the time over a smooth curve."""
     y = np.log(t / smooth(n, t))
     spikes = _spikes(n, y, errors)
     keep = np.array([size not in spikes for size in n])
@@ -126,13 +130,15 @@ def _steps_of(series: str, n: np.ndarray, t: np.ndarray, errors: np.ndarray) -> 
 
 
 def smooth(n: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The curve c0 + c1 N + c2 N^2 + c3 N^3 (a call, vectors, moving matrices, arithmetic) with the least relative
-    deviation, no coefficient negative: the best of all choices of terms that give none."""
+    """Fit c0 + c1 N + c2 N^2 + c3 N^3 (a call, vectors, moving matrices, arithmetic) without negative coefficients.
+
+    The best fit, by relative deviation, over all subsets of the terms.
+    """
     terms = np.stack([(n / n.max()) ** power for power in range(4)])
     best, least = t, np.inf
     for count in range(1, 5):
-        for chosen in combinations(range(4), count):
-            columns = terms[list(chosen)]
+        for subset in combinations(range(4), count):
+            columns = terms[list(subset)]
             factors = np.linalg.lstsq((columns / t).T, np.ones_like(t), rcond=None)[0]
             curve = factors @ columns
             deviation = float(np.sum((curve / t - 1) ** 2))
@@ -142,66 +148,64 @@ def smooth(n: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _threshold(values: np.ndarray) -> float:
-    """Four robust deviations (scaled median of absolute differences), SMALLEST at least."""
+    """Four robust deviations (scaled median of absolute differences), but at least SMALLEST."""
     return max(SMALLEST, 4 * 1.4826 * float(np.median(np.abs(values - np.median(values)))))
 
 
 def _spikes(n: np.ndarray, y: np.ndarray, errors: np.ndarray) -> dict[int, float]:
-    """Sizes off the line through their neighbours, in the same direction from both."""
+    """Sizes off both of their neighbours in the same direction. Returns a factor by size."""
     left, right = y[1:-1] - y[:-2], y[1:-1] - y[2:]
-    off = np.where(left * right > 0, np.sign(left) * np.minimum(np.abs(left), np.abs(right)), 0.0)
-    limit = np.maximum(_threshold(off), 4 * np.hypot(errors[1:-1], np.maximum(errors[:-2], errors[2:])))
-    return {int(n[i + 1]): float(np.exp(off[i])) for i in np.flatnonzero(np.abs(off) > limit)}
+    offset = np.where(left * right > 0, np.sign(left) * np.minimum(np.abs(left), np.abs(right)), 0.0)
+    limit = np.maximum(_threshold(offset), 4 * np.hypot(errors[1:-1], np.maximum(errors[:-2], errors[2:])))
+    return {int(n[i + 1]): float(np.exp(offset[i])) for i in np.flatnonzero(np.abs(offset) > limit)}
 
 
 def _jumps(series: str, n: np.ndarray, y: np.ndarray, errors: np.ndarray) -> list[Step]:
-    """Differences between the medians of SIDE points on each side, where the jump itself makes up most of them."""
-    found = []
+    """Jumps between neighbouring sizes that the medians of SIDE points on each side confirm."""
+    steps = []
     single = np.diff(y)
     limit = _threshold(single)
     for i in np.flatnonzero(np.abs(single) > np.maximum(limit, 4 * np.hypot(errors[1:], errors[:-1]))):
         before, after = y[max(0, i + 1 - SIDE) : i + 1], y[i + 1 : i + 1 + SIDE]
         across = float(np.median(after) - np.median(before))
         if abs(across) > limit / 2 and across * single[i] > 0:
-            found.append(Step(series, "step", int(n[i]), int(n[i + 1]), float(np.exp(single[i]))))
-    return found
+            steps.append(Step(series, "step", int(n[i]), int(n[i + 1]), float(np.exp(single[i]))))
+    return steps
 
 
 def tilings(rows: Iterable[ProductRow]) -> list[str]:
-    """A line for each series of the NPU: into how many operations the compiler cuts which sizes."""
+    """One line for each NPU series: into how many operations the compiler splits a product, by size."""
     lines = []
     for series, points in by_series(rows, square=True).items():
         parts = []
-        for count, some in groupby(
+        for count, group in groupby(
             (row for row in points if row.npu_ops is not None), key=lambda row: row.npu_ops
         ):
-            sizes = [row.n for row in some]
+            sizes = [row.n for row in group]
             parts.append(f"{count} at N = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else ""))
         if len(parts) > 1:
-            lines.append(f"{series}, operations that the compiler makes of a product: {', '.join(parts)}")
+            lines.append(f"{series}, operations that the compiler splits a product into: {', '.join(parts)}")
     return lines
 
 
 def describe_step(step: Step) -> str:
-    """One line."""
+    """A step or spike in one line."""
     if step.kind == "spike":
-        return (
-            f"{step.series}: N = {step.before} takes {step.factor:.2f} times what its neighbours let expect"
-        )
+        return f"{step.series}: N = {step.before} takes {step.factor:.2f} times as long as its neighbours suggest"
     sizes = f"from N = {step.before} to {step.after}"
     return f"{step.series}: {sizes} the time grows {step.factor:.2f} times as much as a smooth curve"
 
 
 # -- fits ------------------------------------------------------------------------------------------------
 
-FLOOR = 0.02
-FEWEST = 6  # points
-UNIT = 1024.0  # N is fitted in these, so that the parameters are of like size
+FLOOR = 0.02  # relative error of a median between separate runs
+FEWEST = 6  # points that a fit needs
+UNIT = 1024.0  # unit of N in a fit, so that the parameters have similar sizes
 
 
 @dataclass(frozen=True)
 class Article:
-    """The fit printed by the article series that this benchmark began with (2023, RKNN2 1.5.0 on an RK3588)."""
+    """The fit in the article series that inspired this benchmark (2023, RKNN2 1.5.0 on an RK3588)."""
 
     title: str = "Benchmarking RK3588 NPU matrix multiplication performance"
     constant: float = -2.98728
@@ -214,7 +218,7 @@ class Article:
     calls: int = 68
 
     def time(self, n: np.ndarray) -> np.ndarray:
-        """t(N), in whatever unit it has."""
+        """t(N). The article gives no unit."""
         return np.exp(self.constant + self.slope * n)
 
 
@@ -223,8 +227,11 @@ ARTICLE = Article()
 
 @dataclass(frozen=True)
 class Fit:
-    """A model fitted to a series. `errors` are Minuit's; with equal weights for the scatter about the model, as ROOT
-    gives them, else for the points' own errors."""
+    """A model fitted to a series.
+
+    `errors` are Minuit's. With equal weights they come from the scatter about the model, as in ROOT; otherwise from the
+    errors of the points.
+    """
 
     series: str
     model: str
@@ -246,7 +253,7 @@ class Fit:
 
     @property
     def scale(self) -> float:
-        """Factor by which the errors are too small, if the model is right and the points' errors are not."""
+        """Factor by which the errors are too small, assuming that the model is right."""
         return float(np.sqrt(self.reduced)) if self.weights == "repeats" else 1.0
 
     def time(self, n: np.ndarray) -> np.ndarray:
@@ -256,7 +263,7 @@ class Fit:
         return {**asdict(self), "reduced_chi2": self.reduced}
 
 
-# Minuit's excursions may not overflow: hence the bounds on exponents.
+# Bounds on the exponents, so that Minuit's trial steps do not overflow.
 
 
 def exponential(n: np.ndarray, c: float, s: float) -> np.ndarray:
@@ -271,7 +278,7 @@ MODELS: dict[str, Callable[..., np.ndarray]] = {"exponential": exponential, "pow
 
 
 def fit_all(rows: Iterable[ProductRow]) -> list[Fit]:
-    """Every model and weighting for every series with enough square sizes. Raises UsageError without iminuit."""
+    """Fit every model with both weightings to every series with enough square sizes. Raises UsageError."""
     check_installed()
     fits = []
     for series, points in by_series(rows, square=True).items():
@@ -286,7 +293,7 @@ def fit_all(rows: Iterable[ProductRow]) -> list[Fit]:
 
 
 def check_installed() -> None:
-    """Raises UsageError without iminuit."""
+    """Raises UsageError if iminuit is missing."""
     try:
         import iminuit  # noqa: F401
     except ImportError:
@@ -294,13 +301,13 @@ def check_installed() -> None:
 
 
 def fit(series: str, model: str, weights: str, n: np.ndarray, t: np.ndarray, sigma: np.ndarray) -> Fit:
-    """One fit by Migrad, errors by Hesse. With equal weights the residuals give the errors, and `sigma` is not used."""
+    """One fit by Migrad with errors by Hesse. Equal weights ignore `sigma` and derive errors from the residuals."""
     equal = weights == "equal"
     unit = float(t.max()) if equal else 1.0
     minuit = _minimise(model, n, t / unit, np.ones_like(t) if equal else sigma, _start(model, n, t / unit))
     calls, scatter = int(minuit.nfcn), 1.0
     if equal:
-        # Once more with errors of the right size: Minuit stops at a distance that is small against them.
+        # Fit again with errors of the right size, because Minuit's stopping distance is relative to them.
         scatter = max(1e-12, float(np.sqrt(minuit.fval / (len(n) - len(minuit.values)))))
         minuit = _minimise(model, n, t / unit, np.full_like(t, scatter), minuit.values.to_dict())
         calls += int(minuit.nfcn)
@@ -318,7 +325,7 @@ def fit(series: str, model: str, weights: str, n: np.ndarray, t: np.ndarray, sig
         edm=float(minuit.fmin.edm),
         calls=calls,
         valid=bool(minuit.valid),
-        # Known errors: chi2 is -2 ln L up to a constant. Unknown ones are one parameter more.
+        # With known errors chi2 is -2 ln L plus a constant. Unknown errors count as one more parameter.
         aic=len(n) * float(np.log(chi2 / len(n))) + 2 * (count + 1) if equal else chi2 + 2 * count,
         rms_relative=float(np.sqrt(np.mean((residuals / t) ** 2))),
         at_limit=model == "power" and values["t0"] < 1e-3 * float(t.min()),
@@ -340,7 +347,7 @@ def _minimise(model: str, n: np.ndarray, t: np.ndarray, sigma: np.ndarray, start
 
 
 def _start(model: str, n: np.ndarray, t: np.ndarray) -> dict[str, float]:
-    """Straight lines through logarithms; of the power law, through the upper half, where t0 matters little."""
+    """Start values from straight lines through logarithms. The power law uses the larger N, where t0 matters little."""
     if model == "exponential":
         s, c = np.polyfit(n, np.log(t), 1)
         return {"c": float(c), "s": float(s)}
@@ -352,7 +359,7 @@ def _start(model: str, n: np.ndarray, t: np.ndarray) -> dict[str, float]:
 def _in_seconds(
     values: dict[str, float], errors: dict[str, float], unit: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Parameters of a fit to t / unit as those of a fit to t."""
+    """Convert the parameters of a fit to t / unit into those of a fit to t."""
     factors = {name: unit if name in ("a", "t0") else 1.0 for name in values}
     shifts = {name: float(np.log(unit)) if name == "c" else 0.0 for name in values}
     return (
@@ -363,10 +370,9 @@ def _in_seconds(
 
 @dataclass(frozen=True)
 class CubicTwin:
-    """The curve a N^3 + t0 whose exponential fit, weighted equally, has exactly the article's two parameters.
+    """The curve a N^3 + t0 whose exponential fit with equal weights has exactly the article's two parameters.
 
-    `chi2` is what that fit then gives, to be held against the article's: had its times been exponential it would be
-    noise alone, and unrelated to this.
+    `chi2` is that of this fit. If the article's times were exponential, its chi2 would be noise and unrelated to this.
     """
 
     a: float
@@ -377,7 +383,7 @@ class CubicTwin:
 
 
 def cubic_twin(n: Sequence[float] | np.ndarray) -> CubicTwin:
-    """The twin over the sizes `n`. The conditions of a least-squares fit are linear in a and t0: solved exactly."""
+    """Compute the curve over the sizes `n`. The conditions of least squares are linear in a and t0."""
     n = np.asarray(n, float)
     e = ARTICLE.time(n)
     # Gradient of sum (t - e)^2 by c and s is zero: sum e (t - e) = 0 and sum n e (t - e) = 0.
@@ -385,6 +391,6 @@ def cubic_twin(n: Sequence[float] | np.ndarray) -> CubicTwin:
     a, t0 = np.linalg.solve(matrix, [np.sum(e * e), np.sum(n * e * e)])
     chi2 = float(np.sum((a * n**3 + t0 - e) ** 2))
     jacobian = np.stack([e, n * e])
-    # ROOT's, scaled by chi2/NDf.
+    # Scaled by chi2/NDf, as in ROOT.
     errors = np.sqrt(np.diag(np.linalg.inv(jacobian @ jacobian.T)) * chi2 / (len(n) - 2))
     return CubicTwin(float(a), float(t0), chi2, float(errors[0]), float(errors[1]))

@@ -1,9 +1,9 @@
-"""The backends of `bench matmul`: one short class each, imported when a child process opens it.
+"""The backends of `bench matmul`: one short class each. A child process imports the library that it needs.
 
-A backend is made for a dtype and a number of threads, and describes itself (`device`, `accumulate`, `versions`).
-`prepare(problem)` returns an Operation: operands converted and in place, the result's memory allocated where the
-library allows it. Only its stages are timed. B is constant, as the weights of a model: ONNX Runtime and the NPU may
-pack it beforehand, NumPy and PyTorch get it as it is.
+A backend is created for a dtype and a number of threads, and describes itself (`device`, `accumulate`, `versions`).
+`prepare(problem)` converts the operands, allocates the result if the library allows it, and returns an Operation. Only
+the Operation's stages are timed. B is constant, like the weights of a model: ONNX Runtime and the NPU may pack it in
+advance, NumPy and PyTorch take it as it is.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ from rwkv_npu.toolkit import CompileOptions, CompileResult, Environment, compile
 
 @dataclass(frozen=True)
 class Operation:
-    """A product ready to be timed. moved_bytes: A, B and C once each, as the backend holds them. submit: index of the
-    stage that hands the work over, where there is one. npu_ops: operations that the compiler cut the product into."""
+    """A product that is ready to be timed.
+
+    moved_bytes: of A, B and C in the backend's dtypes. submit: index of the stage that submits the work, if there is
+    one. npu_ops: number of operations that the compiler splits the product into.
+    """
 
     stages: Sequence[Stage]
     result: Callable[[], np.ndarray]
@@ -54,7 +57,7 @@ class Backend(Protocol):
 
 
 class NumpyBackend:
-    """fp32 by NumPy's BLAS; fp16, which has no BLAS, by a plain loop."""
+    """fp32 by NumPy's BLAS. fp16 has no BLAS and runs as a plain loop."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
         configuration: Any = np.show_config(mode="dicts")
@@ -72,13 +75,13 @@ class NumpyBackend:
 
 
 def _kernels() -> str:
-    """The processor that the BLAS has chosen its kernels for, if threadpoolctl is installed: an older one than this
-    processor can mean half the speed."""
+    """The processor type of the BLAS kernels, if threadpoolctl is installed. Kernels for an older processor can halve
+    the speed."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
         return ""
-    names = {str(found["architecture"]) for found in threadpool_info() if found.get("architecture")}
+    names = {str(pool["architecture"]) for pool in threadpool_info() if pool.get("architecture")}
     return f" ({'/'.join(sorted(names))} kernels)" if names else ""
 
 
@@ -106,7 +109,7 @@ class TorchBackend:
 
 
 class TinygradBackend:
-    """Devices `cpu` (compiled by clang) and `opencl` (the first platform's GPU, or its other device)."""
+    """Device `cpu` (compiled by clang) or `opencl` (the first platform's GPU, else its other device)."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
         os.environ["NUM_CPU_THREADS"] = str(threads)  # read on import
@@ -117,7 +120,7 @@ class TinygradBackend:
             opened: Any = Device[self._name]
         except (
             Exception
-        ) as error:  # a missing library is an AttributeError, a missing clang a FileNotFoundError
+        ) as error:  # AttributeError for a missing library, FileNotFoundError for a missing clang
             raise BackendError(f"tinygrad cannot open {device}: {first_line(error)}") from error
         chip = getattr(opened, "device_name", None)
         self.device = f"OpenCL ({chip})" if device == "opencl" else f"CPU ({cpu_model()})"
@@ -138,7 +141,7 @@ class TinygradBackend:
         def submit() -> None:
             last[0] = multiply(a, b)
 
-        for _ in range(3):  # the first runs, the second records, the third replays what is timed
+        for _ in range(3):  # the first call runs, the second records, the third replays
             submit()
         self._opened.synchronize()
         size = self._type.itemsize
@@ -151,7 +154,7 @@ class TinygradBackend:
 
 
 class OrtBackend:
-    """fp32; int8: A quantized in the call, B beforehand; int4: B alone, in blocks of 32, A as int8 within."""
+    """fp32. int8: A is quantised in the call, B in advance. int4: only B, in blocks of 32; A becomes int8 inside."""
 
     BLOCK = 32
 
@@ -181,17 +184,17 @@ class OrtBackend:
 
 
 def plain_graph(problem: Problem) -> bytes:
-    """C = A @ B in fp32 with B inside, for ONNX Runtime and for Rockchip's compiler."""
+    """C = A @ B in fp32 with B as a constant, for ONNX Runtime and for Rockchip's compiler."""
     from onnx import helper
 
     return _graph(problem, [helper.make_node("MatMul", ["a", "b"], ["c"], name="c")], {"b": problem.b})
 
 
 def int8_graph(problem: Problem) -> bytes:
-    """A quantized in the graph (one scale a call), B beforehand (a scale a column), int32 sums, scaled back.
+    """A is quantised in the graph (one scale for each call), B in advance (a scale for each column). Sums are int32.
 
-    B has 7 bits. Without VNNI, ONNX Runtime adds two products of uint8 and int8 in int16, which saturates: with 8 bits
-    the result would be wrong on such processors. ONNX Runtime's documentation advises the same (`reduce_range`).
+    B has 7 bits. Without VNNI, ONNX Runtime adds two uint8 x int8 products in int16, which saturates with 8 bits: the
+    result would be wrong on such processors. ONNX Runtime's documentation gives the same advice (`reduce_range`).
     """
     from onnx import TensorProto, helper
 
@@ -208,16 +211,16 @@ def int8_graph(problem: Problem) -> bytes:
 
 
 def int4_graph(problem: Problem) -> bytes:
-    """ONNX Runtime's MatMulNBits: B as (N, blocks, bytes of a block), the low half of a byte first, 8 is zero."""
+    """ONNX Runtime's MatMulNBits: B as (N, blocks, bytes of a block), low nibble first, 8 represents zero."""
     from onnx import helper
 
     block, k, n = OrtBackend.BLOCK, problem.k, problem.n
     blocks = -(-k // block)
     padded = np.zeros((blocks * block, n), np.float32)
     padded[:k] = problem.b
-    cut = padded.T.reshape(n, blocks, block)
-    scale = np.maximum(np.abs(cut).max(axis=2), 1e-30) / 7
-    levels = (np.clip(np.rint(cut / scale[..., None]), -8, 7) + 8).astype(np.uint8)
+    columns = padded.T.reshape(n, blocks, block)
+    scale = np.maximum(np.abs(columns).max(axis=2), 1e-30) / 7
+    levels = (np.clip(np.rint(columns / scale[..., None]), -8, 7) + 8).astype(np.uint8)
     packed = levels[..., 0::2] | (levels[..., 1::2] << 4)
     node = helper.make_node("MatMulNBits", ["a", "b", "b_scale"], ["c"], domain="com.microsoft")
     for name, value in {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": 4}.items():
@@ -232,7 +235,7 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
     from rwkv_npu.graphs.onnx import IR_VERSION, OPSET
 
     if sum(array.nbytes for array in constants.values()) > 2**31 - 4096:
-        raise BackendError("B does not fit into an ONNX graph, which holds 2 GiB")
+        raise BackendError("B does not fit in an ONNX graph, whose limit is 2 GiB")
     proto = helper.make_graph(
         nodes,
         "matmul",
@@ -247,7 +250,7 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
 
 # -- Rockchip's NPU --------------------------------------------------------------------------------------
 
-PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "int8": "w8a8"}  # names of the compiler
+PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "int8": "w8a8"}  # dtype -> the compiler's name
 BYTES = {"fp16": 2, "bf16": 2, "int8": 1}
 
 
@@ -260,7 +263,7 @@ def compile_product(
     verify: bool = False,
     out: Path | None = None,
 ) -> CompileResult:
-    """Compile A @ B; int8 is calibrated on A itself, the best case. The file is kept if `out` is given."""
+    """Compile A @ B. int8 is calibrated on A itself, the best case. With `out`, the file is kept there."""
     inputs = {"a": problem.a}
     precision = PRECISIONS[dtype]
     options = CompileOptions(
@@ -278,7 +281,7 @@ def compile_product(
 
 
 def npu_ops(built: CompileResult) -> int:
-    """Operations that take cycles: more than one where the compiler cut the product into tiles."""
+    """Number of operations that take cycles: more than one if the compiler split the product into tiles."""
     return sum(1 for layer in built.layers if layer.total_cycles)
 
 
@@ -288,10 +291,10 @@ def _runtime(library: Path | None) -> str:
 
 
 class RknnBackend:
-    """RKNNLite on a board. It needs the compiler there too, which has wheels for aarch64.
+    """RKNNLite on a board. Also needs the compiler there, which has wheels for aarch64.
 
-    `inference` of RKNNLite ignores a failing run, so its three steps are called and timed apart: `submit_s` is
-    `rknn_run`, the rest of the time copies A in and C out.
+    RKNNLite's `inference` ignores a failed run. So its three steps are called and timed separately: `submit_s` is
+    `rknn_run`; the other two copy A in and C out.
     """
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
@@ -303,7 +306,7 @@ class RknnBackend:
         self.accumulate = "int32" if dtype == "int8" else "fp32, fp16 between parts"
         self.versions = f"rknn-toolkit2 {self._environment.version}, {_runtime(runtime_library())}"
         self._lite = RKNNLite
-        LOCK.acquire()  # for the life of this process
+        LOCK.acquire()  # until this process ends
 
     def prepare(self, problem: Problem) -> Operation:
         with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
@@ -311,7 +314,7 @@ class RknnBackend:
             built = compile_product(self._environment, problem, self.dtype, self._target, out=path)
             lite = self._lite()
             if lite.load_rknn(str(path)) or lite.init_runtime(core_mask=self._lite.NPU_CORE_0):
-                raise BackendError("RKNNLite cannot load what was compiled: see its own messages above")
+                raise BackendError("RKNNLite cannot load the compiled file: see its messages above")
         runtime, last = lite.rknn_runtime, [np.empty(0)]
 
         def copy_in() -> None:
@@ -332,7 +335,7 @@ class RknnBackend:
 
 
 class RknnMatmulBackend:
-    """The matmul interface, columns split over all cores. A call converts A to the NPU's layout, and C back."""
+    """The matmul interface, with columns split over all cores. Each call converts A to the NPU's layout, and C back."""
 
     def __init__(self, dtype: str, threads: int, device: str) -> None:
         self._kind, self._library = {"fp16": FP16, "int8": INT8}[dtype], Library()

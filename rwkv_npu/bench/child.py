@@ -1,13 +1,13 @@
-"""One measurement in a process of its own: `python -m rwkv_npu.bench.child LABEL`, started by `Child`.
+"""A process for one measurement: `python -m rwkv_npu.bench.child LABEL`, started by `Child`.
 
-Alone in its process a backend has its threads and its memory to itself, may crash, and may be killed for lack of
-memory. Both benchmarks use one protocol. Requests are lines of JSON on stdin; a request names a task of TASKS. The
-answers are lines of JSON on the original stdout (libraries that print get stderr):
+In its own process a backend has all threads and its own memory. It may crash, or be killed for lack of memory, without
+ending the benchmark. Both benchmarks use one protocol. A request is a line of JSON on stdin that names a task of TASKS.
+Answers are lines of JSON on the original stdout; output of libraries is redirected to stderr:
 
-    {"stage": "decode"}                     the next part of the work
+    {"stage": "decode"}                     the next part of the work begins
     {"fields": {...}}                       fields of a row
-    {"failed": "one line", "fatal": bool}   the end of the request; fatal: larger products would fail too
-    {"done": true}                          the end of the request
+    {"failed": "one line", "fatal": bool}   end of the request; fatal: larger products would fail too
+    {"done": true}                          end of the request
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 
 from rwkv_npu.errors import first_line
 
-SILENCE_S = 900.0  # a child that sends nothing for so long is killed
+SILENCE_S = 900.0  # a child that sends nothing for this long is killed
 _THREADS = "OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS BLIS_NUM_THREADS POCL_MAX_PTHREAD_COUNT"
 
-# Task: the function that does it, which takes the request and `emit`.
+# Task -> the function that runs it, with the arguments request and `emit`.
 TASKS = {
     "open": "rwkv_npu.bench.measure:open_backend",
     "product": "rwkv_npu.bench.measure:time_product",
@@ -51,7 +51,7 @@ Emit = Callable[[Message], None]
 
 
 class Failed(Exception):
-    """A request that gave no result; `fatal` if larger ones need not be tried."""
+    """A request failed. `fatal`: larger requests would fail too."""
 
     def __init__(self, reason: str, fatal: bool) -> None:
         super().__init__(reason)
@@ -59,7 +59,7 @@ class Failed(Exception):
 
 
 class Child:
-    """The parent's end. `started` is the clock at the start of the process; `label` is what `ps` shows."""
+    """The parent's side of the process. `started`: the clock at its start. `label`: shown by `ps`."""
 
     def __init__(self, threads: int | None, label: str = "") -> None:
         self._errors = tempfile.TemporaryFile()
@@ -72,7 +72,7 @@ class Child:
             stderr=self._errors,
             text=True,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # Ctrl-C reaches the parent only
         )
 
     def __enter__(self) -> Child:
@@ -82,7 +82,7 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """End the process. May be called again."""
+        """End the process. A second call does nothing."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -90,11 +90,11 @@ class Child:
             try:
                 if stream:
                     stream.close()
-            except OSError:  # a request that nobody read
+            except OSError:  # an unsent request
                 pass
 
     def messages(self, request: Message) -> Iterator[Message]:
-        """The answers to a request, as they come. Raises Failed at its end."""
+        """Send a request and yield its answers as they arrive. Raises Failed at the end if the request failed."""
         stdin = self._process.stdin
         assert stdin is not None
         try:
@@ -111,7 +111,7 @@ class Child:
             yield message
 
     def ask(self, request: Message) -> Message:
-        """All fields of the answers. Raises Failed."""
+        """Send a request and return the fields of all answers. Raises Failed."""
         fields: Message = {}
         for message in self.messages(request):
             fields |= message.get("fields", {})
@@ -143,11 +143,11 @@ class Child:
         return f"its process {how}" + (f": {lines[-1].strip()}" if lines else "")
 
 
-# -- the child's end -------------------------------------------------------------------------------------
+# -- the child's side ------------------------------------------------------------------------------------
 
 
 def answer(request: Message, emit: Emit) -> None:
-    """Do one task; errors become a `failed` message."""
+    """Run one task. Errors become a `failed` message."""
     try:
         module, function = TASKS[request["task"]].split(":")
         getattr(importlib.import_module(module), function)(request, emit)
@@ -155,25 +155,25 @@ def answer(request: Message, emit: Emit) -> None:
         emit({"failed": f"not enough memory: {first_line(error)}", "fatal": True})
     except ImportError as error:
         emit({"failed": f"not installed: {first_line(error)}", "fatal": True})
-    except Exception as error:  # libraries raise what they like; the row gets the text, and the others go on
+    except Exception as error:  # any library error: the row gets its text, and other rows continue
         text = first_line(error)
-        starved = any(words in str(error) for words in OUT_OF_MEMORY)
-        emit({"failed": f"not enough memory: {text}" if starved else text, "fatal": starved})
+        out_of_memory = any(phrase in str(error) for phrase in OUT_OF_MEMORY)
+        emit({"failed": f"not enough memory: {text}" if out_of_memory else text, "fatal": out_of_memory})
     else:
         emit({"done": True})
 
 
 def _end_with_parent() -> None:
-    """End when the other end of stdin closes, even in the middle of a long call."""
+    """Exit when the parent closes stdin, even during a long call."""
     poller = select.poll()
-    poller.register(0, 0)  # no events: only a hang-up ends the wait
+    poller.register(0, 0)  # wakes on hang-up only
     poller.poll()
     os._exit(0)
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the output of libraries
+    os.dup2(2, 1)  # libraries print to stderr
 
     def emit(message: Message) -> None:
         replies.write(json.dumps(message) + "\n")

@@ -1,4 +1,4 @@
-"""Rows of both benchmarks, and the JSON file that keeps them with their machine and command."""
+"""Rows of both benchmarks, and the JSON file that stores them with their machine and command."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class ProductRow:
     time_s          median of single calls; of an estimate its central value
     time_p10_s, time_p90_s   percentiles of single calls; of an estimate the fast and the slow end of its range
     time_error_s    half the 68 % interval of the median, from the repeats
-    submit_s        the part of time_s in which work is handed over (asynchronous backends; `rknn_run` on a board)
+    submit_s        part of time_s that submits the work (asynchronous backends; `rknn_run` on a board)
     overhead_s      a call of this backend on 32x32x32: the cost of an empty call
     dtype, accumulate   of the operands A and B, and of the sums
-    gb_per_s        A + B + C, each once, in the dtypes in which the backend holds them, over time_s
+    gb_per_s        bytes of A, B and C, in the backend's dtypes, over time_s
     max_rel_error   largest difference from float64, over the largest element of the result
-    estimated       from the terms of `runtime.rk3588`, not from a clock
+    estimated       computed from the terms of `runtime.rk3588`, not measured
     published       measured on a board by others, and published
     flags           reasons to doubt the figure (`busy`, `throttled`, ...), joined by spaces
-    failed          the reason for a missing time
+    failed          reason for a missing time
     """
 
     FORMAT: ClassVar[int | str] = 1
@@ -68,7 +68,7 @@ class ProductRow:
 
     @property
     def work(self) -> int:
-        """Floating-point (or integer) operations."""
+        """Number of floating-point (or integer) operations."""
         return 2 * self.m * self.k * self.n
 
     @property
@@ -84,13 +84,13 @@ class ProductRow:
 def series_name(
     backend: str, dtype: str, opencl: bool = False, estimated: bool = False, published: bool = False
 ) -> str:
-    """Name of all sizes of one backend, dtype and device."""
+    """The name of a series: all sizes of one backend, dtype and device."""
     mark = " (estimate)" if estimated else " (published)" if published else ""
     return f"{backend}{' OpenCL' if opencl else ''} {dtype}{mark}"
 
 
 def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:
-    """`row` with gflops and gb_per_s filled in from its time."""
+    """Fill in gflops and gb_per_s of `row` from its time."""
     seconds = row["time_s"]
     row["gflops"] = 2 * row["m"] * row["k"] * row["n"] / seconds / 1e9
     row["gb_per_s"] = moved_bytes / seconds / 1e9
@@ -98,7 +98,7 @@ def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:
 
 
 PREFILLS = (128, 512)  # tokens of the prompts
-DECODE = 128  # tokens chosen and read, after a prompt of the first length
+DECODE = 128  # tokens to sample and read after a prompt of the first length
 MEASURED_PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest")  # of a time
 
 
@@ -106,23 +106,23 @@ MEASURED_PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "
 class ModelRow:
     """One model on one backend: measured, or `estimated` from the terms of `runtime.rk3588`.
 
-    weights, stored   dtype in which the backend holds the projections; in which the model's file does
+    weights, stored   dtype of the projections in the backend, and in the model's file
     fusion            the partitioning into groups
-    threads           asked for, else one a core
+    threads           as requested, else one a core
     load_s            from the start of the process to its first logits
-    first_token_s     a prompt of 128 tokens read and a token chosen, in a process that has done it before
+    first_token_s     to read a prompt of 128 tokens and sample a token, in a warm process
     *_tps, _p10, _p90 tokens a second: median of the repeats with their slow and fast end; of an estimate its
                       central value with the slow and fast end of its range
-    *_ms              milliseconds by part of a token (decode), or of a prompt and the first choice. An estimate has
-                      `calls`, `operators` and `io` besides: what `runtime.estimate` adds up
-    bytes_per_token   projections once, as held, and the state read and written; gb_per_s is that over the time of a
-                      token, bandwidth_share that over the fastest read of memory on this machine
-    read_gb_per_s     read of memory just before the row: others on the same host may take their part
-    peak_bytes, own_bytes   of resident memory: the most, and without mapped files, at the end
+    *_ms              milliseconds by part: of a token (decode), or of a prompt and its first sampled token. An estimate
+                      also has `calls`, `operators` and `io`, the other terms of `runtime.estimate`
+    bytes_per_token   the projections' bytes in the backend, plus the state read and written. gb_per_s is
+                      bytes_per_token over the time of a token, bandwidth_share is gb_per_s over this machine's best
+    read_gb_per_s     memory read speed just before the row; other guests of the host may use part of it
+    peak_bytes, own_bytes   of resident memory: the peak; without mapped files, at the end
     basis             the source of an estimate
     profile           a token's time by role of group and by function
     flags             reasons to doubt the figures (`busy`, `throttled`, `interrupted`)
-    failed            the reason for missing figures
+    failed            reason for missing figures
     """
 
     FORMAT: ClassVar[int | str] = "inference 1"
@@ -172,7 +172,7 @@ class ModelRow:
 
     @property
     def name(self) -> str:
-        """Label in tables and pictures: backend, precision, the NPU's partitioning, the board's DRAM."""
+        """Label in tables and pictures: backend, precision, the NPU's fusion, the board's DRAM."""
         parts = [self.backend, self.precision]
         if self.backend == "rknn" and self.fusion:
             parts.append(self.fusion)
@@ -182,23 +182,23 @@ class ModelRow:
 
     @property
     def precision(self) -> str:
-        """As held, and as stored where that is another."""
+        """Precision in the backend, and in the file if it differs."""
         return self.weights + (f" of {self.stored}" if self.stored not in ("", self.weights) else "")
 
     @property
     def is_whole(self) -> bool:
-        """Neither failed nor interrupted."""
+        """True if the row neither failed nor was interrupted."""
         return not (self.failed or "interrupted" in self.flags)
 
     def finish(self, bandwidth_gb_per_s: float | None) -> None:
-        """Fill in the fields that follow from others."""
+        """Fill in the fields that are computed from others."""
         if self.bytes_per_token and self.decode_tps:
             self.gb_per_s = self.bytes_per_token * self.decode_tps / 1e9
             if bandwidth_gb_per_s and not self.estimated:
                 self.bandwidth_share = self.gb_per_s / bandwidth_gb_per_s
 
-    def update(self, more: dict[str, Any]) -> None:
-        for name, value in more.items():
+    def update(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
             if name not in self.__dataclass_fields__:
                 raise KeyError(name)
             setattr(self, name, value)
@@ -209,7 +209,7 @@ Row = TypeVar("Row", ProductRow, ModelRow)
 
 @dataclass
 class Document(Generic[Row]):
-    """The content of one file: rows of one kind, the machine they were measured on, and the command."""
+    """The content of one file: rows of one kind, the machine that measured them, and the command."""
 
     kind: type[Row]
     machine: dict[str, Any]
@@ -217,17 +217,19 @@ class Document(Generic[Row]):
     results: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def to_json(self, **more: Any) -> str:
+    def to_json(self, **extra: Any) -> str:
         data = {
             "format": self.kind.FORMAT,
             "command": self.command,
             "machine": self.machine,
             "notes": self.notes,
         }
-        return json.dumps({**data, **more, "results": [asdict(row) for row in self.results]}, indent=1) + "\n"
+        return (
+            json.dumps({**data, **extra, "results": [asdict(row) for row in self.results]}, indent=1) + "\n"
+        )
 
     def save(self, path: Path) -> None:
-        """Raises UsageError."""
+        """Write the file. Raises UsageError."""
         try:
             write_atomically(path, self.to_json().encode())
         except OSError as error:
@@ -235,14 +237,14 @@ class Document(Generic[Row]):
 
     @classmethod
     def load(cls, path: Path, kind: type[Row]) -> Document[Row]:
-        """Read a file of `kind`. Fields that this version does not know are left out. Raises UsageError."""
+        """Read a file of `kind`. Ignores fields that this version does not know. Raises UsageError."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != kind.FORMAT:
                 raise UsageError(
                     f"{path} holds results of format {data['format']}; this version reads {kind.FORMAT}"
                 )
-            known = {one.name for one in fields(kind)}
+            known = {field.name for field in fields(kind)}
             rows = [kind(**{name: row[name] for name in row if name in known}) for row in data["results"]]
             return Document(kind, data["machine"], data["command"], rows, data.get("notes", []))
         except OSError as error:
@@ -251,11 +253,11 @@ class Document(Generic[Row]):
             raise UsageError(f"{path} does not hold results of `{kind.COMMAND}` ({error})") from error
 
     def check_same_machine(self, path: Path, here: dict[str, Any], threads: int) -> None:
-        """Raises UsageError if the rows of `path` are from another machine or another number of threads."""
+        """Raises UsageError if the rows of `path` come from another machine or another number of threads."""
         for key in ("cpu", "cores", "board"):
-            there = self.machine.get(key)
-            if there != here.get(key):
-                reason = f"on another machine ({key}: {there}, here: {here.get(key)})"
+            stored = self.machine.get(key)
+            if stored != here.get(key):
+                reason = f"on another machine ({key}: {stored}, here: {here.get(key)})"
                 raise UsageError(f"{path} was measured {reason}: name another file")
         for row in self.results:
             if row.threads not in (None, threads):
@@ -264,17 +266,17 @@ class Document(Generic[Row]):
 
 
 def by_series(rows: Iterable[ProductRow], *, square: bool = False) -> dict[str, list[ProductRow]]:
-    """Rows that have a time, by series, each in order of work."""
-    found: dict[str, list[ProductRow]] = {}
+    """Group rows with a time by series, each sorted by work."""
+    series: dict[str, list[ProductRow]] = {}
     for row in rows:
         if row.time_s is not None and (row.is_square or not square):
-            found.setdefault(row.series, []).append(row)
-    return {name: sorted(some, key=lambda row: (row.work, row.size)) for name, some in found.items()}
+            series.setdefault(row.series, []).append(row)
+    return {name: sorted(group, key=lambda row: (row.work, row.size)) for name, group in series.items()}
 
 
 def by_model(rows: Iterable[ModelRow]) -> list[list[ModelRow]]:
-    """Rows of the same weights together, from any file; measured rows come first."""
-    found: dict[str, list[ModelRow]] = {}
+    """Group rows by their weights, whatever the file. Measured rows come first."""
+    models: dict[str, list[ModelRow]] = {}
     for row in rows:
-        found.setdefault(row.fingerprint, []).append(row)
-    return [sorted(some, key=lambda row: row.estimated) for some in found.values()]
+        models.setdefault(row.fingerprint, []).append(row)
+    return [sorted(group, key=lambda row: row.estimated) for group in models.values()]

@@ -1,6 +1,6 @@
-"""The rows of `bench inference`: each backend measured in a process of its own, then estimates for an RK3588.
+"""The rows of `bench inference`: each backend is measured in its own process, then an RK3588 is estimated.
 
-The arithmetic of the estimates is in `runtime.estimate`, their terms and sources in `runtime.rk3588`.
+The arithmetic of the estimates is in `runtime.estimate`, their terms and sources are in `runtime.rk3588`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Flags that replace terms of the estimates; None keeps the table's.
+    """Flags that replace terms of the estimates. None keeps the table's value.
 
-    call_overhead_us: of each call through RKNNLite. host_factor: the board's time over this machine's for recurrence,
-    sampling and Python, as measured here, in place of the table's figures.
+    call_overhead_us: microseconds of a call through RKNNLite. host_factor: ratio of the board's time to this machine's
+    for recurrence, sampling and Python; their times are then measured here instead of taken from the table.
     """
 
     call_overhead_us: float | None = None
@@ -58,8 +58,11 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """The models to measure and how. seconds: of a stage, after which it is not repeated. file keeps the rows. log
-    takes lines for people. redo: measure rows of the file again that others disturbed."""
+    """What to measure, and how.
+
+    seconds: limit of a stage's repeats. file: keeps the rows. log: receives messages for the user. redo: measure rows
+    again that were disturbed.
+    """
 
     models: Sequence[Path]
     backends: Sequence[str] = DEFAULT_BACKENDS
@@ -78,11 +81,11 @@ class Settings:
         for name in self.backends:
             if name == "rknn-sim":
                 raise UsageError(
-                    "rknn-sim shows the NPU's results, not its speed: artifacts are estimated anyway"
+                    "rknn-sim simulates the NPU's results, not its speed: omit it, artifacts are estimated anyway"
                 )
             if name not in BACKENDS:
-                able = [name for name in BACKENDS if name != "rknn-sim"]
-                raise UsageError(f"backend {name!r} is unknown: use some of {', '.join(able)}")
+                known = [name for name in BACKENDS if name != "rknn-sim"]
+                raise UsageError(f"backend {name!r} is unknown: use some of {', '.join(known)}")
         for flag, value in (("-r", self.repeats), ("-t", self.threads)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} is {value}: it must be at least 1")
@@ -92,7 +95,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured."""
+    """A model to measure."""
 
     path: Path
     spec: Spec
@@ -104,16 +107,16 @@ class Subject:
     def name(self) -> str:
         return self.path.name
 
-    def row(self, backend: str, **more: Any) -> ModelRow:
+    def row(self, backend: str, **fields: Any) -> ModelRow:
         spec = self.spec
-        return ModelRow(self.name, self.fingerprint, spec.generation, spec.parameters, backend, **more)
+        return ModelRow(self.name, self.fingerprint, spec.generation, spec.parameters, backend, **fields)
 
     def is_in(self, row: ModelRow) -> bool:
         return (row.fingerprint, row.model) == (self.fingerprint, self.name)
 
 
 def open_subject(path: Path) -> Subject:
-    """Raises BundleError or CheckpointError."""
+    """Open a model to measure. Raises BundleError or CheckpointError."""
     if is_bundle(path):
         manifest = read_manifest(path)
         return Subject(path, manifest.spec, manifest.fingerprint, manifest.artifacts, manifest.cpu_precisions)
@@ -122,7 +125,7 @@ def open_subject(path: Path) -> Subject:
 
 
 class Study:
-    """The rows so far, in `document`; `run` adds the others."""
+    """The rows of a benchmark, in `document`. `run` measures those that are missing."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -135,16 +138,16 @@ class Study:
             self.document.check_same_machine(settings.file, here, self.threads)
             if settings.command not in self.document.command:
                 self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
-            # Failed and interrupted rows are measured again.
+            # Failed and interrupted rows are dropped, to be measured again.
             self.document.results = [row for row in self.document.results if row.is_whole]
 
     @property
     def total(self) -> int:
-        """Stages of all cases."""
+        """Number of stages of all cases."""
         return STAGES * len(self._cases())
 
     def run(self) -> Iterator[tuple[str, int]]:
-        """(the current work, stages done), as it goes. A row is kept before the next begins."""
+        """Measure all cases. Yields (current work, stages done). Each row is saved before the next one begins."""
         for subject, backend, precision in self._cases():
             known = [row for row in self.document.results if self._is_of(row, subject, backend, precision)]
             if known and not (self.settings.redo and known[0].flags):
@@ -166,7 +169,7 @@ class Study:
             yield subject.name, max(0, STAGES - done)
 
     def add_estimates(self) -> None:
-        """Replace the estimates of the models by those of this version's terms."""
+        """Replace the estimates of the models by those of this version."""
         rows = [
             row
             for row in self.document.results
@@ -183,19 +186,19 @@ class Study:
             self.document.save(self.settings.file)
 
     def _measure_roofline(self) -> float | None:
-        """GB/s that all threads read now; the machine's facts keep the best."""
+        """Measure the memory read speed of all threads, in GB/s. The machine's facts keep the best."""
         try:
-            found = measure_roofline(self.threads)
+            speeds = measure_roofline(self.threads)
         except (Failed, BackendError) as error:
             self.settings.log(f"the machine's bandwidth could not be measured: {error}")
             return None
         facts = self.document.machine
-        facts |= {name: max(value, facts.get(name, 0.0)) for name, value in found.items()}
-        return found["bandwidth_gb_per_s"]
+        facts |= {name: max(value, facts.get(name, 0.0)) for name, value in speeds.items()}
+        return speeds["bandwidth_gb_per_s"]
 
     def _cases(self) -> list[tuple[Subject, str, str | None]]:
-        """(model, backend, precision); None where there is no choice."""
-        found: list[tuple[Subject, str, str | None]] = []
+        """(model, backend, precision); precision None if there is no choice."""
+        cases: list[tuple[Subject, str, str | None]] = []
         for subject in self.subjects:
             for backend in dict.fromkeys(self.settings.backends):
                 precisions: Sequence[str | None] = ()
@@ -203,8 +206,8 @@ class Study:
                     precisions = list(dict.fromkeys(a.precision for a in subject.artifacts))
                 elif backend in ("numba", "ort"):
                     precisions = subject.cpu_precisions
-                found += [(subject, backend, precision) for precision in precisions or (None,)]
-        return found
+                cases += [(subject, backend, precision) for precision in precisions or (None,)]
+        return cases
 
     def _is_of(self, row: ModelRow, subject: Subject, backend: str, precision: str | None) -> bool:
         if row.estimated or not subject.is_in(row) or row.backend != backend:
@@ -217,7 +220,7 @@ class Study:
         return {**request, "model": str(subject.path), "backend": backend, "precision": precision}
 
     def _keep(self, row: ModelRow, replaced: Sequence[ModelRow]) -> None:
-        """Add a row in place of those that it measured again."""
+        """Add a row. If it is complete, it replaces the rows that it measured again."""
         row.finish(self.document.machine.get("bandwidth_gb_per_s"))
         if row.is_whole:
             self.document.results = [other for other in self.document.results if other not in replaced]
@@ -232,9 +235,9 @@ class Study:
 
 
 def measure(row: ModelRow, request: Mapping[str, Any]) -> Iterator[str]:
-    """Fill in `row` from a child process, yielding the name of each stage as it begins.
+    """Fill in `row` from a child process. Yields the name of each stage as it begins.
 
-    A failure leaves the fields known so far, and its reason in `row.failed`.
+    After a failure, `row.failed` holds the reason; fields that are known already stay.
     """
     with Child(request["threads"], f"{request['backend']} {request['model']}") as child:
         try:
@@ -250,32 +253,32 @@ def measure(row: ModelRow, request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def estimates(subject: Subject, measured: Sequence[ModelRow], assumptions: Assumptions) -> list[ModelRow]:
-    """Rows of an RK3588 with either kind of DRAM; none for a model without artifacts for it."""
+    """Estimated rows for an RK3588 with either kind of DRAM. [] for a model without artifacts for the RK3588."""
     kinds: dict[tuple[str, str], list[Artifact]] = {}
     for artifact in subject.artifacts:
         if artifact.target == rk3588.NAME:
             kinds.setdefault((artifact.precision, artifact.fusion), []).append(artifact)
     if not kinds:
         return []
-    maker = _Maker(subject, assumptions, _host_row(measured))
+    estimator = _Estimator(subject, assumptions, _host_row(measured))
     rows = []
     for dram in rk3588.DRAMS:
-        rows += [maker.cpu(precision, dram) for precision in estimate.CPU_PRECISIONS]
-        rows += [maker.npu(chosen, dram) for chosen in kinds.values() if all(a.cycles for a in chosen)]
-        rows += [maker.three_cores(precision, dram) for precision in estimate.MATMUL_PRECISIONS]
+        rows += [estimator.cpu(precision, dram) for precision in estimate.CPU_PRECISIONS]
+        rows += [estimator.npu(kind, dram) for kind in kinds.values() if all(a.cycles for a in kind)]
+        rows += [estimator.three_cores(precision, dram) for precision in estimate.MATMUL_PRECISIONS]
     return rows
 
 
 def _host_row(measured: Sequence[ModelRow]) -> ModelRow | None:
-    """The row that --host-factor multiplies: one for all estimates of a model, so that they can be compared."""
-    able = [row for row in measured if row.decode_ms and row.prefill_128_ms]
+    """The row whose times --host-factor multiplies. All estimates of a model use the same one, to be comparable."""
+    usable = [row for row in measured if row.decode_ms and row.prefill_128_ms]
     order = {"numba": 0, "ort": 1}
-    return min(able, key=lambda row: (order.get(row.backend, 2), -(row.decode_tps or 0)), default=None)
+    return min(usable, key=lambda row: (order.get(row.backend, 2), -(row.decode_tps or 0)), default=None)
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """Makes the estimated rows of one model."""
+class _Estimator:
+    """Computes the estimated rows of one model."""
 
     subject: Subject
     assumptions: Assumptions
@@ -334,18 +337,18 @@ class _Maker:
         row.basis = self.basis
         for name, tokens in (("decode", 1), *((f"prefill_{count}", count) for count in PREFILLS)):
             host = self._host_ms(name)
-            found = compute(tokens, host)
-            slow, central, fast = found.speeds(tokens)
+            result = compute(tokens, host)
+            slow, central, fast = result.speeds(tokens)
             row.update({f"{name}_tps": central, f"{name}_tps_p10": slow, f"{name}_tps_p90": fast})
-            row.update({f"{name}_ms": dict(found.ms)})
+            row.update({f"{name}_ms": dict(result.ms)})
             if name == "decode":
-                row.calls_per_token = float(found.npu_calls) or None
+                row.calls_per_token = float(result.npu_calls) or None
             elif tokens == PREFILLS[0]:
-                row.first_token_s = found.total_ms / 1e3
+                row.first_token_s = result.total_ms / 1e3
         return row
 
     def _host_ms(self, name: str) -> Milliseconds | None:
-        """The CPU's part as `host` measured it, times --host-factor; None for the table's figures."""
+        """The CPU's times in the row `host`, times --host-factor. None to use the table's figures."""
         factor = self.assumptions.host_factor
         parts: Mapping[str, float] = getattr(self.host, f"{name}_ms") if self.host else {}
         if factor is None or not parts:

@@ -1,6 +1,6 @@
-"""The machine of a measurement: its facts, its memory bandwidth and peak, and disturbances by others.
+"""The machine of a measurement: its facts, memory bandwidth and peak speed, and disturbance by other processes.
 
-Everything is read where the system shows it, and left out where it does not (virtual machines hide clocks).
+Facts that the system does not show are omitted (virtual machines hide clocks).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rwkv_npu.bench.document import ProductRow
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import cpu_model
 
-SLOWER = 1.10  # a clock that fell by this factor is throttled
+SLOWER = 1.10  # a clock that fell by this factor counts as throttled
 PROBE_SLOWER = 1.25  # the same for the probe, which varies more
-BUSY = 0.15  # cores' worth of work by others
+BUSY = 0.15  # cores used by other processes
 
 
 def describe() -> dict[str, Any]:
-    """The machine as a flat mapping; unreadable facts are left out."""
+    """The facts of this machine as a flat mapping, without those that cannot be read."""
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
         "instruction_set": instruction_set(),
@@ -44,15 +44,15 @@ def describe() -> dict[str, Any]:
 
 
 def instruction_set(root: Path = hardware.ROOT) -> str | None:
-    """The widest set for products of bytes that the processor has; None where it cannot be read."""
+    """The processor's most capable instruction set for products of bytes. None if it cannot be read."""
     text = hardware.read(root / "proc/cpuinfo") or ""
-    found = {
+    flags = {
         word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()
     }
-    return next((name for flag, name in _SETS.items() if flag in found), None)
+    return next((name for flag, name in _SETS.items() if flag in flags), None)
 
 
-# Flag of /proc/cpuinfo: its name. The first that a processor has is the widest.
+# Flag in /proc/cpuinfo -> name. The first flag that a processor has is the most capable.
 _SETS = {
     "avx512_vnni": "AVX-512 VNNI",
     "avx_vnni": "AVX-VNNI",
@@ -65,15 +65,15 @@ _SETS = {
 
 
 def clocks(root: Path = hardware.ROOT) -> dict[str, Any]:
-    """Governor, clocks of the CPU (MHz, of each cluster), the DDR and the NPU."""
-    found = hardware.clocks(root)
+    """Governor and clocks (MHz) of the CPU's clusters, the DDR and the NPU."""
+    known = hardware.clocks(root)
     facts: dict[str, Any] = {}
-    cpu = [clock for clock in found if clock.name.startswith("cpu")]
+    cpu = [clock for clock in known if clock.name.startswith("cpu")]
     if governors := {clock.governor for clock in cpu if clock.governor}:
         facts["cpu_governor"] = "/".join(sorted(governors))
     if speeds := [clock.mhz for clock in cpu if clock.mhz is not None]:
         facts["cpu_mhz"] = "/".join(map(str, speeds))
-    for clock in found:
+    for clock in known:
         if clock not in cpu:
             facts[f"{clock.name}_mhz"], facts[f"{clock.name}_governor"] = clock.mhz, clock.governor
     return {key: value for key, value in facts.items() if value is not None}
@@ -85,9 +85,9 @@ def _is_virtual() -> bool:
 
 @dataclass
 class Watch:
-    """Compares the machine before and after a row; `flags` names disturbances between.
+    """Compares the machine before and after a row. `flags` names disturbances in between.
 
-    The probe is a fixed piece of work in Python: it shows a fall of clocks that cannot be read.
+    The probe is a fixed loop in Python. It detects falling clocks that cannot be read.
     """
 
     best_probe: float = field(default_factory=lambda: probe())
@@ -97,11 +97,11 @@ class Watch:
         self._work, self._own = _busy_seconds(), _own_seconds()
 
     def flags(self) -> str:
-        found = []
+        names = []
         elapsed = time.monotonic() - self._started
         others = _busy_seconds() - self._work - (_own_seconds() - self._own)
-        if elapsed > 0.2 and others / elapsed > BUSY:  # the counters tick in hundredths of a second
-            found.append("busy")
+        if elapsed > 0.2 and others / elapsed > BUSY:  # the counters have a resolution of 10 ms
+            names.append("busy")
         after, last = clocks(), probe()
         self.best_probe = min(self.best_probe, last)
         fell = any(
@@ -109,8 +109,8 @@ class Watch:
             for key in ("cpu_mhz", "npu_mhz", "ddr_mhz")
         )
         if fell or last > PROBE_SLOWER * self.best_probe:
-            found.append("throttled")
-        return " ".join(found)
+            names.append("throttled")
+        return " ".join(names)
 
 
 def _highest(facts: dict[str, Any], key: str) -> float:
@@ -118,7 +118,7 @@ def _highest(facts: dict[str, Any], key: str) -> float:
 
 
 def probe() -> float:
-    """Seconds of a fixed loop, the best of several: an inverse clock."""
+    """Seconds of a fixed loop, the best of several: inversely proportional to the clock."""
     times = []
     for _ in range(7):
         begin = time.perf_counter()
@@ -134,7 +134,7 @@ def _own_seconds() -> float:
 
 
 def _busy_seconds() -> float:
-    """Seconds that all cores together were busy since the system started, stolen time among them."""
+    """CPU seconds of all cores since the system started, including time stolen by the host."""
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
@@ -147,7 +147,7 @@ PEAK_SIZE = 1536
 
 
 def roofline(threads: int) -> dict[str, float]:
-    """The best of several: GB/s of reading memory with all threads, GFLOP/s of NumPy's fp32 product."""
+    """GB/s of reading memory with all threads, and GFLOP/s of NumPy's fp32 product: the best of several runs."""
     values = np.ones(READ_BYTES // 4, np.float32)
     matrix, vector = values.reshape(-1, 4096), np.ones(4096, np.float32)
     parts = np.array_split(values, threads)
@@ -176,7 +176,7 @@ def _best(call: Callable[[], object], count: int) -> float:
 
 
 def peaks(machine: dict[str, float], rows: Iterable[ProductRow]) -> dict[str, float]:
-    """GFLOP/s by dtype: the best measured here by a backend of the CPU, at any size."""
+    """GFLOP/s by dtype: the best measured here on the CPU, over all backends and sizes."""
     best = {"fp32": machine["peak_fp32_gflops"]} if "peak_fp32_gflops" in machine else {}
     for row in rows:
         if row.gflops and row.is_measured_here and row.device.startswith("CPU"):

@@ -1,4 +1,4 @@
-"""The sweep of `bench matmul`: every series over every shape, one at a time, kept in a file as it goes.
+"""The sweep of `bench matmul`: every series over every shape, one at a time. A file keeps the rows.
 
 A series is measured in a child process, estimated for an RK3588 from the terms of `runtime.rk3588`, or published by
 others who measured it on a board.
@@ -29,7 +29,7 @@ from rwkv_npu.toolkit import require
 DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 BOARD_CPU = "rk3588-cpu"
 
-# Backend: the dtypes that it can do, and those that it does by default.
+# Backend -> (supported dtypes, default dtypes).
 BACKENDS = {
     "numpy": (("fp32", "fp16"), ("fp32",)),
     "torch": (("fp32", "bf16", "fp16"), ("fp32", "bf16")),
@@ -61,7 +61,7 @@ class Series:
 
 
 class Opened(Protocol):
-    """An open series. `row` raises Failed; `blank` is a row with the reason of a failure."""
+    """A series that can be timed. `row` raises Failed; `blank` is the row of a failure with its reason."""
 
     def row(self, shape: Shape) -> ProductRow: ...
 
@@ -77,7 +77,7 @@ Open = Callable[[Series, int, Effort], Opened]
 
 
 class Measured:
-    """A series timed in a child process. Raises BackendError if the backend cannot be opened."""
+    """A series that a child process measures. Raises BackendError if the backend cannot be opened."""
 
     def __init__(self, series: Series, threads: int, effort: Effort) -> None:
         self._child = Child(threads, series.name)
@@ -108,7 +108,7 @@ class Measured:
 
 
 class _Computed:
-    """A series without a process: `fields` are those of all its rows."""
+    """A series that is computed, without a process. `fields` are common to all its rows."""
 
     fields: dict[str, Any]
 
@@ -119,19 +119,22 @@ class _Computed:
     def close(self) -> None:
         pass
 
-    def _row(self, shape: Shape, times_ms: Sequence[float], moved: float, **more: Any) -> ProductRow:
-        """times_ms: low, central and high; or one, without a range."""
+    def _row(self, shape: Shape, times_ms: Sequence[float], moved: float, **fields: Any) -> ProductRow:
+        """times_ms: (low, central, high), or a single time without a range."""
         m, k, n = shape
         low, central, high = (ms / 1e3 for ms in (times_ms if len(times_ms) == 3 else list(times_ms) * 3))
-        row = {**self.fields, "m": m, "k": k, "n": n, "time_s": central, **more}
+        row = {**self.fields, "m": m, "k": k, "n": n, "time_s": central, **fields}
         if low < high:
             row |= {"time_p10_s": low, "time_p90_s": high}
         return ProductRow(**with_rates(row, moved))
 
 
 class EstimatedNpu(_Computed):
-    """One NPU core through RKNNLite: cycles and tiles by Rockchip's compiler, errors by its simulator, times by the
-    terms of the estimates. Raises ToolkitError without the compiler."""
+    """Estimates for one NPU core through RKNNLite.
+
+    Cycles and tiles come from Rockchip's compiler, errors from its simulator, times from the terms of the estimates.
+    Raises ToolkitError without the compiler.
+    """
 
     def __init__(self, series: Series) -> None:
         self.environment = require()
@@ -139,7 +142,7 @@ class EstimatedNpu(_Computed):
             "backend": series.backend,
             "device": f"RK3588 NPU, 1 core, {DRAM}: estimate",
             "dtype": series.dtype,
-            # Wide sums are cut at 512 or 1024 inputs; the parts are probably added in fp16.
+            # Sums over more than 512 or 1024 inputs are split; the parts are probably added in fp16.
             "accumulate": "int32" if series.dtype == "int8" else "fp32, fp16 between parts",
             "versions": f"rknn-toolkit2 {self.environment.version}",
             "estimated": True,
@@ -172,14 +175,14 @@ class EstimatedNpu(_Computed):
 
 
 def npu_product_ms(cycles: dict[str, int], m: int, k: int, n: int, bound: str) -> float:
-    """One call through RKNNLite: the product, its transposes, the conversion of A and C, and the call."""
+    """Milliseconds of one call through RKNNLite: product, transposes, conversion of A and C, and call overhead."""
     transposes, conversion = port_ms(k + n, m, TERMS, bound)
     call = TERMS["rknnlite_call"].at(bound) / 1e3
     return graph_ms(cycles, m, DRAM, TERMS, bound) + transposes + conversion + call
 
 
 class EstimatedCpu(_Computed):
-    """The board's four large cores: the slower of memory and of the kernel's static cycles."""
+    """Estimates for the board's four large cores: the slower of memory and of the kernel's static cycles."""
 
     SIZES = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -201,7 +204,7 @@ class EstimatedCpu(_Computed):
 
 
 class Published(_Computed):
-    """Square fp16 products of one NPU core through the matmul interface, as others measured them on boards."""
+    """Square fp16 products on one NPU core through the matmul interface, measured on boards and published by others."""
 
     fields = {
         "backend": "rknn-matmul",
@@ -217,7 +220,7 @@ class Published(_Computed):
 
 
 def open_series(series: Series, threads: int, effort: Effort) -> Opened:
-    """Raises BackendError or ToolkitError where the backend is missing."""
+    """Open a series. Raises BackendError or ToolkitError if its backend is missing."""
     if series.published:
         return Published()
     if series.estimated:
@@ -226,7 +229,7 @@ def open_series(series: Series, threads: int, effort: Effort) -> Opened:
 
 
 def measure_roofline(threads: int) -> dict[str, float]:
-    """The machine's GB/s and GFLOP/s, measured in a process of its own. Raises Failed."""
+    """Measure the machine's GB/s and GFLOP/s in a child process. Raises Failed."""
     with Child(threads, "roofline") as child:
         return child.ask({"task": "roofline", "threads": threads})
 
@@ -236,8 +239,11 @@ def measure_roofline(threads: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """A sweep. log takes lines for people. file keeps the rows. redo: measure rows again that other work on the
-    machine, or a falling clock, may have slowed down."""
+    """What to measure, and how.
+
+    file: keeps the rows. redo: measure rows again that other processes or a falling clock may have slowed down. log:
+    receives messages for the user.
+    """
 
     shapes: Sequence[Shape]
     backends: Sequence[str] = DEFAULT_BACKENDS
@@ -255,34 +261,34 @@ class Settings:
             ("backend", self.backends, BACKENDS),
             ("dtype", self.dtypes or (), DTYPES),
         ):
-            if wrong := [one for one in given if one not in known]:
+            if wrong := [value for value in given if value not in known]:
                 raise UsageError(f"{name} {wrong[0]!r} is unknown: use some of {', '.join(known)}")
         if self.threads < 1 or self.effort.repeats < 1:
             raise UsageError("the numbers of threads and of repeats must be at least 1")
 
 
 def plan(settings: Settings) -> list[Series]:
-    """The series that can run here; the log has a line for each that cannot."""
-    found = []
+    """The series that can run here. Logs a line for each that cannot."""
+    series: list[Series] = []
     chip = hardware.soc()
     for backend in dict.fromkeys(settings.backends):
-        able, default = BACKENDS[backend]
-        dtypes = [dtype for dtype in settings.dtypes or default if dtype in able]
+        supported, default = BACKENDS[backend]
+        dtypes = [dtype for dtype in settings.dtypes or default if dtype in supported]
         if not dtypes:
-            settings.log(f"{backend} does none of these dtypes: it does {', '.join(able)}")
+            settings.log(f"{backend} supports none of these dtypes, only {', '.join(supported)}")
         elif backend == "rknn-matmul" and not chip and OVERRIDE not in os.environ:
             settings.log("rknn-matmul needs a board")
         elif backend == BOARD_CPU and chip:
-            continue  # it is measured there
+            continue  # the board's CPU is measured instead
         else:
             devices = ("cpu", "opencl") if backend == "tinygrad" else ("cpu",)
             on_board = chip and importlib.util.find_spec("rknnlite")
             estimated = backend == BOARD_CPU or (backend == "rknn" and not on_board)
-            found += [Series(backend, dtype, device, estimated) for device in devices for dtype in dtypes]
-    npu = any(series.backend in NPU_BACKENDS for series in found)
+            series += [Series(backend, dtype, device, estimated) for device in devices for dtype in dtypes]
+    npu = any(one.backend in NPU_BACKENDS for one in series)
     if npu and any(_is_published(shape) for shape in settings.shapes):
-        found.append(Series("rknn-matmul", "fp16", published=True))
-    return found
+        series.append(Series("rknn-matmul", "fp16", published=True))
+    return series
 
 
 def _is_published(shape: Shape) -> bool:
@@ -290,7 +296,7 @@ def _is_published(shape: Shape) -> bool:
 
 
 class Sweep:
-    """The rows so far, in `document`; `run` yields the others as they come."""
+    """The rows of a sweep, in `document`. `run` measures those that are missing."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.plan = settings, plan(settings)
@@ -301,12 +307,12 @@ class Sweep:
             self.document.check_same_machine(settings.file, here, settings.threads)
             if settings.command not in self.document.command:
                 self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
-        spoilt = {"busy", "throttled"} if settings.redo else set()
-        # Failed rows and estimates are made again. Rows to be measured again stay until the new ones exist.
+        disturbed = {"busy", "throttled"} if settings.redo else set()
+        # Failed rows and estimates are computed again. Old rows stay until new ones replace them.
         self._known = {
             (row.series, row.size): row
             for row in self.document.results
-            if row.failed is None and row.is_measured_here and not spoilt & set(row.flags.split())
+            if row.failed is None and row.is_measured_here and not disturbed & set(row.flags.split())
         }
 
     @property
@@ -314,7 +320,7 @@ class Sweep:
         return sum(len(self._shapes(series)) for series in self.plan)
 
     def run(self) -> Iterator[tuple[Series, int, ProductRow | None]]:
-        """(series, shapes done, the row if it is a new one). A row is saved before it is yielded."""
+        """Yields (series, shapes done, the row if it is new). A row is saved before it is yielded."""
         if any(not (s.estimated or s.published) and s.backend not in NPU_BACKENDS for s in self.plan):
             self._measure_roofline()
         for series in self.plan:
@@ -335,7 +341,7 @@ class Sweep:
         try:
             opened = (self.settings.open or open_series)(series, self.settings.threads, self.settings.effort)
         except RwkvNpuError as error:
-            self.settings.log(f"{series.name} is left out: {error}")
+            self.settings.log(f"{series.name} is skipped: {error}")
             return
         try:
             for count, shape in enumerate(waiting, 1):
@@ -359,9 +365,9 @@ class Sweep:
         facts = self.document.machine
         if "bandwidth_gb_per_s" not in facts or self.settings.redo:
             try:
-                found = measure_roofline(self.settings.threads)
-                # A disturbance only makes it slower: keep the best.
-                facts |= {key: max(value, facts.get(key, 0.0)) for key, value in found.items()}
+                speeds = measure_roofline(self.settings.threads)
+                # Disturbance only makes a measurement slower, so keep the best.
+                facts |= {key: max(value, facts.get(key, 0.0)) for key, value in speeds.items()}
             except (Failed, BackendError) as error:
                 self.settings.log(f"the machine's bandwidth could not be measured: {error}")
 

@@ -1,4 +1,4 @@
-"""The tasks of a child process (`child.py`): time products of a backend, time a model, time the machine's memory."""
+"""The tasks of a child process (`child.py`): time products of a backend, a model, or the machine's memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SEED = 0
 
 # -- products --------------------------------------------------------------------------------------------
 
-EMPTY = (32, 32, 32)  # a product that costs little but its call; MatMulNBits takes no smaller block
-TRIES, PATIENCE_S = 3, 10.0  # for a timing while others work
+EMPTY = (32, 32, 32)  # a product that costs little more than its call; MatMulNBits accepts no smaller block
+TRIES, PATIENCE_S = 3, 10.0  # of a timing while other processes are busy
 
 
 class ProductServer:
-    """An open backend that times products."""
+    """Times products on an open backend."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         from rwkv_npu.bench import backends
@@ -57,7 +57,7 @@ class ProductServer:
         m, k, n = shape
         needed, free = memory_needed(m, k, n), available_memory()
         if needed > free:
-            raise MemoryError(f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+            raise MemoryError(f"about {needed / 1e9:.1f} GB are needed, but {free / 1e9:.1f} GB are free")
         problem = make_problem(m, k, n)
         operation = self.backend.prepare(problem)
         try:
@@ -80,30 +80,30 @@ class ProductServer:
         return with_rates(row, operation.moved_bytes)
 
     def undisturbed(self, stages: Any, submit: int | None) -> tuple[Timing, str]:
-        """The timing and its flags. One that others disturbed is taken anew, unless that takes long."""
-        taken: list[tuple[Timing, str]] = []
+        """The timing and its flags. A timing disturbed by other processes is repeated, unless that takes long."""
+        attempts: list[tuple[Timing, str]] = []
         begin = time.monotonic()
-        while len(taken) < TRIES:
+        while len(attempts) < TRIES:
             self.watch.begin()
-            taken.append((time_calls(stages, submit, self.effort), self.watch.flags()))
-            if "busy" not in taken[-1][1]:
-                return taken[-1]
+            attempts.append((time_calls(stages, submit, self.effort), self.watch.flags()))
+            if "busy" not in attempts[-1][1]:
+                return attempts[-1]
             if time.monotonic() - begin > PATIENCE_S:
                 break
-        return min(taken, key=lambda one: one[0].median)
+        return min(attempts, key=lambda attempt: attempt[0].median)
 
 
 _open: list[ProductServer] = []
 
 
 def open_backend(request: dict[str, Any], emit: Emit) -> None:
-    """Open a backend. Answers with the fields of a ProductRow that hold for the series."""
+    """Open a backend. Answers with the fields of ProductRow that are common to the series."""
     _open[:] = [ProductServer(request)]
     emit({"fields": _open[0].describe()})
 
 
 def time_product(request: dict[str, Any], emit: Emit) -> None:
-    """Time a product of the open backend. Answers with the other fields of a ProductRow."""
+    """Time a product on the open backend. Answers with the other fields of ProductRow."""
     emit({"fields": _open[0].time(tuple(request["shape"]))})
 
 
@@ -113,16 +113,16 @@ def time_roofline(request: dict[str, Any], emit: Emit) -> None:
 
 # -- models ----------------------------------------------------------------------------------------------
 
-FEWEST = 8  # tokens of a decode, however slow
-TOO_LONG = 4.0  # a prompt that would take so many times the seconds of a stage is left out
+FEWEST = 8  # tokens of a decode, even on a slow backend
+TOO_LONG = 4.0  # a prompt that would take this many times the seconds of a stage is skipped
 
 
 def time_model(request: dict[str, Any], emit: Emit) -> None:
-    """Load a model, then time prompts and decoding. Answers with fields of a ModelRow as they come."""
+    """Load a model, then time prompts and decoding. Answers with fields of ModelRow as they become known."""
     emit({"stage": "load"})
     names = ("backend", "precision", "fusion", "threads")
     with load(request["model"], **{name: request[name] for name in names}) as model:
-        model.forward([1])  # opens every group, and reads every weight
+        model.forward([1])  # opens every group and reads every weight
         load_s = time.perf_counter() - request["started"]
         emit({"fields": {"load_s": load_s, **facts(model, request["backend"]), **memory()}})
         watch = Watch()
@@ -132,7 +132,7 @@ def time_model(request: dict[str, Any], emit: Emit) -> None:
 
 
 class Case:
-    """A loaded model and how to time it."""
+    """Times the prompts and the decoding of a loaded model."""
 
     def __init__(self, model: Model, request: dict[str, Any], emit: Emit) -> None:
         self.model, self.request, self.emit = model, request, emit
@@ -146,7 +146,7 @@ class Case:
         self._decode()
 
     def parts(self) -> dict[str, float]:
-        """Seconds since the model was loaded, by part: the engine's counters, and the clock around the sampler."""
+        """Seconds since the model was loaded, by part: from the engine's counters and a clock around the sampler."""
         counters = self.model.engine.counters
         runs = counters.run_s
         return {
@@ -158,7 +158,7 @@ class Case:
         }
 
     def timed(self, work: Callable[[], object]) -> tuple[float, dict[str, float]]:
-        """Seconds of `work`, and of its parts; `rest` is the time that no counter saw."""
+        """Seconds of `work` and of its parts. `rest` is the time that no counter covers."""
         before, begin = self.parts(), time.perf_counter()
         work()
         total, after = time.perf_counter() - begin, self.parts()
@@ -172,7 +172,7 @@ class Case:
         return token
 
     def _prefill(self, tokens: int) -> None:
-        """`tokens` from a new state, and the choice of the first token after them."""
+        """Time reading `tokens` from a new state and sampling the first token after them."""
         name, ids = f"prefill_{tokens}", self.ids[:tokens]
         self.emit({"stage": name})
         warm = self.ids[: min(PREFILLS)]
@@ -210,17 +210,17 @@ class Case:
         if self.request["profile"]:
             self.emit({"stage": "profile"})
             held = facts(self.model, self.request["backend"])["weights"]
-            found = profile(self.model, held, lambda count: self.decode(logits, state.copy(), count))
-            self.emit({"fields": {"profile": found}})
+            result = profile(self.model, held, lambda count: self.decode(logits, state.copy(), count))
+            self.emit({"fields": {"profile": result}})
 
     def decode(self, logits: np.ndarray, state: State, tokens: int) -> None:
-        """Choose a token and read it, `tokens` times. `state` is changed."""
+        """Sample a token and read it, `tokens` times. Changes `state`."""
         for _ in range(tokens):
             token = self._sample(logits)
             logits, _ = self.model.forward([token], state, inplace=True)
 
     def _repeats(self, seconds: float) -> range:
-        """The repeats asked for, as far as the seconds of a stage go, and one at least."""
+        """The requested repeats, limited by the seconds of a stage; at least one."""
         return range(max(1, min(self.request["repeats"], int(self.request["seconds"] / max(seconds, 1e-9)))))
 
     def _send(self, fields: dict[str, Any]) -> None:
@@ -228,20 +228,20 @@ class Case:
 
 
 def _speed(name: str, tokens: int, seconds: list[float]) -> dict[str, Any]:
-    """Tokens a second: median, and the slow and the fast end of the repeats."""
+    """Tokens a second: the median, and the slow and fast end of the repeats."""
     low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9))
     speeds = {"tps": tokens / middle, "tps_p10": tokens / high, "tps_p90": tokens / low}
     return {**{f"{name}_{key}": value for key, value in speeds.items()}, f"{name}_repeats": len(seconds)}
 
 
 def _median_ms(runs: list[dict[str, float]], tokens: int) -> dict[str, float]:
-    """Milliseconds by part over `tokens`, of the median run: parts of one run add up to its time."""
+    """Milliseconds by part for each of `tokens`, from the median run: the parts of one run add up to its time."""
     middle = sorted(runs, key=lambda parts: sum(parts.values()))[(len(runs) - 1) // 2]
     return {name: middle[name] * 1e3 / tokens for name in MEASURED_PARTS}
 
 
 def memory() -> dict[str, int]:
-    """Bytes: the most that were resident, and this process's own now, without mapped files."""
+    """Resident memory of this process in bytes: its peak, and the present size without mapped files."""
     with open("/proc/self/status", encoding="ascii") as file:
         lines = dict(line.split(":", 1) for line in file)
     return {
@@ -251,7 +251,7 @@ def memory() -> dict[str, int]:
 
 
 def facts(model: Model, backend: str) -> dict[str, Any]:
-    """Fields of a row that do not depend on time."""
+    """The fields of a row that do not depend on time."""
     source, spec = model.source, model.spec
     dtype = source.tensor("head.weight").dtype
     stored, size = _short(dtype), sum(weights(spec).values()) * dtype.itemsize
@@ -263,7 +263,10 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
             for tensor in tensors(spec)
             if tensor.kind.is_projection and not tensor.optional
         )
-    elif backend in ("ort", "torch"):  # they widen all weights at once; NumPy a block at a time
+    elif backend in (
+        "ort",
+        "torch",
+    ):  # they convert all weights to fp32 at once; NumPy converts a block at a time
         held, size = "fp32", size * 4 // dtype.itemsize
     packages = dict.fromkeys((MODEL_BACKENDS[backend][2], "numpy"))
     return {
@@ -284,15 +287,15 @@ def _short(dtype: np.dtype) -> str:
 # -- profile ---------------------------------------------------------------------------------------------
 
 PROFILED = 32  # tokens
-FUNCTIONS = 14  # the most expensive ones
+FUNCTIONS = 14  # the most expensive ones are listed
 
 
 def profile(model: Model, held: str, decode: Callable[[int], None]) -> dict[str, Any]:
-    """A token's time by role of group and by Python function. `decode(n)` chooses and reads n tokens.
+    """A token's time by role of group and by Python function. `decode(n)` samples and reads n tokens.
 
-    roles: [role, groups, ms a group, weights of a group, their bytes as `held`: a precision]; the recurrence is last,
-    with the bytes of state that it reads and writes. functions: [name, calls a token, own ms a token], under Python's
-    profiler, which slows small functions down.
+    held: precision of the weights in the backend. roles: [role, groups, ms of a group, weights of a group, bytes of
+    these weights]; the recurrence comes last, with the bytes of state that it reads and writes. functions: [name, calls
+    a token, ms a token in the function itself]. Python's profiler slows small functions down.
     """
     counters, spec = model.engine.counters, model.spec
     before, recurrence_s = dict(counters.run_s), counters.recurrence_s
@@ -311,7 +314,7 @@ def profile(model: Model, held: str, decode: Callable[[int], None]) -> dict[str,
 
 
 def _weights(model: Model, held: str) -> tuple[Counter[str], Counter[str]]:
-    """Weights by role of group, all of its groups together, and their bytes."""
+    """Number of weights and their bytes, summed over all groups of a role."""
     program = model.engine.program
     known = {tensor.name: tensor for tensor in tensors(program.spec)}
     elements: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The products of `bench matmul`: which sizes, their operands with the check of the result, and timing of calls.
+"""The products of `bench matmul`: their sizes, operands and check, and the timing of calls.
 
 Letters: M rows of a call, K inputs, N outputs.
 """
@@ -29,56 +29,56 @@ LARGEST = 1 << 20
 
 
 def parse_sizes(text: str, flag: str = "--sizes") -> list[Shape]:
-    """`FIRST:LAST:STEP`, or numbers and such ranges joined by commas, as square shapes. Raises UsageError."""
+    """Parse numbers and ranges `FIRST:LAST:STEP`, joined by commas, as square shapes. Raises UsageError."""
     sizes: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?::(\d+)(?::(\d+))?)?\s*", part)
-        if not found:
+        match = re.fullmatch(r"\s*(\d+)(?::(\d+)(?::(\d+))?)?\s*", part)
+        if not match:
             raise UsageError(f"{flag} {text}: {part.strip()!r} is neither a number nor FIRST:LAST:STEP")
-        first, last, step = (int(group) if group else None for group in found.groups())
+        first, last, step = (int(group) if group else None for group in match.groups())
         assert first is not None
         if step == 0 or (last is not None and last < first):
-            raise UsageError(f"{flag} {text}: {part.strip()} holds no size")
+            raise UsageError(f"{flag} {text}: {part.strip()} is an empty range")
         sizes += range(first, (last or first) + 1, step or 1) if (last or first) <= LARGEST else [LARGEST + 1]
     return _checked(flag, text, [(size, size, size) for size in sizes])
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """`MxKxN`, joined by commas. Raises UsageError."""
+    """Parse shapes `MxKxN`, joined by commas. Raises UsageError."""
     shapes = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", part)
-        if not found:
+        match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", part)
+        if not match:
             raise UsageError(f"--shapes {text}: {part.strip()!r} is not MxKxN, such as 1x2048x8192")
-        shapes.append((int(found[1]), int(found[2]), int(found[3])))
+        shapes.append((int(match[1]), int(match[2]), int(match[3])))
     return _checked("--shapes", text, shapes)
 
 
 def _checked(flag: str, text: str, shapes: list[Shape]) -> list[Shape]:
     for shape in shapes:
         if not all(1 <= size <= LARGEST for size in shape):
-            raise UsageError(f"{flag} {text}: sizes go from 1 to {LARGEST}")
+            raise UsageError(f"{flag} {text}: sizes must be from 1 to {LARGEST}")
     if len(shapes) > 10_000:
-        raise UsageError(f"{flag} {text}: these are {len(shapes)} sizes")
+        raise UsageError(f"{flag} {text}: {len(shapes)} sizes are too many, 10000 are allowed")
     return ordered(shapes)
 
 
 def ordered(shapes: list[Shape]) -> list[Shape]:
-    """Each once, in order of work."""
+    """Sort shapes by work, without duplicates."""
     return sorted(set(shapes), key=lambda shape: (shape[0] * shape[1] * shape[2], shape))
 
 
 def model_shapes(name: str) -> list[Shape]:
     """The projections of an official size or of a bundle, at several row counts. Raises UsageError, BundleError.
 
-    The head multiplies one row only: a prompt needs the logits of its last token.
+    The head has one row: a prompt needs only the logits of its last token.
     """
     if name in OFFICIAL:
         spec = official_spec(name)
     elif is_bundle(Path(name)):
         spec = read_manifest(Path(name)).spec
     else:
-        raise UsageError(f"--model {name} is neither a bundle nor one of {', '.join(OFFICIAL)}")
+        raise UsageError(f"--model {name}: not a bundle, and not one of {', '.join(OFFICIAL)}")
     shapes: set[Shape] = set()
     for tensor in tensors(spec):
         if tensor.kind.is_projection and not tensor.optional:
@@ -91,14 +91,12 @@ def model_shapes(name: str) -> list[Shape]:
 # -- operands --------------------------------------------------------------------------------------------
 
 SEED = 0
-CHECKED = (
-    1.5e11  # operations in float64 that a check may take; a larger product is checked at evenly spread rows
-)
+CHECKED = 1.5e11  # float64 operations of a check; a larger product is checked at evenly spaced rows
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A (m, k) and B (k, n), fp32, fixed by the seed and the shape; elements of A @ B have variance 1."""
+    """Operands A (m, k) and B (k, n), fp32, determined by seed and shape. Elements of A @ B have variance 1."""
 
     m: int
     k: int
@@ -107,16 +105,16 @@ class Problem:
     b: np.ndarray
 
     def error(self, result: np.ndarray) -> float:
-        """Largest difference from the product in float64, over that product's largest element."""
+        """Largest difference from the float64 product, divided by that product's largest element."""
         if result.shape != (self.m, self.n):
             raise ValueError(f"the result has shape {result.shape}, not {(self.m, self.n)}")
         b = self.b.astype(np.float64)
         rows = self._checked_rows()
         worst = largest = 0.0
-        for start in range(0, len(rows), 256):  # in blocks: all rows at once would double the memory
-            some = rows[start : start + 256]
-            exact = self.a[some].astype(np.float64) @ b
-            difference = np.abs(result[some].astype(np.float64) - exact).max()
+        for start in range(0, len(rows), 256):  # in blocks, because all rows at once would double the memory
+            block = rows[start : start + 256]
+            exact = self.a[block].astype(np.float64) @ b
+            difference = np.abs(result[block].astype(np.float64) - exact).max()
             if not np.isfinite(difference):
                 return float("inf")
             worst, largest = max(worst, float(difference)), max(largest, float(np.abs(exact).max()))
@@ -127,7 +125,7 @@ class Problem:
         return np.arange(self.m) if count >= self.m else np.linspace(0, self.m - 1, count).astype(int)
 
     def moved(self, a: float, b: float, c: float) -> float:
-        """Bytes of A, B and C, given those of an element."""
+        """Bytes of A, B and C together. a, b, c: bytes of an element."""
         return a * self.m * self.k + b * self.k * self.n + c * self.m * self.n
 
 
@@ -140,16 +138,15 @@ def make_problem(m: int, k: int, n: int) -> Problem:
 
 
 def memory_needed(m: int, k: int, n: int) -> int:
-    """Bytes that a backend and the check hold at most, about: operands and result in fp32 three times over, B in
-    float64."""
+    """Approximate peak memory of a backend and the check, in bytes: A, B and C in fp32 three times, B in float64."""
     return 3 * 4 * (m * k + k * n + m * n) + 8 * k * n
 
 
 # -- timing ----------------------------------------------------------------------------------------------
 
-STOP_S = 20.0  # a series ends at the first run that is longer
+STOP_S = 20.0  # a series ends at the first run that takes longer
 WARM_S, WARM_CALLS = 0.05, 2
-LONG_S, FEWEST = 20.0, 3  # slow calls end after so many seconds, and so many calls at least
+LONG_S, FEWEST = 20.0, 3  # slow calls end after this many seconds, and at least this many calls
 MOST_CALLS = 20_000
 
 Stage = Callable[[], object]
@@ -157,8 +154,8 @@ Stage = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """When to stop: after at least `repeats` calls (fewer if they take LONG_S), and once the median is known to
-    `precision` or `seconds` are over."""
+    """When to stop: after `repeats` calls (fewer if they take LONG_S), once the median is known to a relative
+    `precision` or `seconds` have passed."""
 
     repeats: int = 7
     precision: float = 0.005
@@ -167,7 +164,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of single calls: percentiles, the uncertainty of the median, the median of one stage."""
+    """Seconds of single calls: percentiles, error of the median, and the median of one stage."""
 
     median: float
     p10: float | None
@@ -178,9 +175,9 @@ class Timing:
 
 
 def time_calls(stages: Sequence[Stage], submit: int | None, effort: Effort) -> Timing:
-    """Time calls that consist of `stages` in order; `submit` is the index of a stage that is timed apart.
+    """Time calls that run `stages` in order. `submit` is the index of a stage that is also timed on its own.
 
-    A first call above STOP_S is the only one, and has no spread.
+    If the first call takes longer than STOP_S, it stays the only one, without a spread.
     """
     begin = time.perf_counter()
     for count in range(1, MOST_CALLS):
@@ -212,7 +209,7 @@ def time_calls(stages: Sequence[Stage], submit: int | None, effort: Effort) -> T
 
 
 def _calls(stages: Sequence[Stage], effort: Effort) -> np.ndarray:
-    """Moments between stages, (calls, stages + 1)."""
+    """Time stamps around the stages, (calls, stages + 1)."""
     marks: list[list[float]] = []
     totals: list[float] = []
     begin, check = time.perf_counter(), effort.repeats
@@ -230,7 +227,7 @@ def _calls(stages: Sequence[Stage], effort: Effort) -> np.ndarray:
             continue
         if spent > effort.seconds or len(marks) >= MOST_CALLS:
             break
-        if len(marks) >= check:  # not after each call: quantiles cost more than a small product
+        if len(marks) >= check:  # not after each call, because quantiles cost more than a small product
             check = int(1.3 * len(marks)) + 1
             if spent > effort.seconds / 5 and median_error(totals) < effort.precision * np.median(totals):
                 break
@@ -238,10 +235,10 @@ def _calls(stages: Sequence[Stage], effort: Effort) -> np.ndarray:
 
 
 def median_error(values: Sequence[float] | np.ndarray) -> float:
-    """Half the 68 % interval of the median: the order statistics one binomial deviation off the middle.
+    """Half the 68 % interval of the median: the order statistics one binomial deviation from the middle.
 
-    It assumes nothing about the distribution, which for times is never normal.
+    This assumes nothing about the distribution. Times are never normally distributed.
     """
-    off = min(0.5, 0.5 / np.sqrt(len(values)))
-    low, high = np.quantile(np.asarray(values), (0.5 - off, 0.5 + off))
+    offset = min(0.5, 0.5 / np.sqrt(len(values)))
+    low, high = np.quantile(np.asarray(values), (0.5 - offset, 0.5 + offset))
     return float(high - low) / 2

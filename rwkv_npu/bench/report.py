@@ -1,4 +1,4 @@
-"""Rows of both benchmarks as text for people (Markdown, 80 columns) and as CSV, and the log of the fits."""
+"""Format the rows of both benchmarks as Markdown (80 columns) and CSV, and the fits as a log."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from rwkv_npu.runtime.estimate import PARTS
 WIDTH = 80
 ESTIMATE = "~"  # before every estimated figure
 NOTE = (
-    f"{ESTIMATE} An estimate, not a measurement: the central value, and the range from all terms at their fast ends to "
-    "all at their slow ends. --explain prints every term and its source."
+    f"{ESTIMATE} An estimate, not a measurement: the central value, and the range between all terms at their fast ends "
+    "and all at their slow ends. --explain prints every term and its source."
 )
 
 
@@ -38,17 +38,17 @@ NOTE = (
 
 
 def product_table(document: Document[ProductRow], *, explained: bool = False) -> str:
-    """Markdown: the machine, a table for each series, failures, crossovers, steps."""
+    """Markdown: the machine, a table for each series, failures, crossovers and steps."""
     rows = document.results
     parts = [machine_lines(document)]
     if any(row.estimated for row in rows):
         parts.append(_wrapped(NOTE))
-    parts += [f"{_series_head(some[0])}\n\n{_series_table(some)}" for some in by_series(rows).values()]
+    parts += [f"{_series_head(series[0])}\n\n{_series_table(series)}" for series in by_series(rows).values()]
     if failed := [row for row in rows if row.failed]:
         parts.append(_list(f"failed: {row.series} {_size(row)}: {row.failed}" for row in failed))
     if lines := by_series(rows, square=True):
-        found = crossovers(rows, one_machine="board" in document.machine)
-        parts.append("## Crossovers\n\n" + _list(describe_crossovers(found, list(lines))))
+        crossings = crossovers(rows, one_machine="board" in document.machine)
+        parts.append("## Crossovers\n\n" + _list(describe_crossovers(crossings, list(lines))))
     if steps := [*map(describe_step, find_steps(rows)), *tilings(rows)]:
         parts.append("## Steps\n\n" + _list(steps))
     if explained:
@@ -86,7 +86,7 @@ def _series_table(rows: Sequence[ProductRow]) -> str:
 
 
 def product_csv(rows: Iterable[ProductRow]) -> str:
-    """One line a row, every field of ProductRow."""
+    """CSV: one line for each row, with every field of ProductRow."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(ProductRow)], lineterminator="\n")
     writer.writeheader()
@@ -98,48 +98,48 @@ def product_csv(rows: Iterable[ProductRow]) -> str:
 
 
 def fit_log(fits: Sequence[Fit]) -> str:
-    """Every fit as Minuit left it, the comparison of both models, and the article's fit."""
+    """Every fit with Minuit's figures, a comparison of both models, and the article's fit."""
     lines = ["## Fits of time (s) against N, by Minuit/Migrad", ""]
     lines += [
         "exponential: t = exp(c + s N); power: t = a (N/1024)^b + t0.",
         _wrapped(
-            f'Weights "repeats": the error of a point is that of its median, with {100 * FLOOR:.0f} % of the time '
-            "added in quadrature; for an estimate, that alone."
+            f'Weights "repeats": the error of a point is the error of its median, plus {100 * FLOOR:.0f} % of the time '
+            "in quadrature. A point of an estimate has the second part only."
         ),
         _wrapped(
-            'Weights "equal": as in the article, chi2 in s^2; errors from the scatter about the model, as ROOT gives '
-            "them."
+            'Weights "equal": as in the article. chi2 is in s^2, and errors come from the scatter about the model, as '
+            "in ROOT."
         ),
         "",
     ]
-    for one in fits:
-        lines += _fit_block(one)
+    for fit in fits:
+        lines += _fit_block(fit)
     return "\n".join([*lines, *_comparison(fits), *_article_lines(fits)])
 
 
-def _fit_block(one: Fit) -> list[str]:
-    warning = "" if one.valid else "   NOT CONVERGED"
+def _fit_block(fit: Fit) -> list[str]:
+    warning = "" if fit.valid else "   NOT CONVERGED"
     lines = [
-        f"{one.series}, {one.model}, weights {one.weights}{warning}",
-        f"  chi2 {one.chi2:.6g}   NDf {one.ndf}   chi2/NDf {one.reduced:.4g}   EDM {one.edm:.3g}",
-        f"  calls {one.calls}   AIC {one.aic:.1f}   rms deviation {100 * one.rms_relative:.1f} %",
+        f"{fit.series}, {fit.model}, weights {fit.weights}{warning}",
+        f"  chi2 {fit.chi2:.6g}   NDf {fit.ndf}   chi2/NDf {fit.reduced:.4g}   EDM {fit.edm:.3g}",
+        f"  calls {fit.calls}   AIC {fit.aic:.1f}   rms deviation {100 * fit.rms_relative:.1f} %",
     ]
-    for name, value in one.parameters.items():
-        limit = "   at its limit of 0" if name == "t0" and one.at_limit else ""
-        lines.append(f"  {name:<3} {value:>14.6g} +/- {one.errors[name]:.3g}{limit}")
-    if one.weights == "repeats" and one.reduced > 1:
-        lines.append(f"  (chi2/NDf > 1: the errors would have to be {one.scale:.1f} times as large)")
+    for name, value in fit.parameters.items():
+        limit = "   at its limit of 0" if name == "t0" and fit.at_limit else ""
+        lines.append(f"  {name:<3} {value:>14.6g} +/- {fit.errors[name]:.3g}{limit}")
+    if fit.weights == "repeats" and fit.reduced > 1:
+        lines.append(f"  (chi2/NDf > 1: the errors are {fit.scale:.1f} times too small)")
     return [*lines, ""]
 
 
 def _comparison(fits: Sequence[Fit]) -> list[str]:
-    """Both models of a series side by side."""
+    """A table that compares both models for each series."""
     caption = (
-        "chi2/NDf of the exponential and of the power law; AIC of the exponential less that of the power law, above 0 "
-        "where the power law is better; exponent b of the power law:"
+        "chi2/NDf of the exponential and of the power law; AIC of the exponential minus AIC of the power law (above 0, "
+        "the power law is better); exponent b of the power law:"
     )
     lines = []
-    pairs = {(one.series, one.weights, one.model): one for one in fits}
+    pairs = {(fit.series, fit.weights, fit.model): fit for fit in fits}
     for (series, weights, model), left in pairs.items():
         right = pairs.get((series, weights, "power"))
         if model != "exponential" or right is None:
@@ -152,7 +152,7 @@ def _comparison(fits: Sequence[Fit]) -> list[str]:
 
 
 def _article_lines(fits: Sequence[Fit]) -> list[str]:
-    """The article's fit, and the questions that its figures leave open."""
+    """The article's fit, and the questions that it leaves open."""
     twin = cubic_twin(np.arange(256, 4097, 128))
     same_slope = 3 / ARTICLE.slope
     top = float(ARTICLE.time(np.array(4096.0)))
@@ -162,25 +162,25 @@ def _article_lines(fits: Sequence[Fit]) -> list[str]:
         f"{ARTICLE.calls} calls, Constant {ARTICLE.constant} +/- {ARTICLE.constant_error}, "
         f"Slope {ARTICLE.slope} +/- {ARTICLE.slope_error}.",
         "Its figures leave open:",
-        f"- No unit. Its t(4096) is {top:.3g}: in seconds {rate:.0f} GFLOP/s; in milliseconds it would be "
-        f"{rate:.0f} TFLOP/s, beyond the chip. Seconds is assumed here.",
-        "- NDf 29 with 2 parameters is 31 points; 128 to 4096 by 128 is 32. The missing one is not named.",
-        "- Exponential against cubic. The exponential's slope on log-log axes is s N: 3, a cubic's, at N = "
-        f"{same_slope:.0f} only. With equal weights the largest sizes decide, and there the two look alike: "
-        f"the curve {twin.a:.3g} s N^3 + {twin.t0 * 1e3:.0f} ms ({2 / twin.a / 1e9:.0f} GFLOP/s and a constant), "
-        "free of noise, at N = 256 to 4096, fitted in the same way, gives the article's Constant and Slope exactly, "
+        f"- No unit. Its t(4096) is {top:.3g}. In seconds that is {rate:.0f} GFLOP/s; in milliseconds it would be "
+        f"{rate:.0f} TFLOP/s, more than the chip can do. Seconds is assumed here.",
+        "- NDf 29 with 2 parameters means 31 points, but 128 to 4096 by 128 has 32. The missing one is not named.",
+        "- Exponential or cubic. On log-log axes the exponential's slope is s N. It equals 3, a cubic's slope, only at "
+        f"N = {same_slope:.0f}. With equal weights the largest sizes decide, and there the two look alike. "
+        f"The curve {twin.a:.3g} s N^3 + {twin.t0 * 1e3:.0f} ms ({2 / twin.a / 1e9:.0f} GFLOP/s and a constant), "
+        "without noise, at N = 256 to 4096, fitted in the same way, gives the article's Constant and Slope exactly, "
         f"with chi2 {twin.chi2:.3g} (article: {ARTICLE.chi2:.3g}) and errors {twin.constant_error:.2g} and "
         f"{twin.slope_error:.2g} (article: {ARTICLE.constant_error:.2g} and {ARTICLE.slope_error:.2g}). "
-        "Such a fit cannot tell them apart.",
+        "Such a fit cannot distinguish them.",
     ]
-    ours = [one for one in fits if one.weights == "equal" and one.model == "exponential"]
+    ours = [fit for fit in fits if fit.weights == "equal" and fit.model == "exponential"]
     if ours:
         lines.append("The same fit (exponential, equal weights) of the times here:")
         lines += [
-            f"- {one.series}: Constant {one.parameters['c']:.4g} +/- {one.errors['c']:.2g}, "
-            f"Slope {one.parameters['s']:.4g} +/- {one.errors['s']:.2g}, "
-            f"chi2 {one.chi2:.3g} s^2, NDf {one.ndf}"
-            for one in ours
+            f"- {fit.series}: Constant {fit.parameters['c']:.4g} +/- {fit.errors['c']:.2g}, "
+            f"Slope {fit.parameters['s']:.4g} +/- {fit.errors['s']:.2g}, "
+            f"chi2 {fit.chi2:.3g} s^2, NDf {fit.ndf}"
+            for fit in ours
         ]
     return [_wrapped(line, "  " if line.startswith("-") else "") for line in lines]
 
@@ -189,22 +189,22 @@ def _article_lines(fits: Sequence[Fit]) -> list[str]:
 
 
 def model_table(document: Document[ModelRow], *, explained: bool = False) -> str:
-    """Markdown: the machine, and for each model speeds, memory and the parts of the times."""
+    """Markdown: the machine, and for each model its speeds, memory and the parts of its times."""
     reads = [row.read_gb_per_s for row in document.results if row.read_gb_per_s]
-    seen = [f"memory read before each row: {min(reads):.0f} to {max(reads):.0f} GB/s"] if reads else []
-    parts = [machine_lines(document, seen)]
+    bandwidth = [f"memory read before each row: {min(reads):.0f} to {max(reads):.0f} GB/s"] if reads else []
+    parts = [machine_lines(document, bandwidth)]
     if any(row.precision != row.weights for row in document.results):
-        parts.append(_wrapped("`fp32 of fp16`: fp16 in the file, widened to fp32 when it is opened."))
+        parts.append(_wrapped("`fp32 of fp16`: fp16 in the file, converted to fp32 when the file is opened."))
     if any(row.estimated for row in document.results):
         parts.append(_wrapped(NOTE))
     for rows in by_model(document.results):
         first = rows[0]
         parts.append(f"## {first.model}: RWKV-{first.generation}, {first.parameters / 1e6:.3g} M parameters")
-        parts += ["Tokens per second, with the range:", _speeds(rows)]
+        parts += ["Tokens per second, with their range:", _speeds(rows)]
         if measured := [row for row in rows if not row.estimated]:
             parts += ["Measured here:", _measured(measured)]
-        parts += ["Milliseconds of a token:", _list(_sum(row, "decode") for row in rows if row.decode_ms)]
-        parts.append(f"Milliseconds of a prompt of {PREFILLS[0]} tokens and the first choice:")
+        parts += ["Milliseconds for a token:", _list(_sum(row, "decode") for row in rows if row.decode_ms)]
+        parts.append(f"Milliseconds for a prompt of {PREFILLS[0]} tokens and the first sampled token:")
         name = f"prefill_{PREFILLS[0]}"
         parts.append(_list(_sum(row, name) for row in rows if getattr(row, f"{name}_ms")))
         if failed := [row for row in rows if row.failed]:
@@ -249,23 +249,23 @@ def _measured(rows: Sequence[ModelRow]) -> str:
 
 
 def _sum(row: ModelRow, what: str) -> str:
-    """The parts of a time as a sum; for a token also calls, bytes and bandwidth."""
+    """A time as the sum of its parts. For a token also NPU calls, bytes and bandwidth."""
     parts: Mapping[str, float] = getattr(row, f"{what}_ms")
     mark = ESTIMATE if row.estimated else ""
     terms = " + ".join(f"{part} {_figure(parts[part])}" for part in PARTS if parts.get(part))
     text = f"{row.name}: {mark}{_figure(sum(parts.values()))} = {terms}"
     if what != "decode":
         return text
-    more = [] if row.calls_per_token is None else [f"{row.calls_per_token:g} calls"]
+    extra = [] if row.calls_per_token is None else [f"{row.calls_per_token:g} calls"]
     if row.bytes_per_token and row.gb_per_s:
-        more.append(f"{row.bytes_per_token / 1e6:.0f} MB at {mark}{_figure(row.gb_per_s)} GB/s")
+        extra.append(f"{row.bytes_per_token / 1e6:.0f} MB at {mark}{_figure(row.gb_per_s)} GB/s")
     if row.bandwidth_share is not None:
-        more.append(f"{100 * row.bandwidth_share:.0f} % of the best read")
-    return "; ".join([text, ", ".join(more)]) if more else text
+        extra.append(f"{100 * row.bandwidth_share:.0f} % of the best read")
+    return "; ".join([text, ", ".join(extra)]) if extra else text
 
 
 def _profile(row: ModelRow) -> str:
-    """A token's time by role of group and by function. Files from before bytes were counted have none."""
+    """A token's time by role of group and by function. Older files have no bytes."""
     roles = []
     for role, calls, ms, weights, *size in row.profile["roles"]:
         rate = size[0] / ms / 1e6 if ms and size else None
@@ -279,14 +279,14 @@ def _profile(row: ModelRow) -> str:
         [
             f"Profile of {row.name}, {row.profile['tokens']} tokens:",
             markdown(head, roles),
-            "Own time of functions (Python's profiler makes small ones look slower):",
+            "Time in functions themselves (Python's profiler makes small ones look slower):",
             markdown(["function", "calls a token", "ms a token"], functions),
         ]
     )
 
 
 def model_csv(rows: Iterable[ModelRow]) -> str:
-    """One line a row; nested fields have columns `outer.inner`; profiles are left out."""
+    """CSV: one line for each row. Nested fields have columns `outer.inner`; profiles are omitted."""
     names = [name for field in fields(ModelRow) for name in _columns(field.name)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
@@ -311,16 +311,16 @@ def _columns(name: str) -> list[str]:
 # -- text ------------------------------------------------------------------------------------------------
 
 
-def machine_lines(document: Document[Any], more: Sequence[str] = ()) -> str:
-    """The machine and the command of a document, as a list."""
+def machine_lines(document: Document[Any], extra: Sequence[str] = ()) -> str:
+    """The command, the machine and the notes of a document, as a list."""
     lines = [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in document.machine.items()]
     if document.command:
         lines.insert(0, f"command: `{document.command}`")
-    return _list([*lines, *more, *document.notes])
+    return _list([*lines, *extra, *document.notes])
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table with aligned columns, without those that are empty: the first to the left, the others to the right."""
+    """A Markdown table with aligned columns, the first to the left, the others to the right. Omits empty columns."""
     rows = list(lines)
     kept = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
     widths = [max(len(head[i]), *(len(row[i]) for row in rows), 3) for i in kept]
@@ -363,14 +363,14 @@ def _ms(seconds: float | None) -> str:
 
 
 def _figure4(value: float | None) -> str:
-    """Four significant digits, never as a power of ten."""
+    """Format with four significant digits, without an exponent."""
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}"
 
 
 def _figure(value: float | None, factor: float = 1.0) -> str:
-    """Three significant digits, never as a power of ten."""
+    """Format with three significant digits, without an exponent."""
     if value is None:
         return ""
     value *= factor

@@ -127,13 +127,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _matmul(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from rwkv_npu.bench import analysis, matmul, plot, products
+    from rwkv_npu.bench import analysis, matmul, plot_matmul, products
 
     picture = Path(arguments.plot) if arguments.plot else None
     file = resume_file(arguments.resume)
     bars = [m for m, _, _ in products.parse_sizes(arguments.bars, "--bars")] if arguments.bars else []
     if picture:
-        plot.check_matmul(picture)
+        plot_matmul.check_matmul(picture)
     if arguments.fit:
         analysis.check_installed()
     sweep = matmul.Sweep(_matmul_settings(arguments, file))
@@ -152,7 +152,7 @@ def _matmul(arguments: argparse.Namespace) -> int:
     if picture:
         if not fits and _can_fit():
             fits = analysis.fit_all(sweep.document.results)
-        _print_pictures(plot.draw_matmul(sweep.document, picture, fits, bars), arguments.output)
+        _print_pictures(plot_matmul.draw_matmul(sweep.document, picture, fits, bars), arguments.output)
     failed = all(row.failed for row in sweep.document.results)
     return 130 if interrupted else int(failed)
 
@@ -232,7 +232,7 @@ def _can_fit() -> bool:
 def _inference(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from rwkv_npu.bench import plot, report
+    from rwkv_npu.bench import plot, plot_inference, report
     from rwkv_npu.bench.inference import Study
 
     picture = Path(arguments.plot) if arguments.plot else None
@@ -258,7 +258,7 @@ def _inference(arguments: argparse.Namespace) -> int:
     else:
         print(report.model_table(document, explained=arguments.explain))
     if picture and any(row.decode_tps for row in document.results):
-        _print_pictures(plot.draw_inference(document, picture), arguments.output)
+        _print_pictures(plot_inference.draw_inference(document, picture), arguments.output)
     if interrupted:
         return 130
     measured = [row for row in document.results if not row.estimated]
