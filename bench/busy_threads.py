@@ -1,8 +1,8 @@
-"""Threads beside another process: `python -m bench.busy_threads MODEL [--save STEM]`.
+"""Measure threads beside a busy process: `python -m bench.busy_threads MODEL [--save STEM]`.
 
-Tokens a second of backend numba with one thread and with one for each core, with and without a process that keeps the
-last core busy. The four cases take turns in short spells, so that what changes on the machine changes for all; medians
-of the spells, and of the ratios within a round.
+Tokens a second of backend numba with one thread and with one thread a core, with and without a process that keeps the
+last core busy. The four cases alternate in short intervals, so that a change on the machine affects all of them.
+Figures are medians of the intervals, and of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import rwkv_npu
 from bench.saving import bundle_study
 
 ROUNDS = 15
-SPELL_S = 0.2  # of each case in a round
+SPELL_S = 0.2  # seconds of each case in a round
 BUSY = "import os\nos.sched_setaffinity(0, {%d})\nprint(flush=True)\nwhile True: pass"
 
 
 def tokens_per_s(model: rwkv_npu.Model, state: rwkv_npu.State) -> float:
-    """Of one spell."""
+    """Tokens a second in one interval."""
     begin = time.perf_counter()
     count = 0
     while time.perf_counter() - begin < SPELL_S:

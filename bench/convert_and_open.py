@@ -1,10 +1,10 @@
-"""The cost of converting and opening a model: time, memory, size.
+"""Measure the cost of converting and opening a model: time, memory, size.
 
     python bench/convert_and_open.py --size v7-0.4b --folder /tmp/bench [--save bench/results/NAME.json]
 
-Makes a random checkpoint of an official size, converts it for the RK3588 (rows 1,64), then opens the bundle in
-fresh processes with every backend and generates. Prints a table; each figure is one run. The largest process of
-the conversion, and of each opening, is what the operating system accounted for it.
+Creates a random checkpoint of an official size and converts it for the RK3588 (rows 1,64). Then opens the bundle in
+fresh processes, one for each backend, and generates. Prints a table; each figure comes from one run. Peak memory is the
+operating system's figure for the largest process.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """Run a command: seconds, and the peak resident bytes of the largest process in its tree."""
+    """Run a command. Returns its seconds, and the peak resident bytes of the largest process in its tree."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -84,7 +84,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def open_and_run(bundle: str, backend: str, prepack: str) -> dict[str, Any]:
-    """In this process: open the bundle, read a prompt, generate; seconds and resident bytes of each stage."""
+    """In this process: open the bundle, read a prompt, generate. Returns seconds and resident bytes of each stage."""
     import numpy as np
 
     import rwkv_npu
@@ -117,7 +117,7 @@ def open_and_run(bundle: str, backend: str, prepack: str) -> dict[str, Any]:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory that is this process's own, mapped files left out."""
+    """Resident memory of this process without mapped files."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 

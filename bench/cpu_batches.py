@@ -1,7 +1,7 @@
-"""Several sequences at once: `python -m bench.cpu_batches BUNDLE [--save STEM]`.
+"""Measure several sequences at once: `python -m bench.cpu_batches BUNDLE [--save STEM]`.
 
-Tokens a second of `Model.forward_batch` for 1, 2, 4 and 8 sequences, in every precision of the bundle. Precisions take
-turns, so that a change on the machine affects all of them. Medians of the rounds.
+Tokens a second of `Model.forward_batch` for 1, 2, 4 and 8 sequences, in every precision of the bundle. Precisions
+alternate, so that a change on the machine affects all of them. Figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from bench.saving import bundle_study
 from rwkv_npu.formats.bundle import read_manifest
 
 SIZES = (1, 2, 4, 8)
-TOKENS = 24  # read by every sequence in a turn
+TOKENS = 24  # steps of every sequence in a round
 ROUNDS = 7
 
 
 def batch_seconds(model: rwkv_npu.Model, size: int) -> float:
-    """Seconds of one step of `size` sequences."""
+    """Seconds of one step with `size` sequences."""
     random = np.random.default_rng(0)
     states = [model.forward([1 + i])[1] for i in range(size)]
     tokens = random.integers(1, model.spec.V, (TOKENS + 2, size, 1))

@@ -1,11 +1,11 @@
-"""Starting, and memory: `python -m bench.cpu_start BUNDLE [--save STEM]`.
+"""Measure start time and memory: `python -m bench.cpu_start BUNDLE [--save STEM]`.
 
-Every precision of the bundle runs on backend numba in fresh processes. A first round, which does not count, fills the
-page cache and compiles kernels and Python's bytecode. Measured are the seconds from the start of `rwkv-npu generate
--n 1` to the first byte that it writes and to its end, the stages between, and the memory of a process that has read a
-prompt and written some tokens. Medians of the rounds, in which precisions take turns.
+Runs every precision of the bundle on backend numba in fresh processes. A first round fills the page cache and compiles
+kernels and Python's bytecode; it does not count. Measures the seconds from the start of `rwkv-npu generate -n 1` to its
+first output byte and to its end, the stages in between, and the memory of a process that has read a prompt and
+generated tokens. Precisions alternate; figures are medians of the rounds.
 
-Imports are inside functions, since they are part of a start.
+Imports are inside functions, because they are part of a start.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ STAGES = ("numpy", "rwkv_npu", "numba", "kernels", "opening", "first token")
 
 
 def environment() -> dict[str, str]:
-    """The environment of this process, in which Python keeps the bytecode that it compiles, as installers do."""
+    """This process's environment, but with Python's bytecode cache enabled, as after an installation."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def start_seconds(bundle: Path, precision: str) -> tuple[float, float]:
-    """From the start of the command to its first output, and to its end."""
+    """Seconds from the start of the command to its first output, and to its end."""
     command = [sys.executable, "-m", "rwkv_npu", "generate", "-m", str(bundle), "--precision", precision]
     command += ["--backend", "numba", "-n", "1", "--ids", "-p", "1,2,3"]
     begin = time.perf_counter()
@@ -47,7 +47,7 @@ def start_seconds(bundle: Path, precision: str) -> tuple[float, float]:
 
 
 def child(path: str, precision: str) -> dict[str, Any]:
-    """In this process: seconds of the stages of a start, then the memory after a prompt and some tokens."""
+    """In this process: measure the stages of a start, then the memory after a prompt and generated tokens."""
     laps = [time.perf_counter()]
 
     def lap() -> None:
@@ -84,7 +84,7 @@ def child(path: str, precision: str) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: its own, of mapped files, and the most that were resident at any time."""
+    """Bytes of this process: without mapped files, of mapped files, and peak resident size."""
     rollup, status = (_numbers(f"/proc/self/{file}") for file in ("smaps_rollup", "status"))
     own = rollup["Anonymous"]
     return {"own_bytes": own, "mapped_bytes": rollup["Rss"] - own, "peak_bytes": status["VmHWM"]}
@@ -97,7 +97,7 @@ def _numbers(file: str) -> dict[str, int]:
 
 
 def weight_bytes(bundle: Path, precision: str) -> int:
-    """Bytes of the projections as the backend holds them."""
+    """Bytes of the projections in the backend."""
     from rwkv_npu.formats.bundle import read_manifest
     from rwkv_npu.runtime.estimate import weight_bytes as by_part
 

@@ -1,8 +1,8 @@
-"""The compiled recurrences of prompts alone: `python -m bench.recurrence [--beside FOLDER] [--save STEM]`.
+"""Measure the compiled recurrences of prompts: `python -m bench.recurrence [--beside FOLDER] [--save STEM]`.
 
-Microseconds of a token and head of N = 64 on one core, for 128 tokens (a call of the engine) and 16 heads; the
-arithmetic of the step form over that time, and the bytes of inputs, outputs and states. FOLDER holds the sources of
-another version (`git archive REVISION | tar -x -C FOLDER`), whose processes take turns with these.
+Microseconds for each token and head (N = 64) on one core, with 128 tokens (one call of the engine) and 16 heads. Also
+the arithmetic of the step form over that time, and the bytes of inputs, outputs and states. FOLDER holds the sources of
+another version (`git archive REVISION | tar -x -C FOLDER`); processes of both versions alternate.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 
 GENERATIONS = ("5.2", "6", "7")
 T, H, N, LAYERS, ROUNDS, RUNS = 128, 16, 64, 4, 20, 3
-# Multiplications and additions of the step form, in units of N * N: what a state's element takes.
+# Multiplications and additions of the step form for each element of a state.
 FLOP = {"5.2": 5, "6": 5, "7": 9}
-SECTION = "--measure"  # a process of its own, of either version
+SECTION = "--measure"  # runs one measurement in its own process, with the sources of either version
 
 
 def measure(generation: str) -> list[float]:
-    """Microseconds of a token and head, by round. Layers have inputs of their own, as in a model."""
+    """Microseconds for each token and head, by round. Each layer has its own inputs, as in a model."""
     from rwkv_npu.kernels.recurrence import Compiled
     from rwkv_npu.models.rows import Rows
     from rwkv_npu.models.spec import att_outputs, state_shapes

@@ -1,7 +1,7 @@
-"""The sampler at V = 65,536: `python -m bench.sampler [--beside FILE] [--save STEM]`.
+"""Measure the sampler at V = 65,536: `python -m bench.sampler [--beside FILE] [--save STEM]`.
 
-Microseconds of a choice on one core: compiled, in plain NumPy, and by the sampler of another version, FILE
-(`git show REVISION:rwkv_npu/text/sampling.py > FILE`), which take turns. Then eight sequences in one call.
+Microseconds for one token on one core: compiled, in plain NumPy, and with the sampler of another version, FILE
+(`git show REVISION:rwkv_npu/text/sampling.py > FILE`). The variants alternate. Also eight sequences in one call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rwkv_npu.text import sampling
 
 V, PAST, SEQUENCES, ROUNDS = 65536, 200, 8, 40
 
-# Of a trained model some hundreds of tokens are likely; "flat" is the worst case: thousands share the probability.
+# A trained model has some hundreds of likely tokens. "flat" is the worst case: thousands are likely.
 LOGITS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "trained": lambda rng: np.where(rng.random(V) < 3e-3, 2, -6) + rng.normal(0, 2, V),
     "flat": lambda rng: rng.normal(0, 1, V),
@@ -38,12 +38,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def sampler_of(module: ModuleType, options: dict[str, Any], seed: int) -> Any:
-    """With bans as the World vocabulary has them, and a past of some tokens."""
+    """A sampler with the World vocabulary's bans and some past tokens."""
     banned = np.arange(V) >= V - 6
-    made = module.Sampler(module.SamplingOptions(**options), seed=seed, banned=banned)
+    sampler = module.Sampler(module.SamplingOptions(**options), seed=seed, banned=banned)
     for token in np.random.default_rng(seed).integers(0, V, PAST):
-        made.accept(int(token))
-    return made
+        sampler.accept(int(token))
+    return sampler
 
 
 def measure(beside: ModuleType | None) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def table(results: dict[str, Any]) -> str:
         "# The sampler",
         "",
         f"{machine['cpu']}, one core, Python {machine['python']}; `{results['command']}`; V = {V:,}; microseconds, "
-        f"minimum / median of {ROUNDS} rounds in which all take turns."
+        f"minimum / median of {ROUNDS} rounds. The variants alternate."
         + (f" Beside: {results['beside']}." if results["beside"] else ""),
         "",
         "| logits | options | " + " | ".join(ways) + " |",

@@ -1,4 +1,4 @@
-"""The files of a study: STEM.json with all results, and STEM.md for people."""
+"""Save the results of a study: STEM.json with all data, STEM.md as a table for readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def save(stem: str | Path, results: dict[str, Any], text: str) -> None:
-    """Write STEM.json and STEM.md, in a folder that is made if need be."""
+    """Write STEM.json and STEM.md. Creates the folder if necessary."""
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     Path(f"{stem}.md").write_text(text + "\n", encoding="utf-8")
@@ -22,7 +22,7 @@ def bundle_study(
     study: Callable[[Path], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
 ) -> int:
-    """The command line `python -m MODULE BUNDLE [--save STEM]`: `study` measures a bundle, `table` shows it."""
+    """The command line `python -m MODULE BUNDLE [--save STEM]`: `study` measures, `table` formats the results."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--save", metavar="STEM", help="write STEM.json and STEM.md")

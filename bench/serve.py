@@ -1,9 +1,9 @@
-"""The server beside the engine alone: `python -m bench.serve BUNDLE [--save STEM]`.
+"""Measure the server against the engine alone: `python -m bench.serve BUNDLE [--save STEM]`.
 
-One server process on the bundle's int4 (or default) weights, clients in this one. Measured in turns, ratios of medians:
-tokens a second of 1 and 8 clients; a stream against the engine alone; the first token of a second turn against that of
-the first; the time between tokens while a long prompt is read; structured answers against free ones. A client shares
-the cores with the server, so that these figures are lower bounds.
+One server process uses the bundle's int4 (or default) weights; the clients run in this process. Measurements alternate,
+and figures are ratios of medians: tokens a second of 1 and 8 clients; one stream against the engine alone; the first
+token of a second turn against the first turn's; the time between tokens while a long prompt is read; structured answers
+against free ones. Clients share the cores with the server, so the server's figures are lower bounds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import rwkv_npu
 from bench.saving import bundle_study
 
 TOKENS, ROUNDS = 48, 5
-LONG = 4000  # tokens of the prompt that is read beside a stream
-# Random weights end an answer at any time: id 0 is banned, so that all answers are equally long.
+LONG = 4000  # tokens of the prompt that is read during a stream
+# A model with random weights may end an answer at any time. Banning id 0 makes all answers equally long.
 ENDLESS = {"logit_bias": {"0": -100}, "temperature": 0}
 
 
@@ -107,9 +107,9 @@ def _round(server: Server, number: int) -> dict[str, float]:
 
 
 def _turns(server: Server, number: int) -> tuple[float, float]:
-    """Seconds to the first token of the first turn of 2,000 tokens, and of the second."""
+    """Seconds to the first token of a chat's first turn, of 2,000 tokens, and of its second turn."""
     rng = np.random.default_rng(number)
-    words = " ".join(str(one) for one in rng.integers(0, 10_000, 900))
+    words = " ".join(str(n) for n in rng.integers(0, 10_000, 900))
     chat: list[dict[str, str]] = [{"role": "user", "content": words}]
     seconds = []
     for _ in range(2):
@@ -126,12 +126,12 @@ def _turns(server: Server, number: int) -> tuple[float, float]:
                     text += piece
         seconds.append(first or time.perf_counter() - begin)
         chat += [{"role": "assistant", "content": text}, {"role": "user", "content": "Go on"}]
-        time.sleep(3)  # the user reads, and the server reads the answer as a prompt
+        time.sleep(3)  # time for the server to read the answer as part of the next prompt
     return seconds[0], seconds[1]
 
 
 def _beside(server: Server) -> float:
-    """The 95th percentile of the time between tokens while a long prompt is read, over the median without."""
+    """95th percentile of the time between tokens while a long prompt is read, over the median without the prompt."""
     quiet = list(server.stream({"prompt": [3], "max_tokens": 96}))
     undisturbed = float(np.median(np.diff(quiet)))
     rng = np.random.default_rng(1)
@@ -147,7 +147,7 @@ def _beside(server: Server) -> float:
 
 
 def _shaped(server: Server) -> float:
-    """Seconds a token of an answer to a schema, over those of a free one."""
+    """Seconds a token of an answer with a JSON schema, over those of a free answer."""
     schema = {"type": "array", "items": {"type": "string", "maxLength": 30}, "minItems": 40, "maxItems": 40}
     format_ = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
     ratios = []
@@ -165,11 +165,11 @@ def _shaped(server: Server) -> float:
 def _alone(bundle: Path, precision: str | None) -> float:
     """Tokens a second of `Model.generate`, without a server."""
     with rwkv_npu.load(bundle, precision=precision) as model:
-        found = []
+        speeds = []
         for _ in range(ROUNDS):
             moments = [time.perf_counter() for _ in model.generate([7, 9], max_tokens=TOKENS, temperature=0)]
-            found.append((len(moments) - 1) / (moments[-1] - moments[0]))
-    return statistics.median(found)
+            speeds.append((len(moments) - 1) / (moments[-1] - moments[0]))
+    return statistics.median(speeds)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -195,7 +195,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [f"| {name} | {value:.2f} | {better} |" for name, value, better in rows]
     lines += [
         "",
-        f"1 client {results['one_client']:.1f} tokens/s, 8 clients {results['eight_clients']:.1f}, in all.",
+        f"1 client {results['one_client']:.1f} tokens/s, 8 clients {results['eight_clients']:.1f} together.",
     ]
     return "\n".join(lines)
 

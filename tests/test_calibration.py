@@ -208,10 +208,10 @@ def test_contexts_are_short_and_long() -> None:
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([], "has 0 tokens: it takes at least 2"),
-        ([1], "has 1 tokens: it takes at least 2"),
-        ([1] * 9 + [V], f"hold {V}, which is outside"),
-        ([-1] + [1] * 9, "hold -1, which is outside"),
+        ([], "has 0 tokens: at least 2"),
+        ([1], "has 1 tokens: at least 2"),
+        ([1] * 9 + [V], f"contain {V}, which is outside"),
+        ([-1] + [1] * 9, "contain -1, which is outside"),
     ],
 )
 def test_ids_that_are_refused(folder: Path, ids: list[int], said: str) -> None:

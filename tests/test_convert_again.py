@@ -105,7 +105,7 @@ def test_a_folder_that_only_looks_like_a_leftover_is_not_touched(checkpoint: Pat
     mine = out.with_name("out.rwkv.partial")
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
-    with pytest.raises(BundleError, match="in the way"):
+    with pytest.raises(BundleError, match="not from an interrupted conversion"):
         convert(checkpoint, out)
     assert contents(mine) == {"notes.txt": b"mine"} and not out.exists()
 
@@ -134,7 +134,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.usefixtures("small_files")
 def test_a_write_that_the_kernel_refuses(checkpoint: Path, out: Path, capsys: Any) -> None:
     line = failed(capsys, checkpoint, "-o", out)
-    assert "File too large" in line and "goes on" in line
+    assert "File too large" in line and "the same command continues" in line
     assert names(out.parent) == ["out.rwkv.partial"]
     assert not list(out.parent.rglob("*.safetensors*"))
 
@@ -158,7 +158,7 @@ def test_full_disk(
         room = 1 if attempt else 0
         line = failed(capsys, checkpoint, "-o", out)
         assert "No space left on device" in line and str(out) in line
-        assert ("goes on" in line) == (attempt > 0)
+        assert ("the same command continues" in line) == (attempt > 0)
         assert not out.exists() and not list(out.parent.rglob("*.writing"))
     room = 100
     assert contents(convert(checkpoint, out)) == contents(whole)
@@ -170,7 +170,7 @@ def test_places_that_cannot_be_written_to(
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file" / "out", Path("/proc/out.rwkv"), Path("/dev/null/out")):
         line = failed(capsys, checkpoint, "-o", place)
-        assert str(place) in line and "goes on" not in line
+        assert str(place) in line and "continues" not in line
 
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -243,7 +243,7 @@ def test_what_was_a_bundle_is_replaced_by_force(
     if left == "link":
         out.symlink_to(real)
     elif left == "of another version":
-        text = (out / MANIFEST).read_text().replace('"format": [\n  1,', '"format": [\n  9,')
+        text = (out / MANIFEST).read_text().replace('"format": [\n  2,', '"format": [\n  9,')
         (out / MANIFEST).write_text(text)
     elif left == "without a manifest":
         (out / MANIFEST).unlink()

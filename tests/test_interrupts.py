@@ -162,7 +162,7 @@ def test_bad_values_leave_nothing(checkpoint: Path, tmp_path: Path, out: Path, r
         (("-o", "FOLDER"), "is not a bundle"),
         (("-o", "FOLDER", "--force"), "is not a bundle"),
         (("-o", "OTHER", "--cpu", "fp32"), "other weights"),
-        (("-o", "."), "name a folder to make"),
+        (("-o", "."), "the name of a folder"),
     ],
 )
 def test_a_dry_run_refuses_what_a_conversion_refuses(

@@ -1,13 +1,12 @@
-"""The host's cost of a call of the NPU: dispatch and marshalling, with a stand-in that returns at once.
+"""Measure the host's cost of an NPU call: dispatch and marshalling, with a stand-in library that returns at once.
 
     python -m bench.board_dispatch [--save bench/results/NAME]
 
-On the emulated board: RKNNLite's own inference(), this project's `rknn`, and `rknn-matmul`; the last also on this
-machine as it is. The group is v7's `mid`, everything between two recurrences, by its inputs and outputs; its
-computation does not matter here. `rknn-matmul` takes the six large products of a layer for the same work.
+On the emulated board: RKNNLite's own inference(), this project's `rknn`, and `rknn-matmul`; the last also natively on
+this machine. The graph has the inputs and outputs of v7's group `mid`, everything between two recurrences; its
+computation does not matter here. For the same work `rknn-matmul` runs the six large products of a layer.
 
-Times under emulation are the emulator's. Their ratios tell which way to call is cheaper; they tell nothing else of a
-board.
+Times under emulation are the emulator's. Only their ratios have a meaning: they show which kind of call is cheaper.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def main() -> int:
 
 
 def ask(python: list[Any], request: dict[str, Any], **variables: str) -> list[dict[str, Any]]:
-    """Rows that child.py measures in a process of its own."""
+    """Rows that child.py measures in its own process."""
     environment = {**os.environ, **variables, "RKNN_STANDIN_NULL": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [*map(str, python), str(CHILD), json.dumps(request)]
     result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -81,7 +80,7 @@ def ask(python: list[Any], request: dict[str, Any], **variables: str) -> list[di
 
 
 def compile_mid(group: Group, M: int, folder: Path) -> Path:
-    """A .rknn with the inputs and outputs of a group, which computes next to nothing."""
+    """Compile a .rknn with the inputs and outputs of a group that computes almost nothing."""
     from onnx import TensorProto, helper, numpy_helper
 
     def info(port: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Times calls in a process of its own, on the board or on this machine: `python child.py REQUEST`, see __main__.py."""
+"""Time calls in this process, on the board or on this machine: `python child.py REQUEST`, started by __main__.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def timed(call: Callable[[], object]) -> dict[str, float]:
 
 
 def networks(path: str, M: int) -> dict[str, dict[str, Any]]:
-    """A context of RKNNLite, called its own way and ours."""
+    """Time a context of RKNNLite: called through RKNNLite's `inference`, and through RknnRunner."""
     from rknnlite.api import RKNNLite
 
     from rwkv_npu.backends.rknn import RknnRunner
@@ -67,7 +67,7 @@ def networks(path: str, M: int) -> dict[str, dict[str, Any]]:
 
 
 def guard(group: Group, M: int) -> dict[str, Any]:
-    """The guard alone, around a call that costs nothing: another thread, and a look at every output."""
+    """Time the guard alone, around a call that costs nothing: a thread switch, and a check of every output."""
     rng = np.random.default_rng(0)
     outputs = {port.name: rng.standard_normal((M, port.width), np.float32) for port in group.outputs}
     npu = SimpleNamespace(name="rknn", close=lambda: None, run=lambda: outputs)
@@ -78,7 +78,7 @@ def guard(group: Group, M: int) -> dict[str, Any]:
 
 
 def products(D: int, F: int, M: int, cores: tuple[int, ...]) -> dict[str, Any]:
-    """The large products of a layer: r, k, v and output (D, D), key (D, F), value (F, D)."""
+    """Time the large products of a layer: r, k, v and output (D, D), key (D, F), value (F, D)."""
     made = Products(Library(), FP16, cores, own=False)
     x = {K: np.random.default_rng(K).standard_normal((M, K), np.float32) for K in (D, F)}
     shapes = [(D, D)] * 4 + [(D, F), (F, D)]

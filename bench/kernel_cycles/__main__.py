@@ -1,10 +1,10 @@
-"""Cycles of the kernels' loops on processors that one may not have, by LLVM's model of each.
+"""Estimate the cycles of the kernels' loops on many processors, by LLVM's models.
 
     python -m bench.kernel_cycles [--save bench/results/kernel-cycles]
 
-A loop over blocks of 64 weights of a column is compiled as numba compiles it, and `llvm-mca-16` (Debian: llvm-16) runs
-its instructions: everything of a block, its scales included, but no cache misses. A Cortex-A76 is modelled by its
-sibling Neoverse N1. bytes: of weights as they are stored, which memory has to deliver. products: multiply-adds.
+Compiles a loop over blocks of 64 weights of a column with numba's settings, and simulates it with `llvm-mca-16`
+(Debian: llvm-16). The figures include everything in a block, also its scales, but no cache misses. LLVM has no model of the
+Cortex-A76; its relative Neoverse N1 stands for it. bytes: of stored weights, read from memory. products: multiply-adds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bench.saving import save
 from rwkv_npu.kernels.instruction_sets import SETS
 
 MCA = "llvm-mca-16"
-BLOCKS = 200  # that pass through the model
+BLOCKS = 200  # to simulate
 
 
 class Processor(NamedTuple):
-    """cpu: that code is compiled for. model: llvm-mca's. A set: of the table in `instruction_sets`."""
+    """A processor. cpu: LLVM's name to compile for. model: llvm-mca's model. set: a name in `instruction_sets`."""
 
     name: str
     set: str
@@ -49,7 +49,7 @@ PROCESSORS = (
 
 
 def cycles(kernel: Kernel, processor: Processor) -> dict[str, Any]:
-    """Of a block."""
+    """Simulated cycles of a block, with bytes and products a cycle."""
     before, loop, after = loops(assembly(kernel, processor.cpu, processor.features))
     arm = kernel.set.architecture == "aarch64"
     block = "\n".join([*before, *loop * kernel.rounds, *after])

@@ -1,6 +1,6 @@
-"""The kernels' loop over blocks, compiled for any processor, as assembly: the code that products of bytes emit, alone.
+"""Compile the kernels' loop over blocks for any processor, as assembly. Nothing but the int8 product code is emitted.
 
-A function has the sums of a tile in registers and adds one block after the other, as `rwkv_npu.kernels.products` does.
+The function keeps the sums of a tile in registers and adds one block after the other, like `rwkv_npu.kernels.products`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _I64 = ir.IntType(64)
 
 
 class Kernel(NamedTuple):
-    """A loop. rows, strips: of its tile; gemm: weights are unpacked."""
+    """A loop to compile. rows, strips: size of its tile. gemm: weights are unpacked beforehand."""
 
     set: InstructionSet
     bits: int
@@ -39,12 +39,12 @@ class Kernel(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """Of the loop within a block."""
+        """Iterations of the loop inside a block."""
         return BLOCK // (4 * self.dots.fours(self.rows * self.strips, self.bits))
 
     @property
     def weight_bytes(self) -> int:
-        """Of a block, as it is stored, with its scales."""
+        """Bytes of a stored block, including its scales."""
         return self.strips * 16 * (BLOCK * self.bits // 8 + 2)
 
     @property
@@ -54,13 +54,13 @@ class Kernel(NamedTuple):
 
 
 def kernels(one: InstructionSet) -> list[Kernel]:
-    """Those that decode and read prompts."""
-    found = [Kernel(one, bits, False, rows) for bits in (8, 4) for rows in sorted({1, one.rows})]
-    return found + [Kernel(one, bits, True, one.rows, one.strips) for bits in (8, 4)]
+    """The kernels for decoding and for prompts."""
+    gemv = [Kernel(one, bits, False, rows) for bits in (8, 4) for rows in sorted({1, one.rows})]
+    return gemv + [Kernel(one, bits, True, one.rows, one.strips) for bits in (8, 4)]
 
 
 def assembly(kernel: Kernel, cpu: str, features: str = "") -> str:
-    """Of a function that runs the loop on `cpu`, a name of LLVM's, optimised as numba does."""
+    """Assembly of a function that runs the loop on `cpu` (LLVM's name), optimised with numba's settings."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     triple = TRIPLES.get(kernel.set.architecture, TRIPLES["x86_64"])
