@@ -287,7 +287,7 @@ def test_too_large_for_memory() -> None:
     opened = Measured(Series("numpy", "fp32"), 1, QUICK)
     try:
         with pytest.raises(
-            Failed, match="not enough memory: about [0-9.]+ GB are needed, [0-9.]+ GB are free"
+            Failed, match="not enough memory: about [0-9.]+ GB are needed, but [0-9.]+ GB are free"
         ) as caught:
             opened.row((1 << 20, 1 << 20, 1 << 20))
         assert caught.value.fatal

@@ -79,7 +79,7 @@ def test_shapes_of_a_model(tmp_path: Path) -> None:
     found = products.model_shapes("v7-1.5b")
     assert {(M, 2048, 8192) for M in (1, 16, 64, 128)} | {(1, 2048, 65536), (64, 2048, 96)} <= set(found)
     assert (16, 2048, 65536) not in found
-    with pytest.raises(UsageError, match="neither a bundle nor one of v4-169m"):
+    with pytest.raises(UsageError, match="not a bundle, and not one of v4-169m"):
         products.model_shapes(str(tmp_path))
 
 
@@ -175,8 +175,8 @@ def test_a_missing_backend_is_one_line() -> None:
         {"torch": BackendError("not installed: No module named 'torch'"), "rknn": ToolkitError("run x")}
     )
     assert stage.run() == []
-    assert stage.said[0] == "torch fp32 is left out: not installed: No module named 'torch'"
-    assert stage.said[-1] == "rknn fp16 (estimate) is left out: run x"
+    assert stage.said[0] == "torch fp32 is skipped: not installed: No module named 'torch'"
+    assert stage.said[-1] == "rknn fp16 (estimate) is skipped: run x"
 
 
 def test_a_series_ends_after_a_run_of_20_seconds() -> None:
@@ -263,7 +263,7 @@ def test_the_plan() -> None:
     assert names == ["numpy fp16", "tinygrad fp16", "tinygrad OpenCL fp16", "rknn fp16 (estimate)"]
     assert said == ["rknn-matmul needs a board"]
     matmul.plan(replace(settings, backends=["numpy"], dtypes=["int4"]))
-    assert said[-1] == "numpy does none of these dtypes: it does fp32, fp16"
+    assert said[-1] == "numpy supports none of these dtypes, only fp32, fp16"
 
 
 def test_on_a_board_rknn_is_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,9 +281,9 @@ def test_on_a_board_rknn_is_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "0"], "sizes go from 1"),
+        (["--sizes", "0"], "sizes must be from 1"),
         (["--shapes", "4x4"], "is not MxKxN"),
-        (["--model", "v9-1b"], "neither a bundle"),
+        (["--model", "v9-1b"], "not a bundle"),
         (["--sizes", "8", "--model", "v7-0.1b"], "give one of --sizes and --model, not both"),
         (["--backends", "numpy,cuda"], "backend 'cuda' is unknown"),
         (["--dtypes", "fp8"], "dtype 'fp8' is unknown"),

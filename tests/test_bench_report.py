@@ -205,7 +205,7 @@ def test_the_fit_log() -> None:
         "Slope 0.000918918",
         "No unit",
         "31 points",
-        "Exponential against cubic",
+        "Exponential or cubic",
     ):
         assert words in " ".join(log.split())
     assert "NOT CONVERGED" not in log

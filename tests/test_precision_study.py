@@ -45,7 +45,7 @@ def test_a_row_for_each_remedy_in_numpy(
 
 def test_what_is_there_may_be_of_another_study(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "o.json").write_text('{"rows": {}}')
-    with pytest.raises(SystemExit, match="is of another study"):
+    with pytest.raises(SystemExit, match="belongs to another study"):
         run(checkpoint, tmp_path / "o")
 
 

@@ -3,8 +3,9 @@
     python -m bench.kernel_cycles [--save bench/results/kernel-cycles]
 
 Compiles a loop over blocks of 64 weights of a column with numba's settings, and simulates it with `llvm-mca-16`
-(Debian: llvm-16). The figures include everything in a block, also its scales, but no cache misses. LLVM has no model of the
-Cortex-A76; its relative Neoverse N1 stands for it. bytes: of stored weights, read from memory. products: multiply-adds.
+(Debian: llvm-16). The figures include everything in a block, also its scales, but no cache misses. LLVM has no model of
+the Cortex-A76; its relative Neoverse N1 stands for it. bytes: of stored weights, read from memory. products:
+multiply-adds.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Speed and exactness of RWKV runtimes side by side, on the same random weights.
+"""Compare the speed and exactness of RWKV runtimes, on the same random weights.
 
     python -m bench.peers --folder /tmp/peers [--sizes v7-0.1b,v7-0.4b] [--save bench/results/peers-NAME]
 
-With --save each size gets files of its own, peers-NAME-SIZE.json and .md.
+With --save, each size gets its own files, peers-NAME-SIZE.json and .md.
 
-Environments, checkpoints and model files are made in the folder at first use and kept there. Every system runs in
-a process of its own that stays open; they take turns, so that what changes on the machine changes for all. Before
-anything is timed, the logits of each are held to those of the `rwkv` package in fp32: a system that is further
-off than its precision explains ends the run with status 1.
+Environments, checkpoints and model files are created in the folder at first use and kept there. Each system has its own
+process, which stays open. The systems alternate, so that a change on the machine affects all of them. Before anything
+is timed, the logits of each system are compared with those of the `rwkv` package in fp32. A system whose difference is
+larger than its precision explains ends the run with status 1.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def commit() -> str:
-    """What of this project was measured."""
+    """The commit of this project that was measured."""
     described = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
     return subprocess.run(described, capture_output=True, text=True).stdout.strip() or "unknown"
 
@@ -67,14 +67,16 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", required=True, help="where environments and models go, and stay")
+    parser.add_argument(
+        "--folder", required=True, help="folder for environments and models, which stay there"
+    )
     parser.add_argument(
         "--sizes", default="v7-0.1b,v7-0.4b", help=f"of {', '.join(s for s in SIZES if s[1] in '47')}"
     )
     parser.add_argument(
-        "--systems", default="", help="only those whose name contains one of these, comma-separated"
+        "--systems", default="", help="only systems whose name contains one of these, comma-separated"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every system (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of every system (default: 9)")
     parser.add_argument(
         "--prompts", type=lengths, default=[128, 512], help="tokens of each prompt (default: 128,512)"
     )
@@ -85,7 +87,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     for size in arguments.sizes.split(","):
         if size not in SIZES or SIZES[size]["generation"] not in SYSTEMS[0].generations:
-            parser.error(f"size {size!r} is none that these systems have in common")
+            parser.error(f"size {size!r} is not supported by all of these systems")
     if min(arguments.rounds, *arguments.prompts, arguments.tokens, arguments.threads) < 1:
         parser.error("rounds, prompts, tokens and threads must be at least 1")
     return arguments

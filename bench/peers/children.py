@@ -1,4 +1,4 @@
-"""The worker processes, seen from the parent: a line of JSON out, a line of JSON back."""
+"""The parent's side of the worker processes. Commands and answers are lines of JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.peers.systems import HERE, Failed
 
 
 class Child:
-    """A running worker. What its runtime prints goes to `log`."""
+    """A running worker. Output of its runtime goes to `log`."""
 
     def __init__(self, python: Path, runtime: str, threads: int, log: Path):
         self._log = log
@@ -32,13 +32,13 @@ class Child:
             )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Give a command and wait for its answer. Raises Failed."""
+        """Send a command and wait for its answer. Raises Failed."""
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the missing answer says the same, with the status
+            pass  # the missing answer raises Failed below, with the status
         line = self._process.stdout.readline()
         if not line:
             raise Failed(f"{do}: the process ended with status {self._process.wait()}; see {self._log}")

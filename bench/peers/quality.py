@@ -1,8 +1,8 @@
-"""What each format costs a trained model: the shipped demo, on its held-out text, in this project and in llama.cpp.
+"""Measure the error of each weight format on a trained model: the demo on its held-out text, here and in llama.cpp.
 
     python -m bench.peers.quality --folder /tmp/peers [--save bench/results/quality-demo]
 
-Every system reads the same tokens; what it says of each next one is compared with what NumPy says in fp32.
+Every system reads the same tokens. Its predictions of each next token are compared with NumPy's in fp32.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def compared(logits: np.ndarray, reference: np.ndarray, ids: Sequence[int], size: int) -> dict[str, float]:
-    """KL(reference || logits) in nats per token, bits per byte of the text, and the share of the same first choice."""
+    """KL(reference || logits) in nats a token, bits per byte of the text, and the share of equal best tokens."""
     log_p, kl = compare(logits, np.asarray(ids), reference)
     return {
         "bits_per_byte": float(-log_p.sum() / np.log(2) / size),
@@ -100,7 +100,7 @@ def report(results: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.peers.quality", description=__doc__)
-    parser.add_argument("--folder", required=True, help="that of bench.peers")
+    parser.add_argument("--folder", required=True, help="the folder of bench.peers")
     parser.add_argument("--threads", type=int, default=2, help="of every system (default: 2)")
     parser.add_argument("--max-tokens", type=int, help="of the text (default: all)")
     parser.add_argument("--torch", default="torch==2.13.0", help="as for bench.peers")

@@ -1,4 +1,4 @@
-"""What is made of the measurements: medians, ratios, differences of logits, the table for people."""
+"""Evaluate the measurements: medians, ratios, differences of logits, and the Markdown table."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from bench.peers.systems import OURS
 
-BUSY = 0.15  # cores kept busy by others during a turn: from here on it is counted as disturbed
+BUSY = 0.15  # cores that other processes use during a turn; from here on the turn counts as disturbed
 
 
 def rotation(names: Sequence[str], turn: int) -> list[str]:
-    """The order of a round: each system follows the same one, but a different one begins."""
+    """The order of a round: always the same cycle of systems, with a different start."""
     start = turn % max(1, len(names))
     return [*names[start:], *names[:start]]
 
@@ -27,7 +27,7 @@ def difference(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     spread = float(reference.std())
     gap = logits.astype(np.float64) - reference
     same = logits.argmax(axis=1) == reference.argmax(axis=1)
-    # A NaN compares as small with everything: it must not pass for a small difference.
+    # NaN differences must count as infinite: max() would ignore them.
     largest = float(np.abs(gap).max()) if np.isfinite(gap).all() else float("inf")
     return {
         "largest": largest / spread,
@@ -48,7 +48,7 @@ def rates(turns: Sequence[Mapping[str, float]], tokens: Mapping[str, int]) -> di
 def ratios(
     ours: Sequence[Mapping[str, float]], peer: Sequence[Mapping[str, float]], uses: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """Our speed over the peer's: the median of the ratios within each round, which drift leaves alone."""
+    """Our speed over the peer's: the median of the ratios within each round, which are robust against drift."""
     result = {}
     for use in uses:
         found = [b[f"{use}_s"] / a[f"{use}_s"] for a, b in zip(ours, peer, strict=True)]
@@ -57,7 +57,7 @@ def ratios(
 
 
 def summarise(size: dict[str, Any], tokens: Mapping[str, int]) -> None:
-    """Fill in the rates and the ratios of a size whose systems have their turns; `tokens` of each use."""
+    """Compute rates and ratios of a size from its turns. tokens: number of tokens of each use."""
     size["uses"] = list(tokens)
     systems = {name: row for name, row in size["systems"].items() if row.get("turns")}
     for row in systems.values():

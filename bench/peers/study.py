@@ -1,4 +1,4 @@
-"""One size: models made, logits compared, turns taken."""
+"""Study one size: create the models, compare logits, measure in turns."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from bench.peers.worker import busy_seconds
 from tools.make_checkpoint import SIZES, make_spec
 
 CHECKED = 16  # tokens after the prompt whose logits are compared
-PAUSE = 0.3  # seconds over which the machine is looked at; the threads of the last turn have stopped spinning
+PAUSE = 0.3  # seconds to watch the machine; threads of the last turn have stopped spinning by then
 PATIENCE = 30  # seconds that a turn waits for a quiet machine
-TRIES = 4  # at a turn that others disturb
+TRIES = 4  # of a turn that other processes disturb
 
 
 @dataclass
 class Task:
-    """What every system is given: prompts, and tokens to read one by one after the first of them."""
+    """The input of every system: prompts, and tokens to read one by one after the first prompt."""
 
     size: str
     prompt_lengths: Sequence[int]
@@ -52,9 +52,9 @@ class Task:
 def study(
     task: Task, workshop: Workshop, names: list[str], rounds: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Figures of all systems, and the versions of the packages. Raises Failed where logits are wrong.
+    """Measure all systems. Returns their figures and the versions of packages. Raises Failed if logits are wrong.
 
-    A system that cannot be made, opened or run is left out with its reason, and the others go on.
+    A system that cannot be created, opened or run is skipped with its reason.
     """
     wanted = chosen(names, task.spec.generation)
     reference = reference_logits(task, workshop)
@@ -91,7 +91,7 @@ def study(
 def open_child(
     model: str, generation: str, system: System, workshop: Workshop, stack: ExitStack
 ) -> tuple[Child, dict[str, Any]]:
-    """A worker that has the system's file of `model` open; it is closed with `stack`."""
+    """A worker with the system's file of `model` open. `stack` closes it."""
     path = workshop.model(system, model)
     python = workshop.python(system.environment)
     log = workshop.folder / "logs" / f"{model}.{_file_name(system)}.log"
@@ -104,7 +104,7 @@ def open_child(
 def logits_of(
     child: Child, system: System, workshop: Workshop, prompt: Sequence[int], tokens: Sequence[int]
 ) -> np.ndarray:
-    """(1 + tokens, V): after the prompt, and after each token that is given to it."""
+    """Logits (1 + tokens, V): after the prompt, and after each token."""
     out = workshop.folder / f"{_file_name(system)}.npy"
     child.ask("logits", out=str(out), prompt=prompt, tokens=tokens)
     logits: np.ndarray = np.load(out)
@@ -117,7 +117,7 @@ def checked_logits(task: Task, child: Child, system: System, workshop: Workshop)
 
 
 def reference_logits(task: Task, workshop: Workshop) -> np.ndarray:
-    """Made in a process that is gone before the others need the memory."""
+    """Compute the reference in a process that ends before the others need its memory."""
     system = next(system for system in SYSTEMS if system.name == REFERENCE)
     with ExitStack() as stack:
         child, _ = open_child(task.size, task.spec.generation, system, workshop, stack)
@@ -129,7 +129,7 @@ def _file_name(system: System) -> str:
 
 
 def refuse_wrong(rows: dict[str, dict[str, Any]]) -> None:
-    """Raises Failed if a system is further from the reference than its precision explains."""
+    """Raises Failed if a system's difference from the reference is larger than its precision explains."""
     bounds = {system.name: system.tolerance for system in SYSTEMS}
     for name, row in rows.items():
         if not row["logits"]["largest"] <= bounds[name]:
@@ -146,9 +146,9 @@ def take_turns(
     rounds: int,
     say: Callable[[str], None],
 ) -> dict[str, str]:
-    """Every system once a round, after a round that does not count.
+    """Measure every system once a round, after a warm-up round.
 
-    A system that fails is taken out of `children` and `rows`; returns the reasons.
+    A system that fails is removed from `children` and `rows`. Returns the reasons.
     """
     failed: dict[str, str] = {}
     for row in rows.values():
@@ -168,7 +168,7 @@ def take_turns(
 
 
 def quiet_turn(task: Task, child: Child) -> dict[str, Any]:
-    """A turn; one that others disturb is taken anew, and the least disturbed counts."""
+    """Measure one turn. A disturbed turn is repeated, and the least disturbed one counts."""
     taken: list[dict[str, Any]] = []
     while not taken or (taken[-1]["others"] > BUSY and len(taken) < TRIES):
         wait_for_quiet()
@@ -177,7 +177,7 @@ def quiet_turn(task: Task, child: Child) -> dict[str, Any]:
 
 
 def wait_for_quiet() -> None:
-    """Until nobody works, for as long as PATIENCE lasts."""
+    """Wait until no other process is busy, at most PATIENCE seconds."""
     begin = time.monotonic()
     while time.monotonic() - begin < PATIENCE:
         busy = busy_seconds()

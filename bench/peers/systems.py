@@ -1,6 +1,6 @@
-"""Who is measured: the systems, the environments they run in, and the files they read.
+"""The systems to measure, the environments they run in, and the files they read.
 
-Everything made here lies in one folder and is kept; a second run makes what is missing, and the bundles.
+Everything is created in one folder and kept. A second run creates what is missing, and the bundles again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
 class System:
     """One row of the tables.
 
-    runtime: whose code runs, as worker.py names it. weights: precision of its matrices.
-    generations: those it can run. tolerance: the largest difference from the reference's logits that this
-        precision explains, in units of the logits' standard deviation; beyond it the row is wrong, not fast.
-    resident: bytes a parameter that it keeps in memory, for deciding what fits. backend: of this project.
+    runtime: a name in worker.py. weights: precision of the matrices. generations: RWKV versions that it can run.
+    tolerance: the largest difference from the reference's logits that this precision explains, in units of the logits'
+        standard deviation. A larger difference means a wrong result.
+    resident: bytes in memory for each parameter, to decide what fits. backend: of this project.
     """
 
     name: str
@@ -47,7 +47,7 @@ class System:
         return {"ours": "ours", "llama.cpp": "llama"}.get(self.runtime, "torch")
 
 
-# In the order in which they are kept where memory does not suffice for all.
+# If memory is short, the last ones are skipped first.
 SYSTEMS = (
     System(f"{OURS} int4", "ours", "int4", 6.0, 1.0),
     System(f"{OURS} int8", "ours", "int8", 0.5, 1.5),
@@ -76,7 +76,7 @@ def chosen(names: Sequence[str], generation: str) -> list[System]:
 def fitting(
     systems: Sequence[System], parameters: int, available: int, reserve: int = 1 << 30
 ) -> list[System]:
-    """Those that can be in memory at the same time; the others are left out, the last first."""
+    """The systems that fit in memory together. The last ones are skipped first."""
     kept, needed = [], reserve
     for system in systems:
         if needed + system.resident * parameters <= available:
@@ -95,7 +95,7 @@ def available_bytes() -> int:
 
 @dataclass
 class Workshop:
-    """Environments and model files in a folder. `say` gets a line for everything that takes long."""
+    """Environments and model files in a folder. `say` logs a line before each long step."""
 
     folder: Path
     torch: str
@@ -103,12 +103,12 @@ class Workshop:
     say: Callable[[str], None]
 
     def python(self, environment: str) -> Path:
-        """The interpreter of an environment, made if it is missing or was made of other packages."""
+        """The interpreter of an environment. Created if it is missing or holds other packages."""
         home = self.folder / environment
         python, stamp = home / "bin/python", home / "packages.txt"
         packages = [package.format(torch=self.torch) for package in ENVIRONMENTS[environment]]
         if not stamp.exists() or stamp.read_text() != "\n".join(packages):
-            self.say(f"making the environment {home}: {' '.join(packages)}")
+            self.say(f"creating the environment {home}: {' '.join(packages)}")
             run([sys.executable, "-m", "venv", str(home)])
             run([str(python), "-m", "pip", "install", "--quiet", *packages])
             stamp.write_text("\n".join(packages))
@@ -123,7 +123,7 @@ class Workshop:
         return self._made(path, "ours", make)
 
     def model(self, system: System, size: str) -> Path:
-        """The file or folder that a system reads, made of the same random checkpoint."""
+        """The file or folder that a system reads, created from the same random checkpoint."""
         if system.runtime == "package":
             return self.checkpoint(size)
         if system.runtime == "transformers":
@@ -138,7 +138,7 @@ class Workshop:
         return self._made(path, "llama", [HERE / "quantise.py", source, path, system.weights, self.threads])
 
     def _bundle(self, system: System, size: str) -> Path:
-        """Always made anew: it is the converter of today that is measured."""
+        """Convert again on every run, because the present converter is measured."""
         path = self.folder / f"{size}.{system.weights}.rwkv"
         options = ["--target", "none", "--cpu", system.weights, "--force", "-o", path]
         self._run("ours", ["-m", "rwkv_npu", "convert", self.checkpoint(size), *options])
@@ -146,7 +146,7 @@ class Workshop:
 
     def _made(self, path: Path, environment: str, command: Sequence[object]) -> Path:
         if not path.exists():
-            self.say(f"making {path}")
+            self.say(f"creating {path}")
             self._run(environment, command)
         return path
 
@@ -155,7 +155,7 @@ class Workshop:
 
 
 class Failed(Exception):
-    """A system that cannot take part, in one line."""
+    """A system cannot take part. The message is one line."""
 
 
 def run(command: Sequence[str], cwd: Path | None = None) -> None:

@@ -1,14 +1,14 @@
-"""One system in a process of its own: opens a model, then obeys commands, one line of JSON each.
+"""Run one system in this process: open a model, then execute commands, one line of JSON each.
 
     PYTHON bench/peers/worker.py RUNTIME        (started by children.py, in the environment of the runtime)
 
     {"do": "open", "model": PATH, "weights": NAME, "generation": "7", "threads": 2}
     {"do": "logits", "prompt": [ids], "tokens": [ids], "out": FILE.npy}   logits after the prompt and each token
-    {"do": "turn", "prompts": [[ids], ...], "tokens": [ids]}              the same against the clock, and more prompts
+    {"do": "turn", "prompts": [[ids], ...], "tokens": [ids]}              the same, timed, with several prompts
     {"do": "memory"}
 
-Every command is answered by a line of JSON, `{"error": LINE}` if it failed. It needs NumPy and the runtime, and
-nothing of this project unless that is the runtime.
+Each answer is a line of JSON, `{"error": LINE}` if the command failed. This file needs NumPy and the runtime. It
+imports this project only if that is the runtime.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 
 class Ours:
-    """This project, on a bundle, by the backend that it chooses or the one that is named."""
+    """This project on a bundle, with its default backend or a given one."""
 
     packages = ("rwkv_npu", "numba", "onnxruntime", "numpy")
 
@@ -46,7 +46,7 @@ class Ours:
 
 
 class Package:
-    """The `rwkv` package, as its README runs it: TorchScript on, the state handed from call to call."""
+    """The `rwkv` package, as in its README: TorchScript on, state passed from call to call."""
 
     packages = ("rwkv", "torch")
 
@@ -145,7 +145,7 @@ def open_system(runtime: str, command: dict[str, Any]) -> tuple[Any, dict[str, A
     begin = time.perf_counter()
     kind = RUNTIMES[runtime]
     system = kind(command)
-    system.read([1])  # some open their weights here only
+    system.read([1])  # some runtimes load their weights only here
     versions = {name: importlib.metadata.version(name) for name in kind.packages}
     return system, {"ready_s": time.perf_counter() - begin, "versions": versions}
 
@@ -159,9 +159,9 @@ def write_logits(system: Any, command: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turn(system: Any, command: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each prompt, by its length, and of the tokens that follow the first.
+    """Seconds of each prompt, by its length, and of the tokens after the first prompt.
 
-    `others`: cores that other processes kept busy meanwhile.
+    `others`: cores that other processes used during the turn.
     """
     seconds = {}
     busy, own, begin = busy_seconds(), time.process_time(), time.perf_counter()
@@ -180,14 +180,14 @@ def take_turn(system: Any, command: dict[str, Any]) -> dict[str, Any]:
 
 
 def busy_seconds() -> float:
-    """Seconds that all cores together were busy since the machine started, stolen time among them."""
+    """CPU seconds of all cores since the machine started, including time stolen by the host."""
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def memory() -> dict[str, Any]:
-    """Resident bytes: the peak, and what is now the process's own (mapped files left out)."""
+    """Resident bytes: the peak, and the present size without mapped files."""
     with open("/proc/self/status", encoding="ascii") as file:
         found = dict(line.split(":", 1) for line in file)
     names = {"peak_rss_bytes": "VmHWM", "own_bytes": "RssAnon"}
@@ -196,7 +196,7 @@ def memory() -> dict[str, Any]:
 
 def main() -> int:
     runtime = sys.argv[1]
-    # Runtimes print: the answers get the real stdout for themselves, everything else goes to stderr.
+    # Runtimes print: answers use the real stdout, everything else is redirected to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     system: Any = None
@@ -209,7 +209,7 @@ def main() -> int:
                 answer = memory()
             else:
                 answer = {"logits": write_logits, "turn": take_turn}[command["do"]](system, command)
-        except Exception as error:  # whatever a runtime may raise is its row's failure
+        except Exception as error:  # any error of a runtime becomes the failure of its row
             first = (str(error).strip() or "no message").splitlines()[0]
             answer = {"error": f"{type(error).__name__}: {first}"}
         answers.write(json.dumps(answer) + "\n")

@@ -1,12 +1,11 @@
-"""What each precision and each remedy costs a model: KL from fp32 and bits per byte, by position in the context.
+"""Measure the error of each precision and remedy: KL from fp32 and bits per byte, by position in the context.
 
     python -m bench.precision_study CHECKPOINT -o bench/results/precision-NAME [--text FILE] [--simulate]
 
-Rows of `numpy` are bundles in int8 as the package computes it, every large projection, without and with each remedy.
-Rows of `rknn-sim` (with --simulate) are the same in Rockchip's simulator, beside fp16, mixed with its table, and what
-the compiler makes of int8 when it is left to itself: all of a graph, residual and norms too. What is measured is kept
-in OUT.json after each row, and the same command goes on from there; OUT.md is made of it. Nothing here was measured on
-a board.
+Rows of `numpy` have every large projection in int8, computed by this package, without and with each remedy. Rows of
+`rknn-sim` (with --simulate) are the same bundles in Rockchip's simulator, and fp16, mixed with its table, and the
+compiler's own int8, which covers the whole graph including residual and norms. OUT.json is saved after each row, and
+the same command continues from it. OUT.md is written from OUT.json. Nothing here is measured on a board.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from rwkv_npu.text.corpus import held_out_text, read_tokens
 from rwkv_npu.toolkit import CompileOptions
 
 TOKENS, CONTEXT, ROWS = 8192, 4096, 64
-STEPS = 32  # of ROWS tokens, that the compiler is given where it chooses ranges
+STEPS = 32  # of ROWS tokens, to calibrate the compiler's own int8
 # Rows of the study, their precision, remedies and --max-kl.
 BUNDLES = [
     ("fp16", "fp16", "all", MAX_KL),
@@ -59,8 +58,7 @@ BUNDLES = [
 
 
 def by_the_compiler(ids: np.ndarray, bundle: Bundle) -> Callable[..., CompilerGraph]:
-    """In place of `compiler_graph`: the fp16 graphs of a bundle, quantised by the compiler alone. Every tensor in them
-    has one range of int8."""
+    """Replaces `compiler_graph`: the fp16 graphs of a bundle, quantised by the compiler. Each tensor has one scale."""
     chunks = np.split(ids[: STEPS * ROWS], range(ROWS, STEPS * ROWS, ROWS))
     steps = list(passes(BundleSource(bundle), chunks))
 
@@ -94,11 +92,11 @@ class Study:
         if self._json.is_file():
             found = json.loads(self._json.read_text(encoding="utf-8"))
             if {**found, "rows": {}, "mixed": None} != self.result:
-                raise SystemExit(f"{self._json} is of another study: remove it, or name another output")
+                raise SystemExit(f"{self._json} belongs to another study: remove it, or give another output")
             self.result = found
 
     def measure(self, name: str, opened: Callable[[], Model], share: float) -> None:
-        """Add a row, unless it is there; `share` of the weights are in int8."""
+        """Measure a row, unless it exists. share: of the weights in int8."""
         if name in self.result["rows"]:
             return
         with opened() as model, tqdm(total=len(self._ids), desc=name, unit="token", disable=None) as bar:
@@ -117,9 +115,9 @@ class Study:
         save(self._out, self.result, "\n".join(table(self.result)))
 
     def bundles(self, folder: Path, simulate: bool) -> None:
-        """A bundle for each precision and remedy, and a row for each way to compute it."""
+        """Convert a bundle for each precision and remedy, and measure a row for each backend."""
         for name, precision, remedies, max_kl in BUNDLES:
-            # NumPy multiplies in fp32 what is not in int8.
+            # NumPy computes in fp32 what is not in int8.
             backends = ["numpy"] * (precision != "fp16") + ["rknn-sim"] * simulate
             if all(f"{backend}: {name}" in self.result["rows"] for backend in backends):
                 continue
@@ -165,7 +163,7 @@ def _table_of(bundle: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """The study in Markdown."""
+    """The results as Markdown."""
     yield f"# Precision of {result['checkpoint']}, {result['parameters'] / 1e6:.1f} M parameters"
     yield ""
     yield f"`{result['command']}`"
@@ -191,7 +189,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 def _sensitivity(mixed: dict[str, Any]) -> Iterator[str]:
     yield ""
-    yield f"`mixed` has {100 * mixed['share']:.1f} % of the weights in int8. Each projection alone, the dearest first:"
+    yield f"`mixed` has {100 * mixed['share']:.1f} % of the weights in int8. Each projection, the largest KL first:"
     yield ""
     yield "| projection | KL alone | error of the product | ranges | in mixed |"
     yield "|---|--:|--:|---|---|"
@@ -206,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("-o", "--out", required=True, help="OUT.json and OUT.md are written")
-    parser.add_argument("--text", help="what is predicted (default: the demo model's held-out text)")
+    parser.add_argument("-o", "--out", required=True, help="output files OUT.json and OUT.md")
+    parser.add_argument("--text", help="text to predict (default: the demo model's held-out text)")
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--simulate", action="store_true", help="Rockchip's simulator as well")
+    parser.add_argument("--simulate", action="store_true", help="measure in Rockchip's simulator too")
     arguments = parser.parse_args(argv)
     study = Study(arguments, f"python -m bench.precision_study {shlex.join(argv)}")
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder, log_to_stderr():
