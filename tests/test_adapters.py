@@ -171,11 +171,12 @@ def peft_folder(
             (v for k, v in settings.get("alpha_pattern", {}).items() if re.search(rf"(^|\.){k}$", module)), 16
         )
         scale = alpha / (R**0.5 if settings.get("use_rslora") else R)
-        parts, merged = lora(weight, scale) if part == "lora" else disha(weight)
+        tuned = lora(weight, scale) if part == "lora" else disha(weight)
+        parts, merged = bone(weight, "disha", along="out") if part.endswith("bat") else tuned
         if part == "lora":
             saved |= {f"{prefix}.{name}.weight": array for name, array in parts.items()}
         else:
-            saved[f"{prefix}.bone_block"] = parts["disha"]
+            saved[f"{prefix}.{part.removesuffix(' bat')}"] = parts["disha"]
         if settings.get("use_dora"):
             magnitude = 1 + noise(len(weight))
             saved[f"{prefix}.lora_magnitude_vector"] = magnitude
@@ -197,7 +198,10 @@ def peft_folder(
         ("7", ("attn.w_lora.lora.0", "attn.g_lora.lora.2"), "lora", {}),
         ("7", ("attn.r_proj", "ffn.key"), "lora", {"use_dora": True}),
         ("7", ("attn.r_proj", "ffn.key"), "lora", {"use_rslora": True, "alpha_pattern": {"ffn.key": 4}}),
-        ("7", ("attn.r_proj", "lm_head"), "bone", {"peft_type": "BONE"}),
+        ("7", ("attn.r_proj", "lm_head"), "bone_block", {"peft_type": "BONE"}),
+        ("7", ("attn.r_proj", "attn.k_proj"), "miss_block", {"peft_type": "MISS"}),
+        ("7", ("attn.r_proj", "attn.k_proj"), "bone_block bat", {"peft_type": "BONE"}),
+        ("7", ("attn.r_proj", "ffn.key"), "miss_block bat", {"peft_type": "MISS"}),
         ("4", ("attention.key", "feed_forward.value"), "lora", {}),
         ("6", ("attention.key", "feed_forward.value"), "lora", {"use_dora": True}),
     ],
@@ -222,6 +226,9 @@ def test_folders_of_peft(
     ("config", "message"),
     [
         ({"peft_type": "LOHA"}, "LOHA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"alora_invocation_tokens": [1]}, "alora"),
+        ({"init_lora_weights": "lora_ga"}, "changes the base model"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         ({"lora_alpha": "16"}, "lora_alpha"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),

@@ -29,11 +29,18 @@ from rwkv_npu.models.spec import Kind, Spec, Tensor, tensors
 CONFIG, PISSA_INIT = "adapter_config.json", "init_pissa.pth"
 
 _PART = re.compile(
-    r"(.+)\.(?:init_)?(lora_A|lora_B|lora_magnitude_vector|bone|bone_block|disha)((?:\.(?:weight|default))*)"
+    r"(.+)\.(?:init_)?(lora_A|lora_B|lora_magnitude_vector|bone|bone_block|miss_block|disha)((?:\.(?:weight|default))*)"
 )
-_OTHERS = re.compile(r".*\.(lora_M|lora_embedding_[AB]|miss_block|hada_|lokr_|oft_|boft_|vera_|ia3_).*")
-_KINDS = {"bone": "Bone", "bone_block": "Bone", "disha": "DiSHA"}
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initial values that PEFT takes out of the base model
+_OTHERS = re.compile(r".*\.(lora_M|lora_embedding_[AB]|hada_|lokr_|oft_|boft_|vera_|ia3_).*")
+_KINDS = {"bone": "Bone", "bone_block": "Bone of PEFT", "miss_block": "MiSS of PEFT", "disha": "DiSHA"}
+# How each program lays blocks out. PEFT's "bat" goes along the outputs, RWKV-PEFT's along the inputs.
+_READINGS = {"DiSHA": {"in", "repeat"}, "Bone of PEFT": {"out", "repeat"}, "MiSS of PEFT": {"out", "repeat"}}
+_UNSUPPORTED = (  # keys of adapter_config.json, where they are set
+    "fan_in_fan_out lora_bias layer_replication megatron_config target_parameters trainable_token_indices "
+    "alora_invocation_tokens use_qalora use_bdlora velora_config monteclora_config"
+).split()
+# Initial values of PEFT's LoRA that leave the base model as it is. Others take something out of it.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Adapter:
@@ -119,9 +126,7 @@ class Adapter:
     def _scales(self, scale: float | None) -> dict[str, float]:
         """The factor s of every target."""
         r = next(iter(self.targets.values())).rank
-        stored = {"PiSSA": "PiSSA has none", "Bone": "Bone has none", "DiSHA": "DiSHA has none"}.get(
-            self.kind, ""
-        )
+        stored = "" if self.kind in ("LoRA", "DoRA") else f"{self.kind} has none"
         if self.config:
             stored = f"its {CONFIG} gives it"
         if stored and scale is not None:
@@ -142,8 +147,7 @@ class Adapter:
         """The one reading of its parts that fits all targets."""
         shapes = {tensor.name: tensor for tensor in tensors(spec)}
         found = set.intersection(*(_readings(target, shapes[name]) for name, target in self.targets.items()))
-        if self.kind == "DiSHA" or self.config.get("peft_type") == "BONE":
-            found.discard("out")  # only the first versions of Bone had it
+        found &= _READINGS.get(self.kind, found)
         if blocks is not None and blocks not in found:
             raise UsageError(
                 f"adapter_blocks={blocks!r:.20} (--adapter-blocks) does not fit {self.path}: leave it away"
@@ -203,13 +207,15 @@ def open_adapter(path: Path | str, init: Path | str | None = None) -> Adapter:
     stored = read_tensors(path)
     if found := next(filter(_OTHERS.fullmatch, stored), None):
         raise CheckpointError(
-            f"{path} holds {found!r:.80}: only LoRA, PiSSA, DoRA of PEFT, Bone and DiSHA can be merged"
+            f"{path} holds {found!r:.80}: only LoRA, PiSSA, DoRA of PEFT, Bone, MiSS and DiSHA can be merged"
         )
     if any(".init_lora_" in name for name in stored):
         raise CheckpointError(f"{path} holds the initial values of PiSSA, not what was trained")
     adapter = _sort_tensors(path, stored)
     if config:
         _check_config(folder / CONFIG, config)
+        if config.get("use_dora") and adapter.kind != "DoRA":
+            raise CheckpointError(f"{path} has no lora_magnitude_vector, and its {CONFIG} sets use_dora")
         keys = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "base_model_name_or_path")
         adapter.config = {key: config[key] for key in keys if config.get(key) is not None}
     beside = path.parent / PISSA_INIT
@@ -222,7 +228,7 @@ def open_adapter(path: Path | str, init: Path | str | None = None) -> Adapter:
 
 def _sort_tensors(path: Path, stored: dict[str, Any]) -> Adapter:
     # PEFT's own prefix, before a model with a head (model.layers.N) or without (layers.N).
-    named = {name.removeprefix("base_model.model."): value for name, value in stored.items()}
+    named = {re.sub(r"^base_model\.model\.", "", name): value for name, value in stored.items()}
     named = {re.sub(r"^(?=layers\.)", "model.", name): value for name, value in named.items()}
     parts: dict[str, dict[str, np.ndarray]] = {}
     kinds: set[str] = set()
@@ -245,10 +251,8 @@ def _sort_tensors(path: Path, stored: dict[str, Any]) -> Adapter:
     for module, own in parts.items():
         if not ({"lora_A", "lora_B"} <= own.keys() or own.keys() == {"block"}):
             raise CheckpointError(f"{path}: {module!r:.80} has {', '.join(own)} only")
-        if any(array.ndim not in (1, 2, 3) or not array.size for array in own.values()):
-            raise CheckpointError(
-                f"{path}: {module!r:.80} has a part without values, or of too many dimensions"
-            )
+        if not all(array.ndim in (1, 2, 3) and array.size for array in own.values()):
+            raise CheckpointError(f"{path}: {module!r:.80} has a part without values, or of many dimensions")
         probe = np.empty((1, 2), np.int8)
         ((name, seen),) = blinkdl_names(f"{module}.weight", probe)
         if name in targets:
@@ -261,25 +265,27 @@ def _sort_tensors(path: Path, stored: dict[str, Any]) -> Adapter:
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     """Raises CheckpointError for what PEFT may have trained and is not computed here."""
-    kind, init = config.get("peft_type"), str(config.get("init_lora_weights")).lower()
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
         raise CheckpointError(f"{path} sets alpha_pattern to something else than an alpha for each name")
     numbers = [config.get("lora_alpha", 0), *patterns.values()]
-    if kind not in ("LORA", "BONE"):
-        raise CheckpointError(f"{path} sets peft_type to {kind!r:.20}: only LORA and BONE can be merged")
+    if kind not in ("LORA", "BONE", "MISS"):
+        raise CheckpointError(
+            f"{path} sets peft_type to {kind!r:.20}: only LORA, BONE and MISS can be merged"
+        )
     if (
         kind == "LORA"
         and "lora_alpha" not in config
         or not all(type(n) in (int, float) and abs(n) < 1e6 for n in numbers)
     ):
         raise CheckpointError(f"{path} gives no number as lora_alpha, or an immense one")
-    if init.startswith(_CHANGED_BASE):
+    if init not in _PLAIN_INITS:
         raise CheckpointError(
             f"{path} sets init_lora_weights to {init!r:.20}, which changes the base model too: save the adapter with "
             "path_initial_model_for_weight_conversion, as PEFT calls it"
         )
-    for key in ("fan_in_fan_out", "lora_bias", "layer_replication", "megatron_config"):
+    for key in _UNSUPPORTED:
         if config.get(key):
             raise CheckpointError(f"{path} sets {key}, which is not supported")
 

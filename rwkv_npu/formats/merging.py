@@ -3,7 +3,7 @@
     LoRA    W + s B A               A (r, in), B (out, r); s = alpha / r, which RWKV-PEFT does not store
     PiSSA   W + B A - B0 A0         A0 and B0 are the initial values, in a file of their own
     DoRA    m V / |V|, row by row   V = W + s B A, m (out,)
-    Bone, DiSHA, in blocks W[a, b] of (r, r), a counting along the outputs and b along the inputs:
+    Bone, DiSHA, MiSS, in blocks W[a, b] of (r, r), a counting along the outputs and b along the inputs:
       repeat  W[a, b] + D[a].T              D (r, out)
       in      W[a, b] + W[a, b] D[b] + D[b] D (in / r, r, r)
       out     W[a, b] + W[a, b] D[a] + D[a] D (out / r, r, r), or (out, r) in the oldest files
