@@ -2,7 +2,7 @@
 
     wheel-KEY     this project's wheel, from the working tree
     debian-KEY    Debian's arm64 packages, unpacked
-    wheels-KEY    the wheels for aarch64 that the project's wheel asks for, and RKNNLite
+    wheels-KEY    the wheels for aarch64 that the project's wheel asks for, and RKNNLite; in fast/, numba and llvmlite
     lite-KEY      another version of RKNNLite
     standin-KEY   librknnrt.so, for this machine and for aarch64
     board-KEY     all of them together: root/, project/, bin/
@@ -36,6 +36,7 @@ STANDIN = Path(__file__).resolve().parent / "standin"
 QEMU = "qemu-aarch64-static"
 CPU = "cortex-a76"  # the RK3588's large core: a wheel that asks for more than it has fails here too
 PYTHON = "python3.11"
+FAST = ("numba", "llvmlite")  # which compile for minutes under qemu: only python-numba sees them
 DEBIAN = (PYTHON, "libstdc++6", "libgomp1")
 LITE, LITE_VERSION = "rknn-toolkit-lite2", "2.5.0"  # the newest, as pip installs it on a board
 PLATFORMS = (
@@ -169,12 +170,13 @@ def _download_debian(say: Say) -> list[Path]:
 
 
 def _wheels(wheel: Path, say: Say) -> Path:
-    """Everything that the project's wheel asks for, and RKNNLite."""
-    return _install("wheels", [*_requirements(wheel), f"{LITE}=={LITE_VERSION}"], say)
+    """Everything that the project's wheel asks for, RKNNLite, and the extra `fast` in a folder of its own."""
+    wanted = [*_requirements(wheel), *_requirements(wheel, "fast"), f"{LITE}=={LITE_VERSION}"]
+    return _install("wheels", wanted, say, apart=FAST)
 
 
-def _install(kind: str, wanted: Sequence[str], say: Say, *options: str) -> Path:
-    """A layer of wheels for aarch64, unpacked."""
+def _install(kind: str, wanted: Sequence[str], say: Say, *options: str, apart: Sequence[str] = ()) -> Path:
+    """A layer of wheels for aarch64, unpacked. The packages `apart` go to its folder fast/."""
 
     def fill(place: Path) -> None:
         say(f"downloading aarch64 wheels: {', '.join(wanted)}")
@@ -182,16 +184,23 @@ def _install(kind: str, wanted: Sequence[str], say: Say, *options: str) -> Path:
         version = PYTHON.removeprefix("python")
         target = ["--python-version", version, "--implementation", "cp", "--only-binary=:all:"]
         _pip("install", "--target", place, *target, *platforms, *options, *wanted)
+        (place / "fast").mkdir()
+        for name in apart:
+            for path in list(place.glob(f"{name}*")):
+                path.rename(place / "fast" / path.name)
 
-    return _layer(kind, _digest(PYTHON, *options, *wanted), fill)
+    return _layer(kind, _digest(PYTHON, *options, *wanted, *apart), fill)
 
 
-def _requirements(wheel: Path) -> list[str]:
-    """What a wheel asks for without extras."""
+def _requirements(wheel: Path, extra: str | None = None) -> list[str]:
+    """What a wheel asks for, without extras or for one of them."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
-    return [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    lines = metadata.get_all("Requires-Dist", [])
+    if extra is None:
+        return [line for line in lines if "extra ==" not in line]
+    return [line.partition(";")[0].strip() for line in lines if f"extra == '{extra}'" in line]
 
 
 def _standin(say: Say) -> Path:
@@ -223,14 +232,19 @@ def _assemble(wheel: Path, debian: Path, wheels: Path, libraries: Path, say: Say
 
 
 def _write_programs(place: Path, board: Path, wheels: Path) -> None:
-    """bin/python and bin/rwkv-npu: scripts for the host, which is why Python may start itself by `sys.executable`."""
-    root, python = board / "root", board / "bin" / "python"
-    path = f"{board / 'project'}:{wheels}"
-    environment = f'-E PYTHONHOME="{root}/usr" -E PYTHONPATH="{path}${{PYTHONPATH:+:$PYTHONPATH}}"'
-    interpreter = f'"{root}/usr/bin/{PYTHON}"'
+    """bin/python, bin/python-numba (which has the extra `fast`) and bin/rwkv-npu: scripts for the host, which is why
+    Python may start itself by `sys.executable`."""
+
+    def python(name: str, *more: Path) -> str:
+        root, path = board / "root", ":".join(map(str, (board / "project", wheels, *more)))
+        environment = f'-E PYTHONHOME="{root}/usr" -E PYTHONPATH="{path}${{PYTHONPATH:+:$PYTHONPATH}}"'
+        command = f'{QEMU} -cpu {CPU} -0 "{board}/bin/{name}" -L "{root}" {environment}'
+        return f'exec {command} "{root}/usr/bin/{PYTHON}" "$@"'
+
     scripts = {
-        "python": f'exec {QEMU} -cpu {CPU} -0 "{python}" -L "{root}" {environment} {interpreter} "$@"',
-        "rwkv-npu": f'exec "{python}" -m rwkv_npu "$@"',
+        "python": python("python"),
+        "python-numba": python("python-numba", wheels / "fast"),
+        "rwkv-npu": f'exec "{board}/bin/python" -m rwkv_npu "$@"',
     }
     place.mkdir()
     for name, line in scripts.items():
