@@ -134,7 +134,9 @@ def test_what_cannot_be_mended_is_one_line(
 def test_auto_goes_on_without_the_npu(emulated_board: EmulatedBoard, bundle: Path) -> None:
     result = emulated_board.run("rwkv-npu", *arguments(bundle, "-v", backend="auto"), faults="zeros")
     assert result.returncode == 0 and len(result.stdout.split()) == TOKENS
-    assert "warning: the NPU is not used: rknn: 3 of 3 contexts" in result.stderr  # those of prompts, but the head's
+    assert (
+        "warning: the NPU is not used: rknn: 3 of 3 contexts" in result.stderr
+    )  # those of prompts, but the head's
     assert ", since the NPU failed\n" in result.stderr
 
 
