@@ -38,7 +38,7 @@ class HalfMaths:
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
         wide = x.astype(np.float32)
         if index is None and (quantised := self._quantised(self._prefix + name)):
-            return _half(quantised.product(_half(quantised.ranges.smoothed(wide)).astype(np.float32)))
+            return _half(quantised.product(_half(quantised.params.smoothed(wide)).astype(np.float32)))
         weight = self._weight(name)
         return _half(wide @ (weight if index is None else weight[index]))
 
