@@ -1,4 +1,4 @@
-"""The public face of a model: loading one, running it on ids, generating text."""
+"""The public API of a model: load it, run it on ids, generate text."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from rwkv_npu.text.tokenizer import (
 class Model:
     """A loaded model. Make one with `rwkv_npu.load`.
 
-    spec: generation and dimensions. tokenizer: None where the vocabulary is unknown; ids still work. source: where the
-    weights come from. reason: why these backends were chosen.
+    spec: generation and dimensions. tokenizer: None if the vocabulary is unknown; ids still work. source: the weights.
+    reason: why these backends were chosen.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Model:
         inplace: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> tuple[np.ndarray, State]:
-        """Read T tokens after `state` (None: from the start).
+        """Read T tokens after `state` (None: the initial state).
 
-        Returns float32 logits, (V,) after the last token or (T, V) after each, and the new state. `state` is
-        untouched unless `inplace`. `progress` is called with the number of tokens of each chunk read.
+        Returns the logits after the last token, (V,) float32, or with `all_logits` after each, (T, V), and the new
+        state. inplace: updates `state` itself. progress: called with the number of tokens of each chunk.
         Raises UsageError for no tokens, ids outside the vocabulary, or a state of another model.
         """
         return self.engine.forward(tokens, state, all_logits, inplace=inplace, progress=progress)
@@ -96,12 +96,12 @@ class Model:
         *,
         inplace: bool = False,
     ) -> tuple[np.ndarray | list[np.ndarray], list[State]]:
-        """Read B sequences of any lengths, at least one token each, in as few forwards as their rows allow.
+        """Read B sequences of any lengths (at least one token each) together, in as few forwards as possible.
 
-        Returns float32 logits, (B, V) after each sequence's last token or a list of (T_i, V) after each token, and the
-        B new states. `states` are untouched unless `inplace`; then each is updated where it lies and none is copied,
-        so that sequences may join and leave from call to call.
-        Raises UsageError as `forward`, for an empty sequence, for the same state twice, and for counts that differ.
+        Returns the logits after the last token of each sequence, (B, V) float32, or with `all_logits` a list of
+        (T_i, V) after each token, and the B new states.
+        inplace: updates `states` themselves, without copies. Sequences may join and leave from call to call.
+        Raises UsageError as `forward`, and for a state that is given twice or a number of states other than B.
         """
         return self.engine.forward_batch(tokens, states, all_logits, inplace=inplace)
 
@@ -155,7 +155,7 @@ class Model:
         )
 
     def _banned_with(self, ids: list[int]) -> np.ndarray | None:
-        """(V,) bool: the rows of the head without a token, and `ids`. Raises UsageError if nothing is left."""
+        """(V,) bool: True for `ids` and for rows of the head without a token. Raises UsageError if all are banned."""
         if not ids:
             return self._banned
         mask = np.zeros(self.spec.V, bool) if self._banned is None else self._banned.copy()
@@ -165,7 +165,7 @@ class Model:
         return mask
 
     def _ids(self, ids: Iterable[int], name: str) -> list[int]:
-        """Raises UsageError for what is no id of the model's vocabulary."""
+        """The ids as a list of ints. Raises UsageError for a value that is not an id of this model."""
         found = list(ids)
         for token in found:
             if not isinstance(token, int | np.integer) or not 0 <= token < self.spec.V:
@@ -173,14 +173,14 @@ class Model:
         return [int(token) for token in found]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises TokenizerError where the model has no tokenizer."""
-        return self._words().encode(text)
+        """Ids of a text. Raises TokenizerError if the model has no tokenizer."""
+        return self._require_tokenizer().encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to continue: of a Pile model blank lines at its end are fed newline by newline."""
-        return self._words().encode_prompt(text)
+        """Ids of a text to continue. For a Pile model, blank lines at its end become single newlines."""
+        return self._require_tokenizer().encode_prompt(text)
 
-    def _words(self) -> Tokenizer:
+    def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError(self._no_text)
         return self.tokenizer
@@ -193,7 +193,7 @@ class Model:
         return _load_state(path, self.spec, self.fingerprint, layout)
 
     def describe(self) -> str:
-        """The plan in a few words: backends and fusion."""
+        """Backends and fusion, for people."""
         return self.engine.describe()
 
     def __repr__(self) -> str:
@@ -201,7 +201,7 @@ class Model:
         return f"Model(RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters, {self.describe()})"
 
     def close(self) -> None:
-        """Give back what the backend holds. The model cannot be used after it."""
+        """Close the backends and free their memory. The model cannot be used afterwards."""
         self.engine.close()
 
     def __enter__(self) -> Model:
@@ -246,7 +246,7 @@ def load(
     if threads is not None:
         if threads < 1:
             raise UsageError(f"threads is {threads}: it must be at least 1")
-        threads = min(threads, os.cpu_count() or 1)  # more would only wait for each other
+        threads = min(threads, os.cpu_count() or 1)  # more threads than cores only wait for each other
     where = Path(path) if path is not None else demo_model()
     measured: Plan | None = None
     no_text = ""
@@ -259,7 +259,7 @@ def load(
             measured = measured_plan(bundle)
             measured = measured if measured and fusion in (None, measured.fusion) else None
         source: ModelSource = BundleSource(bundle, measured.fusion if measured else fusion, precision)
-        words = _bundle_tokenizer(bundle, tokenizer)
+        vocabulary = _bundle_tokenizer(bundle, tokenizer)
         stop_ids = manifest.stop_ids
     else:
         present = {"fp32"}
@@ -269,9 +269,9 @@ def load(
         source = CheckpointSource(checkpoint, fusion, precision)
         stop_ids = checkpoint.stop_ids
         if tokenizer is None:
-            words, no_text = find_or_explain(vocab_size=source.spec.V, beside=where)
+            vocabulary, no_text = find_or_explain(vocab_size=source.spec.V, beside=where)
         else:
-            words = find_tokenizer(vocab_size=source.spec.V, override=_text(tokenizer))
+            vocabulary = find_tokenizer(vocab_size=source.spec.V, override=_text(tokenizer))
     options = Options(threads, npu_cores)
     if backend == "auto" and plan is None:
         _check_precision(precision, present)
@@ -280,7 +280,7 @@ def load(
         parsed = parse(plan, CPU_BACKEND if backend == "auto" else backend, BACKENDS, source.program.groups)
         _check_precision(precision, present.union(*(MADE_PRECISIONS.get(name, ()) for name in parsed.names)))
         engine, reason = open_engine(source, parsed, options), "as asked"
-    return Model(engine, words, source, reason, no_text, stop_ids)
+    return Model(engine, vocabulary, source, reason, no_text, stop_ids)
 
 
 def load_state(path: str | os.PathLike[str], model: Model) -> State:
@@ -289,7 +289,7 @@ def load_state(path: str | os.PathLike[str], model: Model) -> State:
 
 
 def demo_model() -> Path:
-    """The trained model that ships with the package."""
+    """Path of the trained model in the package."""
     return Path(str(importlib.resources.files("rwkv_npu") / "data" / "demo" / "model.pth"))
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts, and how far it is from another: `text` on running text, `lambada` on last words."""
+"""Evaluation of a model's predictions: `text` for running text, also against a reference, and `lambada` for LAMBADA."""
 
 from rwkv_npu.evaluation.lambada import Lambada, evaluate_lambada, read_lambada
 from rwkv_npu.evaluation.likelihood import log_softmax

@@ -1,7 +1,7 @@
-"""The scores of an unfinished evaluation in a file, from which it goes on after Ctrl-C or a kill.
+"""Saves the scores of an unfinished evaluation, so that it can continue after Ctrl-C or a kill.
 
-A safetensors file: a column of numbers for each score, one number an item (a token, a text), and the recurrent states
-after the last of them. Its metadata says what was evaluated, and another evaluation refuses it.
+The file is a safetensors file. It has a column for each score, with one number for each item (a token or a text), and
+the recurrent states after the last item. Its metadata identifies the evaluation; any other evaluation refuses it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rwkv_npu.formats.safetensors import TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.formats.state import State
 
 FORMAT = "rwkv_npu evaluation 1"
-SAVE_S = 10.0  # seconds between two saves: what a kill can cost
+SAVE_S = 10.0  # seconds between two saves: the most work that a kill can lose
 
 
 class Journal:
-    """Scores of `count` items. `columns` are the scores' names; `identity` says what is evaluated, part by part;
-    evaluations of another kind have other parts.
+    """The scores of `count` items, saved to `path` (None: not saved).
 
-    scores: name -> (count,) fp64, of which the first `done` are there. states: those after them, one a model; what
-    begins every item anew has none. path: None keeps nothing.
-    Raises UsageError for a file of another evaluation, one that is damaged, or one that cannot be written.
+    columns: names of the scores. identity: the parts that identify the evaluation, such as model and text.
+    scores: name -> (count,) fp64; the first `done` are computed. states: the state of each model after them; none if
+    every item begins with a new state.
+    Raises UsageError for a file of another evaluation, and for one that is damaged or cannot be written.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Journal:
         self.path = None if path is None else Path(path)
         self.identity = dict(identity)
         self.scores = {name: np.empty(count) for name in columns}
-        # One thing, so that no Ctrl-C can part it.
+        # One tuple, so that Ctrl-C cannot separate the count from its states.
         self._at: tuple[int, tuple[State, ...]] = (0, tuple(states))
         if self.path and self.path.exists() and self.path.stat().st_size:
             self._at = self._load(self.path, states)
@@ -60,7 +60,7 @@ class Journal:
         return self._at[1]
 
     def add(self, scores: Mapping[str, np.ndarray], states: Sequence[State] = ()) -> None:
-        """Append the scores of the next items, and have them in the file before long."""
+        """Append the scores of the next items. Saves the file every SAVE_S seconds."""
         stop = self.done + len(next(iter(scores.values())))
         for name, values in scores.items():
             self.scores[name][self.done : stop] = values
@@ -69,7 +69,7 @@ class Journal:
             self.save()
 
     def save(self) -> None:
-        """Write the file, whole or not at all. Raises UsageError."""
+        """Write the file atomically. Raises UsageError."""
         if self.path is None or self.done == self._saved:
             return
         done, states = self._at
@@ -104,7 +104,7 @@ class Journal:
         return done, tuple(replace(state, parts=parts) for state, parts in zip(states, loaded, strict=True))
 
     def _check(self, path: Path, metadata: Mapping[str, str]) -> int:
-        """How many items a file of this evaluation has."""
+        """Number of items in the file. Raises UsageError if it belongs to another evaluation or is damaged."""
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is not from an evaluation that was interrupted: name another file")
         try:

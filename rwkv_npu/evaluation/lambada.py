@@ -1,9 +1,9 @@
-"""LAMBADA: how often a model completes a passage with its last word (Paperno et al., arXiv 1606.06031).
+"""LAMBADA: how often a model predicts the last word of a passage (Paperno et al., arXiv 1606.06031).
 
-Scored as EleutherAI's lm-evaluation-harness scores its task `lambada_openai`. The target is the last space of a text
-and all that follows it; its tokens are those that the whole text has more than the rest alone. A text counts as right
-if every token of its target is the likeliest one, and perplexity is exp of the mean, over texts, of the target's
-negative log-likelihood. As everywhere here a text is read after an end-of-text token; the harness has none.
+Scores follow the task `lambada_openai` of EleutherAI's lm-evaluation-harness. The target is the last space of a text
+and everything after it. Its tokens are the tokens of the whole text after those of the context. A text is right if each
+token of its target is the most likely one. Perplexity is exp of the mean negative log-likelihood of the targets. One
+thing differs: here a text is read after an end-of-text token, and the harness has none.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class Lambada:
-    """accuracy: share of the texts whose target was foretold; accuracy_error: its standard error, None of one text.
-    perplexity: per target. reference: the same of the reference model."""
+    """The scores of a model. accuracy: the part of the texts with a predicted target. accuracy_error: its standard
+    error, None for one text. perplexity: per target. reference: the reference model's scores."""
 
     texts: int
     accuracy: float
@@ -64,11 +64,11 @@ def read_lambada(path: str) -> list[Passage]:
 
 
 def split(text: str) -> Passage:
-    """Split a text before its last word. Raises ValueError where there is no other."""
+    """Split a text before its last word. Raises ValueError for a text of one word."""
     context, _, word = text.strip().rpartition(" ")
     if not context:
         raise ValueError("a text of one word")
-    # Spaces at the end of a context belong to what follows, as they do in tokens.
+    # Spaces at the end of a context belong to the target, as they do in tokens.
     bare = context.rstrip()
     return Passage(bare, f"{context[len(bare) :]} {word}")
 
@@ -109,10 +109,10 @@ def evaluate_lambada(
 
 
 def _score(model: Model, passage: Passage) -> tuple[float, bool]:
-    """Log-likelihood of the target, and whether each of its tokens is the likeliest."""
+    """Log-likelihood of the target, and True if each of its tokens is the most likely one."""
     context = model.encode(passage.context)
     both = model.encode(passage.context + passage.target)
-    # Where a token reaches across the boundary, the harness would score what is no text.
+    # If a token crosses the boundary, the harness would score tokens that do not spell the target. Encode it alone.
     apart = both[: len(context)] != context
     target = model.encode(passage.target) if apart else both[len(context) :]
     first, state = model.forward([END_OF_TEXT, *context])

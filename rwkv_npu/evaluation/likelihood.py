@@ -1,6 +1,6 @@
-"""From logits to likelihoods and divergences: in fp64, since what two models differ by can be less than fp32 resolves.
+"""Likelihoods and KL divergences from logits, in fp64, because two models can differ by less than fp32 resolves.
 
-A vocabulary of 65536 makes half a megabyte of a row in fp64, and 34 of 64 rows: one row at a time stays in the cache.
+Rows are computed one at a time. A row of 65536 logits in fp64 takes 0.5 MB and stays in the cache; 64 rows take 34 MB.
 
 Letters: M rows, V vocabulary.
 """
@@ -20,14 +20,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(M,) fp64: log p of each row's target under its (M, V) logits. Raises BackendError if these are not finite."""
+    """log p of each row's target: logits (M, V), targets (M,) -> (M,) fp64. Raises BackendError if not finite."""
     return compare(logits, targets)[0]
 
 
 def compare(
     logits: np.ndarray, targets: np.ndarray, reference: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(M,) fp64 each: log p of the targets under (M, V) `logits`, and KL(reference || logits) in nats, 0 without one.
+    """log p of the targets under `logits` (M, V), and KL(reference || logits) in nats, 0 without a reference.
+
+    Returns (M,) fp64 each.
 
     Raises BackendError for logits that are not finite.
     """
@@ -38,13 +40,13 @@ def compare(
         log_p[row] = a[target] - log_a
         if reference is not None:
             log_b = _normalise(reference[row], b, exp_b)
-            # Not as a product: the threads of a BLAS would take longer to wake than this takes.
+            # Not a dot product: waking the threads of a BLAS would take longer than this sum.
             kl[row] = (exp_b * (b - a)).sum() / exp_b.sum() - (log_b - log_a)
     return log_p, kl
 
 
 def _normalise(line: np.ndarray, a: np.ndarray, exp_a: np.ndarray) -> float:
-    """Write (V,) logits to `a` in fp64, less the largest, and e^a to `exp_a`; returns log(sum(e^a))."""
+    """Write logits (V,) minus their maximum to `a`, and e^a to `exp_a`, both fp64. Returns log(sum(e^a))."""
     _check_finite(line)
     a[:] = line
     a -= a.max()

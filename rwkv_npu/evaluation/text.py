@@ -1,4 +1,4 @@
-"""A text read once, token by token: how likely each was, and how far the predictions are from a reference's."""
+"""Evaluation on a text: the likelihood of each token, and the KL divergence from a reference's predictions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rwkv_npu.model import Model
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.text.tokenizer import END_OF_TEXT
 
-CHUNK = 64  # tokens whose logits are in memory together: 17 MB a model with 65536 words
-POSITIONS = (0, 64, 512, 4096)  # where the stretches begin that drift is looked at in
+CHUNK = 64  # tokens whose logits are in memory together: 17 MB for a vocabulary of 65536
+POSITIONS = (0, 64, 512, 4096)  # begins of the stretches that are also scored alone, to show drift
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Figures of some tokens. bits_per_token, perplexity: of the model's own predictions, per token.
+    """Scores of a set of tokens. bits_per_token, perplexity: of the model's predictions, per token.
 
-    kl_mean, kl_p99: KL(reference || model) in nats per token; top1: share of tokens before which both would choose the
-    same one. None without a reference.
+    kl_mean, kl_p99: KL(reference || model) in nats per token. top1: the part of the tokens at which both models predict
+    the same token as most likely. None without a reference.
     """
 
     tokens: int
@@ -40,7 +40,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch(Figures):
-    """Tokens at the positions `begin` <= i < `end` of their document; end None: all the later ones."""
+    """Scores of the tokens at positions begin <= i < end of their document. end: None has no limit."""
 
     begin: int
     end: int | None
@@ -48,10 +48,11 @@ class Stretch(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Figures):
-    """bits_per_byte: negative log2 likelihood of the tokens over the bytes of their text (None without text).
+    """Scores of a whole text. bytes: length of the text, None if unknown.
 
-    context: tokens of a document, each read from an empty state; None where the text is one.
-    positions: the same figures by position, as far as there are any.
+    bits_per_byte: negative log2 likelihood of the tokens over the bytes of their text, None if these are unknown.
+    context: tokens of a document, each read from an empty state; None if the text is one document.
+    positions: scores by position, for the stretches that the text has.
     """
 
     bytes: int | None
@@ -64,7 +65,7 @@ class Evaluation(Figures):
 
 
 def count_bytes(model: Model, ids: np.ndarray) -> int | None:
-    """Bytes of the text of `ids`; None where the vocabulary is not known."""
+    """Bytes of the text of `ids`; None if the vocabulary is unknown."""
     if model.tokenizer is None:
         return None
     return sum(len(model.tokenizer.token_bytes(int(token)) or b"") for token in ids)
@@ -80,13 +81,14 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
-    """Read `ids` after an end-of-text token and score each of them; `text_bytes` is the length of their text.
+    """Read `ids` after an end-of-text token, and score each of them.
 
-    reference: reads the same, to be compared with. context: begin anew, with an end-of-text token and an empty state,
-    after every so many tokens. progress is called with the number of tokens done since its last call.
-    resume: a file for what is done, kept up to date and written at the end, whatever that is; where it exists the
-    evaluation goes on from it, and gives what it would have given in one go.
-    Raises UsageError for no ids, a reference of another vocabulary size or a file of another evaluation, BackendError
+    text_bytes: length of their text. reference: a model that reads the same ids, for comparison.
+    context: begin with an end-of-text token and an empty state again after this number of tokens.
+    progress: called with the number of tokens since its last call.
+    resume: a file that saves the scores, also after an interruption. If it exists, the evaluation continues from it,
+    with the same result as without an interruption.
+    Raises UsageError for no ids, a reference of another vocabulary size or a file of another evaluation; BackendError
     for logits that are not finite.
     """
     targets = np.asarray(ids, np.int64)
@@ -160,8 +162,10 @@ def _pieces(count: int, context: int | None, done: int) -> Iterator[slice]:
 def _score(
     models: Sequence[Model], states: Sequence[State], inputs: np.ndarray, targets: np.ndarray
 ) -> tuple[dict[str, np.ndarray], list[State]]:
-    """Scores of `targets` where the models read `inputs` after `states`, and their new states. States are copied:
-    those of before are still whole after an interruption."""
+    """Scores of `targets` when the models read `inputs` after `states`, and the new states.
+
+    The old states stay unchanged, so that they are valid after an interruption.
+    """
     read = [one.forward(inputs, state, all_logits=True) for one, state in zip(models, states, strict=True)]
     ours, *references = (logits for logits, _ in read)
     if not references:

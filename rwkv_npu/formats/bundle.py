@@ -5,8 +5,8 @@
     graphs/weights.safetensors  every projection once, for every backend of the CPU
     graphs/FUSION.GROUP.onnx    the groups; they refer to the weights by offset
     cpu/PRECISION.safetensors   every projection quantised, as `packing` lays it out
-    calib/int8.safetensors      ranges of the projections that artifacts may have in int8
-    selftest.safetensors        rows for every group, and what comes of them: how a board tests its NPU
+    calib/int8.safetensors      quantization parameters of the projections that may be int8 in artifacts
+    selftest.safetensors        golden vectors of every group, with which a board tests its NPU
     rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
     vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
 
@@ -43,23 +43,24 @@ from rwkv_npu.quant.cpu import Packed
 from rwkv_npu.quant.npu import ProjectionParams, Quantised, QuantParams
 
 FORMAT = (2, 0)  # a newer major is refused, a newer minor opens
-# Version of the meaning of the groups' inputs and outputs: 2 scales each layer's residual by itself, 3 takes rows of
-# any sequences.
+# Version of the groups' inputs and outputs. 2: each layer has its own residual scale. 3: rows of several sequences.
 MATHS = 3
 _KNOWN_MATHS = {1, 2, MATHS}
 MANIFEST = "manifest.json"
-MARK = "conversion"  # in OUT.partial: which conversion it belongs to
+MARK = "conversion"  # a file in OUT.partial that identifies the conversion
 HOST = "host.safetensors"
 WEIGHTS = "graphs/weights.safetensors"
 SELF_TEST = "selftest.safetensors"
 INT8 = "calib/int8.safetensors"
 
-_SMALL = 4 << 20  # files up to this size are read whole on opening
-_LARGEST_MANIFEST = 64 << 20  # bytes; that of a model of 61 layers has 1 MB
+_SMALL = 4 << 20  # bytes; files up to this size are checked whole on opening
+_LARGEST_MANIFEST = 64 << 20  # bytes; the manifest of a model of 61 layers has 1 MB
 
 
 @dataclass(frozen=True)
 class FileRecord:
+    """Size in bytes and digest of a file of the bundle."""
+
     size: int
     digest: str
 
@@ -68,9 +69,9 @@ class FileRecord:
 class Artifact:
     """A graph compiled for one (group, target, precision, fusion, rows). Sizes in bytes.
 
-    `cycles` (DDR, NPU, total) are the compiler's own estimate for one core; `on_cpu` lists the operations that it
-    leaves to the board's CPU; `error` is what `--verify` measured (relative, rms), None where it did not run. `int8`
-    says what it has in int8, and in which ranges, "" where nothing: another is another artifact.
+    cycles: the compiler's estimate for one core (DDR, NPU, total). on_cpu: operators that run on the board's CPU.
+    error: relative rms error that `--verify` measured, None without it. int8: key of the int8 projections and their
+    quantization parameters, "" for none; artifacts with different keys are different artifacts.
     """
 
     path: str
@@ -95,10 +96,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The error of int8 in one projection alone.
+    """The error of a model with one projection in int8.
 
-    bytes: of its weights in int8. error: relative, rms, of its product on rows that were held out. kl: of the model's
-    logits, in nats a token, None where it was not measured. algorithm and smoothed: how its ranges were found.
+    bytes: size of its int8 weights. error: relative rms error of its product on held-out rows. kl: KL divergence of the
+    model's logits, in nats a token, None if not measured. algorithm, smoothed: its calibration method, and SmoothQuant.
     """
 
     name: str
@@ -113,8 +114,8 @@ class Sensitivity:
 class Int8Set:
     """The projections that the artifacts of a precision have in int8.
 
-    share: of the numbers in all projections. kl: of the logits with all of them in int8, in NumPy. max_kl: what was
-    allowed, None where the projections were not chosen by measurement.
+    share: their part of all projection weights. kl: KL divergence of the logits with all of them in int8, in NumPy.
+    max_kl: the limit on kl, None if the projections were not chosen by measurement.
     """
 
     projections: tuple[str, ...]
@@ -125,18 +126,18 @@ class Int8Set:
 
 @dataclass
 class Manifest:
-    """All that a bundle says of itself.
+    """The content of a bundle's manifest.
 
-    tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None. stop_ids: tokens that end a text,
-    beside token 0. fingerprint: of a sample of the
-    weights, quick to have of any checkpoint; weights_digest: of every value.
-    cpu: precision of `graphs/weights.safetensors`; packed: those in which the projections are there quantised as well;
-    cpu_default: the one in which the CPU runs unless told otherwise.
-    npu_default: the precision of the artifacts that run unless told otherwise; "", in older bundles, the first one's.
-    int8: by precision, what is in int8; sensitivity: of every projection that may be; int8_key: what they follow from;
-    headroom: the largest magnitude in the fp16 graphs under `scaling`, where it is, and the tokens that were read.
-    adapter: file, kind, reading and fingerprint of the adapter in the weights, and the fingerprint of its base model;
-    initial_state: file and digest of a tuned state that was put in. Both are {} where there is none.
+    fingerprint: digest of a sample of the weights, quick to compute for any checkpoint. weights_digest: of all weights.
+    tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None.
+    stop_ids: tokens that end a text, beside token 0.
+    cpu: precision of `graphs/weights.safetensors`. packed: precisions of the quantised projections.
+    cpu_default, npu_default: precisions used by default. An npu_default of "" (older bundles) is the first artifact's.
+    int8: the int8 projections of each such precision. sensitivity: of every projection that may be int8.
+    int8_key: digest of the inputs that `int8` and `sensitivity` depend on.
+    headroom: the largest magnitude in the fp16 graphs with `scaling`, its place, and the number of tokens read.
+    adapter: file, kind, reading and fingerprint of the adapter merged into the weights, and its base's fingerprint.
+    initial_state: file and digest of a tuned state in the weights. Both are {} without one.
     """
 
     spec: Spec
@@ -171,7 +172,7 @@ class Manifest:
 
     @property
     def outdated(self) -> str:
-        """The reason why graphs and artifacts cannot be used, "" if they can. The weights of format 1 can."""
+        """The reason why graphs and artifacts cannot be used, "" if they can. Weights of format 1 always can."""
         if self.format[0] == FORMAT[0]:
             return ""
         return (
@@ -180,7 +181,7 @@ class Manifest:
         )
 
     def forget_int8(self) -> list[str]:
-        """Ranges of int8 are gone, or are others: what follows from them is forgotten. Returns the artifacts' paths."""
+        """Remove all int8 entries, after the quantization parameters changed. Returns the paths of int8 artifacts."""
         stale = [artifact.path for artifact in self.artifacts if artifact.int8]
         self.artifacts = [artifact for artifact in self.artifacts if not artifact.int8]
         self.int8, self.sensitivity, self.int8_key = {}, [], ""
@@ -193,7 +194,7 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError for what no version of this project has written."""
+        """Parse and check a manifest. Raises ValueError, KeyError or TypeError for a damaged one."""
         data = json.loads(text)
         major, minor = map(int, data["format"])
         if major not in (1, FORMAT[0]):
@@ -217,7 +218,7 @@ def _checksum(data: dict[str, Any]) -> str:
 
 
 class Bundle:
-    """An open bundle. Arrays are views of mapped files: nothing is copied before it is used."""
+    """An open bundle. Arrays are views of mapped files, without copies."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
@@ -232,11 +233,11 @@ class Bundle:
         return self.manifest.spec
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor in the shape in which the maths uses it. Raises BundleError for one that is not there."""
+        """A tensor in `Tensor.used_shape`. Raises BundleError if it is missing."""
         return (self._host if name in self._host else self._weights).array(name)
 
     def packed(self, precision: str, name: str, index: int | None = None) -> Packed:
-        """A projection, or number `index` of a stack, quantised. Raises BundleError for one that is not there."""
+        """A projection, or number `index` of a stack, quantised for the CPU. Raises BundleError if it is missing."""
         if precision not in self._packed:
             opened = TensorFile(self.path / packed_file(precision), error=BundleError)
             _fits(check_packed, self.spec, self._weights, opened)
@@ -246,15 +247,15 @@ class Bundle:
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
 
     def release(self, name: str) -> None:
-        """Give back the memory that reading a projection has taken."""
+        """Free the memory that reading a projection has taken."""
         self._weights.release(name)
 
     def quantised(self, name: str) -> Quantised:
-        """A projection as artifacts may have it in int8. Raises BundleError for one that is not there."""
+        """A projection in the int8 of artifacts. Raises BundleError if the bundle has no parameters for it."""
         return Quantised.of(self.ranges(name), self.tensor(name))
 
     def ranges(self, name: str) -> ProjectionParams:
-        """The quantization parameters of such a projection. Raises BundleError."""
+        """The quantization parameters of a projection in artifacts. Raises BundleError."""
         _fits(check_ranges, self._ranges, name, self._weights.entry(name).shape[-2])
         given, *made = (QuantParams(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
         smoothed = f"{name}.smoothing" in self._ranges
@@ -262,7 +263,7 @@ class Bundle:
         return ProjectionParams(given, tuple(made), smoothing)
 
     def self_test(self, named: Mapping[str, Port]) -> dict[str, np.ndarray] | None:
-        """The recorded rows of each port by tensor name, (n, width) fp32; None if the bundle has no self-test."""
+        """The golden vectors by tensor name, (n, width) fp32; None if the bundle has none. named: their ports."""
         if not is_file(self.path / SELF_TEST):
             return None
         with TensorFile(self.path / SELF_TEST, error=BundleError) as file:
@@ -270,7 +271,7 @@ class Bundle:
             return {name: np.array(file.array(name)) for name in named}
 
     def forget_ranges(self) -> None:
-        """Read the ranges of int8 anew: they were written."""
+        """Forget the quantization parameters, after the file was written: the next access reads it."""
         self._int8 = None
 
     @property
@@ -306,7 +307,7 @@ def packed_file(precision: str) -> str:
 
 
 def packed_label(name: str, index: int | None) -> str:
-    """How a matrix is called there; its tensors are LABEL.data and LABEL.scales."""
+    """The label of a matrix in a packed file, whose tensors are LABEL.data and LABEL.scales."""
     return name if index is None else f"{name}.{index}"
 
 
@@ -315,7 +316,7 @@ def artifact_file(target: str, group: str, fusion: str, precision: str, rows: in
 
 
 def is_bundle(path: Path) -> bool:
-    """True if there is a bundle at `path`. Raises BundleError for a conversion that did not end."""
+    """True if `path` is a bundle. Raises BundleError for an unfinished conversion, or a bundle without manifest."""
     finished = is_file(path / MANIFEST)
     if not finished and is_file(path / MARK):
         raise BundleError(f"{path} is an unfinished conversion: run the same rwkv-npu convert again")
@@ -336,7 +337,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of a bundle that holds plain files and folders only. Raises BundleError."""
+    """Read and check the manifest of a bundle. Raises BundleError, also for links, pipes or devices in the bundle."""
     where = root / MANIFEST
     check_plain(root)
     try:
@@ -359,8 +360,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def check_plain(root: Path) -> None:
-    """Raises BundleError if anything in a bundle is a link, a pipe or a device: what it leads to is not the bundle's
-    to read, to replace or to remove."""
+    """Raises BundleError if a bundle contains a link, a pipe or a device, which could lead outside the bundle."""
     try:
         irregular = next(irregular_entries(root), None)
     except OSError as error:
@@ -373,7 +373,7 @@ def check_plain(root: Path) -> None:
 
 
 def artifacts_digest(manifest: Manifest) -> str:
-    """Digest of the content of all artifacts and weights: a measurement holds as long as it is the same."""
+    """Digest of all artifacts and weights. A measured plan is valid while it stays the same."""
     files = {name: record.digest for name, record in manifest.files.items() if not name.endswith(".onnx")}
     return _checksum(files)
 
@@ -386,7 +386,7 @@ def verify_files(bundle: Bundle) -> Iterator[str]:
 
 
 def damaged_files(root: Path, manifest: Manifest) -> Iterator[str]:
-    """Names of the files that are missing, or not as they were written."""
+    """Names of the files that are missing or damaged."""
     for name, record in manifest.files.items():
         try:
             _check_file(root / name, record, whole=True)

@@ -1,10 +1,10 @@
-"""Checks that every file of a bundle fits its spec, before a backend sees any of it.
+"""Checks of a bundle's files against its spec, before a backend uses them.
 
-A bundle comes from somewhere else, and its checksums have no key: whoever changes a file can change them too.
-Compiled code takes shapes and addresses as given, so a matrix of another size would be read, or written, beyond its
-end. Everything is therefore compared with the one table of tensors (models/spec.py), by shape, dtype and alignment.
+A bundle may come from an untrusted source. Its checksums have no key, so a changed file can have a matching checksum.
+Compiled code does not check sizes, and a matrix of a wrong size would make it access memory beyond the end. Every
+tensor is therefore compared with the table of tensors (models/spec.py) by shape, dtype and alignment.
 
-All functions raise ValueError with a line that names what is wrong.
+All functions raise ValueError with one line that names the problem.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ _MOST_ROWS = 4096  # of an artifact, and of a self-test
 
 
 def from_json(cls: Any, data: Any, where: str) -> Any:
-    """The dataclass `cls` from parsed JSON, each value of the type that its field declares. Unknown keys are ignored:
-    a newer minor version of the format may have more."""
+    """Build the dataclass `cls` from parsed JSON, and check each value's type against its field.
+
+    Unknown keys are ignored, because a newer minor version of the format may have them.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{where} is not an object")
     hints = get_type_hints(cls)
@@ -54,7 +56,7 @@ def from_json(cls: Any, data: Any, where: str) -> Any:
 
 
 def _value(value: Any, kind: Any, where: str) -> Any:
-    """`value`, converted to the annotation `kind`: a plain type, a dataclass, or a container or option of these."""
+    """Convert `value` to the type `kind`: a plain type, a dataclass, or a container or optional of these."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -97,7 +99,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def check_spec(spec: Spec) -> None:
-    """Dimensions that a model can have, and that agree with each other."""
+    """Check that dimensions are possible and agree with each other."""
     if spec.generation not in GENERATIONS:
         raise ValueError(f"its spec is of the unknown generation {spec.generation!r:.20}")
     for name in "DLHNAFV":
@@ -115,7 +117,7 @@ def check_spec(spec: Spec) -> None:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Names, precisions, groups and artifacts of a manifest that go with its spec and with each other."""
+    """Check names, precisions, groups and artifacts of a manifest against its spec and each other."""
     spec = manifest.spec
     check_spec(spec)
     _check_scaling(manifest.scaling, spec)
@@ -166,7 +168,7 @@ def _check_groups(manifest: Manifest) -> None:
 
 
 def check_tensors(spec: Spec, storage: np.dtype, host: TensorFile, weights: TensorFile) -> None:
-    """Host tensors and projections: each in its own file, in the shape and dtype in which it is used."""
+    """Check that host tensors and projections are in their files, in `used_shape` and the right dtype."""
     for tensor in tensors(spec):
         file, other = (weights, host) if tensor.kind.is_projection else (host, weights)
         if tensor.name in other:
@@ -182,7 +184,7 @@ def _dtypes(tensor: Tensor, storage: np.dtype) -> tuple[np.dtype, ...]:
 
 
 def check_packed(spec: Spec, weights: TensorFile, packed: TensorFile) -> None:
-    """Quantised projections: data and scales of every matrix that `weights` has, in 8 or 4 bits."""
+    """Check data and scales, in 8 or 4 bits, of every matrix that `weights` has."""
     for tensor in tensors(spec):
         if tensor.name not in weights or not tensor.kind.is_projection:
             continue
@@ -196,7 +198,10 @@ def check_packed(spec: Spec, weights: TensorFile, packed: TensorFile) -> None:
 
 
 def check_ranges(file: TensorFile, name: str, K: int) -> None:
-    """Quantization parameters of a projection with K inputs: (1 + parts, 2) scale and zero point, (K,) smoothing."""
+    """Check the quantization parameters of a projection with K inputs.
+
+    They are scale and zero point (1 + parts, 2), and optional SmoothQuant factors (K,).
+    """
     fp32 = (np.dtype(np.float32),)
     label = f"{name}.ranges"
     _check(file, label, (1 + len(int8_parts(K)), 2), fp32)
@@ -215,7 +220,7 @@ def check_ranges(file: TensorFile, name: str, K: int) -> None:
 
 
 def check_golden(file: TensorFile, named: Mapping[str, Port]) -> None:
-    """Rows of a self-test: each tensor (n, width of its port) fp32."""
+    """Check golden vectors: each tensor is (n, width of its port) fp32."""
     for name, port in named.items():
         rows = (file.entry(name).shape if name in file else (1,))[:1]
         count = rows[0] if rows else 0
@@ -227,7 +232,7 @@ def check_golden(file: TensorFile, named: Mapping[str, Port]) -> None:
 def _check(
     file: TensorFile, name: str, shape: tuple[int, ...], dtypes: Iterable[np.dtype], *, aligned: bool = True
 ) -> None:
-    """Raises ValueError unless `file` has the tensor in this shape, in one of `dtypes`, where kernels can load it."""
+    """Raises ValueError unless `file` has the tensor in this shape, in one of `dtypes`, aligned for the kernels."""
     if name not in file:
         raise ValueError(f"{file.path} lacks {name}")
     entry = file.entry(name)

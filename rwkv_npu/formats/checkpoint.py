@@ -1,8 +1,8 @@
-"""Checkpoints: the user's weights, in any of the forms in which they are passed around.
+"""Checkpoints: the user's weights, in any of the usual file formats.
 
-`open_checkpoint` maps the file, finds out what it is, checks every name, shape and dtype, and then hands out
-tensors under BlinkDL's names in the shapes of spec.py. Weights are views of the mapped file: opening costs
-neither memory nor time in proportion to their size.
+`open_checkpoint` maps the file, detects its format and generation, and checks every name, shape and dtype. Tensors then
+have BlinkDL's names and the shapes of spec.py. Weights are views of the mapped file, so the time and memory of opening
+do not depend on their size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Detects the generation and the dimensions of a checkpoint, and checks that every tensor is there and fits.
+"""Detects generation and dimensions of a checkpoint, and checks its tensors against them.
 
-Works on names, shapes and dtypes alone (BlinkDL's names), in the order of tests that tells all generations
-apart: each has what the one before it has, and something more.
+Detection uses only names (BlinkDL's), shapes and dtypes. Newer generations are tested first, because each generation
+has tensors that the older ones lack.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _UNSUPPORTED = (
 
 
 def refuse_unsupported(names: Iterable[str]) -> None:
-    """Raises CheckpointError for the kinds of checkpoint that are known and not supported, by name."""
+    """Raises CheckpointError for known kinds of checkpoint that are not supported, recognised by tensor names."""
     names = list(names)
     for pattern, what in _UNSUPPORTED:
         if any(re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL) for name in names):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, removal that stays inside a folder, locks, and the cache folder."""
+"""Atomic writes, safe removal inside a folder, file locks, and the cache folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _INNER_FOLDER = _FOLDER | getattr(os, "O_NOFOLLOW", 0)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield an unused name beside `path`; the file written there becomes `path` by one rename, or is removed.
+    """Yield a temporary path beside `path`. On success it is renamed to `path`; after an exception it is removed.
 
-    Every writer gets a name of its own, so two processes that write the same file never share a half-written one.
+    Each writer has its own temporary path, so that two processes can write the same file at once.
     """
     aside = path.with_name(f"{path.name[:40]}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
@@ -60,11 +60,11 @@ def resume_file(path: str | None) -> Path | None:
     return file
 
 
-# -- looking ---------------------------------------------------------------------------------------------
+# -- tests of paths --------------------------------------------------------------------------------------
 
 
 def is_file(path: Path) -> bool:
-    """True for a file; False for anything else, a name that is too long or not allowed included."""
+    """True for a file. False for anything else, including names that are too long or not allowed."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -72,7 +72,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """True for a folder, in the same way."""
+    """True for a folder. False for anything else, as in `is_file`."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -105,8 +105,8 @@ def irregular_entries(folder: Path) -> Iterator[str]:
 def remove_within(root: Path, name: str) -> None:
     """Remove the file `name`, a relative path with slashes, below the folder `root`; it may be missing.
 
-    Each folder on the way is opened by descriptor and without following links, so nothing outside `root` can go.
-    Raises OSError if a link is on the way, ValueError for a name that leaves `root`.
+    Each folder is opened by descriptor, without following links, so nothing outside `root` can be removed.
+    Raises OSError if a folder is a link, ValueError for a name that leaves `root`.
     """
     *folders, leaf = _inside(name)
     descriptor = os.open(root, _FOLDER)
@@ -145,7 +145,7 @@ def remove_unlisted(root: Path, folders: Iterable[str], listed: Collection[str])
 
 
 def stays_inside(name: str) -> bool:
-    """True if a relative path with slashes names something below the folder that it is relative to."""
+    """True if a path with slashes is relative and stays below its folder."""
     path = PurePosixPath(name)
     parts = path.parts
     return bool(parts) and not path.is_absolute() and ".." not in parts and "\0" not in name
@@ -162,10 +162,9 @@ def _inside(name: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the existing folder or file `path` against other processes that do the same. Raises BlockingIOError if one
-    does.
+    """Lock an existing folder or file against other processes. Raises BlockingIOError if another process has the lock.
 
-    The lock goes with the process that holds it, however that ends; and with `path`, should that be replaced.
+    The lock ends with the process in any case, and with `path` if it is replaced.
     """
     fcntl = _fcntl()
     descriptor = os.open(path, os.O_RDONLY)
@@ -223,7 +222,7 @@ def cache_dir() -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """True if the folder can be written, or made where it is missing."""
+    """True if the folder can be written, or created if it is missing."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
 

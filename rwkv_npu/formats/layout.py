@@ -1,11 +1,11 @@
-"""Layouts of a checkpoint: the same tensor names mean different things in files of different programs.
+"""Layouts of a checkpoint: programs use the same tensor names for different contents.
 
     blinkdl    the names and shapes of BlinkDL's own files; `time_first` of RWKV-5 and -6 is the logarithm of the bonus
     web-rwkv   made by the converter of web-rwkv and ai00 (`.st`): names in lower case, `time_faaaa` called
                `time_first`, `time_maa` called `time_mix`, low-rank matrices and tuned states transposed
 
-RWKV-6 files are told by their names and RWKV-7 files by their shapes. In RWKV-5 `time_first` may be either, and both
-readings give a model that runs, so the caller has to say which. A misreading that goes unnoticed is the worst fault.
+RWKV-6 files differ in names and RWKV-7 files in shapes. RWKV-5 files do not differ: either layout gives a model that
+runs, and one of them computes wrong results. So the caller must name the layout of an ambiguous file.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _LOW_RANKS_7 = tuple(f"att.{rank}{side}" for rank in "wavg" for side in "12")
 
 
 def check_layout(layout: str | None) -> None:
-    """Raises UsageError for a layout that does not exist."""
+    """Raises UsageError for an unknown layout."""
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"layout {layout!r:.40} is unknown: use one of {', '.join(LAYOUTS)}")
 
 
 def strip_prefixes(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors without the prefixes of training frameworks, in whatever order these were put on.
+    """Remove the prefixes of training frameworks from tensor names, in any order.
 
-    `model.` belongs to the names of flash-linear-attention, and stays there. Raises CheckpointError if two names
-    become one.
+    The prefix `model.` stays if the names are flash-linear-attention's. Raises CheckpointError if two names become
+    equal.
     """
     bare = {name: name[found.end() :] if (found := _PREFIXES.match(name)) else name for name in stored}
     if any(re.match(r"layers\.\d+\.", name) for name in bare.values()):
@@ -52,10 +52,10 @@ def strip_prefixes(stored: Mapping[str, Any]) -> dict[str, Any]:
 def to_one_layout(
     arrays: dict[str, np.ndarray], layout: str | None, *, pickled: bool
 ) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """Tensors (BlinkDL's names) in BlinkDL's layout, as views, and the names of those stored as logarithms.
+    """Convert tensors with BlinkDL's names to BlinkDL's layout, as views. Also returns the names of logarithms.
 
-    layout: None tells it from the tensors. pickled: they come from a `.pth`, which web-rwkv does not write.
-    Raises CheckpointError where two readings are possible, or where `layout` is not the one of the file.
+    layout: None detects it. pickled: the file is a `.pth`, which web-rwkv does not write.
+    Raises CheckpointError if the layout is ambiguous, or if `layout` is not the file's.
     """
     if "blocks.0.att.r_k" in arrays:
         return _version_7(arrays, layout, pickled), frozenset()

@@ -1,9 +1,8 @@
-"""Tensors of a `.pth` file as views of the mapped file: no torch, and no pickled code is run.
+"""Reads the tensors of a `.pth` file as views of the mapped file, without torch and without running pickled code.
 
-`torch.save` writes a zip whose entries are stored uncompressed: `X/data.pkl`, a pickle of the dict of
-tensors, and `X/data/KEY`, the bytes of each storage. The pickle is not loaded: its opcodes are decoded by
-pickletools and interpreted here, where the few callables that tensors need are known by name and replaced by
-functions of this module. Anything else is refused before it could do something.
+`torch.save` writes a zip with uncompressed entries: `X/data.pkl`, a pickle of the dict of tensors, and `X/data/KEY`,
+the bytes of each storage. The pickle is not loaded. pickletools decodes its opcodes and this module interprets them.
+The few callables that tensors need are replaced by functions of this module; any other callable is refused.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ _STORAGE_DTYPES = {
 
 
 class _Invalid(ValueError):
-    """A fault of the file; the caller puts the file's name before the message."""
+    """An error in the file. The caller adds the file's name to the message."""
 
 
 class _Global(NamedTuple):
-    """A name that the pickle refers to. Never imported."""
+    """A Python name in the pickle. It is never imported."""
 
     module: str
     name: str
@@ -58,9 +57,9 @@ _MARK = object()
 
 
 def read_pth(path: Path) -> dict[str, Any]:
-    """The dict that a `.pth` holds: name -> read-only array (a view of the mapped file), or a plain value.
+    """Read the dict in a `.pth`: name -> read-only array (a view of the mapped file), or plain value.
 
-    Raises CheckpointError with one line for whatever is wrong with the file.
+    Raises CheckpointError, with one line, for any error in the file.
     """
     data = map_file(path)
     try:
@@ -121,7 +120,7 @@ def _place(data: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 class _Reader(io.RawIOBase):
-    """A mapped file as zipfile wants it, without reading it in."""
+    """A file object over a mapped file, for zipfile."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._position = data, 0
@@ -162,7 +161,7 @@ def _folder(records: dict[str, tuple[int, int]]) -> str:
 
 
 class _Interpreter:
-    """A stack machine for the opcodes that dicts of tensors are made of."""
+    """A stack machine for the pickle opcodes of a dict of tensors."""
 
     def __init__(self, storages: dict[str, np.ndarray]) -> None:
         self._storages = storages

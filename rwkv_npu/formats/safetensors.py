@@ -1,4 +1,4 @@
-"""Safetensors files, mapped into memory to read and streamed to write. Knows nothing of models.
+"""Reads safetensors files by mapping them into memory, and writes them as a stream. Knows no models.
 
 Layout (https://github.com/huggingface/safetensors#format): 8 bytes of header length, little-endian; a JSON
 header of name -> dtype, shape and byte range, padded with spaces; the tensors, row-major and without holes.
@@ -46,7 +46,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: `offset` and `nbytes` count from the start of the file."""
+    """A tensor's dtype and shape, its offset from the start of the file, and its size in bytes."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -117,14 +117,14 @@ class TensorFile:
         return np.frombuffer(self._map, np.uint8, nbytes, offset).view(dtype).reshape(shape)
 
     def release(self, name: str) -> None:
-        """Gives back the memory that the file's pages with a tensor take; whoever reads it again reads the file."""
+        """Free the memory of a tensor's pages. Reading it again reads the file."""
         _, _, offset, nbytes = self.entry(name)
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and nbytes and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)
 
     def close(self) -> None:
-        """Gives the mapping up: at once, or together with the last view of it."""
+        """Close the mapping, at once or with its last view."""
         mapped, self._map = self._map, None
         if mapped is not None:
             try:
@@ -210,7 +210,7 @@ def _natural_numbers(values: Any) -> bool:
 def replace_tensors(
     path: Path, tensors: Iterable[TensorPlan], metadata: dict[str, str] | None = None
 ) -> None:
-    """As `write_tensors`, beside `path` and renamed: whoever reads it sees the old file or the new."""
+    """As `write_tensors`, but atomic: a reader sees the old file or the new one."""
     with replacing(path) as aside:
         write_tensors(aside, tensors, metadata)
 

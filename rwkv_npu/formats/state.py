@@ -1,6 +1,6 @@
-"""The recurrent state of one sequence: all that a model remembers of the tokens it has read.
+"""The recurrent state of one sequence: everything that a model remembers of the tokens it has read.
 
-fp32 and independent of backend, precision and fusion, so that a state made on one serves on another.
+It is fp32 and does not depend on backend, precision or fusion, so every backend can continue it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class State:
 
 
 def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> State:
-    """The state before the first token; `initial` gives the tuned `time_state` (H, N, N) of a layer."""
+    """The state before the first token. initial: the tuned `time_state` (H, N, N) by layer."""
     parts = {name: np.zeros((spec.L, *shape), np.float32) for name, shape in state_shapes(spec).items()}
     if "att.q" in parts:
         parts["att.q"].fill(EMPTY_Q)
@@ -95,19 +95,18 @@ def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> S
 
 
 def is_tuned(path: Path) -> bool:
-    """True if an existing file holds a tuned state, which is read but never written over. The content decides, never
-    the name. Raises StateError for a file that holds no state."""
+    """True if a file's content is a tuned state, which is never overwritten. Raises StateError if it is no state."""
     return _is_zip(path) or _ours(path) is None
 
 
 def load_state(
     path: str | os.PathLike[str], spec: Spec, fingerprint: str, layout: str | None = None
 ) -> State:
-    """Read a state for a model of this spec: one of ours, or a tuned one, told apart by content.
+    """Read a state for a model of this spec: a file of `State.save`, or a tuned state. The content decides.
 
-    layout: of a tuned state in safetensors, blinkdl or web-rwkv; nothing in such a file tells.
-    Raises StateError for a file that is no state, or one of another generation or shape; CheckpointError for a damaged
-    `.pth`; warns when it comes from other weights.
+    layout: blinkdl or web-rwkv, for a tuned state in safetensors, whose content does not show its layout.
+    Raises StateError for a file without a state, or a state of another generation or shape; CheckpointError for a
+    damaged `.pth`. Warns if the state is of other weights.
     """
     check_layout(layout)
     path = Path(path)
@@ -133,7 +132,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _ours(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]] | None:
-    """Metadata and tensors of a state file of ours, None for a tuned state. Raises StateError for anything else."""
+    """Metadata and tensors of a file of `State.save`; None for a tuned state. Raises StateError for anything else."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -171,7 +170,7 @@ def _checked(
 
 
 def _tuned(path: Path, spec: Spec, fingerprint: str, tensors: dict[str, Any], layout: str) -> State:
-    """The state before the first token that a state-tuned file gives: `blocks.N.att.time_state` (H, N, N)."""
+    """The initial state with the tensors `blocks.N.att.time_state` (H, N, N) of a tuned state."""
     shape = state_shapes(spec).get("att.wkv")
     if shape is None:
         raise StateError(f"{path} is a tuned state, and RWKV-{spec.generation} has none")

@@ -1,4 +1,4 @@
-"""Opens the backends of a model: it chooses for `auto`, and puts the fallback before an NPU."""
+"""Opens the backends of a model: selects them for `auto`, and adds the fallback to an NPU backend."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ from rwkv_npu.runtime.placement import Plan, tuned
 from rwkv_npu.runtime.selftest import self_test
 from rwkv_npu.runtime.weights import ModelSource
 
-# The fastest backend of the CPU that is installed. It steps in for an NPU, on the weights as they are stored, and runs
-# the model where there is no NPU.
+# The fastest CPU backend that is installed. It runs the model if there is no NPU, and is the fallback of an NPU.
 CPU_BACKEND = "numba" if importlib.util.find_spec("numba") else "ort"
 NPU_BACKEND, SIMULATOR = "rknn", "rknn-sim"
-PACKAGES = {"numba": "numba", "torch": "torch"}  # that a backend needs and an installation may lack
+PACKAGES = {"numba": "numba", "torch": "torch"}  # packages that a backend needs and an installation may lack
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of backends: threads of those on the CPU, cores of those on the NPU."""
+    """Options of backends. threads: on the CPU, None for the default. npu_cores: on the NPU."""
 
     threads: int | None = None
     npu_cores: str = "auto"
 
 
 def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: bool = True) -> Engine:
-    """An engine on the plan's backends; without `fused` it runs group by group.
+    """Open an engine on the plan's backends. fused: use fused forwards; otherwise it runs group by group.
 
     Raises RwkvNpuError, with nothing left open.
     """
@@ -76,7 +75,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
             faults=faults,
             fused=fused,
             batch=plan.batch,
-            # The NumPy backend alone is the reference, all of it.
+            # The NumPy backend alone is the reference, with NumPy's recurrence too.
             recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
         for fallback in fallbacks:
@@ -86,13 +85,13 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
 
 
 def _serves(plan: Plan, source: ModelSource) -> bool:
-    """True if a backend of the plan multiplies in the precision that was asked for."""
-    found = {source.precision_on(name) for name in plan.backends(source.program.groups)}
-    return source.precision not in INT8_PRECISIONS or source.precision in found
+    """True if a backend of the plan multiplies in the requested precision."""
+    precisions = {source.precision_on(name) for name in plan.backends(source.program.groups)}
+    return source.precision not in INT8_PRECISIONS or source.precision in precisions
 
 
 def _in_int8(backend: str, source: ModelSource) -> bool:
-    """True if a backend multiplies in int8: by the precision it is given, or by its artifacts."""
+    """True if a backend multiplies in int8, by the requested precision or by its artifacts."""
     return source.precision_on(backend) in INT8_PRECISIONS
 
 

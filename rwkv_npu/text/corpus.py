@@ -1,7 +1,7 @@
 """Texts and token ids from files.
 
-A file is UTF-8 text, or holds ids: `.json` with one list of numbers, `.npy` with one row of integers. The model's
-tokenizer comes as a function `encode`; this module knows none.
+A file is UTF-8 text, or holds ids: a `.json` with a list of numbers, or a `.npy` with a row of integers. Callers pass
+the model's tokenizer as a function `encode`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ from rwkv_npu.formats.files import os_reason
 
 Encode = Callable[[str], Sequence[int]]
 
-IDS = (".json", ".npy")  # how the names of files with ids end
+IDS = (".json", ".npy")  # suffixes of files with ids
 _MOST_AXES = 8
-_BYTEWISE = 0.8  # tokens a byte from which on a vocabulary is taken to have nothing but bytes for a text
+_BYTEWISE = (
+    0.8  # tokens for each byte of a text, from which on the vocabulary is said to encode it byte by byte
+)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids (M,) int64, and the bytes of the text that they stand for; None where only ids were given."""
+    """Ids (M,) int64, and the bytes of their text; None if the file holds ids only."""
 
     ids: np.ndarray
     bytes: int | None
 
     @property
     def bytewise(self) -> bool:
-        """True if the vocabulary writes nearly all of the text byte by byte."""
+        """True if the vocabulary encodes nearly all of the text byte by byte."""
         return self.bytes is not None and len(self.ids) >= _BYTEWISE * self.bytes
 
 
 def holds_ids(path: str) -> bool:
-    """True if a file of this name holds ids, and needs no tokenizer."""
+    """True if the name is that of a file with ids, which needs no tokenizer."""
     return Path(path).suffix.lower() in IDS
 
 
@@ -62,20 +64,21 @@ def read_tokens(path: str, encode: Encode, *, raw: bool = False) -> Tokens:
 
 
 def calibration_text(encode: Encode) -> Tokens:
-    """The text that ships with the package: prose, code and many languages, less what the vocabulary writes byte by
-    byte, since a model never saw that.
+    """The calibration text of the package: prose, code and many languages.
+
+    Parts that the vocabulary encodes byte by byte are left out, because the model was not trained on them.
     """
     path = importlib.resources.files("rwkv_npu") / "data" / "calibration.txt"
     parts = [part + "\n\n" for part in path.read_text(encoding="utf-8").split("\n\n")]
     tokens = [Tokens(np.asarray(encode(part), np.int64), len(part.encode())) for part in parts]
     known = [part for part in tokens if not part.bytewise]
-    if _bytes(known) < _bytes(tokens) / 2:  # a vocabulary of little else
+    if _bytes(known) < _bytes(tokens) / 2:  # the vocabulary encodes most parts byte by byte
         known = tokens
     return Tokens(np.concatenate([part.ids for part in known]), _bytes(known))
 
 
 def held_out_text(encode: Encode) -> Tokens:
-    """Prose that ships with the package and that the demo model was not trained on."""
+    """Prose of the package, on which the demo model was not trained."""
     held_out = importlib.resources.files("rwkv_npu") / "data" / "demo" / "heldout.txt"
     with importlib.resources.as_file(held_out) as file:
         return read_tokens(str(file), encode)
@@ -86,9 +89,10 @@ def _bytes(parts: list[Tokens]) -> int:
 
 
 def read_text(path: str, *, raw: bool = False) -> str:
-    """A UTF-8 file, or stdin for `-`. Raises UsageError.
+    """Read a UTF-8 file, or stdin for `-`. Raises UsageError.
 
-    A byte order mark goes and line ends become newlines, with a warning, unless `raw`: models were trained without.
+    A byte order mark is removed and line ends become newlines, with a warning: models were trained without them.
+    raw: keep both.
     """
     data = _read_bytes(path)
     try:
@@ -126,7 +130,7 @@ def _read_ids(path: str) -> np.ndarray:
 
 
 def _parse_npy(data: bytes) -> np.ndarray:
-    """The array of a .npy file. Nothing is allocated beyond the bytes that are there. Raises ValueError."""
+    """The array of a .npy file. Allocates no more than the file's size. Raises ValueError."""
     file, damaged = io.BytesIO(data), ValueError("it is no .npy file of numbers, as numpy.save writes it")
     try:
         major, _ = np.lib.format.read_magic(file)

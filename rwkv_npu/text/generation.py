@@ -1,6 +1,6 @@
-"""Sample tokens step by step, and turn them into text.
+"""Samples tokens step by step, and decodes them to text.
 
-Stop strings are searched in the text, across tokens; text that may be the start of one is held back.
+Stop strings are searched across tokens. Text that may be the start of a stop string is held back.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Step:
 
     @property
     def state(self) -> State:
-        """The state after this token, which the model reads now if it has not yet.
+        """The state after this token. The model reads the token first, if it has not yet.
 
-        The next step changes it: copy it to keep it.
+        The next step changes the state: copy it to keep it.
         """
         return self._reader.read()
 
@@ -45,10 +45,9 @@ class Step:
 
 
 class _Reader:
-    """The state, and the sampled token that it has not read yet.
+    """The state of a generation, and the sampled token that the model has not read yet.
 
-    A token's text is shown before the model reads the token, and the last token is read only when its state is asked
-    for.
+    The text of a token is shown before the model reads it. The last token is read only if its state is used.
     """
 
     def __init__(self, engine: Engine, logits: np.ndarray, state: State):
@@ -87,7 +86,7 @@ class TextStream:
         self.held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """(text that became certain, whether a stop string is complete); the stop string is left out."""
+        """Add a token. Returns the text that became certain, and True if a stop string (left out) is complete."""
         if self._decoder is None or token == END_OF_TEXT:
             return "", False
         self.held += self._decoder.push(token)
@@ -110,7 +109,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
 
@@ -125,9 +124,9 @@ def steps(
     max_tokens: int | None,
     stop_ids: Collection[int] = (END_OF_TEXT,),
 ) -> Iterator[Step]:
-    """Sample from `logits` on, at most `max_tokens` tokens (None: no bound); `state` is updated in place.
+    """Sample tokens, beginning with `logits`: at most `max_tokens` (None: no limit). Updates `state` in place.
 
-    A token of `stop_ids` ends the text, and has none itself.
+    A token of `stop_ids` ends the text and adds none.
     """
     reader = _Reader(engine, logits, state)
     for count in itertools.count(1):

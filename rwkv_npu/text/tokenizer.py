@@ -1,7 +1,7 @@
-"""Text to token ids and back: the World vocabulary, and any `tokenizer.json` (the Pile models').
+"""Text to token ids and back: the World vocabulary, and any `tokenizer.json` (such as the Pile models').
 
-This module knows nothing about models. Ids index the V rows of a head; id 0 ends a text in both families.
-Text leaves through bytes, so that a stream can hold back the part of a character that is still to come.
+This module knows no models. Ids index the V rows of a head; id 0 ends a text in both vocabularies. Ids are decoded to
+bytes first, so that a stream can hold back an incomplete character.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StreamDecoder:
 
 
 class _WindowDecoder(StreamDecoder):
-    """Where the text of an id depends on its neighbours: the last ids' text with it, less that without it."""
+    """For vocabularies in which an id's text depends on its neighbours: decodes the last ids with and without it."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
@@ -109,13 +109,13 @@ class Tokenizer(ABC):
         """Ids of `text`; [] for "". TokenizerError where the vocabulary cannot write it."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that the model continues: as `encode`, unless the vocabulary has a token that hides its end."""
+        """Ids of a text that the model continues. As `encode`, except for the end of the text in some vocabularies."""
         return self.encode(text)
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """Tokenizers of which this is the same give the same ids."""
+        """A digest of the vocabulary: tokenizers with equal digests return equal ids."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes | None:
@@ -275,7 +275,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def find_or_explain(*, vocab_size: int, beside: Path) -> tuple[Tokenizer | None, str]:
-    """As `find_tokenizer`, for a caller that can do without text: the tokenizer, or None and the reason."""
+    """As `find_tokenizer`, but without errors: the tokenizer, or None and the reason."""
     try:
         found = find_tokenizer(vocab_size=vocab_size, beside=beside)
     except TokenizerError as error:
@@ -284,8 +284,8 @@ def find_or_explain(*, vocab_size: int, beside: Path) -> tuple[Tokenizer | None,
 
 
 def unknown_vocabulary(vocab_size: int) -> str:
-    """The message for text where a model of this head has no tokenizer."""
-    pile = 0 <= vocab_size - PILE_IDS < 256  # 50277, rounded up for the sake of some processor
+    """The error message for a model without a known vocabulary. vocab_size: rows of its head."""
+    pile = 0 <= vocab_size - PILE_IDS < 256  # 50277, or rounded up for fast products
     hint = "give --tokenizer pile if it is a Pile model" if pile else "give --tokenizer FILE"
     return f"no vocabulary is known for this model of {vocab_size} tokens: {hint}, or ids"
 
@@ -315,7 +315,7 @@ def find_tokenizer(
 def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     world = [load_tokenizer(path) for path in sorted(folder.glob("*vocab*.txt")) if _looks_like_world(path)]
-    # The same vocabulary under two names is one.
+    # Two files with the same vocabulary count once.
     fitting = list({one.digest: one for one in world if one.vocab_size <= vocab_size}.values())
     if len(fitting) > 1:
         names = ", ".join(tokenizer.name for tokenizer in fitting)
@@ -323,8 +323,8 @@ def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
             f"{folder}: more than one vocabulary fits the model ({names}): name the one to use"
         )
     if not fitting and (folder / "tokenizer.json").is_file():
-        # All models use this name, so a file left by another one must not be taken for ours. A head has as
-        # many rows as the vocabulary has ids, but for padding to a round number.
+        # All models use this file name: the file may be another model's. A head has one row for each id, padded to a
+        # round number.
         other = load_tokenizer(folder / "tokenizer.json")
         fitting = [other] if 0 <= vocab_size - other.vocab_size < 1024 else []
     return fitting[0] if fitting else None
@@ -403,7 +403,7 @@ def unpack_world_vocab(data: bytes) -> dict[int, bytes]:
 
 
 def _prefix_table(tokens: Mapping[int, bytes]) -> dict[bytes, int]:
-    """A trie as one flat dict: every token's id, and 0 for every prefix of a token that is none itself."""
+    """A trie as a flat dict: the id of every token, and 0 for every prefix of a token that is not a token."""
     table = {data: token for token, data in tokens.items()}
     for data in tokens.values():
         end = len(data) - 1
@@ -464,7 +464,9 @@ def _try_tokenizer_json(json_text: str, where: str) -> None:
     if trial.returncode == 0:
         return
     reason = " ".join(trial.stdout.decode(errors="replace").split())[:LONGEST]
-    reason = reason or f"reading it takes more than {_TRIAL_SECONDS} s or {_TRIAL_MEMORY >> 30} GiB, or fails"
+    reason = (
+        reason or f"reading it takes more than {_TRIAL_SECONDS} s or {_TRIAL_MEMORY / 1e9:.1f} GB, or fails"
+    )
     raise TokenizerError(f"{where}: not a usable tokenizer.json: {reason}")
 
 
