@@ -1,4 +1,4 @@
-"""`rwkv-npu bench ACTION`: prints results on stdout, progress and messages on stderr."""
+"""`rwkv-npu bench ACTION`: print results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def _add_bench_matmul(actions: Any) -> None:
     p = actions.add_parser(
         "matmul",
         help="time matrix products",
-        description="Time C (M, N) = A (M, K) @ B (K, N), B constant, with every backend. On a PC the rknn "
-        "and rk3588-cpu rows are estimates for an RK3588, marked so, with their range; figures that others measured on "
-        "boards stand beside them.",
+        description="Time C (M, N) = A (M, K) @ B (K, N), B constant, with every backend. On a PC the rknn and "
+        "rk3588-cpu rows are estimates for an RK3588. They are marked and have a range. Published board measurements "
+        "are listed too.",
     )
     what = "what to multiply (default: --sizes 128:4096:128)"
     p.add_argument("--sizes", metavar="LIST", help=f"{what}: M = K = N, such as 256,512 or FIRST:LAST:STEP")
     p.add_argument("--shapes", metavar="LIST", help="MxKxN, joined by commas")
     p.add_argument(
-        "--model", metavar="MODEL", help="a bundle's projections, or an official size's, such as v7-1.5b"
+        "--model", metavar="MODEL", help="projections of a bundle or of an official size such as v7-1.5b"
     )
     p.add_argument(
         "--backends",
@@ -53,7 +53,7 @@ def _add_bench_matmul(actions: Any) -> None:
         "--repeats",
         type=int,
         metavar="N",
-        help="runs at least (default: 7, and until the spread is known)",
+        help="minimal number of runs (default: 7, and more until the median is known precisely)",
     )
     p.add_argument("-t", "--threads", type=int, metavar="N", help="(default: one a core)")
     _add_rows(p)
@@ -70,38 +70,44 @@ def _add_bench_inference(actions: Any) -> None:
     p = actions.add_parser(
         "inference",
         help="time a model on every backend",
-        description="Time prompts of 128 and 512 tokens, then 128 tokens written, on each backend in a process of its "
-        "own. For a bundle with artifacts the RK3588's NPU and CPU are estimated beside it, and marked so.",
+        description="Time prompts of 128 and 512 tokens and the generation of 128 tokens, on each backend in its own "
+        "process. For a bundle with artifacts, the RK3588's NPU and CPU are estimated too; estimates are marked.",
     )
     which = "bundle or checkpoint (default: the demo model); repeatable"
     p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
     p.add_argument("--backends", metavar="LIST", help="of numba, ort, torch, numpy (default: these)")
     p.add_argument(
-        "-r", "--repeats", type=int, metavar="N", help="runs of each (default: 5, as far as --seconds go)"
+        "-r",
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="runs of each stage (default: 5, fewer if --seconds end)",
     )
-    limit = "of each stage; slow backends write fewer tokens (default: 30)"
+    limit = "limit of each stage; slow backends generate fewer tokens (default: 30)"
     p.add_argument("--seconds", type=float, metavar="S", help=limit)
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
-    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of the CPU's backends")
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of CPU backends")
     p.add_argument(
         "--call-overhead-us",
         type=float,
         metavar="US",
-        help="estimates: microseconds of a call of the NPU (default: 150, from 60 to 270)",
+        help="estimates: microseconds of an NPU call (default: 150, range 60 to 270)",
     )
     p.add_argument(
         "--host-factor",
         type=float,
         metavar="X",
-        help="estimates: take recurrence, sampling and Python as measured here times X (default: figures of their own)",
+        help="estimates: use X times the times measured here for recurrence, sampling and Python (default: a table)",
     )
-    p.add_argument("--profile", action="store_true", help="where a token goes, by group and by function")
+    p.add_argument(
+        "--profile", action="store_true", help="profile the time of a token by group and by function"
+    )
     _add_rows(p)
     p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
 
 
 def _add_rows(p: argparse.ArgumentParser) -> None:
-    """Add the flags of both benchmarks for output and resuming."""
+    """Add the flags for output and resuming, which both benchmarks share."""
     p.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     p.add_argument(
         "--resume",
@@ -187,7 +193,7 @@ def _matmul_settings(arguments: argparse.Namespace, file: Path | None) -> matmul
 
 
 def _matmul_command(arguments: argparse.Namespace) -> str:
-    """The command line of the measurements, without files."""
+    """The command line without files, for the document."""
     flags = {name: getattr(arguments, name) for name in ("sizes", "shapes", "model", "backends", "dtypes")}
     flags |= {"repeats": arguments.repeats, "threads": arguments.threads}
     given = [f"--{name} {value}" for name, value in flags.items() if value is not None]
@@ -195,7 +201,7 @@ def _matmul_command(arguments: argparse.Namespace) -> str:
 
 
 def _print_matmul(document: Document[ProductRow], arguments: argparse.Namespace) -> list[Fit]:
-    """Print rows and fits; returns the fits of --fit."""
+    """Print rows and fits. Returns the fits of --fit."""
     from rwkv_npu.bench import analysis, report
 
     rows = document.results
@@ -203,8 +209,8 @@ def _print_matmul(document: Document[ProductRow], arguments: argparse.Namespace)
     if arguments.fit and not fits:
         _log(f"nothing to fit: a series needs {analysis.FEWEST} square sizes")
     if arguments.output == "json":
-        more = {"fits": [one.to_json() for one in fits]} if fits else {}
-        print(document.to_json(**more), end="")
+        extra = {"fits": [fit.to_json() for fit in fits]} if fits else {}
+        print(document.to_json(**extra), end="")
     elif arguments.output == "csv":
         print(report.product_csv(rows), end="")
     else:
@@ -291,7 +297,7 @@ def _inference_settings(arguments: argparse.Namespace) -> inference.Settings:
 
 
 def _inference_command(arguments: argparse.Namespace) -> str:
-    """The command line of the measurements; of files only the names."""
+    """The command line for the document, with the names of model files only."""
     words = ["rwkv-npu bench inference", *(f"-m {Path(path).name}" for path in arguments.model or ())]
     for name in ("backends", "repeats", "seconds", "threads", "fusion", "call_overhead_us", "host_factor"):
         if (value := getattr(arguments, name)) is not None:
@@ -313,12 +319,12 @@ def _split(text: str | None) -> list[str] | None:
 
 
 def _kept(what: str, file: Path | None) -> str:
-    where = f", {file} holds them: the same command goes on from there" if file else ""
+    where = f", {file} holds them: the same command continues" if file else ""
     return f"interrupted; {what}{where}"
 
 
 def _print_pictures(paths: Sequence[Path], output: str) -> None:
-    """Name the pictures: on stdout after a table, on stderr beside data that programs read."""
+    """Print the paths of the pictures: on stdout after a table, on stderr if stdout holds data for programs."""
     line = f"pictures: {' '.join(map(str, paths))}" if paths else "no pictures: no row has a time"
     if output == "md":
         print(f"\n{line}")
