@@ -1,4 +1,4 @@
-"""What calibration sees of a model: every projection of both fusions, a uniform sample, and the absmax."""
+"""Calibration covers every projection of both fusions, takes a uniform sample, and records the absmax."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_what_was_a_bundle_is_replaced_by_force(
 def test_what_is_replaced_is_there_until_the_new_one_is(
     checkpoint: Path, other: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a conversion with --force fails of, the last rename included."""
+    """A conversion with --force may fail at any point, also at the last rename."""
     shutil.copytree(whole, out)
 
     def fails(*_: object) -> None:

@@ -164,7 +164,7 @@ def test_a_bundle_that_was_never_calibrated_is_warned_of(tmp_path: Path, capsys:
 def test_the_other_fusion_is_advised_to_who_does_not_use_it(
     fusion: str, advised: bool, tmp_path: Path, capsys: Any
 ) -> None:
-    """Of what no scale can change."""
+    """An intermediate that no scale changes is too large."""
     loud = _louder(tmp_path, **{"att.key": 1e5})
     status, _, err = convert(capsys, loud, tmp_path / "o", "--fusion", fusion)
     assert status == 0 and "intermediates exceed 8188" in err
@@ -200,7 +200,7 @@ def test_files_that_do_not_serve(
 def test_too_little_for_int8_is_said_before_anything_is_written(
     options: tuple[str, ...], checkpoint: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Where the graphs themselves would do with less."""
+    """The graphs alone would need fewer tokens."""
     np.save(tmp_path / "c.npy", np.arange(1, 8))
     asked = ("--precision", "w8a8", "--calibrate", tmp_path / "c.npy", *options)
     status, _, err = convert(capsys, checkpoint, tmp_path / "o", *asked)

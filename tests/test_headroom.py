@@ -112,7 +112,7 @@ def test_magnitudes_under_a_scaling_are_foretold(folder: Path, generation: str) 
 
 
 def test_the_scales_are_the_nearest_to_one(folder: Path) -> None:
-    """Where a scale is not 1, half of it would let something pass the limit."""
+    """If a scale is not 1, half of it would let an intermediate exceed the limit."""
     plain = Louder(folder / "7.pth", "layer", {"ffn.key.weight": 300.0, "ffn.value.weight": 0.1})
     seen = calibrate(plain, IDS, rows=16, keep=2)
     layers = choose_scaling(plain.spec, seen).layers

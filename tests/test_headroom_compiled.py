@@ -49,7 +49,7 @@ def checkpoint(
 
 
 def test_chosen_scales_hold_over_a_long_context(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which text the scales were chosen by does not matter: this one is another."""
+    """The scales were chosen by a different text."""
     stand_in(monkeypatch)  # the simulator compiles by itself
     out = rwkv_npu.convert(checkpoint, checkpoint.with_suffix(".rwkv"), rows=ROWS, cpu="fp16")
     manifest = open_bundle(out).manifest

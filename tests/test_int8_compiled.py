@@ -68,7 +68,7 @@ def simulated(
     folder: Path,
     target: str = "rk3588",
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What simulator and NumPy make of a group, on rows of a pass of the model; nothing is left to the board's CPU."""
+    """Simulator and NumPy agree on a group, for rows of a real pass. Nothing is left to the board's CPU."""
     found = group_of(source, group)
     inputs = golden_vectors(source, rows)[group].inputs
     model = compiler_model(source.program, found, rows, source.tensor, chosen)

@@ -92,7 +92,7 @@ def prose() -> list[int]:
 
 @pytest.fixture(scope="module")
 def socket(bundle: Path) -> Iterator[Path]:
-    """Where the process listens that computes this bundle."""
+    """The address of the process that computes this bundle."""
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
         path = Path(folder) / "socket"
         with Server(path, Bundles([bundle])):
@@ -140,7 +140,7 @@ def test_int8_costs_on_the_board_what_it_costs_in_numpy(forced: Forced) -> None:
 
 
 def test_the_precision_that_is_asked_for_is_opened(forced: Forced, bundle: Path) -> None:
-    """Where none is, the first that the bundle was given; and nothing of the other is loaded."""
+    """By default the bundle's first precision is used. Nothing of the other one is loaded."""
     assert forced.opened == [["fp16", 0, {}], ["mixed", 0, {}], ["fp16", 0, {}]]
     assert (forced.board[""] == forced.board["fp16"][:1]).all()
     artifacts = open_bundle(bundle).manifest.artifacts
@@ -153,7 +153,7 @@ def test_the_precision_that_is_asked_for_is_opened(forced: Forced, bundle: Path)
 def test_products_are_in_steps_of_int8(
     emulated_board: EmulatedBoard, bundle: Path, socket: Path, tmp_path: Path
 ) -> None:
-    """Of the same inputs as NumPy's, but for a step here and there; and in fp16 they are not."""
+    """For the same inputs, results equal NumPy's but for single int8 steps. fp16 results lie between the steps."""
     opened, compared = open_bundle(bundle), 0
     off_grid: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     for precision in PRECISIONS:
@@ -175,7 +175,7 @@ def test_products_are_in_steps_of_int8(
 
 
 def test_the_self_test_allows_for_int8(emulated_board: EmulatedBoard, bundle: Path, socket: Path) -> None:
-    """What rounding to int8 may do passes; in fp16 it does not."""
+    """The drift that int8 rounding causes passes; in fp16 the same drift does not."""
     result = emulated_board.run("python", "-c", OFF, bundle, "mixed", "fp16", socket=socket)
     assert result.returncode == 0, result.stderr[-2000:]
     mixed, fp16 = result.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Which projections are in int8: what each costs, what all cost together, maps, and conversions that do it once."""
+"""Selection of int8 projections: their KL alone and together, maps, and conversions that select once."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_a_bundle_has_one_choice_for_all_chips(
 def test_what_goes_with_damaged_ranges_is_said(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Of artifacts that this conversion does not make again, even where it makes the ranges again."""
+    """The message names artifacts that this conversion does not make again, even if it makes the parameters again."""
     out = tmp_path / "o"
     for precision, fusion in (("w8a8", "layer"), ("w8a8", "projection"), ("fp16", "layer")):
         assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--fusion", fusion)[0] == 0

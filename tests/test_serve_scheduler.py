@@ -243,7 +243,7 @@ def test_closing_ends_what_runs(model: rwkv_npu.Model) -> None:
 def test_prompts_are_cut_at_grains_counted_from_a_checkpoint(
     model: rwkv_npu.Model, scheduler: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a prompt is cut may change with what else runs; not beside a multiple of GRAIN, where chunks begin."""
+    """Other sequences may change where a prompt is cut, but only to other multiples of GRAIN, where chunks begin."""
     cuts: list[int] = []
     forward = model.engine.forward_batch
 

@@ -28,7 +28,7 @@ def rounded(x: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def error(rows: np.ndarray, weight: np.ndarray, scale: np.ndarray | None) -> float:
-    """Of the product in 8 bits, relative."""
+    """Relative error of the product in 8 bits."""
     scale = np.ones(len(weight), np.float32) if scale is None else scale
     exact = rows @ weight
     found = rounded(rows / scale, None) @ rounded(weight * scale[:, None], 0)

@@ -1,4 +1,4 @@
-"""What the toolkit package exchanges with Rockchip's compiler: messages, logs, `.rknn` files, options."""
+"""The toolkit room and Rockchip's compiler: messages, logs, `.rknn` files, options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Rockchip's compiler lives, and how it gets there: pip, venv and the network are stand-ins."""
+"""Finding and installing Rockchip's compiler. pip, venv and the network are stand-ins."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ Steps = dict[str, tuple[int, str] | BaseException]
 
 @pytest.fixture
 def steps(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """What the commands of an installation answer, by a word in them; the default is to succeed."""
+    """Answers of an installation's commands, by a word in the command. The default is success."""
     answers: Steps = {}
 
     def run(command: list[str], settings: dict[str, str], say: object = None) -> tuple[int, list[str]]:

@@ -58,7 +58,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how.
+    """The settings of a benchmark.
 
     seconds: limit of a stage's repeats. file: keeps the rows. log: receives messages for the user. redo: measure rows
     again that were disturbed.

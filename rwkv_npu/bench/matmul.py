@@ -239,7 +239,7 @@ def measure_roofline(threads: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how.
+    """The settings of a sweep.
 
     file: keeps the rows. redo: measure rows again that other processes or a falling clock may have slowed down. log:
     receives messages for the user.

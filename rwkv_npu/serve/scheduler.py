@@ -196,7 +196,7 @@ class Scheduler:
         return len(self._writing)
 
     def queue_position(self, job: Job) -> int | None:
-        """How many jobs are before this one in the queue. None if it is not in the queue."""
+        """Number of jobs before this one in the queue. None if it is not in the queue."""
         with self._wake:
             return self._waiting.index(job) if job in self._waiting else None
 
