@@ -2,9 +2,9 @@
 
     python tools/calibration_text.py
 
-All of it is mixed, so that the first tokens serve as well as all of them. The prose is that of the running CPython,
-less the demo model's held-out text; the code is this project's, as `calibration_code.txt` keeps it; the
-paragraphs of `calibration_languages.txt` were written for it.
+The parts are mixed, so that any number of first tokens is a sample of the whole. The prose is the running CPython's,
+without the demo model's held-out text. The code is an old version of this project's, in `calibration_code.txt`. The
+paragraphs of `calibration_languages.txt` were written for this text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "rwkv_npu" / "data"
 PROSE = 90_000  # bytes
 SIGNED = re.compile(r"copyright|author|@\w+\.\w", re.IGNORECASE)  # names of people are none of our business
-# Code of this project as it was when the text was made. It is kept in a file of its own: a change of the sources must
-# not change the text, and with it every published int8 figure.
+# A copy of some code of this project. Using the sources themselves would change the text, and every published int8
+# figure, with each change of the code.
 OWN = ["tools/calibration_code.txt", "tools/calibration_languages.txt"]
 
 

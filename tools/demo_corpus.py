@@ -1,11 +1,11 @@
-"""The English prose that ships with CPython, as documents for the demo model.
+"""Collects the English prose that ships with CPython, as documents for training the demo model.
 
-Knows where the prose is and how to clean it; knows nothing of tokens or models, and imports the standard
-library only, so that any CPython can run it: `python3.13 tools/demo_corpus.py > python3.13.jsonl`.
+It finds and cleans the prose, and knows no tokens or models. It imports the standard library only, so that any CPython
+can run it: `python3.13 tools/demo_corpus.py > python3.13.jsonl`.
 
-Sources: `pydoc_data.topics` (the language reference), docstrings and block comments of the standard library
-(parsed, never imported), and the docstrings of the modules written in C (which have no other source than
-themselves). Everything is under the PSF licence, version 2.
+Sources: `pydoc_data.topics` (the language reference), docstrings and block comments of the standard library (parsed,
+never imported), and the docstrings of modules written in C (read from the modules). All of it is under the PSF licence,
+version 2.
 """
 
 import ast
@@ -44,14 +44,14 @@ FILLED_LINE = 52  # a source line this wide was broken by its margin, not by its
 
 
 class Document(NamedTuple):
-    """`name` says where the text is from and is the same in every version of Python."""
+    """A text. name: its place in CPython, which is the same in every version."""
 
     name: str
     text: str
 
 
 def collect() -> Iterator[Document]:
-    """Every document of the running Python, cleaned; copies included."""
+    """Every document of the running Python, cleaned. Copies are included."""
     for name, raw in _raw_documents():
         text = clean(raw)
         if is_prose(text):
@@ -91,7 +91,7 @@ def _docstrings(module: str, source: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _comments(module: str, source: bytes) -> Iterator[tuple[str, str]]:
-    """Runs of two and more whole-line comments."""
+    """Blocks of at least two whole-line comments."""
     run: list[str] = []
     following = -1
     try:
@@ -154,7 +154,7 @@ def clean(raw: str) -> str:
 
 
 def _continues(above: str, line: str) -> bool:
-    """True if `line` goes on with the paragraph that ends in `above`."""
+    """True if `line` continues the paragraph whose last line is `above`."""
 
     def indent(text: str) -> int:
         return len(text) - len(text.lstrip())

@@ -1,15 +1,15 @@
-"""Writes a random checkpoint of any RWKV generation, size and file form, for tests and for timing.
+"""Writes a random checkpoint of any RWKV generation, size and file format, for tests and timings.
 
-Its numbers are those of a healthy model in all that matters to arithmetic: logits spread by about 2, decays
-from long to short memory, in-context rates around a half, a residual that stays within a few units through
-all layers. So an error anywhere shows in the logits, and none explodes. Nothing is learnt, of course.
+Its values have the ranges of a trained model: logits spread by about 2, decays from long to short memory, in-context
+rates around 0.5, and a residual of a few units in all layers. An error anywhere is therefore visible in the logits, and
+nothing overflows. The model has learnt nothing.
 
     python tools/make_checkpoint.py out.pth --size v7-0.1b
     python tools/make_checkpoint.py out.safetensors --generation 6 -D 128 -L 3 -V 512 --dtype fp32
     python tools/make_checkpoint.py folder --generation 7 --hf
 
-Every tensor is drawn from its own generator, seeded by its name, and written a few rows at a time: the file
-depends on the arguments only, and needs little memory.
+Each tensor has its own random generator, seeded by its name, and is written a few rows at a time. The file depends on
+the arguments only, and writing it needs little memory.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _vector(tensor: Tensor, spec: Spec, rng: np.random.Generator) -> np.ndarray:
 
 
 def _plans(spec: Spec, dtype: np.dtype, seed: int, time_state: bool, time_first: bool) -> list[TensorPlan]:
-    """Everything to write under BlinkDL's names, in his files' shapes."""
+    """The tensors to write, with the names and shapes of BlinkDL's files."""
     plans = []
     for tensor in tensors(spec):
         if tensor.optional and not (time_state and tensor.name.endswith("time_state")):
@@ -172,7 +172,7 @@ _FLA_LOW_RANKS = {
 
 
 def _to_huggingface(plan: TensorPlan, spec: Spec) -> TensorPlan:
-    """A plan under the name, and in the orientation, of transformers (v4 to v6) or fla (v7)."""
+    """A tensor with the name and orientation of transformers (v4 to v6) or fla (v7)."""
     parts = plan.name.split(".")
     if spec.generation not in ("7", "7a"):
         if plan.name == "head.weight":

@@ -1,4 +1,4 @@
-"""The stand-in's log of calls: what was called, for which group, in which context, with how many bytes."""
+"""Reads the stand-in's log of calls: function, group, context and bytes of each call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Call:
-    """A line of the log: the function without its prefix, and what it says of the call."""
+    """A line of the log: the function without its prefix, and the values of the call by key."""
 
     name: str
     values: dict[str, str]
@@ -24,7 +24,7 @@ class Call:
 
 
 def read_calls(path: str | os.PathLike[str]) -> list[Call]:
-    """All calls, in order; none where the log does not exist yet."""
+    """All calls in order; an empty list if there is no log yet."""
     file = Path(path)
     calls = []
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -34,10 +34,10 @@ def read_calls(path: str | os.PathLike[str]) -> list[Call]:
 
 
 def count(calls: Sequence[Call], name: str, by: str = "group") -> Counter[str]:
-    """How often `name` was called, by group."""
+    """Number of calls of `name`, by group or another key."""
     return Counter(call[by] for call in calls if call.name == name)
 
 
 def bytes_moved(calls: Sequence[Call]) -> int:
-    """Bytes that were copied into and out of contexts."""
+    """Bytes copied to and from contexts."""
     return sum(call.number("bytes") for call in calls if call.name in ("inputs_set", "outputs_get"))

@@ -1,8 +1,7 @@
-"""The process that computes for the stand-in: rows of a group come over a local socket, its outputs go back.
+"""The process that computes for the stand-in: it receives a group's inputs over a local socket and returns the outputs.
 
-A context of the stand-in is a connection, and a thread here. It opens with the identity that the compiler put into
-the .rknn file, which says of which bundle and which group that is, or of which product of the matmul benchmark.
-Messages: standin/remote.c.
+Each context of the stand-in has a connection, and a thread here. It first sends the identity that the compiler wrote to
+the .rknn file: the bundle and the group, or the product of the matmul benchmark. Messages: standin/remote.c.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ ACCEPTED, REFUSED = _ANSWER.pack(0), _ANSWER.pack(-1)
 
 
 class Bundles:
-    """The groups of several bundles, by fingerprint, name and what is in int8; `backend` makes what computes them."""
+    """The groups of several bundles, by fingerprint, name and int8 key. backend(source): opens their backend."""
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], backend: MakeBackend = HalfBackend):
         self._groups: dict[tuple[str, str, str], tuple[Backend, Group]] = {}
@@ -48,11 +47,11 @@ class Bundles:
                     self._groups[source.fingerprint, name, int8] = opened, groups[name]
 
     def function(self, identity: str, inputs: dict[str, int], outputs: dict[str, int]) -> Function:
-        """What computes the group of `identity` for the numbers of elements of its ends. Raises KeyError."""
-        said = json.loads(identity)
-        if "product" in said:
-            return _product(*map(int, said["product"].split("x")))
-        backend, group = self._groups[said["fingerprint"], said["group"], said.get("int8", "")]
+        """A function that computes the group of `identity`. inputs, outputs: elements by port. Raises KeyError."""
+        keys = json.loads(identity)
+        if "product" in keys:
+            return _product(*map(int, keys["product"].split("x")))
+        backend, group = self._groups[keys["fingerprint"], keys["group"], keys.get("int8", "")]
         rows = next(iter(outputs.values())) // group.outputs[0].width
         names = [port.name for port in group.fixed_inputs(rows)], [port.name for port in group.outputs]
         if names != (list(inputs), list(outputs)):
@@ -64,22 +63,21 @@ class Bundles:
                 runner.inputs[name][:] = array.reshape(runner.inputs[name].shape)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # infinities and NaN are results here
-                found = runner.run()
-            return [found[name] for name in names[1]]
+                results = runner.run()
+            return [results[name] for name in names[1]]
 
         return compute
 
 
 def _contents(source: BundleSource) -> dict[str, str]:
-    """The groups to be computed with a source, each with what its artifacts say of int8: of one without a precision all
-    of them, in fp16."""
+    """The groups to compute from a source, with their int8 keys. Without a precision: all groups, in fp16."""
     if source.precision is None:
         return {group.name: "" for group in source.program.groups}
     return {artifact.group: artifact.int8 for artifact in source.artifacts() if artifact.int8}
 
 
 def _product(m: int, k: int, n: int) -> Function:
-    """The benchmark's A @ B, whose B follows from the shape."""
+    """The benchmark's product A @ B. Its B is determined by the shape."""
     b = make_problem(m, k, n).b.astype(np.float16).astype(np.float32)
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -89,7 +87,7 @@ def _product(m: int, k: int, n: int) -> Function:
 
 
 class Server:
-    """Listens at `path` until it is closed; usable with `with`."""
+    """Listens on the socket `path` until it is closed. A context manager."""
 
     def __init__(self, path: str | os.PathLike[str], bundles: Bundles):
         if len(os.fsencode(path)) > 100:  # of the 108 bytes that an address has
@@ -139,7 +137,7 @@ class Server:
                 parts = [np.ascontiguousarray(array, np.float32).tobytes() for array in results]
                 try:
                     connection.sendall(b"".join([ACCEPTED, *parts]))
-                except OSError:  # the process died with its question
+                except OSError:  # the process has ended
                     return
 
 
@@ -148,7 +146,7 @@ def _sizes(line: str) -> dict[str, int]:
 
 
 def _read(stream: Any, width: int) -> bytes | None:
-    """A count and as many items of `width` bytes; None when the other side is gone."""
+    """Read a count, and that many items of `width` bytes. None if the connection is closed."""
     try:
         head = stream.read(_COUNT.size)
         if len(head) < _COUNT.size:

@@ -1,7 +1,7 @@
-"""A backend in fp16 arithmetic: what the NPU computes, as far as that is known, without it.
+"""A backend in fp16 arithmetic, which imitates the NPU as far as its arithmetic is known.
 
-Every operation's result is rounded to fp16; the sums of a product and of a norm are fp32. Products that artifacts of
-the source's precision have in int8 are computed in int8, and what comes of them is rounded like all else.
+The result of every operation is rounded to fp16. Sums in products and norms are fp32. Products that are int8 in the
+artifacts of the source's precision are computed in int8, and their results are rounded to fp16 too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rwkv_npu.runtime.weights import ModelSource
 
 
 class HalfMaths:
-    """`maths.Maths` over fp16 arrays. Weights are rounded to fp16 and kept in fp32, in which they are multiplied."""
+    """`maths.Maths` over fp16 arrays. Weights are rounded to fp16 and stored in fp32, for products in fp32."""
 
     def __init__(self, source: ModelSource):
         self._source, self._prefix = source, ""
