@@ -117,7 +117,7 @@ class Adapter:
         changes: dict[str, Any] = {name: partial(np.asarray, array) for name, array in self.replaced.items()}
         for name, target in self.targets.items():
             base = changes.get(name) or checkpoint.producer(name)
-            changes[name] = partial(_merge, base, target, reading, scales[name])
+            changes[name] = partial(target.produce, base, reading, scales[name])
         shown = ", ".join(sorted({f"{value:.6g}" for value in scales.values()}))
         how = f"scale {shown}" if reading == LOW_RANK else reading
         checkpoint.amend(changes, f"{self.fingerprint} {how}")
@@ -168,10 +168,6 @@ def _readings(target: Target, tensor: Tensor) -> set[str]:
         return set()
     out, into = tensor.shape[::-1] if target.transposed else tensor.shape
     return target.readings(out, into)
-
-
-def _merge(base: Any, target: Target, reading: str, scale: float) -> np.ndarray:
-    return target.merged(base(), reading, scale)
 
 
 def _peft_scale(config: Mapping[str, Any], target: Target) -> float:

@@ -13,6 +13,7 @@ The formulas are those by which RWKV-PEFT and PEFT train. A weight is merged in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,10 @@ class Target:
         if block in ((out // r, r, r), (out, r)):
             found.add("out")
         return found
+
+    def produce(self, base: Callable[[], np.ndarray], reading: str, scale: float) -> np.ndarray:
+        """As `merged`, for a function that returns the base's weight."""
+        return self.merged(base(), reading, scale)
 
     def merged(self, stored: np.ndarray, reading: str, scale: float) -> np.ndarray:
         """The weight with this change, in fp32 and in the shape of `stored`."""
