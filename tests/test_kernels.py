@@ -5,13 +5,17 @@ Letters: T tokens, B sequences, H heads, N head size, A = H*N.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -297,6 +301,55 @@ def test_decays_to_the_last_bit() -> None:
     for bad in (np.array([np.nan], np.float32),):
         exponentials(bad, y[:1], z[:1])
         assert np.isnan(y[0]) and np.isnan(z[0])
+
+
+def test_vectors_of_exponentials() -> None:
+    from rwkv_npu.kernels import compiler, simd
+    from rwkv_npu.kernels.compiler import Kernel
+    from rwkv_npu.quant.cpu import LANES
+
+    def kernel(function: Any) -> Kernel:
+        def run(x, y):  # type: ignore[no-untyped-def]
+            simd.store_floats(function(simd.load_floats(x)), y)
+
+        return Kernel(run, name=function.py_func.__name__)
+
+    x = np.random.default_rng(0).uniform(-87, 88, (4000, LANES)).astype(np.float32)
+    x[1000:] *= np.float32(0.05)
+    x[0, :8] = 0, -0.0, 1e-30, -1e30, 1e30, -np.inf, np.inf, np.nan
+    exact = np.exp(np.clip(x, -87.3, 88.3).astype(np.float64))
+    logistic = exact / (1 + exact)
+    for function, expected, bound in [
+        (simd.exp, exact, 1.1 * np.spacing(exact.astype(np.float32))),
+        (simd.sigmoid, logistic, np.maximum(2.0**-22 * logistic, 2.0**-125)),
+        (simd.tanh, np.tanh(x.astype(np.float64)), np.full_like(exact, 2.0**-22)),
+    ]:
+        y = np.empty_like(x)
+        signature = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+        code = signature(compiler._load(kernel(function).compile()))
+        for row, out in zip(x, y, strict=True):
+            code(row.ctypes.data, out.ctypes.data)
+        is_nan = np.isnan(x)
+        assert (np.isnan(y) == is_nan).all() and np.isfinite(y[~is_nan]).all()
+        assert (np.abs(y - expected) <= bound)[~is_nan].all(), function
+
+
+def test_exponentials_are_vector_code() -> None:
+    """LLVM makes scalar code of some operations on vectors without a word."""
+    from rwkv_npu.kernels import simd
+    from rwkv_npu.kernels.compiler import Kernel
+
+    if platform.machine() != "x86_64":
+        pytest.skip("names instructions of x86")
+
+    def run(x, y):  # type: ignore[no-untyped-def]
+        simd.store_floats(simd.tanh(simd.load_floats(x)), y)
+        simd.store_small_ints(simd.load_floats(x), y + 64)
+
+    assembly = Kernel(run, name="tanh").assembly()
+    assert "vfmadd" in assembly or "mulps" in assembly
+    scalar = {word for word in assembly.split() if re.fullmatch(r"v?(ucomiss|cvtts?s2si|mulss|divss)", word)}
+    assert not scalar
 
 
 # -- compiling and keeping -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from the cache, when its address is first asked for, alone: so a model pays for 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import inspect
@@ -13,12 +14,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import llvmlite.binding as llvm
-from numba import cfunc, njit
+from numba import njit, types
+from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 
 from rwkv_npu.kernels import cache, processor
 from rwkv_npu.progress import progress
@@ -27,7 +33,19 @@ processor.configure()
 
 # Functions that only kernels call: without the wrappers for Python, which take a third of the time to compile.
 PLAIN: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-inner = njit(**PLAIN)
+
+
+def inner(function: Callable[..., Any], **options: Any) -> Any:
+    """A function that only kernels call. Numbers that are constants in a call need no variant of their own."""
+    dispatcher = njit(**options, **PLAIN)(function)
+    template = dispatcher.get_call_template
+
+    def unliteral(arguments: Iterable[Any], keywords: Mapping[str, Any]) -> Any:
+        return template([types.unliteral(argument) for argument in arguments], keywords)
+
+    dispatcher.get_call_template = unliteral
+    return dispatcher
+
 
 # By name: those of the modules that are loaded.
 KERNELS: dict[str, Kernel] = {}
@@ -70,17 +88,27 @@ class Kernel:
         return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * self.arguments)(self.address)
 
     def compile(self) -> bytes:
-        """The machine code, compiled now, in some seconds."""
-        signature = f"void({', '.join(['i8'] * self.arguments)})"
-        compiled: Any = cfunc(signature, **self._options)(self.function)
+        """Compile to machine code, in some seconds."""
+        code: bytes = _target_machine().emit_object(self._module())
+        return code
+
+    def assembly(self) -> str:
+        """Compile to assembly, for a reader."""
+        return str(_target_machine().emit_assembly(self._module()))
+
+    def _module(self) -> Any:
+        """LLVM's module, optimised. Only the kernel itself is visible outside."""
+        signature = types.void(*[types.int64] * self.arguments)
+        with _without_engine():
+            compiled = CFunc(self.function, (signature.args, signature.return_type), {}, self._options)
+            compiled.compile()
         module = llvm.parse_assembly(compiled.inspect_llvm())
         for function in module.functions:
             if function.name == compiled.native_name:
                 function.name = _SYMBOL
             elif not function.is_declaration:
                 function.linkage = "internal"
-        code: bytes = _target_machine().emit_object(module)
-        return code
+        return module
 
     def keep(self, folder: Path, *, wait: bool = False) -> bool:
         """Compile into a folder of the cache what is not there, unless another process does so; with `wait`, once
@@ -125,10 +153,28 @@ def prepare(kernels: Iterable[Kernel]) -> None:
             helper.wait()
 
 
+@contextlib.contextmanager
+def _without_engine() -> Iterator[None]:
+    """Keep numba from making machine code of every function that a kernel calls, as if it were called from Python.
+
+    That takes a quarter of the time, and the kernel contains the code of all of them.
+    """
+    library = {
+        "_finalize_specific": lambda library: None,
+        "get_pointer_to_function": lambda library, name: library._ensure_finalized() or 0,
+    }
+    codegen = {"_add_module": lambda codegen, module: None, "set_env": lambda codegen, name, env: None}
+    cpu_target.target_context  # noqa: B018  numba's own runtime needs machine code: it is made here
+    with (
+        global_compiler_lock,
+        mock.patch.multiple(JITCodeLibrary, **library),
+        mock.patch.multiple(JITCPUCodegen, **codegen),
+    ):
+        yield
+
+
 def _target_machine() -> Any:
     """LLVM's for the processor in use, as numba sets it up. An engine takes it over."""
-    from numba.core.registry import cpu_target
-
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     relocation = "static" if target.name.startswith("x86") else "default"
@@ -139,7 +185,6 @@ def _target_machine() -> Any:
 def _load(code: bytes) -> int:
     """Put machine code in memory; its address."""
     if b"NRT_" in code or b"numba_" in code or b"PyErr_" in code:  # it calls numba's own functions
-        from numba.core.registry import cpu_target
         from numba.core.runtime import rtsys
 
         rtsys.initialize(cpu_target.target_context)

@@ -9,6 +9,7 @@ that may overlap.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rwkv_npu.kernels.compiler import Kernel
+from rwkv_npu.kernels.compiler import PLAIN, Kernel, inner
 from rwkv_npu.kernels.instructions import (
     A_H,
     A_LAYER,
@@ -35,18 +36,11 @@ from rwkv_npu.kernels.instructions import (
 )
 from rwkv_npu.kernels.simd import (
     ADDRESS,
-    Floats,
-    Ints,
     add,
-    at_least,
-    at_most,
-    constant,
-    div,
     floats,
     fma,
     load_float,
     load_floats,
-    mul,
     operation,
     store_float,
     sub,
@@ -64,7 +58,8 @@ COMPILED: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "con
 # Where an addition rounds on purpose.
 _IN_ORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
-inlined = njit(forceinline=True, **COMPILED)
+inlined = functools.partial(inner, forceinline=True, **COMPILED)
+called = functools.partial(inner, **COMPILED)  # large functions, of which LLVM should make one copy
 
 # -- arguments -------------------------------------------------------------------------------------------
 
@@ -130,7 +125,7 @@ def padded(N: Any) -> Any:
     return (N + LANES - 1) // LANES * LANES
 
 
-@inlined
+@called
 def head_at(a: Any, unit: Any) -> Any:
     """(first, step, count, h, state) of a unit: its `count` rows lie `first` bytes, and then every `step` bytes, after
     the address of a value or of y; state is the address of the head's own."""
@@ -151,7 +146,7 @@ def _whole(source: Any, N: Any, target: Any) -> Any:
     return target
 
 
-@inlined
+@called
 def read_inputs(a: Any, count: Any, place: Any, x: Any, scratch: Any) -> None:
     """x (count,): addresses of a token's inputs."""
     N = a[A_N]
@@ -166,7 +161,7 @@ def _prefetch(b: Any, address: Any) -> None:
     b.call(code, [b.inttoptr(address, ir.IntType(8).as_pointer()), *map(ir.IntType(32), (0, 3, 1))])
 
 
-@inlined
+@called
 def prefetch_inputs(a: Any, count: Any, place: Any) -> None:
     """Have a token's inputs in the cache by the time they are read: its row is far from the row before, and a
     processor that guesses what comes next guesses within a page."""
@@ -175,7 +170,7 @@ def prefetch_inputs(a: Any, count: Any, place: Any) -> None:
             _prefetch(a[A_VALUES + i] + place + line)
 
 
-@inlined
+@called
 def read_parameters(a: Any, count: Any, h: Any, p: Any, scratch: Any) -> None:
     """p (count,): addresses of a head's parameters."""
     N = a[A_N]
@@ -195,7 +190,7 @@ def write_output(source: Any, target: Any, N: Any) -> None:
 # which the first times n is exact.
 
 
-@njit(forceinline=True, **_IN_ORDER)
+@njit(forceinline=True, **_IN_ORDER, **PLAIN)
 def exp(x: Any) -> Any:
     """fp32, within 1.1 of its last place. Never 0 nor infinite: it ends at 2^-126 and 2^127."""
     x = F(-87.3) if x < F(-87.3) else x
@@ -210,7 +205,7 @@ def exp(x: Any) -> Any:
     return p * np.int32(bits).view(np.float32)
 
 
-@njit(forceinline=True, **_IN_ORDER)
+@njit(forceinline=True, **_IN_ORDER, **PLAIN)
 def exp64(x: Any) -> Any:
     """fp64 x <= 700, within 1e-11. It ends at e^-700."""
     x = -700.0 if x < -700.0 else x
@@ -238,41 +233,10 @@ def sigmoid(x: Any) -> Any:
     return ONE / (ONE + exp(-x))
 
 
-# The same of vectors.
-
-_SHIFT = 1.5 * 2**23
-
-
-@operation(Floats, Floats)
-def _power_of_two(b: Any, shifted: Any) -> Any:
-    """2^n, where n + 1.5 * 2^23 is given."""
-    bits = b.shl(b.bitcast(shifted, Ints.llvm), constant(Ints, 23))
-    return b.bitcast(b.add(bits, constant(Ints, 127 << 23)), Floats.llvm)
-
-
-@njit(forceinline=True)
-def exp_of(x: Any) -> Any:
-    """`exp` of 16 numbers."""
-    x = at_most(at_least(x, floats(-87.3)), floats(88.3))
-    shifted = fma(x, floats(1.44269504), floats(_SHIFT))
-    n = sub(shifted, floats(_SHIFT))
-    f = fma(n, floats(2.12194440e-4), fma(n, floats(-0.693359375), x))
-    p = fma(f, floats(1 / 5040), floats(1 / 720))
-    p = fma(f, fma(f, p, floats(1 / 120)), floats(1 / 24))
-    p = fma(f, fma(f, p, floats(1 / 6)), floats(1 / 2))
-    p = add(floats(1.0), fma(mul(f, f), p, f))
-    return mul(p, _power_of_two(shifted))
-
-
-@njit(forceinline=True)
-def sigmoid_of(x: Any) -> Any:
-    return div(floats(1.0), add(floats(1.0), exp_of(mul(x, floats(-1.0)))))
-
-
 # -- heads -----------------------------------------------------------------------------------------------
 
 
-@inlined
+@called
 def moments(y: Any, N: Any) -> Any:
     """Mean of a head's N floats, and the factor of group norm for their distance from it."""
     mean, variance = ZERO, ZERO

@@ -6,14 +6,16 @@ the probability that top-p keeps. Exponentials and sums are float64, so that no 
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from rwkv_npu.kernels.compiler import PLAIN, Kernel
-from rwkv_npu.kernels.parts import as_pointer, exp64, float32s
+from rwkv_npu.kernels.compiler import Kernel, inner
+from rwkv_npu.kernels.parts import COMPILED, as_pointer, exp64, float32s
 from rwkv_npu.kernels.simd import at_least, largest, load_floats
 from rwkv_npu.quant.cpu import LANES
 
@@ -22,9 +24,13 @@ BUCKETS = 256
 SPREAD = 80.0  # e^80 is far from overflow: how far a changed logit may pass the largest before it was changed
 REMAINDER = 1e-3  # share of a sum that must be left when some is subtracted: nine digits stay
 
+CHOSEN = 2  # numbers of a row of out before those of the most likely tokens
+LEAST = np.float32(-np.inf)
+
 TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings
 
-compiled = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", **PLAIN)
+# Arrays are read and written by element: numba compiles hundreds of functions for one assignment of a slice.
+compiled = functools.partial(inner, **COMPILED)
 
 
 @intrinsic
@@ -47,7 +53,7 @@ def _block_max(x: Any, b: Any) -> Any:
         for j in range(LANES, BLOCK, LANES):
             top = at_least(top, load_floats(block + 4 * j))
         return largest(top)
-    rest = np.float32(-np.inf)
+    rest = LEAST
     for j in range(begin, end):
         rest = max(rest, x[j])
     return rest
@@ -75,32 +81,31 @@ def _first(x: Any, tops: Any, value: Any) -> Any:
 
 
 @compiled
-def _best(x: Any, tops: Any, log_sum: Any, out: Any) -> None:
-    """Write the largest, (place, value - log_sum), in descending order; of equals the first come first."""
-    count, found, least = len(out), 0, np.float32(-np.inf)
-    for b in range(len(tops)):
-        if found == count and not tops[b] > least:
+def _best(x: Any, tops: Any, log_sum: Any, out: Any, b: Any) -> None:
+    """Write the largest, (place, value - log_sum), to out[b] in descending order; of equals the first come first."""
+    count, found, least = (out.shape[1] - CHOSEN) // 2, 0, LEAST
+    for block in range(len(tops)):
+        if found == count and not tops[block] > least:
             continue
-        for j in range(b * BLOCK, min((b + 1) * BLOCK, len(x))):
+        for j in range(block * BLOCK, min((block + 1) * BLOCK, len(x))):
             if found == count and not x[j] > least:
                 continue
-            at = min(found, count - 1)
-            while at > 0 and x[int(out[at - 1, 0])] < x[j]:
-                out[at] = out[at - 1]
-                at -= 1
-            out[at, 0], out[at, 1] = j, x[j] - log_sum
+            at = CHOSEN + 2 * min(found, count - 1)
+            while at > CHOSEN and x[int(out[b, at - 2])] < x[j]:
+                out[b, at], out[b, at + 1] = out[b, at - 2], out[b, at - 1]
+                at -= 2
+            out[b, at], out[b, at + 1] = j, x[j] - log_sum
             found = min(found + 1, count)
-            least = x[int(out[found - 1, 0])]
+            least = x[int(out[b, CHOSEN + 2 * (found - 1)])]
 
 
 @compiled
-def _cut(values: Any, weights: Any, wanted: Any, sums: Any) -> Any:
-    """The largest c for which the weights of all values >= c add up to `wanted`; the least value if there is none.
+def _cut(values: Any, weights: Any, n: Any, wanted: Any, sums: Any) -> Any:
+    """The largest c for which the weights of those of n values that are >= c add up to `wanted`, or the least value.
 
     Values and weights are overwritten. The sums of 256 equal parts of the values' range tell in which part c is; the
     same is done with that part, until all its values are equal.
     """
-    n = len(values)
     while True:
         high, low = values[0], values[0]
         for i in range(n):
@@ -109,7 +114,8 @@ def _cut(values: Any, weights: Any, wanted: Any, sums: Any) -> Any:
             return high
         scale = (BUCKETS - 1) / (np.float64(high) - low)
         last = int((np.float64(high) - low) * scale)
-        sums[:] = 0
+        for i in range(BUCKETS):
+            sums[i] = 0.0
         for i in range(n):
             sums[int((np.float64(high) - values[i]) * scale)] += weights[i]
         bucket = 0
@@ -152,33 +158,42 @@ def _keep(tokens: Any, values: Any, n: Any, cut: Any, equals: Any) -> Any:
 
 @compiled
 def _draw(
-    x: Any, tops: Any, peak: Any, total: Any, s: Any, tokens: Any, values: Any, weights: Any, sums: Any
+    x: Any,
+    tops: Any,
+    peak: Any,
+    total: Any,
+    s: Any,
+    tokens: Any,
+    values: Any,
+    copy: Any,
+    weights: Any,
+    sums: Any,
 ) -> Any:
     """A token of x (V,), whose largest is `peak` and whose exponentials less that add up to `total`."""
     V = len(x)
-    least, copy = np.float32(-3.4028234e38), values[V:]
+    least = np.float32(-3.4028234e38)
     if s[TOP_P] < 1:
         wanted = s[TOP_P] * total
         # All tokens below this weight together hold less than top-p leaves out.
         if wanted < total:
-            least = np.float32(peak + np.log(min((total - wanted) / V, 1.0)) - 1e-6 * (1 + abs(peak)))
+            least = np.float32(peak + math.log(min((total - wanted) / V, 1.0)) - 1e-6 * (1 + abs(peak)))
         # Where the largest of each block alone hold `wanted`, the cut of all tokens is at least the cut of these.
         held = 0.0
         for i in range(len(tops)):
             copy[i], weights[i] = tops[i], exp64(np.float64(tops[i]) - peak)
             held += weights[i]
         if held > wanted * (1 + 1e-9):
-            least = max(least, _cut(copy[: len(tops)], weights[: len(tops)], wanted * (1 + 1e-9), sums))
+            least = max(least, _cut(copy, weights, len(tops), wanted * (1 + 1e-9), sums))
     n = _collect(x, tops, least, tokens, values)
     if s[TOP_P] < 1:
         for i in range(n):
             copy[i] = values[i]
             weights[i] = exp64(np.float64(values[i]) - peak)
-        n = _keep(tokens, values, n, _cut(copy[:n], weights[:n], wanted, sums), n)
+        n = _keep(tokens, values, n, _cut(copy, weights, n, wanted, sums), n)
     if 0 < s[TOP_K] < n:
         for i in range(n):
             copy[i], weights[i] = values[i], 1.0
-        cut = _cut(copy[:n], weights[:n], s[TOP_K], sums)
+        cut = _cut(copy, weights, n, s[TOP_K], sums)
         above = 0
         for i in range(n):
             above += values[i] > cut
@@ -201,15 +216,15 @@ def _draw(
 
 
 @compiled
-def _change(x: Any, tops: Any, changes: Any, peak: Any, total: Any) -> Any:
-    """Add amounts to some of x; the sum of exp(x - peak), which was `total`, afterwards."""
-    for i in range(len(changes)):
+def _change(x: Any, tops: Any, changes: Any, first: Any, end: Any, peak: Any, total: Any) -> Any:
+    """Add the amounts of changes first .. end to x; the sum of exp(x - peak), which was `total`, afterwards."""
+    for i in range(first, end):
         j = int(changes[i, 0])
         before = x[j]
         after = np.float32(before + changes[i, 1])
         x[j] = after
         total += exp64(np.float64(after) - peak) - exp64(np.float64(before) - peak)
-    for i in range(len(changes)):
+    for i in range(first, end):
         block = int(changes[i, 0]) // BLOCK
         tops[block] = _block_max(x, block)
     return total
@@ -223,6 +238,15 @@ def _mask(x: Any, tops: Any, words: Any) -> None:
             x[j] = -np.inf
     for b in range(len(tops)):
         tops[b] = _block_max(x, b)
+
+
+@compiled
+def _peak(tops: Any) -> Any:
+    """The largest; NaN is passed over."""
+    peak = LEAST
+    for b in range(len(tops)):
+        peak = max(peak, tops[b])
+    return np.float64(peak)
 
 
 def choose(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
@@ -251,43 +275,44 @@ def _choose_rows(
 _choose = Kernel(_choose_rows, name="choose", error_model="numpy")
 
 
-@njit(error_model="numpy", **PLAIN)
+@compiled
 def _choose_each(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
     B, V = logits.shape
     changed, tops = np.empty(V, np.float32), np.empty(V // BLOCK + 1, np.float32)
     tokens, weights = np.empty(V + 1, np.int32), np.empty(V)
-    values, sums = np.empty(2 * V + 1, np.float32), np.empty(BUCKETS)
-    begin = 0
+    values, copy, sums = np.empty(V + 1, np.float32), np.empty(V + 1, np.float32), np.empty(BUCKETS)
+    end = 0
     for b in range(B):
-        row, s, first = logits[b], settings[b], begin
-        begin = int(s[END])
+        row, s, first = logits[b], settings[b], end
+        end = int(s[END])
         out[b, 0] = -1
         for block in range(len(tops)):
             tops[block] = _block_max(row, block)
-        peak = np.float64(tops.max())
+        peak = _peak(tops)
         total = _total(row, peak)
-        if not np.isfinite(total):
+        if not math.isfinite(total):
             continue
-        log_sum = peak + np.log(total)
-        if out.shape[1] > 2:
-            _best(row, tops, log_sum, out[b, 2:].reshape((-1, 2)))
+        log_sum = peak + math.log(total)
+        if out.shape[1] > CHOSEN:
+            _best(row, tops, log_sum, out, b)
         x, masked = row, len(masks) > 0
-        if begin > first or masked:
+        if end > first or masked:
             x = changed
-            x[:] = row
+            for j in range(V):
+                x[j] = row[j]
             before, old_total = peak, total
-            total = _change(x, tops, changes[first:begin], before, total)
+            total = _change(x, tops, changes, first, end, before, total)
             if masked:
                 _mask(x, tops, masks[b])
-            peak = np.float64(tops.max())
+            peak = _peak(tops)
             if masked or peak > before + SPREAD or total < REMAINDER * old_total:
                 total = _total(x, peak)
             else:
-                total *= np.exp(before - peak)
-            if not np.isfinite(total):
+                total *= math.exp(before - peak)
+            if not math.isfinite(total):
                 continue
         if s[TEMPERATURE] == 0:
             token = _first(x, tops, np.float32(peak))
         else:
-            token = _draw(x, tops, peak, total, s, tokens, values, weights, sums)
+            token = _draw(x, tops, peak, total, s, tokens, values, copy, weights, sums)
         out[b, 0], out[b, 1] = token, row[token] - log_sum

@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from rwkv_npu.kernels import processor
+from rwkv_npu.kernels.compiler import PLAIN
 from rwkv_npu.quant.cpu import LANES
 
 processor.configure()
@@ -284,44 +285,60 @@ def rounded(b: Any, v: Any) -> Any:
     return call(b, "llvm.rint.v16f32", Floats.llvm, v)
 
 
+# -- exponentials ------------------------------------------------------------------------------------------
+# x = n ln 2 + f with a whole n and |f| <= ln 2 / 2, so exp x = 2^n exp f. Adding 1.5 * 2^23 rounds a float32 to a whole
+# number and leaves that number in its last bits. A shift brings it into the exponent. LLVM's own conversion to integers
+# handles NaN and overflow, which AVX2 computes one number at a time.
+
+_WHOLE = 1.5 * 2**23
+_WHOLE_BITS = 0x4B400000
+
+
+def whole(b: Any, v: Any) -> Any:
+    """Ints of whole numbers below 2^22 in size. NaN becomes any number."""
+    return b.sub(b.bitcast(b.fadd(v, constant(Floats, _WHOLE)), Ints.llvm), constant(Ints, _WHOLE_BITS))
+
+
 @operation(types.void, Floats, ADDRESS)
 def store_small_ints(b: Any, v: Any, address: Any) -> None:
-    """16 whole numbers of -128 .. 127 as signed bytes. NaN becomes any of them."""
-    frozen = call(b, "llvm.fptosi.sat.v16i32.v16f32", Ints.llvm, v)
-    write(b, address, b.trunc(frozen, ir.VectorType(_I8, LANES)))
+    """Store 16 whole numbers of -128 .. 127 as signed bytes. NaN becomes any of them."""
+    write(b, address, b.trunc(whole(b, v), ir.VectorType(_I8, LANES)))
 
 
-@operation(Floats, Floats, Floats)
-def times_power_of_two(b: Any, v: Any, exponent: Any) -> Any:
-    """v * 2^exponent for whole exponents of -126 .. 127."""
-    biased = b.add(call(b, "llvm.fptosi.sat.v16i32.v16f32", Ints.llvm, exponent), constant(Ints, 127))
-    return b.fmul(v, b.bitcast(b.shl(biased, constant(Ints, 23)), Floats.llvm))
+@operation(Floats, Floats)
+def _power_of_two(b: Any, shifted: Any) -> Any:
+    """2^n for a vector that holds n + 1.5 * 2^23."""
+    bits = b.shl(b.bitcast(shifted, Ints.llvm), constant(Ints, 23))
+    return b.bitcast(b.add(bits, constant(Ints, 127 << 23)), Floats.llvm)
 
 
-@njit(inline="always")
+@njit(forceinline=True, **PLAIN)
 def exp(x):  # type: ignore[no-untyped-def]
-    """e^x to 2 units in the last place; 0 and infinity are not reached but at 1.2e-38 and 1.6e38. NaN stays NaN."""
-    x = at_most(at_least(x, floats(-87.3)), floats(88.0))
-    n = rounded(mul(x, floats(1.44269504)))
-    r = fma(n, floats(-0.693359375), x)  # ln 2 in two parts: the product with the first is exact
-    r = fma(n, floats(2.12194440e-4), r)
-    # Taylor's series to the sixth power: |r| is at most ln(2) / 2.
-    y = fma(r, floats(1 / 720), floats(1 / 120))
-    y = fma(y, r, floats(1 / 24))
-    y = fma(y, r, floats(1 / 6))
-    y = fma(y, r, floats(0.5))
-    y = fma(y, r, floats(1.0))
-    return times_power_of_two(fma(y, r, floats(1.0)), n)
+    """e^x within 1.1 units in the last place. It ends at 2^-126 and 2^127, so it is never 0 nor infinite. NaN stays."""
+    x = at_most(at_least(x, floats(-87.3)), floats(88.3))
+    shifted = fma(x, floats(1.44269504), floats(_WHOLE))
+    n = sub(shifted, floats(_WHOLE))
+    f = fma(
+        n, floats(2.12194440e-4), fma(n, floats(-0.693359375), x)
+    )  # n times the first part of ln 2 is exact
+    p = fma(f, floats(1 / 5040), floats(1 / 720))
+    p = fma(f, fma(f, p, floats(1 / 120)), floats(1 / 24))
+    p = fma(f, fma(f, p, floats(1 / 6)), floats(1 / 2))
+    p = add(floats(1.0), fma(mul(f, f), p, f))
+    return mul(p, _power_of_two(shifted))
 
 
-@njit(inline="always")
+@njit(forceinline=True, **PLAIN)
 def sigmoid(x):  # type: ignore[no-untyped-def]
     return div(floats(1.0), add(floats(1.0), exp(mul(x, floats(-1.0)))))
 
 
-@njit(inline="always")
+@njit(forceinline=True, **PLAIN)
 def tanh(x):  # type: ignore[no-untyped-def]
     return sub(mul(sigmoid(mul(x, floats(2.0))), floats(2.0)), floats(1.0))
+
+
+# -- calls -------------------------------------------------------------------------------------------------
 
 
 @operation(types.void, ADDRESS, types.int64, types.int64, types.int64)

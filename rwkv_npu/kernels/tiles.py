@@ -13,7 +13,7 @@ from numba import types
 
 from rwkv_npu.kernels import simd
 from rwkv_npu.kernels.instruction_sets import Dots
-from rwkv_npu.kernels.simd import ADDRESS, Floats, Ints, operation
+from rwkv_npu.kernels.simd import ADDRESS, Floats, operation
 from rwkv_npu.quant.cpu import BLOCK
 
 UNPACKED = 16  # rows of a matrix that are unpacked at a time
@@ -203,8 +203,7 @@ def store_offset(dots: Dots) -> Any:
     @operation(types.void, Floats, ADDRESS)
     def store(b: Any, sums: Any, address: Any) -> None:
         """The offset of a block of a row. sums: as `Dots.offset` takes them, whole numbers."""
-        ints = simd.call(b, "llvm.fptosi.sat.v16i32.v16f32", Ints.llvm, sums)
-        simd.write(b, address, dots.offset(b, ints))
+        simd.write(b, address, dots.offset(b, simd.whole(b, sums)))
 
     return store
 

@@ -16,6 +16,7 @@ from rwkv_npu.kernels.parts import (
     ZERO,
     arguments,
     array,
+    called,
     head_at,
     inlined,
     moments,
@@ -24,7 +25,6 @@ from rwkv_npu.kernels.parts import (
     read_inputs,
     read_parameters,
     recurrence,
-    sigmoid_of,
     write_output,
 )
 from rwkv_npu.kernels.simd import (
@@ -35,6 +35,7 @@ from rwkv_npu.kernels.simd import (
     largest,
     load_floats,
     mul,
+    sigmoid,
     store_floats,
     sub,
     total,
@@ -72,7 +73,7 @@ def own_score(r: Any, u: Any, k: Any, row: Any) -> Any:
     return total(own)
 
 
-@inlined
+@called
 def step(S: Any, r: Any, w: Any, k: Any, v: Any, y: Any) -> None:
     """y = S r; S = S diag(w) + v k^T, in one pass over S (N, N); the others (N,)."""
     N = len(S)
@@ -94,7 +95,7 @@ def fits(m: Any, w: Any) -> Any:
     return not -largest(mul(least, floats(-ONE))) < LEAST_DECAY
 
 
-@inlined
+@called
 def enter(m: Any, t: Any, r: Any, w: Any, k: Any, v: Any, alone: Any) -> None:
     """Make a token the t-th of a chunk: all relative to the decay since the chunk began."""
     for j in range(0, chunk.ROW, 64):
@@ -108,7 +109,7 @@ def enter(m: Any, t: Any, r: Any, w: Any, k: Any, v: Any, alone: Any) -> None:
         store_floats(load_floats(v + j), place + chunk.VALUES * chunk.ROW)
 
 
-@inlined
+@called
 def finish(out: Any, own: Any, v: Any, weight: Any, bias: Any, gate: Any, N: Any, y: Any) -> None:
     """y = group norm of (out + own * v), times silu(gate) unless its address is 0; out is overwritten."""
     row = 4 * padded(N)
@@ -120,14 +121,14 @@ def finish(out: Any, own: Any, v: Any, weight: Any, bias: Any, gate: Any, N: Any
         normal = fma(normal, load_floats(weight + j), load_floats(bias + j))
         if gate:
             g = load_floats(gate + j)
-            normal = mul(normal, mul(g, sigmoid_of(g)))
+            normal = mul(normal, mul(g, sigmoid(g)))
         store_floats(normal, y + j)
 
 
 # -- v5 ------------------------------------------------------------------------------------------------------
 
 
-@inlined
+@called
 def _chunks(
     a: Any, given: Any, x: Any, p: Any, at: Any, m: Any, own: Any, first: Any, stride: Any, count: Any
 ) -> None:
@@ -160,7 +161,7 @@ def run(where: Any, begin: Any, end: Any) -> None:
     given = INPUTS if a[A_VALUES + X_G] else X_G
     c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
     x, p, own = np.zeros(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
-    at, memory, row = c.ctypes.data, m.ctypes.data, 4 * padded(N)
+    at, memory, row = np.int64(c.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
     for unit in range(begin, end):
         first, stride, count, h, state = head_at(a, unit)
         read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)

@@ -15,7 +15,7 @@ from rwkv_npu.kernels.parts import (
     ONE,
     arguments,
     array,
-    exp_of,
+    called,
     exp_of_decay,
     head_at,
     inlined,
@@ -26,7 +26,7 @@ from rwkv_npu.kernels.parts import (
     recurrence,
     write_output,
 )
-from rwkv_npu.kernels.simd import add, floats, load_floats, mul, store_floats
+from rwkv_npu.kernels.simd import add, exp, floats, load_floats, mul, store_floats
 from rwkv_npu.kernels.v5 import enter, finish, fits, own_score, step
 from rwkv_npu.models.common import Arrays
 
@@ -51,14 +51,14 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 def _decay(x: Any, p: Any, w: Any, row: Any) -> None:
     """w = exp(-exp(time_decay + x)), row bytes at an address."""
     for j in range(0, row, 64):
-        rate = exp_of(add(load_floats(p + j), load_floats(x + j)))
+        rate = exp(add(load_floats(p + j), load_floats(x + j)))
         store_floats(mul(rate, floats(-ONE)), w + j)
     decays = array(w, (row // 4,))
     for i in range(len(decays)):
         decays[i] = exp_of_decay(decays[i])
 
 
-@inlined
+@called
 def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, own: Any, first: Any, stride: Any, count: Any) -> None:
     """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
     w, begin = at + W * chunk.ROW, 0
@@ -95,7 +95,7 @@ def run(where: Any, begin: Any, end: Any) -> None:
     N = a[A_N]
     c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
     x, p, own = np.empty(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
-    at, memory, row = c.ctypes.data, m.ctypes.data, 4 * padded(N)
+    at, memory, row = np.int64(c.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
     for unit in range(begin, end):
         first, stride, count, h, state = head_at(a, unit)
         read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)

@@ -16,19 +16,29 @@ from rwkv_npu.kernels.parts import (
     ZERO,
     arguments,
     array,
-    exp_of,
+    called,
     head_at,
-    inlined,
     moments,
     padded,
     prefetch_inputs,
     read_inputs,
     read_parameters,
     recurrence,
-    sigmoid_of,
     write_output,
 )
-from rwkv_npu.kernels.simd import add, div, floats, fma, load_floats, mul, store_floats, sub, total
+from rwkv_npu.kernels.simd import (
+    add,
+    div,
+    exp,
+    floats,
+    fma,
+    load_floats,
+    mul,
+    sigmoid,
+    store_floats,
+    sub,
+    total,
+)
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.v7 import LOG_DECAY, NORM_FLOOR
 
@@ -52,7 +62,7 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
     return *(x[name] for name in "rwkvag"), x.get("vmix", x["v"]), carry["v_first"]
 
 
-@inlined
+@called
 def _prepare(x: Any, p: Any, at: Any, row: Any) -> Any:
     """Write the rows W to B of a token; its bonus. row: bytes of a row of scratch."""
     square = floats(ZERO)
@@ -64,8 +74,8 @@ def _prepare(x: Any, p: Any, at: Any, row: Any) -> Any:
     scale = floats(ONE / (NORM_FLOOR if norm < NORM_FLOOR else norm))
     bonus, one = floats(ZERO), floats(ONE)
     for j in range(0, row, 64):
-        log_decay = mul(floats(LOG_DECAY), sigmoid_of(add(load_floats(p[P_W0] + j), load_floats(x[X_W] + j))))
-        store_floats(exp_of(log_decay), at + W * row + j)
+        log_decay = mul(floats(LOG_DECAY), sigmoid(add(load_floats(p[P_W0] + j), load_floats(x[X_W] + j))))
+        store_floats(exp(log_decay), at + W * row + j)
         a, kappa = load_floats(x[X_A] + j), mul(load_floats(at + KAPPA * row + j), scale)
         store_floats(kappa, at + KAPPA * row + j)
         store_floats(mul(kappa, a), at + B * row + j)
@@ -78,7 +88,7 @@ def _prepare(x: Any, p: Any, at: Any, row: Any) -> Any:
     return total(bonus)
 
 
-@inlined
+@called
 def _update(S: Any, c: Any, r: Any, N: Any) -> None:
     """S = S diag(w) - (S kappa) b^T + v k^T; y = S r. One row of S (N, N) after the other."""
     for i in range(N):
@@ -93,7 +103,7 @@ def _update(S: Any, c: Any, r: Any, N: Any) -> None:
         c[Y, i] = y
 
 
-@inlined
+@called
 def _enter(m: Any, x: Any, at: Any, t: Any) -> None:
     """Make a token the t-th of a chunk: all relative to the decay since the chunk began."""
     for j in range(0, chunk.ROW, 64):
@@ -111,7 +121,7 @@ def _enter(m: Any, x: Any, at: Any, t: Any) -> None:
         store_floats(load_floats(at + V * chunk.ROW + j), place + (chunk.VALUES + chunk.C) * chunk.ROW)
 
 
-@inlined
+@called
 def _finish(out: Any, v: Any, bonus: Any, gate: Any, p: Any, N: Any, y: Any) -> None:
     """y = (group norm of out + bonus * v) * gate."""
     mean, scale = moments(out, N)
@@ -122,7 +132,7 @@ def _finish(out: Any, v: Any, bonus: Any, gate: Any, p: Any, N: Any, y: Any) -> 
         store_floats(mul(normal, load_floats(gate + j)), y + j)
 
 
-@inlined
+@called
 def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, bonuses: Any, first: Any, step: Any, count: Any) -> None:
     """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
     for begin in range(0, count, chunk.C):
@@ -148,7 +158,7 @@ def run(where: Any, begin: Any, end: Any) -> None:
     N = a[A_N]
     c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
     x, p, bonuses = np.empty(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
-    at, memory, row = c.ctypes.data, m.ctypes.data, 4 * padded(N)
+    at, memory, row = np.int64(c.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
     for unit in range(begin, end):
         first, step, count, h, state = head_at(a, unit)
         read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)
