@@ -159,11 +159,14 @@ def _without_engine() -> Iterator[None]:
 
     That takes a quarter of the time, and the kernel contains the code of all of them.
     """
-    library = {
+    library: dict[str, Any] = {
         "_finalize_specific": lambda library: None,
         "get_pointer_to_function": lambda library, name: library._ensure_finalized() or 0,
     }
-    codegen = {"_add_module": lambda codegen, module: None, "set_env": lambda codegen, name, env: None}
+    codegen: dict[str, Any] = {
+        "_add_module": lambda codegen, module: None,
+        "set_env": lambda codegen, name, env: None,
+    }
     cpu_target.target_context  # noqa: B018  numba's own runtime needs machine code: it is made here
     with (
         global_compiler_lock,

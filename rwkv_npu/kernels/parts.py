@@ -58,8 +58,8 @@ COMPILED: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "con
 # Where an addition rounds on purpose.
 _IN_ORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
-inlined = functools.partial(inner, forceinline=True, **COMPILED)
-called = functools.partial(inner, **COMPILED)  # large functions, of which LLVM should make one copy
+inlined: Any = functools.partial(inner, forceinline=True, **COMPILED)
+called: Any = functools.partial(inner, **COMPILED)  # large functions, of which LLVM should make one copy
 
 # -- arguments -------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ LEAST = np.float32(-np.inf)
 TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings
 
 # Arrays are read and written by element: numba compiles hundreds of functions for one assignment of a slice.
-compiled = functools.partial(inner, **COMPILED)
+compiled: Any = functools.partial(inner, **COMPILED)
 
 
 @intrinsic
