@@ -89,7 +89,9 @@ def test_doctor(ended: dict[str, Ended]) -> None:
 
 def test_info(ended: dict[str, Ended]) -> None:
     assert ended["info"].status == 0 and ended["info"].err == ""
-    assert "rk3588 fp16, layer fusion, rows 1, 16: 7 artifacts" in ended["info"].out
+    assert (
+        "rk3588 fp16 (default), layer fusion, rows 1, 16\n    artifacts  7, by toolkit" in ended["info"].out
+    )
 
 
 def test_tune_measures_the_npu_and_generate_follows(ended: dict[str, Ended], bundle: Path) -> None:
