@@ -105,7 +105,7 @@ def test_a_hang_is_left_behind(
         ),
         ("rknn", "init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
         ("rknn", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.0"),
-        ("rknn", "core-mask", ["--npu-cores", "0"], "--npu-cores 0 is not for this chip: use auto"),
+        ("rknn", "core-mask", ["--npu-cores", "0"], "this chip does not have NPU cores 0: use auto"),
         ("rknn", "fds=200000", [], "failed to allocate NPU memory for first"),
         (
             "rknn-matmul",
@@ -137,7 +137,7 @@ def test_auto_goes_on_without_the_npu(emulated_board: EmulatedBoard, bundle: Pat
     assert (
         "warning: the NPU is not used: rknn: 3 of 3 contexts" in result.stderr
     )  # those of prompts, but the head's
-    assert ", since the NPU failed\n" in result.stderr
+    assert ", since the NPU: rknn: 3 of 3 contexts" in result.stderr
 
 
 def test_one_client_at_a_time(emulated_board: EmulatedBoard, bundle: Path) -> None:

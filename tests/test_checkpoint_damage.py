@@ -79,7 +79,11 @@ BREAKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "rosa": ("7", lambda s: s.update({"blocks.0.ROSA_qkv.emb": torch.zeros(4)}), "ROSA"),
     "v6a": ("6", lambda s: s.update({"blocks.0.att.gate_w1": torch.zeros(4)}), "variant of RWKV-6"),
     "v6b": ("6", lambda s: s.update({"blocks.0.att.time_maa_rkvw_w1": torch.zeros(4)}), "variant of RWKV-6"),
-    "lora": ("7", lambda s: s.update({"blocks.0.att.key.lora_A": torch.zeros(4)}), "LoRA"),
+    "lora": (
+        "7",
+        lambda s: s.update({"blocks.0.att.key.lora_A": torch.zeros(4)}),
+        "is an adapter, not a model",
+    ),
     "quantised": ("7", lambda s: s.update({"blocks.0.att.key.qweight": torch.zeros(4)}), "quantised"),
     "other model": (
         "7",

@@ -65,6 +65,6 @@ def test_the_log_counts_calls_and_bytes(emulated_board: EmulatedBoard, board_bun
     for name in ("init", "inputs_set", "run", "outputs_get", "destroy"):
         assert count(calls, name).total() == len(groups), name
     assert set(count(calls, "run")) == {group.name for group in groups}
-    widths = sum(port.width for group in groups for port in (*group.inputs, *group.outputs))
+    widths = sum(port.width for group in groups for port in (*group.fixed_inputs(1), *group.outputs))
     assert bytes_moved(calls) == 4 * widths
     assert calls[-1].name == "destroy" and calls[-1].number("open") == 0
