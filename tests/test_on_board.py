@@ -116,7 +116,7 @@ def check_rknn_calls(calls: Sequence[Call], bundle: Path, fusion: str) -> None:
     last = calls[: next(i for i in reversed(range(len(calls))) if calls[i].name == "run") + 2]
     token = last[-3 * len(groups(spec, fusion)) :]  # inputs_set, run and outputs_get a group
     assert [call["group"] for call in token if call.name == "run"] == [g.name for g in groups(spec, fusion)]
-    ports = [port for group in groups(spec, fusion) for port in (*group.inputs, *group.outputs)]
+    ports = [port for group in groups(spec, fusion) for port in (*group.fixed_inputs(1), *group.outputs)]
     assert bytes_moved(token) == 4 * sum(port.width for port in ports)
 
 

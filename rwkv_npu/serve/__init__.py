@@ -1,6 +1,6 @@
 """The HTTP server: many conversations at a time on one model.
 
-web, run               the ASGI application and its process: limits, keys, errors, shutdown
+app, web, run          the ASGI application, its gate (limits, keys, errors), and its process
 openai, responses, ollama, llama, states, page    one module an API, each with its routes
 request, fields        read and check the JSON of a request
 service                a request -> jobs of the scheduler -> events of its answers

@@ -11,8 +11,8 @@ from typing import Any
 
 from rwkv_npu.errors import UsageError
 from rwkv_npu.progress import progress
+from rwkv_npu.serve.app import application
 from rwkv_npu.serve.service import Service
-from rwkv_npu.serve.web import application
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 Request = dict[str, Any]

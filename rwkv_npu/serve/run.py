@@ -13,8 +13,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rwkv_npu.errors import UsageError
+from rwkv_npu.serve.app import application
 from rwkv_npu.serve.service import Service
-from rwkv_npu.serve.web import LOOPBACK, PATIENCE_S, application
+from rwkv_npu.serve.web import LOOPBACK, PATIENCE_S
 
 CONNECTIONS = 256
 HEADER_S = 20  # seconds for the request line and the headers
