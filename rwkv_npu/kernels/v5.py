@@ -177,3 +177,5 @@ def run(where: Any, begin: Any, end: Any) -> None:
             score = own_score(x[X_R], p[P_U], x[X_K], row)
             finish(at + Y * row, score, x[X_V], p[P_WEIGHT], p[P_BIAS], x[X_G], N, at + Y * row)
             write_output(at + Y * row, a[A_Y] + first + t * stride, N)
+    # numba frees an array after its last use by name. Without these, `at` and `memory` would point to freed memory.
+    c[0, 0] = m[0, 0] = ZERO

@@ -177,3 +177,5 @@ def run(where: Any, begin: Any, end: Any) -> None:
                 _update(S, c, r, N)
             _finish(at + Y * row, at + V * row, bonus, x[X_G], p, N, at + Y * row)
             write_output(at + Y * row, a[A_Y] + first + t * step, N)
+    # numba frees an array after its last use by name. Without these, `at` and `memory` would point to freed memory.
+    c[0, 0] = m[0, 0] = ZERO
