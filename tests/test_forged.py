@@ -183,7 +183,7 @@ def test_a_link_within_an_unfinished_conversion_is_refused(copy: Path, checkpoin
     (victim / "doc.txt").write_text("precious")
     partial = copy.with_name("out.rwkv.partial")
     partial.mkdir()
-    (partial / "conversion").write_text("of something")
+    (partial / "conversion").write_text('{"key": "rwkv_npu something", "notes": {}}')
     (partial / "calib").symlink_to(victim)
     with pytest.raises(BundleError, match="calib"):
         convert(checkpoint, copy.with_name("out.rwkv"))

@@ -166,4 +166,5 @@ def test_files_that_are_no_lambada(content: str, message: str, tmp_path: Path) -
 
 def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     (tmp_path / "l.jsonl").write_text('{"text": "a\u2028b c"}\r\n\r\n{"text": "d e"}', encoding="utf-8")
-    assert read_lambada(str(tmp_path / "l.jsonl")) == [("a\u2028b", " c"), ("d", " e")]
+    with pytest.warns(UserWarning, match="without carriage returns"):
+        assert read_lambada(str(tmp_path / "l.jsonl")) == [("a\u2028b", " c"), ("d", " e")]

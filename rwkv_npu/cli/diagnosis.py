@@ -236,9 +236,13 @@ def _packages(chip: str | None) -> Iterator[Finding]:
 
 def _numba() -> Finding:
     """The fast CPU backend: numba compiles it for the processor at hand."""
+    from rwkv_npu import kernels
+
     try:
-        version = importlib.metadata.version("numba")
+        version = importlib.metadata.version("numba") if kernels.available() else None
     except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is None:
         slower = "not installed: the CPU runs through ONNX Runtime, which is slower"
         return Finding(NOTE, "numba", slower, "in the clone of rwkv_npu: pip install '.[fast]'")
     from rwkv_npu.kernels import instruction_sets
