@@ -5,7 +5,7 @@
 # make board  the emulated board, in your cache folder: as root it installs qemu and a cross compiler
 #
 # PYTHON is a Python 3.10 to 3.12 for all of it (3.13 lacks Rockchip's compiler). PyPI's torch for Linux on x86-64
-# brings CUDA along, some gigabytes: TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" does not.
+# brings CUDA along, some gigabytes: TORCH="torch==2.13.0 --index-url URL", with PyTorch's index of CPU builds, does not.
 
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell command -v $(v))))
 TORCH ?= torch==2.13.0

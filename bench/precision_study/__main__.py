@@ -60,7 +60,7 @@ BUNDLES = [
 def by_the_compiler(ids: np.ndarray, bundle: Bundle) -> Callable[..., CompilerGraph]:
     """Replaces `compiler_graph`: the fp16 graphs of a bundle, quantised by the compiler. Each tensor has one scale."""
     chunks = np.split(ids[: STEPS * ROWS], range(ROWS, STEPS * ROWS, ROWS))
-    steps = list(passes(BundleSource(bundle), chunks))
+    steps = list(passes(BundleSource(bundle), ([chunk] for chunk in chunks)))
 
     def graph(
         source: BundleModel, artifact: Artifact, parameters: Mapping[str, ProjectionParams]
