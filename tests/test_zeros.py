@@ -190,10 +190,12 @@ def test_the_compiler_builds_it(
         file = tmp_path / f"{number}.onnx"
         file.write_bytes(compiler_model(source.program, group, rows, source.tensor).SerializeToString())
         given = rows_for(group, rows)
-        result = compile_graph(toolkit_environment, file, tmp_path / "a.rknn", CompileOptions(), given)
+        ports = [port.name for port in group.fixed_inputs(rows)]
+        inputs = {name: given[name] for name in ports}
+        result = compile_graph(toolkit_environment, file, tmp_path / "a.rknn", CompileOptions(), inputs)
         assert result.cpu_fallback == () and result.verify_outputs is not None
         info = toolkit.rknn_info(tmp_path / "a.rknn")
-        assert [port["name"] for port in info["inputs"]] == [port.name for port in group.fixed_inputs(rows)]
+        assert [port["name"] for port in info["inputs"]] == ports
         expected = source.evaluate(group, NumpyMaths(source.tensor), dict(given))
         assert relative_error(result.verify_outputs, expected) < 0.01
 
