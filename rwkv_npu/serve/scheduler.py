@@ -88,7 +88,13 @@ class _Reading:
         """Number of tokens to read next: up to the next checkpoint, or whole grains within `budget`."""
         end = self.checkpoints[0].position if self.checkpoints else len(self.job.ids)
         left = end - self.position
-        return left if left <= budget else budget // GRAIN * GRAIN
+        if left <= budget:
+            return left
+        rows = budget // GRAIN * GRAIN
+        # The kernels read fewer than GRAIN rows in another way: no cut leaves so few.
+        if left - rows < GRAIN:
+            rows = left if rows == GRAIN else rows - GRAIN
+        return rows
 
 
 @dataclass(eq=False)
