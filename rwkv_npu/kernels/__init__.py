@@ -19,7 +19,7 @@ from types import ModuleType
 
 
 def available() -> bool:
-    """Whether numba is installed and can be imported. Warns of one that is there and cannot be used."""
+    """Return True if numba can be imported. Warn if it is installed and its import fails."""
     try:
         import numba  # noqa: F401
     except ImportError as error:

@@ -79,7 +79,7 @@ class Kernel:
 
     @property
     def missing(self) -> bool:
-        """Whether it has to be compiled."""
+        """True if the kernel has to be compiled."""
         return not self._address and cache.read(self.name) is None
 
     @functools.cached_property

@@ -125,7 +125,7 @@ class Dots:
         return [self.floats(b, concatenate(b, sums[i : i + count])) for i in range(0, len(sums), count)]
 
     def last(self, b: Any, total: Any, bits: int) -> Any:
-        """What is added up in a register, to int32."""
+        """Reduce the sums in a register to int32."""
         return total
 
     def floats(self, b: Any, sums: Any) -> Any:

@@ -129,7 +129,7 @@ def _copy(source, target, count):  # type: ignore[no-untyped-def]
 
 @inner
 def _of_row(t, row):  # type: ignore[no-untyped-def]
-    """What an instruction does to one row."""
+    """Execute an instruction on one row."""
     op, width = t.op, t.width
     at = row * t.stride * 4
     a, b, out = t.a + at, t.b + at, t.out + at

@@ -1,4 +1,4 @@
-"""What the kernels share: how they are compiled, exponentials that vectorise, norms over heads.
+"""Shared by the kernels: how they are compiled, exponentials that vectorise, norms over heads.
 
 A compiled `math.exp` is a call for every number; the polynomials here are a few instructions for a whole vector of
 them, on any processor. NaN passes through: a comparison with it leaves it as it is.

@@ -110,7 +110,7 @@ def _of_thread(control, thread):  # type: ignore[no-untyped-def]
 
 @inner
 def _is_open(control):  # type: ignore[no-untyped-def]
-    """Whether there is a piece to take."""
+    """True if a piece is left to take."""
     word = read_atomically(control + _NEXT)
     return (word & _LOW) < (word >> _HALF)
 
