@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import rwkv_npu
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State
-from rwkv_npu.serve.cache import NEAR, SPACING, Checkpoints, StateCache, size_of
+from rwkv_npu.serve.cache import NEAR, SPACING, Checkpoint, Checkpoints, StateCache, size_of
 from rwkv_npu.serve.disk import StateFolder
 from rwkv_npu.text.tokenizer import builtin
 
@@ -73,34 +73,28 @@ def test_a_kept_state_is_a_copy_both_ways(model: rwkv_npu.Model) -> None:
     cache, state = StateCache(1 << 20), state_after(model, [1, 2])
     cache.keep("k", state)
     state.parts["att.shift"][:] = 0
-    found = cache.get("k")
-    assert found is not None and np.abs(found.parts["att.shift"]).max() > 0
-    found.parts["att.shift"][:] = 0
-    again = cache.get("k")
-    assert again is not None and np.abs(again.parts["att.shift"]).max() > 0
+    for _ in range(2):
+        _, found = cache.find([Checkpoint(2, "k")])
+        assert found is not None and np.abs(found.parts["att.shift"]).max() > 0
+        found.parts["att.shift"][:] = 0
 
 
-def test_the_least_recently_used_goes_first_and_pins_stay(model: rwkv_npu.Model) -> None:
+def test_the_least_recently_used_goes_first(model: rwkv_npu.Model) -> None:
     state = state_after(model, [1])
-    cache = StateCache(3 * size_of(state))
-    cache.keep("pinned", state, pinned=True)
-    cache.keep("old", state)
-    cache.keep("new", state)
-    assert cache.get("old") is not None  # used: "new" is the oldest now
-    cache.keep("newest", state)
-    assert [cache.get(key) is not None for key in ("pinned", "old", "new", "newest")] == [
-        True,
-        True,
-        False,
-        True,
-    ]
-    assert cache.bytes == 3 * size_of(state) and len(cache) == 3
+    cache = StateCache(2 * size_of(state))
+    one, two, three = (Checkpoint(i, str(i)) for i in (1, 2, 3))
+    for checkpoint in (one, two):
+        cache.keep(checkpoint.key, state)
+    assert cache.find([one])[0] == 1  # now two is the oldest
+    cache.keep(three.key, state)
+    assert [cache.position([checkpoint]) for checkpoint in (one, two, three)] == [1, 0, 3]
+    assert cache.bytes == 2 * size_of(state) and len(cache) == 2
 
 
 def test_a_state_larger_than_the_budget_is_not_kept(model: rwkv_npu.Model) -> None:
     cache = StateCache(10)
     cache.keep("k", state_after(model, [1]))
-    assert cache.get("k") is None and cache.bytes == 0
+    assert cache.find([Checkpoint(1, "k")]) == (0, None) and cache.bytes == 0
 
 
 # -- the folder
@@ -113,8 +107,12 @@ def test_a_folder_gives_states_back_after_a_restart(model: rwkv_npu.Model, tmp_p
     folder = StateFolder(tmp_path / "states", 1 << 30, model)
     StateCache(0, [folder]).keep(KEY, state)
     folder.flush()
-    found = StateCache(1 << 20, [StateFolder(tmp_path / "states", 1 << 30, model)]).get(KEY)
-    assert found is not None and found.tokens_seen == 3
+    restarted = StateCache(1 << 20, [StateFolder(tmp_path / "states", 1 << 30, model)])
+    wanted = [Checkpoint(3, KEY), Checkpoint(9, "f" * 32)]
+    assert restarted.find(wanted) == (0, None)
+    restarted.fetch(wanted)
+    position, found = restarted.find(wanted)
+    assert position == 3 and found is not None and found.tokens_seen == 3
     for name, part in state.parts.items():
         np.testing.assert_array_equal(found.parts[name], part)
 

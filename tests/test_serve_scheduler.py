@@ -162,6 +162,31 @@ def test_the_cache_changes_no_answer(model: rwkv_npu.Model, parts: list[list[byt
         running.close()
 
 
+def test_a_held_prompt_goes_on_when_the_one_it_waits_for_is_cancelled(
+    model: rwkv_npu.Model, scheduler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints are found once, however often others pass theirs."""
+    ids = [one + 1 for one in LONG]
+    running, found, gate = scheduler(), list[int](), threading.Event()
+    of, forward = running.checkpoints.of, model.engine.forward_batch
+    monkeypatch.setattr(running.checkpoints, "of", lambda ids: found.append(len(ids)) or of(ids))
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        gate.wait(WAIT)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model.engine, "forward_batch", slow)
+    first, second = Job(ids, [Recorder(3)]), Job([*ids, 7], [Recorder(3)])
+    running.submit(first)
+    running.submit(second)
+    while not running._held:
+        time.sleep(0.001)
+    first.cancel()
+    gate.set()
+    assert second.writers[0].wait() == greedy(model, second.ids, 3)  # type: ignore[attr-defined]
+    assert found == [len(ids), len(ids) + 1] and not running._held
+
+
 def test_what_the_cache_wants_waits_for_idle_times(scheduler: Make) -> None:
     ids = [one + 1 for one in LONG]
     running = scheduler()
@@ -187,7 +212,7 @@ def test_a_full_queue_refuses(scheduler: Make) -> None:
     waiting = [Job([3], [Recorder(1)]) for _ in range(2)]
     for one in waiting:
         running.submit(one)
-    assert [running.queue_position(one) for one in waiting] == [0, 1] and running.queue_position(job) is None
+    assert running.waiting == 2
     with pytest.raises(BusyError, match="2 requests are waiting"):
         running.submit(Job([4], [Recorder(1)]))
     job.cancel()
@@ -226,6 +251,28 @@ def test_an_answer_that_has_no_token_left_ends_alone(model: rwkv_npu.Model, sche
     assert len(other.wait()) == 3
     with pytest.raises(BackendError, match="no token is left to choose"):
         picky.wait()
+
+
+def test_a_bug_in_one_answer_ends_no_other(
+    model: rwkv_npu.Model, scheduler: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoMask(Recorder):
+        def allowed(self) -> np.ndarray | None:
+            raise ValueError("the grammar's own bug")
+
+    class NoText(Recorder):
+        def take(self, choice: Choice) -> int | None:
+            raise IndexError("the parser's own bug")
+
+    writers = [NoMask(3), Recorder(3), NoText(3)]
+    running = scheduler()
+    running.submit(Job([1, 2], writers))
+    assert len(writers[1].wait()) == 3
+    for broken in (writers[0], writers[2]):
+        with pytest.raises(RwkvNpuError, match="internal error"):
+            broken.wait()
+    assert "the grammar's own bug" in caplog.text and "the parser's own bug" in caplog.text
+    assert running.counters.failed == 2 and running.counters.answers == 1
 
 
 def test_closing_ends_what_runs(model: rwkv_npu.Model) -> None:

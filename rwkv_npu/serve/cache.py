@@ -82,44 +82,44 @@ class Checkpoints:
 class StateCache:
     """LRU cache of states in memory, backed by stores.
 
-    budget: bytes of states in memory. `find` and `get` return copies, which the caller may change.
+    budget: bytes of states in memory. stores: asked by `fetch` only, because their answers may take long.
     """
 
     def __init__(self, budget: int, stores: Sequence[Store] = ()):
         self._budget, self._stores = budget, tuple(stores)
         self._kept: OrderedDict[str, State] = OrderedDict()
-        self._pinned: set[str] = set()
         self._lock = threading.Lock()
         self.bytes = self.hits = self.misses = 0
 
+    def position(self, checkpoints: Sequence[Checkpoint]) -> int:
+        """Position of the last checkpoint with a state in memory, else 0."""
+        return next((one.position for one in reversed(checkpoints) if one.key in self._kept), 0)
+
     def find(self, checkpoints: Sequence[Checkpoint]) -> tuple[int, State | None]:
-        """(tokens, state) of the last checkpoint with a known state, else (0, None)."""
-        for checkpoint in reversed(checkpoints):
-            state = self.get(checkpoint.key)
-            if state is not None:
-                self.hits += 1
-                return checkpoint.position, state
+        """(position, copy of the state) of the last checkpoint with a state in memory, else (0, None)."""
+        with self._lock:
+            for checkpoint in reversed(checkpoints):
+                if checkpoint.key in self._kept:
+                    self._kept.move_to_end(checkpoint.key)
+                    self.hits += 1
+                    return checkpoint.position, self._kept[checkpoint.key].copy()
         self.misses += 1
         return 0, None
 
-    def get(self, key: str) -> State | None:
-        with self._lock:
-            state = self._kept.get(key)
-            if state is not None:
-                self._kept.move_to_end(key)
-                return state.copy()
-        for store in self._stores:
-            state = store.get(key)
-            if state is not None:
-                self._remember(key, state.copy())
-                return state
-        return None
+    def fetch(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Load the last state that memory or a store has into memory."""
+        for checkpoint in reversed(checkpoints):
+            if checkpoint.key in self._kept:
+                return
+            for store in self._stores:
+                state = store.get(checkpoint.key)
+                if state is not None:
+                    self._remember(checkpoint.key, state)
+                    return
 
-    def keep(self, key: str, state: State, *, pinned: bool = False) -> None:
-        """Keep a copy of `state` in memory and in every store. A pinned state stays until `unpin`."""
+    def keep(self, key: str, state: State) -> None:
+        """Keep a copy of `state` in memory and in every store."""
         with self._lock:
-            if pinned:
-                self._pinned.add(key)
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return
@@ -127,10 +127,6 @@ class StateCache:
         self._remember(key, copied)
         for store in self._stores:
             store.put(key, copied)
-
-    def unpin(self, key: str) -> None:
-        with self._lock:
-            self._pinned.discard(key)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -142,11 +138,8 @@ class StateCache:
                 return
             self._kept[key] = state
             self.bytes += size
-            for old in [name for name in self._kept if name not in self._pinned]:
-                if self.bytes <= self._budget:
-                    break
-                if old != key:
-                    self.bytes -= size_of(self._kept.pop(old))
+            while self.bytes > self._budget:
+                self.bytes -= size_of(self._kept.popitem(last=False)[1])
 
 
 def size_of(state: State) -> int:

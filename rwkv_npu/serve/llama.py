@@ -113,7 +113,7 @@ async def completion(request: Request) -> Response:
     schema = fields.get("json_schema")
     grammar = request.app.state.vocabulary.grammar(schema) if isinstance(schema, dict) and schema else None
     generation = service.completion_request(prompt, options, stop=fields.stops("stop"), grammar=grammar)
-    running, begin = service.run(generation), time.monotonic()
+    begin, running = time.monotonic(), await service.run(generation)
     if fields.boolean("stream", False):
         return StreamingResponse(_lines(service, running, begin), media_type="text/event-stream")
     (answer,) = await until_disconnect(request, service.collect(running))

@@ -223,7 +223,7 @@ async def _respond(
     """One answer, streamed unless `stream` is false. hold: send the content at the end, as it may be a tool call."""
     service: Service = request.app.state.service
     streamed = fields.boolean("stream", True)
-    running, begin = service.run(generation), time.monotonic()
+    begin, running = time.monotonic(), await service.run(generation)
     head = {"model": name}
     if not streamed:
         (answer,) = await until_disconnect(request, service.collect(running))

@@ -308,7 +308,7 @@ async def respond(
     service: Service = request.app.state.service
     streamed = fields.boolean("stream", False)
     with_usage = fields.object("stream_options").boolean("include_usage", False)
-    running = service.run(generation)
+    running = await service.run(generation)
     if not streamed:
         answers = await until_disconnect(request, service.collect(running))
         return JSONResponse(answer.whole(answers, usage_json(running)))

@@ -73,7 +73,7 @@ async def create(request: Request) -> Response:
     messages = [Message("system", instructions)] * bool(instructions) + [*turns, *_input(fields)]
     effort = fields.object("reasoning").choice("effort", "none", tuple(EFFORTS))
     think = "free" if name.endswith(":think") and effort == "none" else EFFORTS[effort]
-    running = service.run(service.chat_request(messages, settings, think=think))
+    running = await service.run(service.chat_request(messages, settings, think=think))
     answer = ResponseBody(name, previous or None, messages, memory, fields.boolean("store", True))
     if not fields.boolean("stream", False):
         (completion,) = await until_disconnect(request, service.collect(running))

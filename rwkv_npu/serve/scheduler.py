@@ -25,6 +25,7 @@ from rwkv_npu.serve.cache import Checkpoint, Checkpoints, StateCache
 from rwkv_npu.text.sampling import Choice, Sampler, sample
 
 GRAIN = 16  # rows: prompts are cut at multiples of it, where the recurrences begin a chunk too
+INTERNAL = "internal error: the server's log has the reason"
 SMOOTHING = 0.2  # weight of the newest time in a moving average
 
 log = logging.getLogger("rwkv_npu.serve")
@@ -59,7 +60,8 @@ class Job:
 
     ids: all tokens of the prompt. writers: one for each answer; an empty list only fills the cache. state: the initial
     state, if not the empty one; the cache is not used then. started: called with the number of cached tokens when
-    the scheduler admits the prompt. finished: called with the state after the prompt.
+    the scheduler admits the prompt. finished: called with the state after the prompt. checkpoints: where the state may
+    be known and will be kept; found by `Scheduler.prepare`.
     """
 
     ids: Sequence[int]
@@ -67,6 +69,7 @@ class Job:
     state: State | None = None
     started: Callable[[int], None] = lambda cached: None
     finished: Callable[[State], None] = lambda state: None
+    checkpoints: Sequence[Checkpoint] | None = None
     cancelled: bool = False
     cached: int = 0
 
@@ -157,7 +160,7 @@ class Scheduler:
         self._idle_work: deque[Job] = deque(maxlen=slots)  # prompts to read for the cache only
         self._reading: list[_Reading] = []
         self._writing: list[_Writing] = []
-        self._held: list[Job] = []  # jobs whose next checkpoint another job is about to reach
+        self._held: dict[Job, Checkpoint] = {}  # each waits until another job has read up to this checkpoint
         self._pace = _Pace()
         self._wake = threading.Condition()
         self._closing = self._draining = False
@@ -167,8 +170,15 @@ class Scheduler:
 
     # -- from any thread
 
+    def prepare(self, job: Job) -> None:
+        """Find a job's checkpoints, and load the last known state from the cache's stores. May wait for them."""
+        job.checkpoints = self._checkpoints_of(job)
+        self.cache.fetch(job.checkpoints)
+
     def submit(self, job: Job) -> None:
         """Queue a job. Raises BusyError if the queue is full or the server is shutting down."""
+        if job.checkpoints is None:
+            job.checkpoints = self._checkpoints_of(job)
         with self._wake:
             if self._draining:
                 raise BusyError("the server is shutting down")
@@ -180,10 +190,20 @@ class Scheduler:
 
     def read_when_idle(self, ids: Sequence[int]) -> None:
         """Read these tokens for the cache when the scheduler is idle. Dropped if too many of them wait."""
+        checkpoints = self.checkpoints.of(ids)
+        if not checkpoints:
+            return
+        job = Job(ids[: checkpoints[-1].position], (), checkpoints=checkpoints)
         with self._wake:
             if not self._draining:
-                self._idle_work.append(Job(ids, ()))
+                self._idle_work.append(job)
                 self._wake.notify()
+
+    def _checkpoints_of(self, job: Job) -> list[Checkpoint]:
+        if job.state is not None:
+            return []
+        # The last token of a prompt is always read, for its logits.
+        return [one for one in self.checkpoints.of(job.ids) if one.position < len(job.ids)]
 
     @property
     def draining(self) -> bool:
@@ -200,11 +220,6 @@ class Scheduler:
     @property
     def writing(self) -> int:
         return len(self._writing)
-
-    def queue_position(self, job: Job) -> int | None:
-        """Number of jobs before this one in the queue. None if it is not in the queue."""
-        with self._wake:
-            return self._waiting.index(job) if job in self._waiting else None
 
     def refuse(self) -> None:
         """Accept no more jobs. Queued and running jobs go on."""
@@ -234,7 +249,7 @@ class Scheduler:
                 self._step()
             except Exception:  # a bug: all answers fail, and the server keeps running
                 log.exception("a step failed")
-                self._fail_all(RwkvNpuError("internal error: the server's log has the reason"))
+                self._fail_all(RwkvNpuError(INTERNAL))
         self._fail_all(RwkvNpuError("the server was stopped"))
 
     def _has_work(self) -> bool:
@@ -244,7 +259,7 @@ class Scheduler:
         """Give free slots to waiting jobs. If the scheduler is idle, take one prompt for the cache."""
         with self._wake:
             admitted = []
-            jobs = [reading.job for reading in self._reading if reading.job.writers] + self._held
+            jobs = [reading.job for reading in self._reading if reading.job.writers] + list(self._held)
             busy = sum(len(job.writers) for job in jobs) + len(self._writing)
             while self._waiting:
                 needed = len(self._waiting[0].writers)
@@ -258,41 +273,42 @@ class Scheduler:
             self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        """Look up the known prefix of a prompt, and start to read the rest.
+        """Continue from the known prefix of a prompt: start to read the rest.
 
-        If another job is about to reach this job's next checkpoint, hold this job until then.
+        While another job is about to read the same tokens up to a later checkpoint, hold this job.
         """
         if job.cancelled:
             self.counters.cancelled += 1
             return
-        try:
-            position, checkpoints = 0, deque[Checkpoint]()
-            state = job.state.copy() if job.state is not None else None
-            if state is None:
-                # The last token of a prompt is always read, for its logits.
-                known = [
-                    checkpoint
-                    for checkpoint in self.checkpoints.of(job.ids)
-                    if checkpoint.position < len(job.ids) or not job.writers
-                ]
-                position, state = self.cache.find(known)
-                checkpoints.extend(checkpoint for checkpoint in known if checkpoint.position > position)
-                coming = {reading.checkpoints[0] for reading in self._reading if reading.checkpoints}
-                if checkpoints and checkpoints[0] in coming:
-                    self._held.append(job)
-                    return
-            job.cached = position
-            self.counters.cached_tokens += position
-            job.started(position)
-            if position < len(job.ids):
-                state = state or self._engine.new_state()
-                self._reading.append(_Reading(job, checkpoints, state, position))
-        except RwkvNpuError as error:
-            self._fail(job.writers, error)
+        checkpoints = job.checkpoints or ()
+        known = self.cache.position(checkpoints)
+        # Equal prefixes have equal checkpoints: if two jobs share any of those to come, they share the next one.
+        coming = self._coming()
+        shared = next((one for one in checkpoints if one.position > known and one in coming), None)
+        if shared is not None:
+            self._held[job] = shared
+            return
+        position, state = self.cache.find(checkpoints)
+        job.cached = position
+        self.counters.cached_tokens += position
+        job.started(position)
+        if position == len(job.ids):
+            return
+        if state is None:
+            state = self._engine.new_state() if job.state is None else job.state.copy()
+        later = deque(one for one in checkpoints if one.position > position)
+        self._reading.append(_Reading(job, later, state, position))
+
+    def _coming(self) -> set[Checkpoint]:
+        """The next checkpoint of each prompt in progress."""
+        return {reading.checkpoints[0] for reading in self._reading if reading.checkpoints}
 
     def _release_held(self) -> None:
-        held, self._held = self._held, []
-        for job in held:
+        coming = self._coming()
+        for job in [
+            job for job, checkpoint in self._held.items() if job.cancelled or checkpoint not in coming
+        ]:
+            del self._held[job]
             self._begin(job)
 
     def _drop_cancelled(self) -> None:
@@ -300,8 +316,7 @@ class Scheduler:
         self.counters.cancelled += sum(job.cancelled for job in running)
         self._reading = [reading for reading in self._reading if not reading.job.cancelled]
         self._writing = [writing for writing in self._writing if not writing.job.cancelled]
-        if not self._reading:
-            self._release_held()
+        self._release_held()
 
     def _step(self) -> None:
         """One forward over the rows of all sequences; then sample from its logits."""
@@ -332,7 +347,12 @@ class Scheduler:
         most = self._engine.chunk - len(self._writing)
         budget = min(most, max(GRAIN, self._pace.budget(most))) if self._writing else most
         prompts = []
-        for reading in sorted(self._reading, key=lambda reading: not reading.job.writers):
+        awaited = set(self._held.values())
+
+        def for_later(reading: _Reading) -> bool:
+            return not (reading.job.writers or reading.checkpoints[0] in awaited)
+
+        for reading in sorted(self._reading, key=for_later):
             rows = reading.rows(budget)
             if rows <= 0:
                 break
@@ -353,7 +373,6 @@ class Scheduler:
         reading.position += rows
         if reading.checkpoints and reading.checkpoints[0].position == reading.position:
             self.cache.keep(reading.checkpoints.popleft().key, reading.state)
-            self._release_held()
         if reading.position < len(reading.job.ids):
             return []
         self._reading.remove(reading)
@@ -368,28 +387,41 @@ class Scheduler:
 
     def _sample(self, samples: Sequence[tuple[_Writing, int]], logits: np.ndarray) -> None:
         """Sample the next token of each answer from its row of the logits, or end the answer."""
-        if not samples:
+        ready, masks = [], []
+        for answer, row in samples:
+            try:
+                masks.append(answer.writer.allowed())
+                ready.append((answer, row))
+            except Exception as error:
+                self._fail_answer(answer, error)
+        if not ready:
             return
-        writers = [answer.writer for answer, _ in samples]
         choices = sample(
-            logits[[row for _, row in samples]],
-            [writer.sampler for writer in writers],
-            allowed=[writer.allowed() for writer in writers],
-            top=max(writer.top for writer in writers),
+            logits[[row for _, row in ready]],
+            [answer.writer.sampler for answer, _ in ready],
+            allowed=masks,
+            top=max(answer.writer.top for answer, _ in ready),
         )
-        for (answer, _), choice in zip(samples, choices, strict=True):
+        for (answer, _), choice in zip(ready, choices, strict=True):
             try:
                 if isinstance(choice, BackendError):
                     raise choice
                 token = answer.writer.take(choice)
-            except RwkvNpuError as error:
-                self._fail_these([answer], error)
+            except Exception as error:
+                self._fail_answer(answer, error)
                 continue
             if token is None:
                 self._writing.remove(answer)
                 self.counters.answers += 1
             else:
                 answer.token = token
+
+    def _fail_answer(self, answer: _Writing, error: Exception) -> None:
+        """End one answer with an error. An unexpected one is a bug: its details go to the log."""
+        if not isinstance(error, RwkvNpuError):
+            log.error("an answer failed", exc_info=error)
+            error = RwkvNpuError(INTERNAL)
+        self._fail_these([answer], error)
 
     def _fail_these(self, sequences: Sequence[_Reading | _Writing], error: RwkvNpuError) -> None:
         for sequence in sequences:
@@ -403,7 +435,7 @@ class Scheduler:
     def _fail_all(self, error: RwkvNpuError) -> None:
         with self._wake:
             waiting = [*self._held, *self._waiting]
-            self._held = []
+            self._held.clear()
             self._waiting.clear()
             self._idle_work.clear()
         self._fail_these([*self._reading, *self._writing], error)

@@ -164,12 +164,12 @@ class Service:
             prompt, options, lambda: AnswerParser(always=stop, plain=True, raw=True), count, grammar, state
         )
 
-    def run(self, request: GenerationRequest) -> Running:
+    async def run(self, request: GenerationRequest) -> Running:
         """Start a request. Closing `events` cancels it.
 
         Raises UsageError for a request beyond the limits, BusyError if the queue is full.
         """
-        ids = self._ids(request.prompt)
+        ids = await asyncio.to_thread(self._ids, request.prompt)
         usage = Usage(prompt=len(ids))
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
@@ -193,6 +193,7 @@ class Service:
             usage.cached = cached
 
         job = Job(ids, answers, request.state, started)
+        await asyncio.to_thread(self.scheduler.prepare, job)
         self.scheduler.submit(job)
         return Running(job, usage, self._events(request, job, answers, usage, queue))
 
@@ -219,7 +220,10 @@ class Service:
         if request.chat and len(answers) == 1:
             # Read the answer as the next turn's prompt will hold it: without its thought, cleaned.
             turns = [*request.chat, Message("assistant", text[0])]
-            self.scheduler.read_when_idle(self.encode(history(self.template, turns, tools=request.tools)))
+            await asyncio.to_thread(self._read_when_idle, turns, request.tools)
+
+    def _read_when_idle(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+        self.scheduler.read_when_idle(self.encode(history(self.template, turns, tools=tools)))
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
