@@ -110,7 +110,7 @@ class FakeLite:
         self.masks.append(core_mask)
         if self.fails:
             return -1
-        where = json.loads(self.rknn_data[64:].partition(b"\0")[0])
+        where = json.loads(self.rknn_data[68:].partition(b"\0")[0])
         source = BundleSource(open_bundle(where["bundle"]), where["fusion"])
         group = next(group for group in source.program.groups if group.name == where["group"])
         self.rknn_runtime = FakeRuntime(group, source)
@@ -121,20 +121,24 @@ class FakeLite:
 
 
 def write_rknn(path: Path, group: Group, rows: int, payload: dict[str, str]) -> None:
-    """A file whose trailer describes the group, with its inputs in the reverse order."""
-    body = json.dumps(payload).encode() + b"\0"
-    ports = [("input", port) for port in group.fixed_inputs(rows)[::-1]] + [
-        ("output", port) for port in group.outputs
-    ]
+    """A file whose trailer describes the group, with its inputs in the reverse order.
+
+    payload: its custom string, by which FakeLite and the stand-in know what to compute.
+    """
+    text = json.dumps(payload).encode()
+    body = struct.pack("<I", len(text)) + text + b"\0"
+    ports = [("input", n, port) for n, port in enumerate(group.fixed_inputs(rows)[::-1])]
+    ports += [("output", n, port) for n, port in enumerate(group.outputs)]
     trailer = {
         "version": "2.5.0",
         "target_platform": ["rk3588"],
         "norm_tensor": [
             {"tensor_id": n, "url": port.name, "size": [rows, port.width]}
-            for n, (_, port) in enumerate(ports)
+            for n, (_, _, port) in enumerate(ports)
         ],
         "graph": [
-            {"left": kind, "left_tensor_id": n, "right_tensor_id": n} for n, (kind, _) in enumerate(ports)
+            {"left": kind, "left_tensor_id": position, "right_tensor_id": n}
+            for n, (kind, position, _) in enumerate(ports)
         ],
     }
     text = json.dumps(trailer).encode()
@@ -153,7 +157,8 @@ def fake_bundle(patch: pytest.MonkeyPatch, checkpoint: Path, spec: Spec, **optio
             job.write_graph()
             job.onnx_path.unlink()
             name, fusion, _, rows = job.out_path.stem.rsplit(".", 3)
-            where = {"bundle": str(out), "fusion": fusion, "group": name}
+            identity = json.loads(job.options.custom_string)
+            where = {**identity, "bundle": str(out), "fusion": fusion, "group": name}
             write_rknn(job.out_path, known[fusion, name], int(rows[1:]), where)
             yield (
                 job,

@@ -148,6 +148,16 @@ def operators_ms(found: Operators, rows: int, terms: Terms, bound: str) -> float
     return rows * (found.norm * norm + found.other * other) / 1e6
 
 
+def npu_ms(artifact: Artifact, found: Operators, dram: str, terms: Terms, bound: str) -> tuple[float, float]:
+    """Milliseconds of one call of an artifact on one core: (products, other operators and transposes).
+
+    found: the operators of its group.
+    """
+    transposes, _ = port_ms(found.ports, artifact.rows, terms, bound)
+    products = graph_ms(artifact.cycles, artifact.rows, dram, terms, bound)
+    return products, operators_ms(found, artifact.rows, terms, bound) + transposes
+
+
 def matmul_share(k: int, bits: int, terms: Terms, bound: str) -> float:
     """The part of a core's peak that products of many rows reach through the matmul interface."""
     if bits == 8:
@@ -220,10 +230,10 @@ def on_npu(
         for artifact, times in used:
             group = counts[artifact.fusion, artifact.rows][artifact.group]
             part = "head" if artifact.group == "head" else "projections"
-            transposes, io = port_ms(group.ports, artifact.rows, terms, bound)
-            found[part] += times * graph_ms(artifact.cycles, artifact.rows, dram, terms, bound)
-            found["operators"] += times * (operators_ms(group, artifact.rows, terms, bound) + transposes)
-            found["io"] += times * io
+            products, operators = npu_ms(artifact, group, dram, terms, bound)
+            found[part] += times * products
+            found["operators"] += times * operators
+            found["io"] += times * port_ms(group.ports, artifact.rows, terms, bound)[1]
         found["calls"] = calls * terms["rknnlite_call"].at(bound) / 1e3
         return {**found, **_host(spec, tokens, dram, terms, bound, host)}
 

@@ -23,6 +23,9 @@ typedef struct {
     float *inputs, *outputs; /* all of them, side by side */
     size_t n_inputs, n_outputs;
     bool inputs_set;
+    int core_mask;
+    double us;      /* of a run, by the clock */
+    int64_t run_us; /* of the last run */
 } network;
 
 static size_t count_elements(const port *ports, uint32_t count) {
@@ -52,6 +55,10 @@ static int network_open(network *n, void *bytes, uint32_t size) {
     if (n->model.file_version != FILE_VERSION || fault("old-runtime", group)) {
         complain("Invalid RKNN model version %llu", (unsigned long long)n->model.file_version);
         return RKNN_ERR_MODEL_INVALID;
+    }
+    if (!clock_find(group, n->model.outputs[0].dims[0], &n->us)) {
+        complain("the clock has no time for %s at %u rows", group, n->model.outputs[0].dims[0]);
+        return RKNN_ERR_FAIL;
     }
     n->model_bytes = size;
     n->descriptors = descriptors_take(fault_number("fds", BUFFERS));
@@ -126,6 +133,7 @@ static int query(network *n, int command, void *info) {
         break;
     case RKNN_QUERY_INPUT_ATTR: return query_port(m->inputs, m->n_inputs, info);
     case RKNN_QUERY_OUTPUT_ATTR: return query_port(m->outputs, m->n_outputs, info);
+    case RKNN_QUERY_PERF_RUN: *(rknn_perf_run *)info = (rknn_perf_run){n->run_us}; break;
     case RKNN_QUERY_SDK_VERSION: query_version(info, m->group); break;
     case RKNN_QUERY_MEM_SIZE:
         *(rknn_mem_size *)info = (rknn_mem_size){
@@ -141,6 +149,7 @@ int rknn_query(rknn_context context, int command, void *info, uint32_t size) {
     static const uint32_t sizes[] = {[RKNN_QUERY_IN_OUT_NUM] = sizeof(rknn_input_output_num),
                                      [RKNN_QUERY_INPUT_ATTR] = sizeof(rknn_tensor_attr),
                                      [RKNN_QUERY_OUTPUT_ATTR] = sizeof(rknn_tensor_attr),
+                                     [RKNN_QUERY_PERF_RUN] = sizeof(rknn_perf_run),
                                      [RKNN_QUERY_SDK_VERSION] = sizeof(rknn_sdk_version),
                                      [RKNN_QUERY_MEM_SIZE] = sizeof(rknn_mem_size),
                                      [RKNN_QUERY_CUSTOM_STRING] = sizeof(rknn_custom_string)};
@@ -164,7 +173,10 @@ int core_mask_check(int core_mask, const char *group) {
 
 int rknn_set_core_mask(rknn_context context, int core_mask) {
     network *n = handle_find(context, NETWORK);
-    return n ? core_mask_check(core_mask, n->model.group) : RKNN_ERR_CTX_INVALID;
+    int code = n ? core_mask_check(core_mask, n->model.group) : RKNN_ERR_CTX_INVALID;
+    if (!code)
+        n->core_mask = core_mask;
+    return code;
 }
 
 /* Shapes are fixed when a graph is compiled: only those can be set. */
@@ -224,14 +236,9 @@ int run_faults(const char *group) {
     return RKNN_SUCC;
 }
 
-int rknn_run(rknn_context context, void *extend) {
-    (void)extend;
-    network *n = handle_find(context, NETWORK);
-    if (!n)
-        return RKNN_ERR_CTX_INVALID;
+static int compute(network *n) {
     const char *group = n->model.group;
-    note("run group=%s context=%llu rows=%u", group, (unsigned long long)context, n->model.outputs[0].dims[0]);
-    int code = n->inputs_set ? run_faults(group) : RKNN_ERR_INPUT_INVALID;
+    int code = run_faults(group);
     if (code)
         return code;
     if (n->connection >= 0 && !remote_run(n->connection, n->inputs, n->n_inputs, n->outputs, n->n_outputs)) {
@@ -243,6 +250,21 @@ int rknn_run(rknn_context context, void *extend) {
     if (fault("nan", group))
         n->outputs[n->n_outputs / 2] = NAN;
     return RKNN_SUCC;
+}
+
+int rknn_run(rknn_context context, void *extend) {
+    (void)extend;
+    network *n = handle_find(context, NETWORK);
+    if (!n)
+        return RKNN_ERR_CTX_INVALID;
+    const char *group = n->model.group;
+    note("run group=%s context=%llu rows=%u", group, (unsigned long long)context, n->model.outputs[0].dims[0]);
+    if (!n->inputs_set)
+        return RKNN_ERR_INPUT_INVALID;
+    turn t = clock_begin(n->us, n->core_mask);
+    int code = compute(n);
+    n->run_us = clock_end(t);
+    return code;
 }
 
 static int output_get(network *n, rknn_output *out) {

@@ -27,7 +27,7 @@ enum {
 };
 
 enum { RKNN_QUERY_IN_OUT_NUM = 0, RKNN_QUERY_INPUT_ATTR = 1, RKNN_QUERY_OUTPUT_ATTR = 2,
-       RKNN_QUERY_SDK_VERSION = 5, RKNN_QUERY_MEM_SIZE = 6, RKNN_QUERY_CUSTOM_STRING = 7 };
+       RKNN_QUERY_PERF_RUN = 4, RKNN_QUERY_SDK_VERSION = 5, RKNN_QUERY_MEM_SIZE = 6, RKNN_QUERY_CUSTOM_STRING = 7 };
 
 enum { RKNN_FLOAT32 = 0, RKNN_FLOAT16 = 1, RKNN_INT8 = 2, RKNN_INT32 = 6 };
 
@@ -55,6 +55,10 @@ typedef struct {
     uint8_t pass_through;
     uint32_t h_stride;
 } rknn_tensor_attr;
+
+typedef struct {
+    int64_t run_duration; /* microseconds of the last run */
+} rknn_perf_run;
 
 typedef struct {
     char api_version[256];

@@ -94,6 +94,23 @@ int core_mask_check(int core_mask, const char *group);
 /* Whatever may happen in the place of a run: a code to return, or RKNN_SUCC. */
 int run_faults(const char *group);
 
+/* -- clock.c ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    double us;
+    unsigned cores; /* bits of the cores that are held */
+    uint64_t begin_ns;
+} turn;
+
+/* The microseconds of a run, 0 without a clock. False if there is a clock and its table lacks them. */
+bool clock_find(const char *group, uint32_t rows, double *us);
+
+/* Waits for the cores of a mask (0: an idle one), and holds them. */
+turn clock_begin(double us, int core_mask);
+
+/* Sleeps until the turn's microseconds are over, and releases the cores. Returns the microseconds that it took. */
+int64_t clock_end(turn t);
+
 /* -- half.c ------------------------------------------------------------------------------------------------- */
 
 float half_to_float(uint16_t half);
