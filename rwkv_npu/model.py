@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_npu.arguments import check_ids, check_number, check_path, check_text, shown
 from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
-from rwkv_npu.errors import TokenizerError, UsageError
+from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import State
@@ -84,9 +85,12 @@ class Model:
 
         Returns the logits after the last token, (V,) float32, or with `all_logits` after each, (T, V), and the new
         state. inplace: updates `state` itself. progress: called with the number of tokens of each chunk.
-        Raises UsageError for no tokens, ids outside the vocabulary, or a state of another model.
+        Raises UsageError for no tokens, ids outside the vocabulary, or a state of another model; BackendError for
+        logits that are not finite.
         """
-        return self.engine.forward(tokens, state, all_logits, inplace=inplace, progress=progress)
+        logits, after = self.engine.forward(tokens, state, all_logits, inplace=inplace, progress=progress)
+        _check_finite(logits)
+        return logits, after
 
     def forward_batch(
         self,
@@ -101,9 +105,13 @@ class Model:
         Returns the logits after the last token of each sequence, (B, V) float32, or with `all_logits` a list of
         (T_i, V) after each token, and the B new states.
         inplace: updates `states` themselves, without copies. Sequences may join and leave from call to call.
-        Raises UsageError as `forward`, and for a state that is given twice or a number of states other than B.
+        Raises UsageError as `forward`, and for a state that is given twice or a number of states other than B;
+        BackendError for logits that are not finite, with the number of the sequence.
         """
-        return self.engine.forward_batch(tokens, states, all_logits, inplace=inplace)
+        logits, after = self.engine.forward_batch(tokens, states, all_logits, inplace=inplace)
+        for number, of_one in enumerate(logits):
+            _check_finite(of_one, f"sequence {number}: ")
+        return logits, after
 
     def generate(
         self,
@@ -136,12 +144,19 @@ class Model:
         options = sampling.SamplingOptions(
             temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, penalty_decay
         )
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
+        if max_tokens is not None:
+            check_number("max_tokens", max_tokens, 1, whole=True)
+        if state is not None:
+            self.engine.check_state(state)
         uncounted = self.tokenizer.uncounted if self.tokenizer else None
-        mask = self._banned_with(list(banned))
+        mask = self._banned_with(check_ids("banned", banned, self.spec.V))
         sampler = sampling.Sampler(options, seed=seed, banned=mask, uncounted=uncounted)
+        if not isinstance(stop, Iterable):
+            raise UsageError(f"stop must be a str or several, not {shown(stop)}")
         stream = generation.TextStream(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
+        ends = {END_OF_TEXT, *self.stop_ids, *check_ids("stop_ids", stop_ids, self.spec.V)}
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise UsageError(f"prompt must be a str or a sequence of ids, not {shown(prompt)}")
         ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         if len(ids):
             logits, current = self.forward(ids, state, progress=progress)
@@ -149,7 +164,6 @@ class Model:
             logits, current = state.logits, state.copy()
         else:
             raise UsageError("the prompt is empty and there is no state to continue: give one of them")
-        ends = {END_OF_TEXT, *self.stop_ids, *self._ids(stop_ids, "stop_ids")}
         return generation.steps(
             self.engine, stream, logits, current, sampler, max_tokens=max_tokens, stop_ids=ends
         )
@@ -159,25 +173,19 @@ class Model:
         if not ids:
             return self._banned
         mask = np.zeros(self.spec.V, bool) if self._banned is None else self._banned.copy()
-        mask[self._ids(ids, "banned")] = True
+        mask[ids] = True
         if mask.all():
             raise UsageError("every token is banned: there is nothing to sample")
         return mask
 
-    def _ids(self, ids: Iterable[int], name: str) -> list[int]:
-        """The ids as a list of ints. Raises UsageError for a value that is not an id of this model."""
-        found = list(ids)
-        for token in found:
-            if not isinstance(token, int | np.integer) or not 0 <= token < self.spec.V:
-                raise UsageError(f"{name} holds {token!r:.40}: ids of this model are 0 to {self.spec.V - 1}")
-        return [int(token) for token in found]
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises TokenizerError if the model has no tokenizer."""
+        check_text("text", text)
         return self._require_tokenizer().encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to continue. For a Pile model, blank lines at its end become single newlines."""
+        check_text("text", text)
         return self._require_tokenizer().encode_prompt(text)
 
     def _require_tokenizer(self) -> Tokenizer:
@@ -190,6 +198,7 @@ class Model:
 
         Raises StateError if it is of another generation or shape, CheckpointError for a damaged `.pth`.
         """
+        check_path("path", path)
         return _load_state(path, self.spec, self.fingerprint, layout)
 
     def describe(self) -> str:
@@ -241,11 +250,18 @@ def load(
         from the tensors, and refuses where these do not tell.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
+    for name, value in (("backend", backend), ("npu_cores", npu_cores), ("precision", precision)):
+        if value is not None:
+            check_text(name, value)
+    for name, given in (("path", path), ("tokenizer", tokenizer)):
+        if given is not None:
+            check_path(name, given)
+    if not isinstance(plan, str | Mapping | None):
+        raise UsageError(f"plan must be a str or a dict, not {shown(plan)}")
     if fusion is not None:
         check_fusion(fusion)
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads is {threads}: it must be at least 1")
+        check_number("threads", threads, 1, whole=True)
         threads = min(threads, os.cpu_count() or 1)  # more threads than cores only wait for each other
     where = Path(path) if path is not None else demo_model()
     measured: Plan | None = None
@@ -291,6 +307,13 @@ def load_state(path: str | os.PathLike[str], model: Model) -> State:
 def demo_model() -> Path:
     """Path of the trained model in the package."""
     return Path(str(importlib.resources.files("rwkv_npu") / "data" / "demo" / "model.pth"))
+
+
+def _check_finite(logits: np.ndarray, where: str = "") -> None:
+    if not np.isfinite(logits).all():
+        raise BackendError(
+            f"{where}the model's logits hold NaN or infinity: its weights, its state or its precision are at fault"
+        )
 
 
 def _check_precision(precision: str | None, present: set[str]) -> None:

@@ -30,6 +30,7 @@ graphs toolkit
 formats
 quant
 models board
+arguments
 errors progress
 """
 ROWS = [row.split() for row in ROOMS.strip().splitlines()]

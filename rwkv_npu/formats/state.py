@@ -29,6 +29,7 @@ from rwkv_npu.formats.layout import (
 )
 from rwkv_npu.formats.pth import read_pth
 from rwkv_npu.formats.safetensors import TensorFile
+from rwkv_npu.models.rows import check_parts
 from rwkv_npu.models.spec import Spec, state_shapes
 
 FORMAT = "rwkv_npu state 1"
@@ -58,10 +59,12 @@ class State:
         """Write a safetensors file, `blocks.N.PART` and `logits`, aside and then by one rename.
 
         notes: further metadata, which `read_notes` gives back.
-        Raises StateError when it cannot be written; a file that was there before is then still there.
+        Raises StateError when it cannot be written; a file that was there before is then still there. Raises
+        UsageError for a state that lacks a part.
         """
         from safetensors.numpy import save
 
+        check_parts(self.parts, self.spec)
         tensors = {
             f"blocks.{layer}.{name}": np.ascontiguousarray(part[layer])
             for name, part in self.parts.items()

@@ -5,7 +5,7 @@ Letters: M rows, S segments, L layers, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -64,10 +64,21 @@ class Rows:
 
         Raises UsageError for arrays that compiled code cannot update.
         """
-        shapes = {name: (spec.L, *shape) for name, shape in state_shapes(spec).items()}
-        for name, shape in shapes.items():
-            for state in self.states:
-                part = state[name]
-                if part.shape != shape or part.dtype != np.float32 or not part.flags.carray:
-                    raise UsageError(f"{name} of a state must be float32 {shape}, writable and in C order")
-        return np.array([[state[name].ctypes.data for name in shapes] for state in self.states], np.int64)
+        for state in self.states:
+            check_parts(state, spec)
+        names = state_shapes(spec)
+        return np.array([[state[name].ctypes.data for name in names] for state in self.states], np.int64)
+
+
+def check_parts(parts: object, spec: Spec) -> None:
+    """Check that a state has every part, as arrays that a forward can update. Raises UsageError."""
+    for name, shape in state_shapes(spec).items():
+        part = parts.get(name) if isinstance(parts, Mapping) else None
+        if not isinstance(part, np.ndarray):
+            raise UsageError(f"the state lacks {name}")
+        wanted = (spec.L, *shape)
+        if part.shape != wanted or part.dtype != np.float32 or not part.flags.carray:
+            raise UsageError(
+                f"{name} of a state must be float32 {wanted}, writable and in C order, "
+                f"not {part.dtype} {part.shape}"
+            )

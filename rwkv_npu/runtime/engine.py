@@ -19,7 +19,7 @@ from rwkv_npu.formats.state import State, new_state
 from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.network import Network, Program, Recurrence, ReferenceRecurrence
-from rwkv_npu.models.rows import Rows
+from rwkv_npu.models.rows import Rows, check_parts
 from rwkv_npu.models.spec import Spec
 from rwkv_npu.runtime.dispatch import Assign, Counters, Dispatcher
 
@@ -127,7 +127,7 @@ class Engine:
         if state is None:
             state = self.new_state()
         else:
-            self._check_state(state)
+            self.check_state(state)
             state = state if inplace else state.copy()
         with self._lock:
             logits = self._read([ids], [state], all_logits, progress)[0]
@@ -148,14 +148,17 @@ class Engine:
         inplace: updates `states` themselves, without copies. They are then lost after an exception.
         Raises UsageError as `forward`, and for a state that is given twice or a number of states other than B.
         """
-        tokens, states = list(tokens), list(states)
+        try:
+            tokens, states = list(tokens), list(states)
+        except TypeError:
+            raise UsageError("forward_batch takes a list of sequences and a list of states") from None
         if not tokens or len(tokens) != len(states):
             raise UsageError(
                 f"forward_batch takes one state a sequence: there are {len(tokens)} sequences and {len(states)} states"
             )
         ids = [self._check(piece, f"sequence {number}: ") for number, piece in enumerate(tokens)]
         for state in states:
-            self._check_state(state)
+            self.check_state(state)
         if len({id(state) for state in states}) < len(states):
             raise UsageError("forward_batch got the same state twice: copy it for the second sequence")
         if not inplace:
@@ -264,8 +267,13 @@ class Engine:
             raise UsageError(f"{where}token id {wrong} is outside the model's vocabulary of {self.spec.V}")
         return ids.astype(np.int64)
 
-    def _check_state(self, state: State) -> None:
+    def check_state(self, state: State) -> None:
+        """Check that a state is of this model and whole. Raises UsageError."""
         if not isinstance(state, State):
             raise UsageError(f"a state is needed, not a {type(state).__name__}")
         if state.spec != self.spec:
             raise UsageError("this state belongs to a model of another generation or size")
+        check_parts(state.parts, self.spec)
+        logits = state.logits
+        if logits is not None and (not isinstance(logits, np.ndarray) or logits.shape != (self.spec.V,)):
+            raise UsageError(f"logits of a state must be an array of shape ({self.spec.V},)")

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from rwkv_npu.arguments import check_text
 from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.runtime.engine import Engine
@@ -79,6 +80,8 @@ class TextStream:
             raise TokenizerError(
                 "stop strings need a tokenizer, and this model has none: give --tokenizer FILE"
             )
+        for text in stop:
+            check_text("a stop string", text)
         if "" in stop:
             raise UsageError("a stop string must not be empty")
         self._decoder = tokenizer.decoder() if tokenizer else None

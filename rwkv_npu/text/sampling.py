@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_npu import kernels
+from rwkv_npu.arguments import check_number
 from rwkv_npu.errors import BackendError, UsageError
 
 NOT_FINITE = "the logits hold NaN or infinity, or no token is left to choose"
@@ -50,13 +50,13 @@ class SamplingOptions:
     penalty_decay: float = 0.996  # of every token's count, at each step
 
     def __post_init__(self) -> None:
-        _check("--temp", self.temperature, 0.0, math.inf)
-        _check("--top-p", self.top_p, 0.0, 1.0)
-        _check("--top-k", self.top_k, 0, math.inf, whole=True)
-        _check("--min-p", self.min_p, 0.0, 1.0)
-        _check("--presence-penalty", self.presence_penalty, -1000.0, 1000.0)
-        _check("--frequency-penalty", self.frequency_penalty, -1000.0, 1000.0)
-        _check("--penalty-decay", self.penalty_decay, 0.0, 1.0)
+        check_number("--temp", self.temperature, 0.0, math.inf)
+        check_number("--top-p", self.top_p, 0.0, 1.0)
+        check_number("--top-k", self.top_k, 0, math.inf, whole=True)
+        check_number("--min-p", self.min_p, 0.0, 1.0)
+        check_number("--presence-penalty", self.presence_penalty, -1000.0, 1000.0)
+        check_number("--frequency-penalty", self.frequency_penalty, -1000.0, 1000.0)
+        check_number("--penalty-decay", self.penalty_decay, 0.0, 1.0)
 
 
 class Choice(NamedTuple):
@@ -91,7 +91,7 @@ class Sampler:
         logit_bias: Mapping[int, float] | None = None,
     ) -> None:
         if seed is not None and not isinstance(seed, np.random.Generator):
-            _check("--seed", seed, 0, math.inf, whole=True)
+            check_number("--seed", seed, 0, math.inf, whole=True)
         self.options = options or SamplingOptions()
         self.rng = np.random.default_rng(seed)
         amounts = dict(logit_bias or {})
@@ -323,12 +323,3 @@ def _mask(mask: np.ndarray | None, V: int) -> np.ndarray | None:
     if mask.shape != (words,) or mask.dtype not in (np.uint32, np.int32):
         raise UsageError(f"a mask of allowed tokens must be ({words},) uint32, not {mask.shape} {mask.dtype}")
     return np.ascontiguousarray(mask).view(np.uint32)
-
-
-def _check(flag: str, value: float, low: float, high: float, *, whole: bool = False) -> None:
-    kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, kind) and math.isfinite(value) and low <= value <= high:
-        return
-    number = "a whole number" if whole else "a number"
-    allowed = f"between {low:g} and {high:g}" if high < math.inf else f"of at least {low:g}"
-    raise UsageError(f"{flag} must be {number} {allowed}, not {value!r}")
