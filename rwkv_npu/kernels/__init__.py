@@ -1,14 +1,14 @@
-"""Code that is compiled on the machine it runs on, by numba (extra `fast`): no compiler, no build step.
+"""CPU code that numba compiles on the machine it runs on (extra `fast`). No C compiler and no build step is needed.
 
-    recurrence.py      the recurrences of all generations, in v4.py .. v7.py
+    recurrence.py      the recurrences; one file a generation: v4.py .. v7.py, with chunk.py for prompts and parts.py
     sampling.py        the sampler
-    recorder.py        groups, and the fused forward, as operations; program.py gives them memory, machine.py
-                       executes them, pool.py on several threads
-    linear.py          the kernels of products: loops of products.py, tiles of tiles.py, vectors of simd.py
-    instruction_sets.py    products of bytes for each kind of processor; processor.py reads which this one is
-    compiler.py        functions as machine code, which cache.py keeps; build.py fills the cache
+    recorder.py        records groups, and the fused forward, as operations; program.py gives them memory,
+                       machine.py executes them, pool.py does so on several threads; instructions.py is their format
+    linear.py          matrix products: loops in products.py, tiles in tiles.py, vectors in simd.py
+    instruction_sets.py    int8 products for each kind of processor; processor.py detects the features of this one
+    compiler.py        compiles functions to machine code; cache.py stores it, build.py fills the cache
 
-numba is imported when one of them is loaded.
+This file, instructions.py, recorder.py and program.py do not import numba.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ def available() -> bool:
 
 
 def load(module: str) -> ModuleType:
-    """A module of this package. Its kernels are compiled, or read from the cache, when they are first needed."""
+    """Import a module of this package. Its kernels are compiled, or read from the cache, at first use."""
     return importlib.import_module(f"{__name__}.{module}")

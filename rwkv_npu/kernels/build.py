@@ -1,5 +1,8 @@
-"""Fills the cache of compiled kernels. `python -m rwkv_npu.kernels.build NAME...` compiles those of these names that
-no other process is compiling: helpers of a process that needs them."""
+"""Fills the cache of compiled kernels.
+
+`python -m rwkv_npu.kernels.build NAME...` compiles the kernels named, except those that another process is compiling.
+`compiler.prepare` starts several such processes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from rwkv_npu.kernels.compiler import KERNELS, Kernel
 
 
 def every_kernel() -> list[Kernel]:
-    """All kernels that any module of the package has."""
+    """Load all modules of the package and return their kernels."""
     for module in pkgutil.iter_modules(kernels.__path__):
         if module.name != "build":
             kernels.load(module.name)

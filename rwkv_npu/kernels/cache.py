@@ -1,7 +1,8 @@
-"""Where compiled kernels are kept: one file of machine code each, in a folder named after all that they depend on.
+"""The cache of compiled kernels: one file of machine code each.
 
-$RWKV_NPU_CACHE may list several folders, as PATH does. All are read; the first that can be written is written. So an
-image ships the kernels in a folder that nobody may change.
+The name of their folder contains a hash of everything that the code depends on. $RWKV_NPU_CACHE may list several
+folders, as PATH does. All are read, and the first writable one is written. So a container image can ship kernels in a
+folder that is read-only.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from pathlib import Path
 from rwkv_npu.formats.files import cache_dirs, write_atomically
 from rwkv_npu.kernels import processor
 
-_own: list[str] = []  # a folder that goes with this process
+_temporary: list[str] = []  # a folder that is deleted when this process ends; empty while none is needed
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @functools.cache
 def key() -> str:
-    """Processor and a hash of everything else that machine code depends on: sources, features, compilers."""
+    """The name of the folder: the processor, and a hash of all else that matters (sources, features, compilers)."""
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
     used = [*package.glob("kernels/*.py"), *package.glob("models/*.py"), package / "quant" / "cpu.py"]
     for file in sorted(used):
         digest.update(file.read_bytes())
-    versions = [importlib.metadata.version(package) for package in ("numba", "llvmlite")]
+    versions = [importlib.metadata.version(compiler) for compiler in ("numba", "llvmlite")]
     system = platform.machine(), platform.system(), platform.python_version_tuple()[:2]
     name = processor.name()
     digest.update(repr((name, sorted(processor.features()), system, versions)).encode())
@@ -42,17 +43,17 @@ def key() -> str:
 
 
 def roots() -> list[str]:
-    """The folders that may hold a cache, and the one of this process alone where none of them can be written."""
-    return [str(folder) for folder in cache_dirs()] + _own
+    """The folders that may hold a cache; the last is a temporary one where no other is writable."""
+    return [str(folder) for folder in cache_dirs()] + _temporary
 
 
 def folders() -> list[Path]:
-    """The folders in which kernels for this processor are looked for, in that order."""
+    """The folders to search for the kernels of this processor, in order."""
     return [Path(root) / "kernels" / key() for root in roots()]
 
 
 def read(name: str) -> bytes | None:
-    """The machine code of a kernel; None where no folder has it whole."""
+    """The machine code of a kernel; None if no folder has an undamaged copy."""
     for folder in folders():
         with contextlib.suppress(OSError):
             data = (folder / name).read_bytes()
@@ -63,13 +64,15 @@ def read(name: str) -> bytes | None:
 
 
 def write(folder: Path, name: str, code: bytes) -> None:
-    """Keep the machine code of a kernel. Raises OSError."""
+    """Store the machine code of a kernel. Raises OSError."""
     write_atomically(folder / name, hashlib.sha256(code).digest() + code)
 
 
 def writable_folder() -> Path:
-    """The first of `folders` that files can be made in, made where it is missing; where there is none, a folder that
-    goes with this process, of which a line on stderr tells."""
+    """Return the first writable one of `folders()`, creating it if it is missing.
+
+    If there is none, create a temporary folder and print a warning.
+    """
     problem: OSError | None = None
     for folder in folders():
         try:
@@ -86,8 +89,8 @@ def writable_folder() -> Path:
         "set RWKV_NPU_CACHE to a folder that can be written, or add one that `rwkv-npu kernels build` has filled",
         file=sys.stderr,
     )
-    _own.append(tempfile.mkdtemp(prefix="rwkv_npu-"))
-    atexit.register(shutil.rmtree, _own[0], ignore_errors=True)
+    _temporary.append(tempfile.mkdtemp(prefix="rwkv_npu-"))
+    atexit.register(shutil.rmtree, _temporary[0], ignore_errors=True)
     folder = folders()[-1]
     folder.mkdir(parents=True)
     return folder
@@ -95,7 +98,7 @@ def writable_folder() -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path, name: str, *, wait: bool) -> Iterator[bool]:
-    """Hold a kernel against other processes that want to compile it; False where one does and `wait` is not set."""
+    """Lock a kernel while it is compiled. Yields False if another process has the lock and `wait` is not set."""
     import fcntl  # not on Windows
 
     with (folder / f"{name}.lock").open("w") as file:

@@ -1,11 +1,11 @@
-"""A chunk: a few tokens of one head, which the recurrences of prompts compute at once, as products of matrices.
+"""Chunks: in a prompt, the recurrence of one head computes a few tokens at once, as products of matrices.
 
-Token by token a recurrence reads and writes the state, N x N, for every token. Over a chunk it becomes products of
-(2C, N) and (N, N), which run on tiles of registers and read the state twice a chunk. Short chunks are the fastest:
-the work among the tokens of a chunk grows with its length.
+Computed token by token, a recurrence reads and writes the state, N x N, for every token. Computed in chunks, it is
+products of (2C, N) and (N, N), which read the state twice a chunk and run on tiles of registers. Short chunks are the
+fastest, since the work between the tokens of a chunk grows with the square of its length.
 
-The memory of a chunk is one fp32 array (ROWS, N), in the order of the names below. Letters: C tokens of a chunk at
-most, N head size.
+The memory of a chunk is one fp32 array (ROWS, N), divided as the names below say. Letters: C the most tokens of a
+chunk, N head size.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ from rwkv_npu.quant.cpu import LANES
 
 N = 64
 C = LANES // 2  # two keys of each token fill a vector
-SHORTEST = 2 * C  # rows of a segment from which on chunks are worth transposing the state
+SHORTEST = (
+    2 * C
+)  # the least rows of a segment for which chunks are used: the state must be transposed for them
 
-# Of each 2C rows, the first C belong to what v7 removes from the state, the others to what a token reads and adds.
+# The first row of each array. Of 2C rows, the first C are what v7 removes from the state; v5 and v6 do not use them.
+# The others are what a token reads (queries) and adds (keys, values).
 STATE = 0  # (N, N): transposed, [k, v]
 QUERIES = STATE + N  # (2C, N)
 KEYS = QUERIES + 2 * C  # (2C, N)
 VALUES = KEYS + 2 * C  # (2C, N)
-OUT = VALUES + 2 * C  # (2C, N): queries times the state, then y
+OUT = VALUES + 2 * C  # (2C, N): queries times the state, later y
 KEYS_T = OUT + 2 * C  # (N, 2C)
 SCORES = KEYS_T + 2 * C  # (2C, 2C): queries times keys
-DECAY = SCORES + 4 * C * C // N  # (N,): the product of the decays since the chunk began
+DECAY = SCORES + 4 * C * C // N  # (N,): the product of the decays since the begin of the chunk
 ROWS = DECAY + 1
 
 ROW = 4 * N  # bytes
 _TILE = 4  # rows
-_SPAN = 2 if simd.WIDE else 1  # strips: as many sums as there are registers for
+_SPAN = 2 if simd.WIDE else 1  # strips of a tile: as many as fit the registers
 _COLUMNS = _SPAN * LANES
 _wide, _narrow = float_tile(_TILE, _SPAN), float_tile(_TILE, 1)
 _zeros, _load, _store, _add = _wide.zeros, _wide.load, _wide.store, _wide.add_products
@@ -58,7 +61,7 @@ _tile_type = types.UniTuple(Floats, _TILE * _SPAN)
 
 @operation(_tile_type, _tile_type, ADDRESS)
 def _times(b: Any, tile: Any, factors: Any) -> Any:
-    """Each row of a tile times a number of its own."""
+    """Multiply each row of a tile by its factor: factors (_TILE,)."""
     for i in range(_TILE * _SPAN):
         at = b.add(factors, factors.type(4 * (i // _SPAN)))
         factor = simd.spread(b, simd.read(b, at, ir.FloatType()))
@@ -68,7 +71,7 @@ def _times(b: Any, tile: Any, factors: Any) -> Any:
 
 @operation(types.void, ADDRESS, ADDRESS, ADDRESS, ADDRESS)
 def _transpose_block(b: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> None:
-    """16 x 16 floats: halves of blocks change places, from blocks of 16 down to blocks of 2."""
+    """Transpose 16 x 16 floats: exchange the off-diagonal quarters of blocks of 16, then of 8, 4 and 2."""
 
     def place(at: Any, stride: Any, i: int) -> Any:
         return b.add(at, b.mul(stride, stride.type(i)))
@@ -98,14 +101,14 @@ def transpose_state(source, target):  # type: ignore[no-untyped-def]
 
 @inner
 def start(at):  # type: ignore[no-untyped-def]
-    """Begin a chunk: nothing has decayed."""
+    """Begin a chunk at address `at`: nothing has decayed yet."""
     for column in range(0, ROW, 4 * LANES):
         store_floats(floats(1.0), at + DECAY * ROW + column)
 
 
 @inner
 def _clear(at, tokens):  # type: ignore[no-untyped-def]
-    """Zero the rows of keys and values that a chunk of so many tokens leaves free."""
+    """Zero the rows of keys and values that a chunk of `tokens` tokens does not use."""
     for t in range(tokens, C):
         for column in range(0, ROW, 4 * LANES):
             for rows in (KEYS, KEYS + C, VALUES, VALUES + C):
@@ -114,7 +117,7 @@ def _clear(at, tokens):  # type: ignore[no-untyped-def]
 
 @inner
 def _read_state(at, begin):  # type: ignore[no-untyped-def]
-    """OUT = QUERIES STATE."""
+    """OUT = QUERIES STATE. begin, here and below: the first of the 2C rows that is used, 0 or C."""
     for row in range(begin, 2 * C, _TILE):
         for column in range(0, N, _COLUMNS):
             tile = _zeros()
@@ -140,7 +143,7 @@ def _score(at, begin):  # type: ignore[no-untyped-def]
 
 @inner
 def _mix(at, query, removed, added, target):  # type: ignore[no-untyped-def]
-    """Row `target` = OUT of a query + its scores times the first values of both kinds."""
+    """Row `target` = row `query` of OUT + its scores times the first `removed` and the first `added` values."""
     scores = at + SCORES * ROW + 4 * LANES * query
     for column in range(0, ROW, 4 * LANES):
         total = load_floats(at + (OUT + query) * ROW + column)
@@ -168,7 +171,7 @@ def _update_state(at, begin):  # type: ignore[no-untyped-def]
 
 @inner
 def _decay_keys(at, begin):  # type: ignore[no-untyped-def]
-    """KEYS relative to the end of the chunk, and no longer to its begin."""
+    """Make KEYS relative to the end of the chunk; they were relative to its begin."""
     for column in range(0, ROW, 4 * LANES):
         decay = load_floats(at + DECAY * ROW + column)
         for t in range(begin, 2 * C):
@@ -178,7 +181,10 @@ def _decay_keys(at, begin):  # type: ignore[no-untyped-def]
 
 @inner
 def advance_v7(at, tokens):  # type: ignore[no-untyped-def]
-    """OUT + C: y of the chunk's tokens; STATE: after them. The removed values solve a triangular system over time."""
+    """Compute y of the chunk's tokens, from row OUT + C on, and the STATE after them.
+
+    The first loop finds the values that each token removes, by forward substitution.
+    """
     _clear(at, tokens)
     _read_state(at, 0)
     _score(at, 0)
@@ -192,9 +198,9 @@ def advance_v7(at, tokens):  # type: ignore[no-untyped-def]
 
 @inner
 def advance_v5(at, tokens, alone):  # type: ignore[no-untyped-def]
-    """The same of v5 and v6: nothing is removed, and y lacks what a token reads of its own value.
+    """`advance_v7` for v5 and v6, which remove nothing. The caller adds what a token reads of its own value to y.
 
-    alone: the one token decays too much for its key to be divided by the decay.
+    alone: the chunk is one token, which decays so much that its key cannot be divided by the decay.
     """
     _clear(at, tokens)
     _read_state(at, C)

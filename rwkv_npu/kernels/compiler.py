@@ -1,7 +1,7 @@
 """Compiles kernels to machine code and loads it.
 
-A kernel is a function of whole numbers and addresses (int64) that returns nothing. It is compiled by numba, or read
-from the cache, when its address is first asked for, alone: so a model pays for the kernels that it uses.
+A kernel is a function of int64 arguments (numbers and addresses) that returns nothing. Each kernel is compiled by
+numba, or read from the cache, when its address is first needed: a model only pays for the kernels it uses.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from rwkv_npu.progress import progress
 
 processor.configure()
 
-# Functions that only kernels call: without the wrappers for Python, which take a third of the time to compile.
+# Options of functions that only kernels call: no wrappers for Python, which take a third of the time to compile.
 PLAIN: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def inner(function: Callable[..., Any], **options: Any) -> Any:
-    """A function that only kernels call. Numbers that are constants in a call need no variant of their own."""
+    """Make a function that only kernels call. It is not compiled anew for each constant that a caller passes."""
     dispatcher = njit(**options, **PLAIN)(function)
     template = dispatcher.get_call_template
 
@@ -47,16 +47,15 @@ def inner(function: Callable[..., Any], **options: Any) -> Any:
     return dispatcher
 
 
-# By name: those of the modules that are loaded.
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {}  # by name, of all modules that are loaded
 
-_SYMBOL = "rwkv_npu_kernel"  # what the function is called in its machine code
+_SYMBOL = "rwkv_npu_kernel"  # the function's name in its object file
 _loading = threading.Lock()
-_kept: list[Any] = []  # machine code lies in memory of its engine
+_engines: list[Any] = []  # LLVM's engines: each owns the memory of a kernel's machine code
 
 
 class Kernel:
-    """A function of a module of this package as machine code. options: of numba's cfunc."""
+    """A function of this package as machine code. options: those of numba's `cfunc`."""
 
     def __init__(self, function: Callable[..., None], *, name: str | None = None, **options: Any):
         self.function, self._options = function, options
@@ -67,7 +66,7 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        """Where the machine code begins, for other compiled code to call."""
+        """The address of the machine code, for other compiled code to call."""
         with _loading:
             if not self._address:
                 code = cache.read(self.name)
@@ -84,20 +83,20 @@ class Kernel:
 
     @functools.cached_property
     def ctypes(self) -> Any:
-        """The kernel as a function of Python's. Other threads run on meanwhile."""
+        """The kernel as a Python callable. It releases the GIL while it runs."""
         return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * self.arguments)(self.address)
 
     def compile(self) -> bytes:
-        """Compile to machine code, in some seconds."""
+        """Compile to machine code. This takes some seconds."""
         code: bytes = _target_machine().emit_object(self._module())
         return code
 
     def assembly(self) -> str:
-        """Compile to assembly, for a reader."""
+        """Compile to assembly, for people to read."""
         return str(_target_machine().emit_assembly(self._module()))
 
     def _module(self) -> Any:
-        """LLVM's module, optimised. Only the kernel itself is visible outside."""
+        """The optimised LLVM module, in which every function but the kernel itself is internal."""
         signature = types.void(*[types.int64] * self.arguments)
         with _without_engine():
             compiled = CFunc(self.function, (signature.args, signature.return_type), {}, self._options)
@@ -111,8 +110,10 @@ class Kernel:
         return module
 
     def keep(self, folder: Path, *, wait: bool = False) -> bool:
-        """Compile into a folder of the cache what is not there, unless another process does so; with `wait`, once
-        that is done. True where the kernel is in the cache afterwards. Raises OSError."""
+        """Compile the kernel into this folder of the cache, unless it is in the cache already.
+
+        Returns False if another process is compiling it; `wait` waits for that process instead. Raises OSError.
+        """
         if cache.read(self.name) is not None:
             return True
         with cache.lock(folder, self.name, wait=wait) as held:
@@ -122,9 +123,9 @@ class Kernel:
 
 
 def prepare(kernels: Iterable[Kernel]) -> None:
-    """Have these kernels in the cache. Several that are missing are compiled by as many processes as there are cores.
+    """Compile the kernels that the cache lacks, in as many processes as there are cores.
 
-    Processes that start at the same time share the work: each compiles what no other has begun.
+    Each process compiles what no other has begun. So several programs that start at the same time share the work.
     """
     missing = [kernel for kernel in kernels if kernel.missing]
     if not missing:
@@ -155,19 +156,26 @@ def prepare(kernels: Iterable[Kernel]) -> None:
 
 @contextlib.contextmanager
 def _without_engine() -> Iterator[None]:
-    """Keep numba from making machine code of every function that a kernel calls, as if it were called from Python.
+    """Keep numba from making machine code of every function that a kernel calls.
 
-    That takes a quarter of the time, and the kernel contains the code of all of them.
+    numba hands each function to its execution engine, to be called from Python. A kernel needs only the LLVM code of
+    these functions, which is part of its own module; without the rest, compilation takes three quarters of the time.
+
+    numba has no option for this, so its methods that reach the engine are replaced while a kernel is compiled. A numba
+    that has renamed one fails here at the first kernel, with an AttributeError of `mock.patch`. If it reaches the
+    engine in another way, kernels only compile more slowly.
     """
     library: dict[str, Any] = {
-        "_finalize_specific": lambda library: None,
-        "get_pointer_to_function": lambda library, name: library._ensure_finalized() or 0,
+        "_finalize_specific": lambda library: None,  # would have the engine generate code
+        "get_pointer_to_function": lambda library, name: (
+            library._ensure_finalized() or 0
+        ),  # no address to return
     }
     codegen: dict[str, Any] = {
-        "_add_module": lambda codegen, module: None,
-        "set_env": lambda codegen, name, env: None,
+        "_add_module": lambda codegen, module: None,  # would add the module to the engine
+        "set_env": lambda codegen, name, env: None,  # would look for a global of the module in the engine
     }
-    cpu_target.target_context  # noqa: B018  numba's own runtime needs machine code: it is made here
+    cpu_target.target_context  # noqa: B018  made before the patch: numba's own runtime does need machine code
     with (
         global_compiler_lock,
         mock.patch.multiple(JITCodeLibrary, **library),
@@ -177,7 +185,7 @@ def _without_engine() -> Iterator[None]:
 
 
 def _target_machine() -> Any:
-    """LLVM's for the processor in use, as numba sets it up. An engine takes it over."""
+    """A new LLVM target machine with numba's settings. An engine that is given one owns it."""
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     relocation = "static" if target.name.startswith("x86") else "default"
@@ -186,15 +194,15 @@ def _target_machine() -> Any:
 
 
 def _load(code: bytes) -> int:
-    """Put machine code in memory; its address."""
-    if b"NRT_" in code or b"numba_" in code or b"PyErr_" in code:  # it calls numba's own functions
+    """Load machine code into memory and return its address."""
+    if b"NRT_" in code or b"numba_" in code or b"PyErr_" in code:  # the code calls numba's own functions
         from numba.core.runtime import rtsys
 
         rtsys.initialize(cpu_target.target_context)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _kept.append(engine)
+    _engines.append(engine)
     address: int = engine.get_function_address(_SYMBOL)
     assert address
     return address

@@ -1,11 +1,16 @@
-"""Products of bytes, by instruction set: one row of SETS each.
+"""int8 products, for each instruction set: one row of the table SETS.
 
-A product adds up blocks of 64 int8 of rows of x times a strip of 16 columns, exactly, in int32. x is never -128.
-Weights are bytes: four of a column lie side by side, 16 columns are 64 bytes. `Dots` emits LLVM code for a tile of some
-rows times some strips; a set overrides what its instructions do otherwise. A new set is a row and such a class.
+Rows of x, int8 and never -128, are multiplied by a matrix whose weights are bytes. The sums are exact, in int32.
 
-A block begins with an `offset`, an int32 of a row that was computed when the row was quantised. It takes off what
-unsigned weights add: those of int4 are 0 .. 15 and stand for -8 .. 7.
+    strip    16 columns of the matrix
+    block    64 elements of a row of x, and the 64 rows of the matrix that they are multiplied by
+    four     4 elements of a block. Those of a column lie side by side: the weights of a four and a strip are 64 bytes
+    tile     some rows of x times some strips: their sums lie in registers, which the code calls totals
+    offset   where the sum of a block begins: an int32, computed when the row of x was quantised. Weights are stored
+             unsigned (of int4, 0 .. 15 stands for -8 .. 7). The offset subtracts what this adds to the sum
+
+`Dots` emits LLVM code for any processor. Its subclasses override what their instructions do better. For a new
+instruction set, write such a subclass and a row of the table.
 """
 
 from __future__ import annotations
@@ -25,10 +30,10 @@ Values = list[Any]
 
 
 class Dots:
-    """Sums of products by plain LLVM code, for any processor.
+    """Emits the code of a block's products, for any processor. `b` is LLVM's builder, `bits` 4 or 8.
 
-    width: bytes of a register. zero8: what int8 weights stand for 0 with: 128 as they are stored, 0 once `operand` has
-    made them signed.
+    width: bytes of a register. zero8: the byte that stands for an int8 weight of 0 when it is multiplied. Weights are
+    stored with 128; a set of 0 has `operand` make them signed.
     """
 
     width = 64
@@ -43,63 +48,66 @@ class Dots:
         return ir.VectorType(_I32, self.width // 4)
 
     def fours(self, tile: int, bits: int) -> int:
-        """Fours of a row that are multiplied before the loop is closed, for a tile of so many rows and strips.
+        """The fours in one round of the loop over a block. tile: its rows times its strips.
 
-        A long body gives LLVM more to reorder than a large tile leaves registers for.
+        A large tile needs a short round: LLVM reorders a long one until the registers do not suffice.
         """
         return 4
 
     # -- weights of a strip: a list of registers for every four rows of the matrix -----------------------------
 
     def unpacked(self, b: Any, address: Any, fours: int, bits: int) -> list[Values]:
-        """Weights as they are stored, to operands."""
+        """Read packed weights and make them operands."""
         if bits == 8:
             return [[self.operand(b, v) for v in four] for four in self.stored(b, address, fours)]
         found = []
-        for both in self.stored(b, address, fours // 2):
+        for both in self.stored(b, address, fours // 2):  # a byte holds a weight of one four, and of the next
             found.append([b.and_(v, ir.Constant(v.type, [15] * self.width)) for v in both])
             found.append([b.lshr(v, ir.Constant(v.type, [4] * self.width)) for v in both])
         return found
 
     def stored(self, b: Any, address: Any, count: int) -> list[Values]:
-        """So many times 64 bytes."""
+        """Read `count` times 64 bytes."""
         places = [range(start, start + 64, self.width) for start in range(0, 64 * count, 64)]
         return [[read(b, b.add(address, _I64(at)), self.bytes) for at in four] for four in places]
 
     def operand(self, b: Any, v: Any) -> Any:
-        """int8 weights, stored with a zero of 128."""
+        """int8 weights as stored, with a zero of 128 -> with a zero of `zero8`."""
         return v if self.zero8 else b.xor(v, ir.Constant(v.type, [128] * self.width))
 
     def arranged(self, b: Any, fours: list[Values]) -> list[Values]:
-        """Operands in the order in which products of many rows read them."""
+        """Reorder operands for products of many rows, before they are stored unpacked."""
         return fours
 
     # -- rows -------------------------------------------------------------------------------------------------
 
     def offset(self, b: Any, sums: Any) -> Any:
-        """The offset of a block. sums: 16 int32 that add up to the sum of the block, x[i] in that of i % 16."""
+        """The offset of a block of x. sums: 16 int32, of which number j is the sum of all x[i] with i % 16 == j."""
         return b.mul(_total(b, sums, 1)[0], _I32(-8))
 
     def repeated(self, b: Any, x: Any, fours: int) -> Values:
-        """Bytes of a row: each four of them, in every lane of a register."""
+        """Read fours of a row of x at address `x`, each into a register that repeats it in every lane."""
         found = []
         for start in range(0, 4 * fours, 4):
             four = read(b, b.add(x, _I64(start)), _I32)
             found.append(b.bitcast(spread(b, four, self.width // 4), self.bytes))
         return found
 
-    # -- a tile: what is added up lies in registers, row by row, strip by strip -------------------------------
+    # -- totals: registers in the order of rows, and of strips within a row -----------------------------------
 
     def begin(self, b: Any, offsets: Values, strips: int, bits: int) -> Values:
+        """The totals before the first product. offsets: one for each row."""
         return [self.first(b, offset, bits) for offset in offsets for _ in range(strips * 64 // self.width)]
 
     def first(self, b: Any, offset: Any, bits: int) -> Any:
+        """One register of `begin`."""
         if bits == 8 and not self.zero8:
             return ir.Constant(self.ints, [0] * self.ints.count)
+        # The offset is -8 times the sum of the block, and a zero of 128 needs -128 times that sum.
         return spread(b, b.shl(offset, _I32(4)) if bits == 8 else offset, self.ints.count)
 
     def step(self, b: Any, totals: Values, strips: list[list[Values]], rows: Values, bits: int) -> Values:
-        """Add some rows of the matrix. strips: the operands of each; rows: addresses in x."""
+        """Add the products of some fours. strips: the operands of each strip; rows: addresses in x."""
         repeated = [self.repeated(b, row, len(strips[0])) for row in rows]
         totals = list(totals)
         for four in range(len(strips[0])):
@@ -110,7 +118,7 @@ class Dots:
         return totals
 
     def dot(self, b: Any, total: Any, w: Any, x: Any, bits: int) -> Any:
-        """total + the four products of each lane."""
+        """total + the products of a four, in each lane."""
         widen = b.zext if self.zero8 or bits == 4 else b.sext
         for place in range(4):
             lane = range(place, self.width, 4)
@@ -119,7 +127,7 @@ class Dots:
         return total
 
     def end(self, b: Any, totals: Values, rows: int, bits: int) -> Values:
-        """Sums of the block as floats, which are exact: 16 of each row and strip."""
+        """The sums of the block as floats, without rounding: a vector of 16 for each row and strip."""
         count = 64 // self.width
         sums = [self.last(b, total, bits) for total in totals]
         return [self.floats(b, concatenate(b, sums[i : i + count])) for i in range(0, len(sums), count)]
@@ -133,6 +141,8 @@ class Dots:
 
 
 class Vnni512(Dots):
+    """Four products, unsigned times signed, are added to each int32."""
+
     zero8 = 128
 
     def dot(self, b: Any, total: Any, w: Any, x: Any, bits: int) -> Any:
@@ -147,7 +157,7 @@ class Vnni256(Vnni512):
 
 
 class Avx2(Dots):
-    """vpmaddubsw adds two products in int16, unsigned times signed, and saturates: at no sum that occurs here."""
+    """vpmaddubsw adds two products, unsigned times signed, in int16. It saturates, but no sum here is that large."""
 
     width = 32
     shorts = ir.VectorType(_I16, 16)
@@ -156,11 +166,11 @@ class Avx2(Dots):
     def fours(self, tile: int, bits: int) -> int:
         return 4 if tile < 4 else 2 if bits == 4 else 1
 
-    # int4: two products are 2 * 15 * 127 at most. The offset makes 32 of the sum of a block, which is 32 * 8 * 127 at
-    # most, and so fits int16: it does not matter that sums wrap on the way.
+    # int4: two products are at most 2 * 15 * 127. Each int16 adds up 32 products of a block. With the offset they are
+    # products of -8 .. 7, at most 32 * 8 * 127 together: this fits int16, so sums may wrap on the way there.
 
     def offset(self, b: Any, sums: Any) -> Any:
-        """Two int16, for x[i] of i % 4 < 2 and of the others."""
+        """Two int16 offsets: of the x[i] with i % 4 < 2, and of the others."""
         first, second = (b.trunc(b.mul(half, _I32(-8)), _I16) for half in _total(b, sums, 2))
         return b.or_(b.zext(first, _I32), b.shl(b.zext(second, _I32), _I32(16)))
 
@@ -171,7 +181,7 @@ class Avx2(Dots):
     def dot(self, b: Any, total: Any, w: Any, x: Any, bits: int) -> Any:
         if bits == 4:
             return b.add(total, call(b, "llvm.x86.avx2.pmadd.ub.sw", self.shorts, w, x))
-        # int8: |w| times x with the sign of w. Two products are 2 * 128 * 127 at most.
+        # int8: |w| times x with the sign of w. Two products are at most 2 * 128 * 127.
         size = call(b, "llvm.abs.v32i8", self.bytes, w, ir.IntType(1)(0))
         x = call(b, "llvm.x86.avx2.psign.b", self.bytes, x, w)
         return b.add(total, self.pairs(b, call(b, "llvm.x86.avx2.pmadd.ub.sw", self.shorts, size, x)))
@@ -184,12 +194,14 @@ class Avx2(Dots):
 
 
 class Neon(Dots):
-    """Products in int16 and their sums in pairs, where there is no dot product: two of int8, or 16 of int4, fit."""
+    """Arm without a dot product: products in int16, which can hold the sum of two products of int8, or 16 of int4.
+
+    A register of 16 weights is four columns. Each half of it has a total of its own. The totals begin with one register
+    for each row, its offset.
+    """
 
     width = 16
     shorts = ir.VectorType(_I16, 8)
-
-    # A register of 16 weights is four columns; its halves are added up apart.
 
     def begin(self, b: Any, offsets: Values, strips: int, bits: int) -> Values:
         kind = self.shorts if bits == 4 else self.ints
@@ -231,10 +243,11 @@ class Neon(Dots):
 
 
 class Sdot(Dots):
-    """Four products of int8 for each int32.
+    """Four products of int8 are added to each int32.
 
-    Sums begin at the integer that float32 has for 1.5 * 2^23. An addition to it is one to the float as well, so that a
-    subtraction makes floats of them; a conversion takes four times as long on a Cortex-A76.
+    Sums begin at `magic`, the bits of the float32 1.5 * 2^23. Adding n to these bits adds n to the float. So a
+    subtraction of 1.5 * 2^23 converts the sums to floats; the instruction for it takes four times as long on a
+    Cortex-A76.
     """
 
     width = 16
@@ -250,7 +263,7 @@ class Sdot(Dots):
         return spread(b, offset, 4) if bits == 4 else ir.Constant(self.ints, [self.magic] * 4)
 
     def repeated(self, b: Any, x: Any, fours: int) -> Values:
-        """Registers of 16 bytes, of which `sdot` takes four by their number."""
+        """Read 16 bytes at a time: `sdot` can repeat one four of a register itself."""
         whole = [read(b, b.add(x, _I64(start)), self.ints) for start in range(0, 4 * fours, 16)]
         return [b.bitcast(take(b, whole[four // 4], [four % 4] * 4), self.bytes) for four in range(fours)]
 
@@ -262,7 +275,7 @@ class Sdot(Dots):
 
 
 class Smmla(Sdot):
-    """Two rows times two columns, eight products for each int32. A register of weights holds eight of two columns."""
+    """Two rows times two columns: eight products are added to each int32. A register holds 8 weights of 2 columns."""
 
     longs = ir.VectorType(_I64, 2)
 
@@ -270,7 +283,7 @@ class Smmla(Sdot):
         return 2
 
     def arranged(self, b: Any, fours: list[Values]) -> list[Values]:
-        """The four and the next four of a column side by side."""
+        """Bring two successive fours of a column side by side."""
         found = []
         for i in range(0, len(fours), 2):
             registers = []
@@ -324,9 +337,9 @@ class Smmla(Sdot):
 class InstructionSet(NamedTuple):
     """A row of the table.
 
-    features: of LLVM, all of which a processor must have. instruction: that does the products. gemv, gemm: how products
-    of few rows, with weights as they are stored, and of many rows are emitted. rows, strips: of the largest tile, that
-    of many rows.
+    features: LLVM's names of the features that a processor needs for it. instruction: the one that multiplies.
+    gemv, gemm: emit the products of few rows, which read packed weights, and of many rows, which read unpacked ones.
+    rows, strips: size of the tiles of gemm.
     """
 
     name: str
@@ -339,7 +352,7 @@ class InstructionSet(NamedTuple):
     strips: int = 1
 
 
-# The first that a processor has is taken.
+# The first row whose features a processor has is used.
 SETS = (
     InstructionSet(
         "AVX-512 VNNI",
@@ -360,17 +373,17 @@ SETS = (
 
 
 def select(architecture: str, features: frozenset[str]) -> InstructionSet:
-    """The set that a processor with these features multiplies with."""
+    """The instruction set for a processor with these features."""
     return next(s for s in SETS if s.architecture in ("", architecture) and s.features <= features)
 
 
 def current() -> InstructionSet:
-    """The set that kernels are compiled for. Raises BackendError where a forced feature is missing here."""
+    """The instruction set that kernels are compiled for. Raises BackendError if a forced feature is missing here."""
     return select(_architecture(), processor.features())
 
 
 def best() -> InstructionSet:
-    """The best that this processor has, whatever is forced."""
+    """The best instruction set of this processor, even if another is forced."""
     return select(_architecture(), processor.available())
 
 
@@ -385,7 +398,7 @@ def _architecture() -> str:
 
 
 def _total(b: Any, v: Any, count: int) -> Values:
-    """16 int32, to the sums of those whose places are alike but for their last 2 bits, in `count` parts of 4."""
+    """Add up 16 int32 by index modulo 4; from these 4 sums make `count` sums of neighbours, 1 or 2."""
     while v.type.count > 4:
         v = _add_halves(b, v)
     parts = [take(b, v, range(start, start + 4 // count)) for start in range(0, 4, 4 // count)]

@@ -1,7 +1,7 @@
-"""The kernels of products: for each format of a matrix one for a few rows (gemv) and one for many (gemm).
+"""The kernels that execute LINEAR instructions: for every matrix format, one for few rows (gemv), one for many (gemm).
 
-Each computes one piece of a LINEAR instruction: a share of the strips, or of the panels, of its columns. Any number of
-pieces gives the same bits.
+A call computes one piece of an instruction: a share of its strips (gemv) or panels (gemm). The result has the same bits
+however many pieces there are.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def _gemm_floats(format_: str, product: Any) -> Kernel:
 
 @inner
 def _strips(t, piece, pieces):  # type: ignore[no-untyped-def]
-    """First and last strip of a piece."""
+    """(first, last) strip of a piece."""
     strips = t.n // LANES
     return strips * piece // pieces, strips * (piece + 1) // pieces
 
 
 @inner
 def _jobs(t, pieces):  # type: ignore[no-untyped-def]
-    """Into how many parts the rows are split, where there are fewer panels than pieces, and how many jobs that is."""
+    """(parts, jobs): a job is one panel times one part of the rows. Rows are split if there are too few panels."""
     panels, tiles = -(-t.n // PANEL), -(-t.rows // ROWS)
     parts = 1 if panels >= pieces else min(tiles, -(-pieces // panels))
     return parts, panels * parts
@@ -86,7 +86,7 @@ def _jobs(t, pieces):  # type: ignore[no-untyped-def]
 
 @inner
 def _rows(t, part, parts):  # type: ignore[no-untyped-def]
-    """First and last row of a part: whole tiles."""
+    """(first, last) row of a part, which is whole tiles."""
     tiles = -(-t.rows // ROWS)
     return tiles * part // parts * ROWS, tiles * (part + 1) // parts * ROWS
 

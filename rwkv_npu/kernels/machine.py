@@ -1,6 +1,7 @@
-"""Executes instructions, compiled: one piece of a stage at a time, which pool.py hands out to the threads.
+"""Executes programs, in compiled code.
 
-A stage is the instructions from one that says `wait` to the next.
+A stage is the instructions from one with `wait` up to the next such one. pool.py cuts a stage into pieces and hands
+them to threads; `run_piece` executes one piece.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _instructions(_context: Any, address: Any) -> Any:
 
 @inner
 def instruction(program, i):  # type: ignore[no-untyped-def]
-    """Instruction i of a program, by its address."""
+    """Instruction i of the program at an address."""
     return carray(_instructions(program + i * INSTRUCTION_BYTES), (1,))[0]  # type: ignore[call-arg]
 
 
@@ -85,6 +86,7 @@ def call_product(b: Any, code: Any, op: Any, piece: Any, pieces: Any, scratch: A
 
 @inner
 def _layer_norm(row, out, width, weight, bias, eps):  # type: ignore[no-untyped-def]
+    """Layer norm of one row; weight and bias are padded to whole vectors."""
     whole = width // 16 * 16
     sums = floats(types.float32(0))
     for n in range(0, whole, 16):
@@ -109,7 +111,7 @@ def _layer_norm(row, out, width, weight, bias, eps):  # type: ignore[no-untyped-
 
 @inner
 def _row_matmul(x, s, out, R):  # type: ignore[no-untyped-def]
-    """(R,) times an (R, R) matrix, row-major."""
+    """x (R,) times s (R, R), row-major."""
     for n in range(R):
         value = types.float32(0)
         for k in range(R):
@@ -119,7 +121,7 @@ def _row_matmul(x, s, out, R):  # type: ignore[no-untyped-def]
 
 @inner
 def _copy(source, target, count):  # type: ignore[no-untyped-def]
-    """So many floats and no more: a state has no padding."""
+    """Copy `count` floats exactly: a state has no padding."""
     whole = count // 16 * 16
     for n in range(0, whole, 16):
         store_floats(load_floats(source + n * 4), target + n * 4)
@@ -128,8 +130,8 @@ def _copy(source, target, count):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _of_row(t, row):  # type: ignore[no-untyped-def]
-    """Execute an instruction on one row."""
+def _run_row(t, row):  # type: ignore[no-untyped-def]
+    """Execute an instruction on one row, whole vectors at a time: what follows `width` is padding."""
     op, width = t.op, t.width
     at = row * t.stride * 4
     a, b, out = t.a + at, t.b + at, t.out + at
@@ -172,7 +174,7 @@ def _of_row(t, row):  # type: ignore[no-untyped-def]
 
 @inner
 def _shift(t, first, last):  # type: ignore[no-untyped-def]
-    """Rows of a, each taken from the row above where the mask is not 0, else rows of b."""
+    """SHIFT: row r is row r - 1 of a where the mask is not 0, else row r of b."""
     for row in range(first, last):
         at = row * t.stride * 4
         above = row > 0 and load_float(t.vector + row * t.other_stride * 4) != 0
@@ -181,14 +183,14 @@ def _shift(t, first, last):  # type: ignore[no-untyped-def]
 
 @inner
 def _segment(table, number):  # type: ignore[no-untyped-def]
-    """The address of a segment's line in the segment table: its first row, its number of rows, its state."""
+    """(first row, number of rows, address of the line) of a segment in the segment table."""
     line = table + (1 + number) * SEGMENT_WORDS * 8
     return load_long(line + S_FIRST * 8), load_long(line + S_COUNT * 8), line
 
 
 @inner
 def _shift_state(t, first, last):  # type: ignore[no-untyped-def]
-    """Rows of a, each taken from the row above, and at the first row of a segment from its state."""
+    """SHIFT_STATE: row r is row r - 1 of a; the first row of a segment is its state."""
     for row in range(max(first, 1), last):
         at = row * t.stride * 4
         _copy(t.a + at - t.stride * 4, t.out + at, t.width)
@@ -200,7 +202,7 @@ def _shift_state(t, first, last):  # type: ignore[no-untyped-def]
 
 @inner
 def _store_state(t, first, last):  # type: ignore[no-untyped-def]
-    """The last row of each segment, into its state."""
+    """STORE_STATE: write the last row of each segment to its state."""
     for number in range(load_long(t.vector)):
         begin, count, line = _segment(t.vector, number)
         row = begin + count - 1
@@ -210,8 +212,10 @@ def _store_state(t, first, last):  # type: ignore[no-untyped-def]
 
 @inner
 def _unit(table, heads, work):  # type: ignore[no-untyped-def]
-    """The number of the first unit, a head of a segment, that begins where so much work is done; work counts rows times
-    heads, and unit u is head u % heads of segment u // heads."""
+    """The first unit that is left when `work` row-heads are done, counted segment by segment.
+
+    Unit u is head u % heads of segment u // heads, and it has one row-head for every row of its segment.
+    """
     segments = load_long(table)
     for number in range(segments):
         row, count, _ = _segment(table, number)
@@ -223,7 +227,7 @@ def _unit(table, heads, work):  # type: ignore[no-untyped-def]
 
 @inner
 def _quantise(t, first, last):  # type: ignore[no-untyped-def]
-    """Rows as int8; what lies beyond their width is cleared first, since it would count."""
+    """QUANTISE. The padding is zeroed first, since it would add to scales and sums."""
     for row in range(first, last):
         for n in range(t.width, t.k):
             store_float(types.float32(0), t.a + (row * t.stride + n) * 4)
@@ -232,8 +236,10 @@ def _quantise(t, first, last):  # type: ignore[no-untyped-def]
 
 @inner
 def run_piece(program, begin, end, piece, pieces, scratch):  # type: ignore[no-untyped-def]
-    """Piece `piece` of `pieces` of the instructions begin .. end, one stage: a share of the columns of each product,
-    of the heads of each recurrence, of the rows of all else."""
+    """Execute piece number `piece` of `pieces` of a stage, the instructions begin .. end of a program.
+
+    A piece is a share of the columns of a product, of the heads of a recurrence, and of the rows of all else.
+    """
     for i in range(begin, end):
         t = instruction(program, i)
         if t.op == LINEAR:
@@ -263,4 +269,4 @@ def run_piece(program, begin, end, piece, pieces, scratch):  # type: ignore[no-u
                 _store_state(t, first, last)
             else:
                 for row in range(first, last):
-                    _of_row(t, row)
+                    _run_row(t, row)

@@ -1,10 +1,9 @@
-"""Shared by the kernels: how they are compiled, exponentials that vectorise, norms over heads.
+"""Shared by the recurrences: compile options, their arguments, exponentials, group norm.
 
-A compiled `math.exp` is a call for every number; the polynomials here are a few instructions for a whole vector of
-them, on any processor. NaN passes through: a comparison with it leaves it as it is.
+A compiled `math.exp` is one call for every number. The polynomials here take a few instructions for a whole vector, on
+any processor. NaN stays NaN, since comparisons with it are false.
 
-Loops over a head are written in vectors (`simd`), by address: the compiler vectorises few of the loops over arrays
-that may overlap.
+Loops over a head use addresses and the vectors of `simd`: LLVM vectorises few loops over arrays that may overlap.
 """
 
 from __future__ import annotations
@@ -52,22 +51,24 @@ from rwkv_npu.quant.cpu import LANES
 F = np.float32
 ZERO, ONE = F(0), F(1)
 
-# Sums may be taken in any order and products added unrounded: by that kernel and reference differ. NaN and infinity
-# keep their meaning; a division by zero is IEEE's and needs no branch.
+# LLVM may reorder sums, and add products without rounding them first: kernels and reference differ by that. NaN and
+# infinity keep their meaning. A division by zero gives them, as IEEE 754 says, and needs no branch.
 COMPILED: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-# Where an addition rounds on purpose.
+# For functions in which an addition rounds on purpose.
 _IN_ORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
 inlined: Any = functools.partial(inner, forceinline=True, **COMPILED)
-called: Any = functools.partial(inner, **COMPILED)  # large functions, of which LLVM should make one copy
+called: Any = functools.partial(
+    inner, **COMPILED
+)  # for large functions, which need not be copied into each caller
 
 # -- arguments -------------------------------------------------------------------------------------------
 
 
 def recurrence(run: Any) -> Kernel:
-    """The kernel run(arguments, begin, end), called from Python by its `.ctypes`, from compiled code by its `.address`.
+    """Make run(arguments, begin, end) a kernel. Python calls its `.ctypes`, compiled code its `.address`.
 
-    arguments: the address of what `instructions.A_SEGMENTS` and the names after it list. begin, end: numbers of units;
+    arguments: address of the arguments of a recurrence (see `instructions`). begin, end: a range of units, of which
     unit u is head u % H of segment u // H.
     """
     return Kernel(run, **COMPILED)
@@ -84,6 +85,8 @@ def float32s(_context: Any, address: Any) -> Any:
 
 
 def as_pointer(kind: Any) -> Any:
+    """The body of an intrinsic that makes a pointer of an address. kind: numba's type of the pointer."""
+
     def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         return builder.inttoptr(values[0], context.get_value_type(kind))
 
@@ -92,16 +95,19 @@ def as_pointer(kind: Any) -> Any:
 
 @inlined
 def arguments(address: Any) -> Any:
+    """The arguments of a recurrence as an array (ARGUMENTS,) int64."""
     return carray(_words(address), (ARGUMENTS,))  # type: ignore[call-arg]
 
 
 @inlined
 def array(address: Any, shape: Any) -> Any:
+    """The fp32 array at an address."""
     return carray(float32s(address), shape)  # type: ignore[call-arg]
 
 
 @inlined
 def row_count(a: Any) -> Any:
+    """M, the rows of all segments."""
     return carray(_words(a[A_SEGMENTS]), (SEGMENT_WORDS,))[S_ROWS]  # type: ignore[call-arg]
 
 
@@ -114,21 +120,24 @@ def segment(a: Any, number: Any) -> Any:
 
 @inlined
 def state(a: Any, number: Any, part: Any, shape: Any) -> Any:
-    """A part of a segment's state that the recurrence updates, by its number, at the layer of the arguments."""
+    """A part of a segment's state, in the layer of the arguments. part: counted among those that recurrences update."""
     line = carray(_words(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))  # type: ignore[call-arg]
     return array(line[S_RECURRENT + part] + a[A_LAYER], shape)
 
 
 @inlined
 def padded(N: Any) -> Any:
-    """Floats of a row of scratch: whole vectors."""
+    """N floats as whole vectors: the length of a row of scratch."""
     return (N + LANES - 1) // LANES * LANES
 
 
 @called
 def head_at(a: Any, unit: Any) -> Any:
-    """(first, step, count, h, state) of a unit: its `count` rows lie `first` bytes, and then every `step` bytes, after
-    the address of a value or of y; state is the address of the head's own."""
+    """(first, step, count, h, state) of a unit, which is `count` rows of one head.
+
+    first: bytes from the address of an input, or of y, to the unit's first row. step: bytes from a row to the next.
+    h: number of the head. state: address of its matrix (N, N).
+    """
     H, N, step = a[A_H], a[A_N], 4 * a[A_STRIDE]
     number, h = unit // H, unit % H
     first, last = segment(a, number)
@@ -138,7 +147,7 @@ def head_at(a: Any, unit: Any) -> Any:
 
 @inlined
 def _whole(source: Any, N: Any, target: Any) -> Any:
-    """The address of N floats as whole vectors: where they lie, or a copy where that would read beyond them."""
+    """An address at which N floats can be read as whole vectors: that of the floats, or of a padded copy of them."""
     if N % LANES == 0:
         return source
     for j in range(N):
@@ -148,7 +157,7 @@ def _whole(source: Any, N: Any, target: Any) -> Any:
 
 @called
 def read_inputs(a: Any, count: Any, place: Any, x: Any, scratch: Any) -> None:
-    """x (count,): addresses of a token's inputs."""
+    """Set x (count,) to the addresses of a token's inputs. place: bytes from the begin of an input to the token."""
     N = a[A_N]
     for i in range(count):
         x[i] = _whole(a[A_VALUES + i] + place, N, scratch + 4 * i * padded(N))
@@ -163,8 +172,7 @@ def _prefetch(b: Any, address: Any) -> None:
 
 @called
 def prefetch_inputs(a: Any, count: Any, place: Any) -> None:
-    """Have a token's inputs in the cache by the time they are read: its row is far from the row before, and a
-    processor that guesses what comes next guesses within a page."""
+    """Prefetch a token's inputs. Processors do so themselves only within a page, and rows are farther apart."""
     for i in range(count):
         for line in range(0, 4 * a[A_N], 64):
             _prefetch(a[A_VALUES + i] + place + line)
@@ -172,7 +180,7 @@ def prefetch_inputs(a: Any, count: Any, place: Any) -> None:
 
 @called
 def read_parameters(a: Any, count: Any, h: Any, p: Any, scratch: Any) -> None:
-    """p (count,): addresses of a head's parameters."""
+    """Set p (count,) to the addresses of a head's parameters."""
     N = a[A_N]
     for i in range(count):
         p[i] = _whole(a[A_TABLE] + 4 * (i * a[A_H] + h) * N, N, scratch + 4 * i * padded(N))
@@ -185,14 +193,14 @@ def write_output(source: Any, target: Any, N: Any) -> None:
 
 
 # -- exponentials ----------------------------------------------------------------------------------------
-# x = n ln 2 + f with a whole n and |f| <= ln 2 / 2, so that exp x = 2^n exp f. Adding 1.5 * 2^(bits of the mantissa)
-# to x / ln 2 leaves n in the last bits, from where a shift brings it into the exponent's. ln 2 comes in two parts, of
-# which the first times n is exact.
+# The method of `simd.exp`, for single numbers: x = n ln 2 + f, exp x = 2^n exp f. Adding 1.5 * 2^(bits of the mantissa)
+# to x / ln 2 leaves n in the last bits, and a shift moves it to the exponent. ln 2 comes in two parts; the product of n
+# and the first is exact.
 
 
 @njit(forceinline=True, **_IN_ORDER, **PLAIN)
 def exp(x: Any) -> Any:
-    """fp32, within 1.1 of its last place. Never 0 nor infinite: it ends at 2^-126 and 2^127."""
+    """e^x of fp32 within 1.1 units in the last place, limited to 2^-126 .. 2^127: never 0 nor infinite."""
     x = F(-87.3) if x < F(-87.3) else x
     x = F(88.3) if x > F(88.3) else x
     shifted = x * F(1.44269504) + F(1.5 * 2**23)
@@ -207,12 +215,12 @@ def exp(x: Any) -> Any:
 
 @njit(forceinline=True, **_IN_ORDER, **PLAIN)
 def exp64(x: Any) -> Any:
-    """fp64 x <= 700, within 1e-11. It ends at e^-700."""
+    """e^x of fp64 x <= 700, within a factor of 1 + 1e-11. Below x = -700 it is e^-700."""
     x = -700.0 if x < -700.0 else x
     shifted = x * 1.4426950408889634 + 1.5 * 2**52
     n = shifted - 1.5 * 2**52
     f = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-    # Taylor's series to the ninth power, in pairs: a chain of nine would wait for itself.
+    # Taylor's series to the ninth power, in pairs: in a chain of nine each step would wait for the one before.
     f2 = f * f
     f4 = f2 * f2
     low = (1 + f) + f2 * (1 / 2 + f * (1 / 6))
@@ -224,7 +232,7 @@ def exp64(x: Any) -> Any:
 
 @inlined
 def exp_of_decay(x: Any) -> Any:
-    """fp32 x <= 0 -> exp x to the last bit of fp32, by way of fp64: see `models.common`."""
+    """e^x of fp32 x <= 0, correct to the last bit since it is computed in fp64. `models.common` says why."""
     return np.float32(exp64(np.float64(x)))
 
 
@@ -238,7 +246,7 @@ def sigmoid(x: Any) -> Any:
 
 @called
 def moments(y: Any, N: Any) -> Any:
-    """Mean of a head's N floats, and the factor of group norm for their distance from it."""
+    """Mean and 1 / standard deviation of a head's N floats at address y, for group norm."""
     mean, variance = ZERO, ZERO
     if N % LANES == 0:
         sums = floats(ZERO)

@@ -1,15 +1,15 @@
 """The threads that execute programs: one pool for the process.
 
-A program is a sequence of stages. The work of a stage is cut into pieces, and a thread that has nothing to do takes
-the next one from a counter that all share. The thread that finishes the last piece opens the next stage. So a thread
-that is not scheduled, because another process has its core, holds up no more than the piece it has begun. A stage with
-too little work for two threads is one piece, which the thread that opens it executes at once.
+A program is a sequence of stages. The work of a stage is cut into pieces. A free thread takes the next piece from a
+counter that all threads share. The thread that finishes the last piece opens the next stage. So a thread whose core is
+taken by another process delays no more than the piece it has begun. A stage with too little work for two threads is one
+piece: the thread that opens it executes it at once.
 
-A thread without work looks for it for a moment, then sleeps; whoever opens a stage wakes the sleepers. A helper that
-had to wait for its core stays away until the core is free again: else it would sooner or later lose the core within a
-piece, and all others would wait for it.
+Thread 0 is the caller's; the others are helpers. A thread without work looks for some for a moment, then sleeps, and
+the thread that opens a stage wakes it. A helper that had to wait for its core stays away until the core is free again:
+otherwise it could lose the core during a piece, and all others would wait for it.
 
-All of that happens in compiled code, so that no exception of Python's (Ctrl-C) can come in between.
+All of this is compiled code, so that no Python exception (Ctrl-C) can interrupt it.
 """
 
 from __future__ import annotations
@@ -43,43 +43,39 @@ from rwkv_npu.kernels.simd import (
     write_atomically,
 )
 
-SPIN_NS = 100_000  # how long a thread looks for work within a program before it sleeps
-LINGER_NS = (
-    1_000_000  # the same of a helper after a program: a token is a few programs, with little in between
-)
-LOOKS = 64  # between two looks at the clock
-LATE_NS = 500_000  # time without its core by which a helper knows that the core is contended
-AWAY_NS = 50_000_000  # time without such a delay after which it comes back
-AWAY_US = 5_000  # between two looks for one
-NAP_US = 50  # where there are no semaphores: between two looks for work
+SPIN_NS = 100_000  # during a program: a thread looks for work this long, then sleeps
+# After a program: a helper looks for work this long. A token is a few programs, with little time in between.
+LINGER_NS = 1_000_000
+LOOKS = 64  # a thread reads the clock once in so many looks
+LATE_NS = 500_000  # a helper that was without a core for so long stays away
+AWAY_NS = 50_000_000  # it comes back when it has not been without a core for so long
+AWAY_US = 5_000  # the time it sleeps between two tests of this
+NAP_US = 50  # on systems without semaphores: the time a thread sleeps between two looks for work
 
-GRAIN = 1 << 15  # multiplications that are worth handing out: some microseconds
-PIECES = 4  # for each thread, where there is work for so many
-# What else costs as much time as so many multiplications, by element.
+GRAIN = 1 << 15  # the least multiplications of a piece: some microseconds
+PIECES = 4  # pieces of a stage for each thread, if there is enough work
+# The cost of an element of other instructions, in multiplications.
 ROW_COST, RECURRENCE_COST = 4, 256
 
-# What the threads share, by offset in bytes: 64-bit numbers. Those that change all the time have a cache line each.
+# The memory that the threads share, int64 by offset in bytes. Numbers that change often have a cache line each.
 _LINE = 64
-_NEXT = 0  # the pieces of the open stage (upper half) and the number of the next one to take (lower half)
-_DONE = _LINE  # its pieces that are finished
-_ENDED = 2 * _LINE  # programs that have ended
-_CLOSED = 3 * _LINE  # 1: the helpers end
-_WAITED = 4 * _LINE  # how often a thread fell asleep within a program
-_STAGE = 5 * _LINE  # written by the thread that opens a stage, and read by who has a piece of it:
+_NEXT = 0  # the number of pieces of the open stage (upper half), and of the next one to take (lower half)
+_DONE = _LINE  # the finished pieces of this stage
+_ENDED = 2 * _LINE  # the programs that have ended
+_CLOSED = 3 * _LINE  # 1 once the pool is closed: helpers end
+_WAITED = 4 * _LINE  # how often a thread fell asleep during a program
+_STAGE = 5 * _LINE  # written by the thread that opens a stage, read by those that execute its pieces:
 _PROGRAM, _LENGTH, _BEGIN, _END, _CLOCK, _SINCE = (_STAGE + 8 * i for i in range(6))
 _PER_THREAD = 6 * _LINE
-# Within what each thread has. The times: when it was woken last, and its own and its core's when they were noted last.
-_ASLEEP, _SEMAPHORE, _WOKEN, _WALL, _CPU, _THREAD_BYTES = (
-    *(_LINE * i for i in range(3)),
-    136,
-    144,
-    3 * _LINE,
-)
+# The memory of each thread: times at which it was last woken, and at which its clocks were last noted.
+_ASLEEP, _SEMAPHORE, _WOKEN = (_LINE * i for i in range(3))
+_WALL, _CPU = _WOKEN + 8, _WOKEN + 16
+_THREAD_BYTES = 3 * _LINE
 
 _HALF = 32
 _LOW = (1 << _HALF) - 1
 
-# Unnamed semaphores. Elsewhere threads look for work now and then.
+# Only Linux has unnamed semaphores. On other systems a sleeping thread looks for work every NAP_US.
 SEMAPHORES = sys.platform == "linux"
 _libc = ctypes.CDLL(None)
 _sem_post = types.ExternalFunction("sem_post", types.int32(types.intp))
@@ -92,32 +88,33 @@ _SECOND = 1_000_000_000  # nanoseconds
 
 @operation(types.int64, ADDRESS, types.int64)
 def _swap(b: Any, address: Any, number: Any) -> Any:
-    """Replace an int64 that other threads use too; the value before."""
+    """Replace an int64 that threads share and return its old value."""
     return b.atomic_rmw("xchg", pointer(b, address, ir.IntType(64)), number, "seq_cst")
 
 
 @inner
 def _time(clock, scratch):  # type: ignore[no-untyped-def]
-    """Nanoseconds by a clock of the C library; 16 bytes of scratch are overwritten."""
+    """The time of a clock of the C library, in ns. It overwrites 16 bytes of scratch."""
     _clock_gettime(types.int32(clock), scratch)
     return load_long(scratch) * _SECOND + load_long(scratch + 8)
 
 
 @inner
 def _of_thread(control, thread):  # type: ignore[no-untyped-def]
+    """The address of a thread's own memory."""
     return control + _PER_THREAD + thread * _THREAD_BYTES
 
 
 @inner
 def _is_open(control):  # type: ignore[no-untyped-def]
-    """True if a piece is left to take."""
+    """True if the open stage has a piece that no thread has taken."""
     word = read_atomically(control + _NEXT)
     return (word & _LOW) < (word >> _HALF)
 
 
 @inner
 def _measure(program, begin, length, threads):  # type: ignore[no-untyped-def]
-    """The end of the stage that begins there, and into how many pieces it is cut."""
+    """(end, pieces) of the stage that begins at instruction `begin`: its end, and into how many pieces to cut it."""
     work, most, end = 0, 1, begin
     while end < length:
         t = instruction(program, end)
@@ -141,7 +138,7 @@ def _measure(program, begin, length, threads):  # type: ignore[no-untyped-def]
 
 @inner
 def _wake(control, first, last, count, scratch):  # type: ignore[no-untyped-def]
-    """Wake as many of the threads first .. last that sleep."""
+    """Wake up to `count` of the threads first .. last that sleep."""
     for thread in range(first, last):
         mine = _of_thread(control, thread)
         if count > 0 and read_atomically(mine + _ASLEEP) and _swap(mine + _ASLEEP, 0):
@@ -153,7 +150,7 @@ def _wake(control, first, last, count, scratch):  # type: ignore[no-untyped-def]
 
 @inner
 def _charge(control, clock, scratch):  # type: ignore[no-untyped-def]
-    """Add the time since the last change of clocks to the clock that ran, and have another run."""
+    """Stop the clock that runs, adding the time since it was started, and start another (0: none)."""
     last = load_long(control + _CLOCK)
     if last != clock:
         now = _time(_MONOTONIC, scratch)
@@ -165,7 +162,7 @@ def _charge(control, clock, scratch):  # type: ignore[no-untyped-def]
 
 @inner
 def _advance(control, begin, threads, scratch):  # type: ignore[no-untyped-def]
-    """Open the stage that begins there, or execute it if it is one piece; after the last one the program ends."""
+    """Open the stage that begins at instruction `begin`. A stage of one piece is executed, and the next one opened."""
     program, length = load_long(control + _PROGRAM), load_long(control + _LENGTH)
     while begin < length:
         _charge(control, instruction(program, begin).clock, scratch)
@@ -186,7 +183,7 @@ def _advance(control, begin, threads, scratch):  # type: ignore[no-untyped-def]
 
 @inner
 def _is_over(control, thread, ended):  # type: ignore[no-untyped-def]
-    """Whether the program that this thread started has ended; of helpers, the pool."""
+    """True if this thread shall return: thread 0 at the end of its program, helpers when the pool is closed."""
     if thread == 0:
         return read_atomically(control + _ENDED) != ended
     return read_atomically(control + _CLOSED) != 0
@@ -194,10 +191,10 @@ def _is_over(control, thread, ended):  # type: ignore[no-untyped-def]
 
 @inner
 def _sleep(control, thread, ended):  # type: ignore[no-untyped-def]
-    """Until a stage is opened or it is over; it may be a little sooner."""
+    """Sleep until a stage is opened or this thread shall return. It may wake up earlier."""
     mine = _of_thread(control, thread)
     write_atomically(mine + _ASLEEP, 1)
-    # Looked at once more, now that whoever opens a stage can see that we sleep.
+    # Look again: a stage that was opened before the line above has woken nobody.
     if _is_open(control) or _is_over(control, thread, ended):
         if _swap(mine + _ASLEEP, 0):
             return
@@ -210,20 +207,21 @@ def _sleep(control, thread, ended):  # type: ignore[no-untyped-def]
 
 @inner
 def _note_times(mine, scratch):  # type: ignore[no-untyped-def]
+    """Note the time, and the CPU time of this thread."""
     store_long(_time(_MONOTONIC, scratch), mine + _WALL)
     store_long(_time(_THREAD_CPU, scratch), mine + _CPU)
 
 
 @inner
 def _lost(mine, scratch):  # type: ignore[no-untyped-def]
-    """Time without a core since the times were noted."""
+    """The time that this thread was without a core since `_note_times`."""
     wall = _time(_MONOTONIC, scratch) - load_long(mine + _WALL)
     return wall - (_time(_THREAD_CPU, scratch) - load_long(mine + _CPU))
 
 
 @inner
 def _stay_away(control, scratch):  # type: ignore[no-untyped-def]
-    """Until this thread has had a core for a while whenever it wanted one: the others do better without it."""
+    """Wait until this thread got a core whenever it wanted one, for AWAY_NS. The others work without it until then."""
     now = _time(_MONOTONIC, scratch)
     until = now + AWAY_NS
     while now < until and not read_atomically(control + _CLOSED):
@@ -236,7 +234,7 @@ def _stay_away(control, scratch):  # type: ignore[no-untyped-def]
 
 @inner
 def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-untyped-def]
-    """Execute pieces until it is over."""
+    """Execute pieces until this thread shall return."""
     mine, is_helper = _of_thread(control, thread), thread > 0
     looks, since, before = 0, 0, 0
     late = False
@@ -284,7 +282,7 @@ def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-u
 
 
 def _work(control, thread, threads, address, length, scratch):  # type: ignore[no-untyped-def]
-    """Thread 0: have a program executed. Others: help until the pool is closed. No length closes it."""
+    """Thread 0: execute a program with the helpers, or close the pool if length is 0. Helpers: help until then."""
     ended = read_atomically(control + _ENDED)
     if thread == 0:
         if length == 0:
@@ -308,11 +306,11 @@ class Pool:
         self._lock = threading.Lock()
         self._scratch: list[np.ndarray] = []
         self._helpers: list[threading.Thread] = []
-        self._owner = 0  # the process whose threads these are: none before the first run
+        self._owner = 0  # the process that started the threads; 0 before the first run
         _open_pools.add(self)
 
     def run(self, address: int, length: int) -> None:
-        """Execute the program of so many instructions at `address`."""
+        """Execute the program of `length` instructions at `address`."""
         with self._lock:
             if self._owner != os.getpid():  # a forked child has none of its parent's threads
                 self._start()
@@ -356,7 +354,7 @@ _open_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 @atexit.register
 def _close_pools() -> None:
-    """Compiled code must not run on when the memory it lies in is freed."""
+    """Stop all helpers before the interpreter frees the memory of their code."""
     for pool in list(_open_pools):
         pool.close()
 
@@ -365,7 +363,7 @@ _shared: dict[int, Pool] = {}
 
 
 def shared_pool(threads: int) -> Pool:
-    """The process's pool of so many threads, made at first use."""
+    """The process's pool of `threads` threads, made at first use."""
     if threads not in _shared:
         _shared[threads] = Pool(threads)
     return _shared[threads]

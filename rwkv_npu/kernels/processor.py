@@ -17,8 +17,8 @@ import llvmlite.binding
 
 from rwkv_npu.errors import BackendError
 
-# Linux on Arm: (type of auxv entry, bit) by feature. LLVM does not translate these. The kernel sets a bit only if every
-# core has the feature, so that it holds for the small cores and the large ones of a chip.
+# Linux on Arm: feature -> (type of auxv entry, bit). LLVM does not report these features. Linux sets a bit only if
+# every core has the feature, small or large.
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
 _ARM_FEATURES = {
     "fullfp16": (_AT_HWCAP, 10),
@@ -28,14 +28,14 @@ _ARM_FEATURES = {
 
 
 def arm_features(hwcap: int, hwcap2: int) -> set[str]:
-    """The features that two words of the auxiliary vector stand for."""
+    """The features by the AT_HWCAP and AT_HWCAP2 words of the auxiliary vector."""
     words = {_AT_HWCAP: hwcap, _AT_HWCAP2: hwcap2}
     return {name for name, (word, bit) in _ARM_FEATURES.items() if words[word] >> bit & 1}
 
 
 @functools.cache
 def available() -> frozenset[str]:
-    """What this processor has."""
+    """The features of this processor."""
     found = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
     if sys.platform == "linux" and platform.machine() == "aarch64":
         getauxval = ctypes.CDLL(None).getauxval
@@ -45,7 +45,7 @@ def available() -> frozenset[str]:
 
 
 def features() -> frozenset[str]:
-    """What kernels are compiled for. Raises BackendError for a forced feature that this processor lacks."""
+    """The features that kernels are compiled for. Raises BackendError for a forced one that this processor lacks."""
     config = _config()
     if config.CPU_FEATURES is None:
         return frozenset(f for f in available() if config.ENABLE_AVX or not f.startswith("avx"))
@@ -60,15 +60,15 @@ def features() -> frozenset[str]:
 
 
 def name() -> str:
-    """The processor that code is scheduled for, as LLVM calls it."""
+    """LLVM's name of the processor that code is scheduled for."""
     return str(_config().CPU_NAME or llvmlite.binding.get_host_cpu_name())
 
 
 def configure() -> None:
-    """Have numba compile for `features()`, where it would not on its own. Call it before anything is compiled.
+    """Make numba compile for `features()`. Call this before anything is compiled.
 
-    LLVM's own list for Arm is incomplete. A forced list is completed by what this processor lacks: the name of a
-    processor implies features, and code for another one could be run here.
+    numba takes LLVM's list, which is incomplete on Arm. And the name of a processor implies features, also those that
+    this one lacks if `NUMBA_CPU_NAME` names another. So the list given to numba also switches off the missing ones.
     """
     host, config = llvmlite.binding.get_host_cpu_features(), _config()
     known = {name for name, has in host.items() if has}

@@ -1,15 +1,15 @@
-"""Products of rows with a matrix, compiled: quantised matrices as `rwkv_npu.quant.cpu` packs them, and float ones.
+"""Compiled products of rows and a matrix, quantised as `rwkv_npu.quant.cpu` packs it, or of floats.
 
-    gemv    few rows. Every weight is read once, and memory sets the pace: rows take turns at each strip while its
-            weights are in the cache.
-    gemm    many rows, in panels of 64 columns. The weights of a panel are unpacked once into a scratch that fits the
-            cache, and the sums of a tile of rows and strips lie in registers.
+    gemv    for few rows. The speed of memory is the limit, so every weight is read from it once: all rows are
+            multiplied by a strip while its weights are in the cache.
+    gemm    for many rows, a panel of 64 columns at a time. The weights of a panel are unpacked into a scratch that fits
+            the cache, and then multiplied by all rows, tile by tile.
 
-Quantised weights are multiplied with rows that are quantised as well, with a scale for every BLOCK of a row. A row of
-such a product has the same bits alone and among any others, by gemv and by gemm. Products of floats have not.
+For a quantised matrix the rows are quantised too, with a scale for every BLOCK of a row. The result of a row then has
+the same bits alone and among any other rows, by gemv and by gemm. Products of floats do not promise this.
 
-Addresses are integers. Rows of x and y lie `stride` floats apart, a multiple of PANEL; there is memory for a whole
-number of tiles of rows, and whatever lies beyond the last row and column may be overwritten.
+Addresses are integers. Rows of x and y lie `stride` floats apart, a multiple of PANEL. Their memory holds a whole
+number of tiles: what lies beyond the last row and column may be overwritten.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from rwkv_npu.quant.cpu import BLOCK, PANEL
 SET = instruction_sets.current()
 ROWS = TILE_ROWS
 STRIPS = PANEL // simd.LANES
-# Strips of a tile of floats: as many as the registers hold.
+# Strips of a tile of floats: as many as fit the registers.
 FLOAT_STRIPS = STRIPS if simd.WIDE else 1
 
-GEMV_ROWS = 16  # rows up to which it is better to read weights as they lie than to unpack them for all rows
-# Weights that are unpacked at a time: they stay in the first cache while all rows of x pass by.
+GEMV_ROWS = 16  # the most rows for which gemv is used: for so few, unpacking the weights does not pay
+# The weights that gemm unpacks at a time: they stay in the L1 cache while all rows of x are multiplied by them.
 UNPACKED_BYTES = 1 << 14
 K_STEP_FLOATS = UNPACKED_BYTES // (PANEL * 4)
-SCRATCH_BYTES = UNPACKED_BYTES + UNPACKED_BYTES // BLOCK * 4  # and the scales of blocks
+SCRATCH_BYTES = UNPACKED_BYTES + UNPACKED_BYTES // BLOCK * 4  # with the scales of the blocks
 
 _float_tile = float_tile(ROWS, FLOAT_STRIPS)
 load_tile, add_products, store_tile = _float_tile.load, _float_tile.add_products, _float_tile.store
@@ -68,9 +68,10 @@ _store_offset = store_offset(SET.gemv)
 
 @inner
 def quantise_rows(x, stride, first, last, K, q, scales, offsets):  # type: ignore[no-untyped-def]
-    """Rows first .. last of x as int8 of -127 .. 127: by block the scale, and the offset of `instruction_sets`.
+    """Quantise rows first .. last of x to int8, -127 .. 127; of each block store a scale and an offset.
 
-    q (rows, K) int8, scales (rows, K / BLOCK) float32, offsets (rows, K / BLOCK) int32; K is padded, x is zero there.
+    q (rows, K) int8, scales (rows, K / BLOCK) float32, offsets (rows, K / BLOCK) int32: see `instruction_sets`. K is
+    padded to whole blocks, and x is zero in the padding.
     """
     blocks = K // BLOCK
     for row in range(first, last):
@@ -103,7 +104,7 @@ def _gemv_strip_quantised(R: int, bits: int) -> Any:
 
     @inner
     def gemv(q, scales, offsets, weights, weight_scales, K, strip, y, stride):  # type: ignore[no-untyped-def]
-        """R rows times a strip, in which weights go from memory to the sums without a stop."""
+        """R quantised rows times a strip, whose weights go from memory to registers and are used at once."""
         blocks = K // BLOCK
         w, s = weights + strip * K * 2 * bits, weight_scales + strip * blocks * 32
         sums = zeros()
@@ -123,7 +124,7 @@ def _gemv_quantised(bits: int) -> Any:
 
     @inner
     def gemv(q, scales, offsets, rows, weights, weight_scales, K, first, last, y, stride):  # type: ignore[no-untyped-def]
-        """Quantised rows times strips first .. last, whose weights are read from memory once."""
+        """Quantised rows times strips first .. last, each of which is read from memory once."""
         for strip in range(first, last):
             row = 0
             while row < rows:
@@ -147,9 +148,9 @@ def _gemv_strip_floats(R: int, load: Any, size: int) -> Any:
 
     @inner
     def gemv(x, x_stride, weights, K, strip, y, stride):  # type: ignore[no-untyped-def]
-        """R rows times a strip. Four sums take turns, so that an addition need not wait for the one before.
+        """R rows of floats times a strip, in four sums, so that an addition need not wait for the one before it.
 
-        Nothing of x is read beyond K.
+        x is not read beyond K.
         """
         step, fours = 16 * size, K // 4 * 4
         w = weights + strip * K * step
@@ -172,7 +173,7 @@ def _gemv_floats(load: Any, size: int) -> Any:
 
     @inner
     def gemv(x, x_stride, rows, weights, K, first, last, y, stride):  # type: ignore[no-untyped-def]
-        """The same for floats."""
+        """Rows of floats times strips first .. last, each of which is read from memory once."""
         for strip in range(first, last):
             row = 0
             while row < rows:
@@ -201,7 +202,7 @@ gemv_fp32 = _gemv_floats(load_floats, 4)
 
 @inner
 def _clear(y, stride, first, last):  # type: ignore[no-untyped-def]
-    """A panel's columns of rows first .. last."""
+    """Zero the columns of a panel in rows first .. last."""
     for row in range(first, last):
         for n in range(0, PANEL, 16):
             store_floats(floats(types.float32(0)), y + (row * stride + n) * 4)
@@ -217,6 +218,7 @@ def _gemm_quantised(bits: int) -> Any:
 
     @inner
     def unpack_strips(weights, weight_scales, K, strip, k0, count, scratch):  # type: ignore[no-untyped-def]
+        """Unpack rows k0 .. k0 + count of a tile's strips, and their scales, into scratch."""
         blocks = K // BLOCK
         for s in range(strips_of_tile):
             source, target = weights + ((strip + s) * K + k0) * 2 * bits, scratch + s * count * 16

@@ -1,7 +1,4 @@
-"""Gives a recording its place in memory: the result, a `MachineProgram`, is what the machine in `machine.py` executes.
-
-Nothing here needs numba.
-"""
+"""Turns a recording into a `MachineProgram`: lays out its values in memory and writes instructions with addresses."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ WORD = 8  # bytes: every field of an instruction and every argument of a recurre
 
 
 class Bound(NamedTuple):
-    """A matrix in memory: K is padded for quantised ones, N for all; addresses of the numbers and of their scales."""
+    """A matrix (k, n) in memory. data, scales: addresses. n is padded, and k too if the matrix is quantised."""
 
     format: int
     k: int
@@ -50,7 +47,7 @@ class Bound(NamedTuple):
 
 
 class Code(NamedTuple):
-    """A compiled recurrence: its address, and those of the parameters of each layer."""
+    """A compiled recurrence: its address, and the address of each layer's parameters."""
 
     address: int
     tables: Sequence[int]
@@ -60,26 +57,26 @@ class Code(NamedTuple):
 
 
 def aligned_bytes(count: int) -> np.ndarray:
-    """Zeroed memory that begins on a whole vector."""
+    """Zeroed memory whose address is a multiple of ALIGNMENT."""
     raw = np.zeros(count + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + count]
 
 
 def tiled(rows: int) -> int:
+    """Rows padded to whole tiles."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of rows in memory. unit: the stride of a row is a multiple of so many floats."""
+    """The layout of rows in memory. The stride of a row is a multiple of `unit` floats."""
 
     unit: int
 
     @staticmethod
     def of(spec: Spec) -> Layout:
-        """Whole panels, so that products may write all of their columns; and whole heads, so that a recurrence finds
-        one beside the other. (RWKV-4 has no heads.)"""
+        """The layout for a model. Rows are whole panels, since products write whole panels, and whole heads."""
         return Layout(PANEL if spec.generation == "4" else lcm(PANEL, spec.N))
 
     def stride(self, width: int) -> int:
@@ -87,20 +84,21 @@ class Layout:
         return -(-width // self.unit) * self.unit
 
     def allocate(self, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Memory for (rows, width) floats as the machine needs it, and the part of it that counts."""
+        """Padded memory for (rows, width) floats, and the view of it without the padding."""
         shape = tiled(rows), self.stride(width)
         whole = aligned_bytes(4 * shape[0] * shape[1]).view(np.float32).reshape(shape)
         return whole, whole[:rows, :width]
 
     def bytes_of(self, shape: Shape, rows: int) -> int:
+        """Bytes of a value. A quantised one has int8, then scales and sums of 4 bytes for every block."""
         k = padded(shape.width, 0)[0]
         row = k + 8 * k // BLOCK if shape.quantised else 4 * self.stride(shape.width)
         return -(-tiled(rows) * row // ALIGNMENT) * ALIGNMENT
 
     def place(self, recording: Recording, rows: int) -> tuple[list[int | None], int]:
-        """By value, its offset in bytes; and the bytes of all together. Inputs and outputs lie elsewhere and have none.
+        """The offset in bytes of each value, and the bytes of all. Inputs and outputs lie elsewhere: None.
 
-        Memory is used again from the stage after the last that reads its value: within a stage threads are apart.
+        Memory is reused after the last stage that reads its value, not earlier: within a stage some threads are ahead.
         """
         last_use = [0] * len(recording.values)
         for op in recording.ops:
@@ -108,7 +106,7 @@ class Layout:
                 last_use[value] = op.stage
         elsewhere = {*recording.inputs.values(), *recording.outputs.values()}
         offsets: list[int | None] = [None] * len(recording.values)
-        end_of_all = 0
+        total = 0
         live: list[tuple[int, int, int]] = []  # (offset, end, stage of the last use)
         for op in recording.ops:
             if op.out is None or op.out in elsewhere:
@@ -120,21 +118,21 @@ class Layout:
                     break
                 offset = max(offset, end)
             offsets[op.out] = offset
-            end_of_all = max(end_of_all, offset + size)
+            total = max(total, offset + size)
             live.append((offset, offset + size, last_use[op.out]))
-        return offsets, end_of_all
+        return offsets, total
 
 
 # -- segments ----------------------------------------------------------------------------------------------
 
 
 def segment_table(capacity: int) -> np.ndarray:
-    """An empty table (1 + capacity, SEGMENT_WORDS) for as many segments."""
+    """An empty table (1 + capacity, SEGMENT_WORDS) for `capacity` segments."""
     return aligned_bytes((1 + capacity) * SEGMENT_WORDS * WORD).view(np.int64).reshape(-1, SEGMENT_WORDS)
 
 
 def fill_segments(table: np.ndarray, rows: Rows, spec: Spec) -> None:
-    """Describe the segments of `rows`. Raises UsageError for states that cannot be updated where they lie."""
+    """Write the segments of `rows` into the table. Raises UsageError for states that cannot be updated in place."""
     addresses = rows.addresses(spec)
     lines = table[1 : 1 + len(addresses)]
     lines[:, S_STATE : S_STATE + addresses.shape[1]] = addresses
@@ -143,12 +141,12 @@ def fill_segments(table: np.ndarray, rows: Rows, spec: Spec) -> None:
 
 
 def part_bytes(spec: Spec, part: str) -> int:
-    """Bytes of one layer of a part of a state."""
+    """Bytes of one layer in a part of a state."""
     return 4 * int(np.prod(state_shapes(spec)[part]))
 
 
 def recurrent_bytes(spec: Spec) -> int:
-    """The same of the parts that the recurrence updates: they are equally large."""
+    """Bytes of one layer in each part that the recurrence updates: these parts are equally large."""
     return part_bytes(spec, list(state_shapes(spec))[S_RECURRENT - S_STATE])
 
 
@@ -157,9 +155,9 @@ def recurrent_bytes(spec: Spec) -> int:
 
 @dataclass
 class MachineProgram:
-    """`length` instructions, then the arguments of recurrences, all as int64 words.
+    """A program for `machine.py`. words: `length` instructions, then the arguments of recurrences, all int64.
 
-    clocks: nanoseconds by section, which every run adds to. segments: the table that the instructions read.
+    clocks: nanoseconds of each section; every run adds to them. segments: the table that the instructions read.
     """
 
     words: np.ndarray
@@ -177,17 +175,17 @@ class MachineProgram:
         return int(self.words.ctypes.data)
 
     def set_rows(self, rows: int) -> None:
-        """Have it compute so many rows from now on, at most those that it was bound for."""
+        """Set the number of rows to compute, at most `Binder.rows`."""
         if self._rows[0] != rows:
             self._rows[:] = rows
 
 
 @dataclass
 class Binder:
-    """Everything that turns operations into a program for up to M = `rows` rows.
+    """Writes operations as a program for up to `rows` rows.
 
-    addresses: of every value, by its number. vectors: addresses by name. products: a format -> the addresses of its
-    kernels, gemv and gemm. segments: the segment table.
+    addresses: of each value, by its number. vectors: addresses by name. products: a matrix format -> the addresses of
+    its kernels, gemv and gemm. segments: the segment table. code: the recurrence, if there is one.
     """
 
     spec: Spec
@@ -222,7 +220,7 @@ class Binder:
         return MachineProgram(words, len(ops), clocks, sections, self.segments)
 
     def _instruction(self, op: Op) -> dict[str, Any]:
-        """The fields that are not 0: see the table in `instructions.py`."""
+        """The fields that are not 0, as the table in `instructions.py` says."""
         code = op.code
         fields: dict[str, Any] = {"op": code, "rows": self.rows, "number": op.number}
         fields |= {name: self.addresses[v] for name, v in zip("ab", op.inputs, strict=False)}
@@ -261,7 +259,7 @@ class Binder:
         return fields
 
     def _arguments(self, op: Op) -> list[int]:
-        """As `instructions.A_SEGMENTS` and the names after it say."""
+        """The arguments of a recurrence, in the order of `instructions.A_SEGMENTS` and the names after it."""
         assert self.code is not None and op.out is not None
         spec = self.spec
         layer = op.layer * recurrent_bytes(spec)
@@ -274,7 +272,7 @@ class Binder:
         return self.layout.stride(self._values[value].width)
 
     def _scales_and_sums(self, value: int) -> tuple[int, int]:
-        """Where the scales and the sums of a quantised value lie: after its bytes."""
+        """The addresses of the scales and sums of a quantised value: they follow its bytes."""
         size = tiled(self.rows) * padded(self._values[value].width, 0)[0]
         scales = self.addresses[value] + size
         return scales, scales + size // BLOCK * 4

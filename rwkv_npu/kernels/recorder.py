@@ -1,9 +1,8 @@
 """Records the maths of a model as a list of operations for the machine in `machine.py`.
 
-The recorder implements `models.maths.Maths` and `models.network.Forward`: the formulas of `models/` run on it as they
-run on NumPy, for one group or for all layers at once, and leave operations behind. Values are numbers: value v is what
-the operation that names it as its result computes, or an input. `schedule` orders the operations in stages. Nothing
-here needs numba.
+The recorders implement `models.maths.Maths` and `models.network.Forward`. The formulas of `models/` run on them as they
+run on NumPy, for one group or for all layers, and every step is recorded as an operation. A value is an input or the
+result of one operation, and is known by its number. `schedule` orders the operations in stages.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from rwkv_npu.models.network import Program, forward
 from rwkv_npu.models.spec import Group, att_outputs, fused_inputs
 from rwkv_npu.quant.cpu import Packed
 
-RECURRENCE = "recurrence"  # the section of its operations; other sections are the roles of groups
+RECURRENCE = "recurrence"  # the section of its operations; other operations have the role of their group
 
-# A layer's projections, by name, and what goes from layer to layer -> the values that the compiled recurrence reads.
+# (a layer's projections by name, what layers pass to the next one) -> the values that the compiled recurrence reads.
 Inputs = Callable[[dict[str, Any], dict[str, Any]], tuple[Any, ...]]
 
 Weight = np.ndarray | Packed
@@ -62,14 +61,14 @@ class Matrix:
 
 
 class StateRows(NamedTuple):
-    """One part of the states at one layer: a row (D,) of every sequence."""
+    """One part of the states in one layer: a row (D,) of every sequence."""
 
     part: str
     layer: int
 
 
 class Shape(NamedTuple):
-    """A value's width. A quantised one holds int8 rows, and a scale and a sum for every block of them."""
+    """The width of a value. If quantised, it is int8 rows with a scale and a sum for every block."""
 
     width: int
     quantised: bool = False
@@ -77,7 +76,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Op:
-    """One operation, before it has addresses. out, inputs: numbers of values; out is None where there is no result."""
+    """One operation, without addresses. out, inputs: numbers of values; out is None if it has no result."""
 
     code: int
     out: int | None
@@ -93,7 +92,7 @@ class Op:
 
 @dataclass
 class Recording:
-    """Operations in the order in which they run; the shape of each value; inputs and outputs by name of the port."""
+    """Operations in the order of execution; shapes of the values; numbers of inputs and outputs by port name."""
 
     ops: list[Op]
     values: list[Shape]
@@ -102,9 +101,9 @@ class Recording:
 
 
 class Value:
-    """A symbolic array (rows, width): the number of a value, and the recorder whose operations it takes part in."""
+    """A symbolic array (rows, width): the number of a value. Arithmetic with it is recorded."""
 
-    __array_ufunc__ = None  # without this NumPy scalars would try to broadcast over a Value
+    __array_ufunc__ = None  # otherwise a NumPy scalar on the left would try to broadcast over a Value
 
     def __init__(self, recorder: Recorder, number: int, width: int):
         self.recorder, self.number, self.width = recorder, number, width
@@ -125,10 +124,7 @@ class Value:
 
 @dataclass
 class Notes:
-    """Everything recorded so far. All blocks of a recorder write into the same notes.
-
-    quantised: by number of a value, that of its quantised form.
-    """
+    """Everything recorded so far; `Recorder.block` shares it. quantised: a value -> its quantised form, by number."""
 
     ops: list[Op] = field(default_factory=list)
     values: list[Shape] = field(default_factory=list)
@@ -142,7 +138,7 @@ class Notes:
 
 @dataclass
 class Recorder:
-    """`maths.Maths` over `Value`s. weights: the matrices that will be multiplied, for their formats and sizes."""
+    """`maths.Maths` over `Value`s. weights: the matrices; only their formats and sizes are used."""
 
     weights: Mapping[Matrix, Weight]
     prefix: str = ""
@@ -187,18 +183,19 @@ class Recorder:
         return self.emit(ROW_MATMUL, x.width, x, s)
 
     def emit(self, code: int, width: int, *operands: Value | Vector, **more: Any) -> Value:
-        """Record an operation with a result of `width`."""
+        """Record an operation with a result of `width`, and return the result."""
         out = self.notes.new_value(width, quantised=code == QUANTISE)
         self.note(code, out, *operands, **more)
         return Value(self, out, width)
 
     def note(self, code: int, out: int | None, *operands: Value | Vector, **more: Any) -> None:
+        """Record an operation. more: other fields of `Op`."""
         values = tuple(x.number for x in operands if isinstance(x, Value))
         vectors = tuple(x.name for x in operands if isinstance(x, Vector))
         self.notes.ops.append(Op(code, out, values, vectors, section=self.notes.section, **more))
 
     def _quantise(self, x: Value) -> Value:
-        """Once for all matrices that read x."""
+        """The quantised form of x, recorded once for all matrices that read it."""
         known = self.notes.quantised
         if x.number not in known:
             known[x.number] = self.emit(QUANTISE, x.width, x).number
@@ -206,9 +203,9 @@ class Recorder:
 
 
 class ForwardRecorder:
-    """`models.network.Forward` over `Value`s: groups, recurrences and states, all in one list of operations."""
+    """`models.network.Forward` over `Value`s: groups, recurrences and states in one list of operations."""
 
-    mask = None  # where a segment begins is known to the operations themselves
+    mask = None  # SHIFT_STATE finds the begin of a segment in the segment table
 
     def __init__(self, program: Program, weights: Mapping[Matrix, Weight], recurrent: Inputs):
         self.program, self.maths = program, Recorder(weights)
@@ -246,30 +243,30 @@ def record(program: Program, group: Group, weights: Mapping[Matrix, Weight]) -> 
     outputs: dict[str, Value] = {}
     for port in group.outputs:
         value = values[port.name]
-        # An input that is handed on, or one value under two names: each output has memory of its own.
+        # Each output needs memory of its own: copy a value that is an input, or another output already.
         outputs[port.name] = value * 1.0 if value.number in taken else value
         taken.add(outputs[port.name].number)
     return _finish(recorder.notes, inputs, outputs)
 
 
 def record_forward(program: Program, weights: Mapping[Matrix, Weight], recurrent: Inputs) -> Recording:
-    """The operations of the fused forward: all groups but the head, and the recurrences between them."""
+    """The operations of the fused forward: all groups but the head, with the recurrences between them."""
     recorder = ForwardRecorder(program, weights, recurrent)
     x = forward(program, recorder, recorder.inputs["x"])
     return _finish(recorder.maths.notes, recorder.inputs, {"x": x})
 
 
 def _finish(notes: Notes, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Recording:
-    """The recording holds numbers only: neither values nor the weights that they were recorded with."""
+    """Fuse and schedule what was recorded. The recording holds no `Value`, which would keep the weights in memory."""
     ends = [{name: value.number for name, value in some.items()} for some in (inputs, outputs)]
     ops = fuse_mixes(notes.ops, len(notes.values), set(ends[1].values()))
     return Recording(schedule(ops, len(notes.values)), notes.values, *ends)
 
 
 def fuse_mixes(ops: Sequence[Op], values: int, outputs: set[int]) -> list[Op]:
-    """The same operations with one MIX for a + x * vector, the mix of every generation: one pass instead of two.
+    """Replace a + x * vector, which is frequent in every generation, by one MIX: one pass over memory instead of two.
 
-    A product that something else reads as well stays.
+    A product that has other readers stays.
     """
     readers = [0] * values
     for op in ops:
@@ -295,11 +292,12 @@ def fuse_mixes(ops: Sequence[Op], values: int, outputs: set[int]) -> list[Op]:
 
 
 def schedule(ops: Sequence[Op], values: int) -> list[Op]:
-    """Operations by stage. Between two stages is a barrier, at which all threads wait for each other.
+    """Sort operations into stages. Between two stages is a barrier, at which threads wait for each other.
 
-    In odd stages are products and recurrences, whose columns and heads the threads share. Even stages treat rows: each
-    thread has its own, so that one operation follows another without waiting. A shift reads the row above, maybe of
-    another thread, and begins a stage. A state is written a stage after it was read.
+    Odd stages hold products and recurrences, whose columns and heads are divided among the threads. Even stages hold
+    the operations that compute each row on its own: a thread executes them one after the other on its own rows, without
+    waiting. A shift reads the row before, maybe of another thread, so it begins a stage. A state is written in a later
+    stage than it is read.
     """
     stage = [0] * values
     read: dict[StateRows, int] = {}

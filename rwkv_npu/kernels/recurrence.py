@@ -1,6 +1,7 @@
-"""The recurrences in machine code, where numba is installed; everywhere else NumPy runs `models`.
+"""The compiled recurrences. Where numba is not installed, NumPy executes those of `models`.
 
-One file a generation: `models.vN.time_mix` as one pass over every head, held to it by tests/test_kernels.py.
+Each generation has a file: `vN.run` is `models.vN.time_mix` as one pass over every head. tests/test_kernels.py compares
+the two.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.rows import Rows
 from rwkv_npu.models.spec import Spec
 
-# Multiplications of a state's elements that are worth a thread of their own: some 100 us, when waking it takes 20.
+# The least work of a thread, in multiplications of an element of the state: some 100 us. Waking a thread takes 20 us.
 SHARE = 1 << 20
 
 
 def kernel(spec: Spec) -> ModuleType:
-    """The compiled recurrence of a generation."""
+    """The module with the compiled recurrence of a model's generation."""
     return load(f"v{spec.generation[0]}")
 
 
 def parameters(vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:
-    """Those of a layer as rows of one table, each (A,). vector: tensors by their name in the layer."""
+    """The recurrence's parameters in one layer: a table (count, A). vector: tensors by their name in the layer."""
     parts = kernel(spec).parameters(MODULES[spec.generation].prepare(vector, spec))
     return np.stack([part.reshape(-1) for part in parts]).astype(np.float32)
 
@@ -51,7 +52,7 @@ class Compiled:
     name = "numba"
 
     def __init__(self, spec: Spec, threads: int | None = None):
-        """`threads`: the most to be used at once; None: one a large core."""
+        """threads: the most to use; None means one for each large core."""
         self._spec, self._kernel = spec, kernel(spec)
         self._share = max(1, SHARE // (spec.N * (1 if spec.generation == "4" else spec.N)))
         self._threads = threads or len(hardware.big_cores())
@@ -81,7 +82,7 @@ class Compiled:
         return self._y
 
     def _run(self, arguments: int, rows: int, units: int) -> None:
-        """Run the kernel over the heads of all segments, in as many threads as they are worth."""
+        """Run the kernel over all units, the heads of all segments, on as many threads as there is work for."""
         run = self._kernel.run.ctypes
         parts = min(self._threads, units, rows * self._spec.H // self._share)
         if parts < 2:
@@ -102,14 +103,11 @@ class Compiled:
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """The array, or a copy where a backend hands out one that kernels are not compiled for."""
+    """The array, or a contiguous fp32 copy of it: kernels read nothing else."""
     plain = array.flags.carray and array.dtype == np.float32
     return array if plain else np.array(array, np.float32, order="C")
 
 
 def compiled(spec: Spec, threads: int | None = None) -> Compiled | None:
-    """The compiled recurrence of a model; None where numba is not installed, and NumPy runs it.
-
-    Warns of a numba that is there and cannot be used.
-    """
+    """The compiled recurrence of a model; None without numba. Warns if numba is installed and its import fails."""
     return Compiled(spec, threads) if available() else None

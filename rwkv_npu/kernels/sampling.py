@@ -1,7 +1,7 @@
-"""`text.sampling.choose`, compiled, for all sequences in one call.
+"""The sampler `text.sampling.choose`, compiled, for all sequences in one call.
 
-The logits are read a few times from end to end; whatever needs an order is done with the few tokens that may hold
-the probability that top-p keeps. Exponentials and sums are float64, so that no choice depends on their order.
+All logits are read a few times. Work that needs an order is only done on the few tokens that top-p may keep.
+Exponentials and sums are float64, so that the choice does not depend on the order of additions.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from rwkv_npu.kernels.parts import COMPILED, as_pointer, exp64, float32s
 from rwkv_npu.kernels.simd import at_least, largest, load_floats
 from rwkv_npu.quant.cpu import LANES
 
-BLOCK = 64  # logits that are passed over at once where their largest is too small
+BLOCK = 64  # logits that are skipped together if the largest of them is too small
 BUCKETS = 256
-SPREAD = 80.0  # e^80 is far from overflow: how far a changed logit may pass the largest before it was changed
-REMAINDER = 1e-3  # share of a sum that must be left when some is subtracted: nine digits stay
+# A sum of exponentials is updated when logits change, and computed anew where that would lose precision: if the largest
+# logit grows by more than SPREAD (e^80 is far from overflow), or less than REMAINDER of the sum is left (nine digits
+# stay).
+SPREAD = 80.0
+REMAINDER = 1e-3
 
-CHOSEN = 2  # numbers of a row of out before those of the most likely tokens
+CHOSEN = 2  # the columns of out for the chosen token; those of the most likely tokens follow
 LEAST = np.float32(-np.inf)
 
 TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings
 
-# Arrays are read and written by element: numba compiles hundreds of functions for one assignment of a slice.
+# Loops go over elements: for one assignment of a slice, numba compiles hundreds of functions.
 compiled: Any = functools.partial(inner, **COMPILED)
 
 
@@ -45,7 +48,7 @@ def _uint32s(_context: Any, address: Any) -> Any:
 
 @compiled
 def _block_max(x: Any, b: Any) -> Any:
-    """The largest of a block of x; -inf of the last one where it is empty."""
+    """The largest of block b of x; -inf if the block is empty, as the last one may be."""
     begin, end = b * BLOCK, min((b + 1) * BLOCK, len(x))
     if end - begin == BLOCK:
         block = x.ctypes.data + 4 * begin
@@ -61,7 +64,7 @@ def _block_max(x: Any, b: Any) -> Any:
 
 @compiled
 def _total(x: Any, peak: Any) -> Any:
-    """Sum of exp(x - peak); NaN where x holds NaN or infinity, or nothing but -inf."""
+    """Sum of exp(x - peak). It is NaN if x contains NaN or infinity, or only -inf."""
     total = 0.0
     for j in range(len(x)):
         total += exp64(np.float64(x[j]) - peak)
@@ -70,7 +73,7 @@ def _total(x: Any, peak: Any) -> Any:
 
 @compiled
 def _first(x: Any, tops: Any, value: Any) -> Any:
-    """The first place of a value that is there."""
+    """The first index of a value that x contains. tops: the largest of each block."""
     b = 0
     while tops[b] != value:
         b += 1
@@ -82,7 +85,7 @@ def _first(x: Any, tops: Any, value: Any) -> Any:
 
 @compiled
 def _best(x: Any, tops: Any, log_sum: Any, out: Any, b: Any) -> None:
-    """Write the largest, (place, value - log_sum), to out[b] in descending order; of equals the first come first."""
+    """Write the largest of x to out[b] as (index, value - log_sum), in descending order, equal ones by index."""
     count, found, least = (out.shape[1] - CHOSEN) // 2, 0, LEAST
     for block in range(len(tops)):
         if found == count and not tops[block] > least:
@@ -101,10 +104,10 @@ def _best(x: Any, tops: Any, log_sum: Any, out: Any, b: Any) -> None:
 
 @compiled
 def _cut(values: Any, weights: Any, n: Any, wanted: Any, sums: Any) -> Any:
-    """The largest c for which the weights of those of n values that are >= c add up to `wanted`, or the least value.
+    """The largest c such that the weights of all values >= c add up to `wanted` or more; else the least of n values.
 
-    Values and weights are overwritten. The sums of 256 equal parts of the values' range tell in which part c is; the
-    same is done with that part, until all its values are equal.
+    The range of the values is divided into BUCKETS parts. The sums of their weights tell which part contains c. This
+    part is divided again, until all its values are equal. Values and weights are overwritten.
     """
     while True:
         high, low = values[0], values[0]
@@ -133,19 +136,19 @@ def _cut(values: Any, weights: Any, n: Any, wanted: Any, sums: Any) -> Any:
 
 @compiled
 def _collect(x: Any, tops: Any, least: Any, tokens: Any, values: Any) -> Any:
-    """Write the places and values of all x >= least; their number."""
+    """Write the indices and values of all x >= least, and return their number."""
     n = 0
     for b in range(len(tops)):
         if tops[b] >= least:
             for j in range(b * BLOCK, min((b + 1) * BLOCK, len(x))):
-                tokens[n], values[n] = j, x[j]  # without a branch, which a processor would often guess wrong
+                tokens[n], values[n] = j, x[j]  # without a branch, which would often be mispredicted
                 n += x[j] >= least
     return n
 
 
 @compiled
 def _keep(tokens: Any, values: Any, n: Any, cut: Any, equals: Any) -> Any:
-    """Keep of n tokens those above the cut, and the first `equals` of those at it; their number."""
+    """Keep the tokens above the cut, and the first `equals` of those equal to it. Returns their number."""
     kept = 0
     for i in range(n):
         token, value = tokens[i], values[i]
@@ -169,15 +172,15 @@ def _draw(
     weights: Any,
     sums: Any,
 ) -> Any:
-    """A token of x (V,), whose largest is `peak` and whose exponentials less that add up to `total`."""
+    """Draw a token of x (V,). peak: the largest of x. total: the sum of exp(x - peak). s: the row of settings."""
     V = len(x)
     least = np.float32(-3.4028234e38)
     if s[TOP_P] < 1:
         wanted = s[TOP_P] * total
-        # All tokens below this weight together hold less than top-p leaves out.
+        # All tokens below this logit together weigh less than what top-p drops.
         if wanted < total:
             least = np.float32(peak + math.log(min((total - wanted) / V, 1.0)) - 1e-6 * (1 + abs(peak)))
-        # Where the largest of each block alone hold `wanted`, the cut of all tokens is at least the cut of these.
+        # If the largest of each block alone weigh `wanted`, the cut of all tokens is at least the cut of these.
         held = 0.0
         for i in range(len(tops)):
             copy[i], weights[i] = tops[i], exp64(np.float64(tops[i]) - peak)
@@ -217,7 +220,7 @@ def _draw(
 
 @compiled
 def _change(x: Any, tops: Any, changes: Any, first: Any, end: Any, peak: Any, total: Any) -> Any:
-    """Add the amounts of changes first .. end to x; the sum of exp(x - peak), which was `total`, afterwards."""
+    """Apply changes first .. end to x. total: the sum of exp(x - peak) before; returns the sum after."""
     for i in range(first, end):
         j = int(changes[i, 0])
         before = x[j]
@@ -232,7 +235,7 @@ def _change(x: Any, tops: Any, changes: Any, first: Any, end: Any, peak: Any, to
 
 @compiled
 def _mask(x: Any, tops: Any, words: Any) -> None:
-    """-inf for all of x whose bit is not set."""
+    """Set x to -inf where the bit of the mask is 0."""
     for j in range(len(x)):
         if not (words[j >> 5] >> (j & 31)) & 1:
             x[j] = -np.inf
@@ -242,7 +245,7 @@ def _mask(x: Any, tops: Any, words: Any) -> None:
 
 @compiled
 def _peak(tops: Any) -> Any:
-    """The largest; NaN is passed over."""
+    """The largest of all blocks; NaN is ignored."""
     peak = LEAST
     for b in range(len(tops)):
         peak = max(peak, tops[b])
@@ -252,9 +255,10 @@ def _peak(tops: Any) -> Any:
 def choose(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
     """Choose a token for each row of logits (B, V).
 
-    settings: (B, 6), columns as named above; END is where the changes of the sequence end. changes: (n, 2), ids and
-    amounts. masks: (B, words), or empty. out: (B, 2 + 2n), the token, its log-probability, and the same of the n most
-    likely tokens; the token is -1 where there is none to choose.
+    settings: (B, 6), columns as named above; the changes of a sequence begin at the END of the one before it.
+    changes: (n, 2), ids and what is added to their logits. masks: (B, words) of bits, or empty.
+    out: (B, 2 + 2n), the token and its log-probability, then those of the n most likely tokens; the token is -1 if
+    there is none to choose.
     """
     kinds = np.float32, np.float64, np.float64, np.uint32, np.float64
     given = logits, settings, changes, masks, out
@@ -267,6 +271,7 @@ def choose(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> No
 def _choose_rows(
     x: Any, s: Any, c: Any, m: Any, o: Any, B: Any, V: Any, n: Any, M: Any, words: Any, top: Any
 ) -> None:
+    """`choose` by the addresses and the shapes of its arrays."""
     logits, masks = carray(float32s(x), (B, V)), carray(_uint32s(m), (M, words))  # type: ignore[call-arg]
     settings, changes = carray(_float64s(s), (B, 6)), carray(_float64s(c), (n, 2))
     _choose_each(logits, settings, changes, masks, carray(_float64s(o), (B, top)))

@@ -1,8 +1,8 @@
-"""Vectors of 64 bytes as types of numba, and LLVM code for what its own loops cannot express.
+"""Vectors of 64 bytes as numba types, with operations on them that emit LLVM code.
 
-A vector is a value like a number; memory is an address (an integer, in bytes). An operation becomes one LLVM
-instruction of the full width, which LLVM cuts to the registers of the processor: one on AVX-512, two on AVX2, four on
-NEON. Products of bytes are chosen by hand, in `instruction_sets.py`.
+A vector is a value like a number. An address is an integer, in bytes. An operation is one LLVM instruction of the full
+width, which LLVM splits over the registers of the processor: one on AVX-512, two on AVX2, four on NEON. Only for int8
+products are the instructions chosen by hand, in `instruction_sets.py`.
 
     Ints   16 int32         Floats   16 float32         lane   one of the 16
 """
@@ -55,7 +55,7 @@ WIDE = "avx512f" in processor.features()  # 32 registers of the full width
 
 
 def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Make an operation of a function that emits its LLVM code: (builder, *values) -> value, None for nothing."""
+    """Decorate a function (builder, *values) -> value or None that emits LLVM code: compiled code can then call it."""
 
     def decorate(emit: Callable[..., Any]) -> Any:
         def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
@@ -80,13 +80,14 @@ def pointer(builder: Any, address: Any, element: Any) -> Any:
 
 
 def read(builder: Any, address: Any, kind: Any) -> Any:
-    """Load a value of an LLVM type that need not be aligned."""
+    """Load a value of LLVM type `kind`. The address need not be aligned."""
     value = builder.load(pointer(builder, address, kind))
     value.align = 1
     return value
 
 
 def write(builder: Any, address: Any, value: Any) -> None:
+    """Store a value. The address need not be aligned."""
     builder.store(value, pointer(builder, address, value.type)).align = 1
 
 
@@ -98,7 +99,7 @@ def spread(builder: Any, value: Any, count: int = LANES) -> Any:
 
 
 def _mask(places: Iterable[int]) -> Any:
-    """Which elements a shuffle takes."""
+    """The mask of a shuffle that takes the elements at these places."""
     chosen = list(places)
     return ir.Constant(ir.VectorType(_I32, len(chosen)), chosen)
 
@@ -114,18 +115,18 @@ def call(builder: Any, name: str, result: Any, *values: Any) -> Any:
 
 
 def read_bfloats(builder: Any, address: Any) -> Any:
-    """16 bfloat16, which are the upper halves of float32."""
+    """16 bfloat16 as Floats: a bfloat16 is the upper half of a float32."""
     wide = builder.zext(read(builder, address, ir.VectorType(_I16, LANES)), Ints.llvm)
     return builder.bitcast(builder.shl(wide, constant(Ints, 16)), Floats.llvm)
 
 
 def take(builder: Any, v: Any, places: Iterable[int], other: Any = None) -> Any:
-    """Elements of a vector, or of two: those of `other` have the numbers after those of v."""
+    """Elements of a vector, or of two: the elements of `other` are counted after those of v."""
     return builder.shuffle_vector(v, v if other is None else other, _mask(places))
 
 
 def concatenate(builder: Any, parts: list[Any]) -> Any:
-    """Vectors one after the other, as one. There are 1, 2, 4, ..."""
+    """Join vectors, as many as a power of two, into one."""
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=True)
         parts = [take(builder, v, range(2 * v.type.count), w) for v, w in pairs]
@@ -133,14 +134,14 @@ def concatenate(builder: Any, parts: list[Any]) -> Any:
 
 
 def hidden(builder: Any, value: Any) -> Any:
-    """A value that LLVM does not know."""
+    """The same value, of which LLVM no longer knows that it is a constant."""
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
 
 def loop(
     builder: Any, count: int, values: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Values after `count` rounds, an int64 of 1 or more, of values = body(round, values)."""
+    """Emit a loop of `count` rounds (an int64, at least 1) of `values = body(round, values)`; the values after it."""
     before = builder.block
     head, after = builder.append_basic_block("round"), builder.append_basic_block("after")
     builder.branch(head)
@@ -244,30 +245,31 @@ def absolute(b: Any, v: Any) -> Any:
 
 @operation(Floats, Floats, Floats)
 def at_least(b: Any, v: Any, bound: Any) -> Any:
-    """The larger of both; NaN where v is NaN."""
+    """The larger of both; NaN where v is NaN, whatever `bound` is."""
     return b.select(b.fcmp_ordered("<", v, bound), bound, v)
 
 
 @operation(Floats, Floats, Floats)
 def at_most(b: Any, v: Any, bound: Any) -> Any:
-    """The smaller of both; NaN where v is NaN."""
+    """The smaller of both; NaN where v is NaN, whatever `bound` is."""
     return b.select(b.fcmp_ordered(">", v, bound), bound, v)
 
 
 @operation(types.float32, Floats)
 def total(b: Any, v: Any) -> Any:
+    """The sum of the lanes."""
     return _reduce(b, v, b.fadd)
 
 
 @operation(Floats, Floats, Floats)
 def larger(b: Any, x: Any, y: Any) -> Any:
-    """NaN where either is."""
+    """The larger of both; NaN where either is NaN."""
     return call(b, "llvm.maximum.v16f32", Floats.llvm, x, y)
 
 
 @operation(types.float32, Floats)
 def largest(b: Any, v: Any) -> Any:
-    """NaN where any is."""
+    """The largest lane; NaN if any lane is NaN."""
     return _reduce(b, v, lambda x, y: call(b, f"llvm.maximum.v{x.type.count}f32", x.type, x, y))
 
 
@@ -281,21 +283,21 @@ def _reduce(b: Any, v: Any, combine: Callable[[Any, Any], Any]) -> Any:
 
 @operation(Floats, Floats)
 def rounded(b: Any, v: Any) -> Any:
-    """To the nearest whole number, halves to even."""
+    """Round to the nearest whole number, halves to even."""
     return call(b, "llvm.rint.v16f32", Floats.llvm, v)
 
 
 # -- exponentials ------------------------------------------------------------------------------------------
 # x = n ln 2 + f with a whole n and |f| <= ln 2 / 2, so exp x = 2^n exp f. Adding 1.5 * 2^23 rounds a float32 to a whole
-# number and leaves that number in its last bits. A shift brings it into the exponent. LLVM's own conversion to integers
-# handles NaN and overflow, which AVX2 computes one number at a time.
+# number and leaves that number in its last bits. A shift moves it to the exponent. LLVM's own conversion to integers is
+# slow: it handles NaN and overflow, on AVX2 one number at a time.
 
 _WHOLE = 1.5 * 2**23
 _WHOLE_BITS = 0x4B400000
 
 
 def whole(b: Any, v: Any) -> Any:
-    """Ints of whole numbers below 2^22 in size. NaN becomes any number."""
+    """Floats that are whole numbers, smaller than 2^22 -> Ints. NaN becomes any number."""
     return b.sub(b.bitcast(b.fadd(v, constant(Floats, _WHOLE)), Ints.llvm), constant(Ints, _WHOLE_BITS))
 
 
@@ -314,13 +316,12 @@ def _power_of_two(b: Any, shifted: Any) -> Any:
 
 @njit(forceinline=True, **PLAIN)
 def exp(x):  # type: ignore[no-untyped-def]
-    """e^x within 1.1 units in the last place. It ends at 2^-126 and 2^127, so it is never 0 nor infinite. NaN stays."""
+    """e^x within 1.1 units in the last place, limited to 2^-126 .. 2^127: never 0 nor infinite. NaN stays NaN."""
     x = at_most(at_least(x, floats(-87.3)), floats(88.3))
     shifted = fma(x, floats(1.44269504), floats(_WHOLE))
     n = sub(shifted, floats(_WHOLE))
-    f = fma(
-        n, floats(2.12194440e-4), fma(n, floats(-0.693359375), x)
-    )  # n times the first part of ln 2 is exact
+    # ln 2 comes in two parts. The product of n and the first is exact.
+    f = fma(n, floats(2.12194440e-4), fma(n, floats(-0.693359375), x))
     p = fma(f, floats(1 / 5040), floats(1 / 720))
     p = fma(f, fma(f, p, floats(1 / 120)), floats(1 / 24))
     p = fma(f, fma(f, p, floats(1 / 6)), floats(1 / 2))
@@ -343,7 +344,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 @operation(types.void, ADDRESS, types.int64, types.int64, types.int64)
 def call_code(b: Any, address: Any, arguments: Any, begin: Any, end: Any) -> None:
-    """Call a recurrence."""
+    """Call the kernel of a recurrence."""
     kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
     b.call(b.inttoptr(address, kind.as_pointer()), [arguments, begin, end])
 
@@ -353,7 +354,7 @@ def call_code(b: Any, address: Any, arguments: Any, begin: Any, end: Any) -> Non
 
 @operation(types.int64, ADDRESS, types.int64)
 def add_atomically(b: Any, address: Any, number: Any) -> Any:
-    """Add to an int64 that other threads use too; the value before. Everything before it is visible after it."""
+    """Add to an int64 that threads share and return its old value. Threads that see it see all earlier writes."""
     return b.atomic_rmw("add", pointer(b, address, _I64), number, "seq_cst")
 
 
@@ -369,7 +370,7 @@ def write_atomically(b: Any, address: Any, number: Any) -> None:
 
 @operation(types.void)
 def pause(b: Any) -> None:
-    """Tell the processor that this is a loop that waits."""
+    """Tell the processor that this loop waits for another thread."""
     if _triple.startswith(("aarch64", "arm64")):
         call(b, "llvm.aarch64.hint", ir.VoidType(), _I32(1))
     elif _triple.startswith("x86_64"):

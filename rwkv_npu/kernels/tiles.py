@@ -1,6 +1,7 @@
-"""Tiles: some rows of x times some strips of a matrix, whose sums lie in registers. Operations by size of the tile.
+"""Tiles: the sums of some rows of x times some strips of a matrix, held in registers.
 
-A tile is a value of numba's, rows x strips vectors. Strides are bytes from one row, or strip, to the next.
+The functions here make the operations for one size of tile. In compiled code a tile is a tuple of rows x strips
+vectors. A stride is the bytes from one row, or strip, to the next.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 class Tile:
-    """Emits operations on the sums of `rows` rows of x and `strips` strips."""
+    """Emits LLVM code for tiles of `rows` rows and `strips` strips. A list holds the vectors of a tile, row by row."""
 
     def __init__(self, rows: int, strips: int):
         self.rows, self.strips, self.count = rows, strips, rows * strips
@@ -38,7 +39,7 @@ class Tile:
         return [b.extract_value(tile, i) for i in range(self.count)]
 
     def places(self, b: Any, y: Any, stride: Any) -> Iterator[Any]:
-        """Addresses of the vectors of a tile in memory."""
+        """The addresses of a tile's vectors in memory, at y."""
         for r in range(self.rows):
             row = at(b, y, stride, r)
             yield from (b.add(row, row.type(simd.VECTOR_BYTES * s)) for s in range(self.strips))
@@ -51,7 +52,7 @@ class Tile:
             simd.write(b, place, value)
 
     def products(self, b: Any, sums: list[Any], strips: list[Any], x: Any, x_stride: Any) -> list[Any]:
-        """sums + one float of each row of x times a vector of each strip."""
+        """sums + one float of each row of x times one vector of each strip."""
         sums = list(sums)
         for r in range(self.rows):
             one = simd.spread(b, simd.read(b, at(b, x, x_stride, r), _F32))
@@ -61,7 +62,7 @@ class Tile:
 
 
 class FloatTile(NamedTuple):
-    """Operations on sums of floats."""
+    """Operations on a tile of float sums."""
 
     zeros: Any
     load: Any
@@ -88,14 +89,14 @@ def float_tile(rows: int, strips: int) -> FloatTile:
 
     @operation(tile.type, tile.type, ADDRESS, ADDRESS, ADDRESS)
     def add_products(b: Any, sums: Any, weights: Any, x: Any, x_stride: Any) -> Any:
-        """One row of the matrix, a strip beside the other, times one float of each row of x."""
+        """sums + one float of each row of x times one row of the matrix, of which the strips lie side by side."""
         places = [b.add(weights, weights.type(simd.VECTOR_BYTES * s)) for s in range(strips)]
         vectors = [simd.read(b, place, Floats.llvm) for place in places]
         return tile.pack(b, tile.products(b, tile.unpack(b, sums), vectors, x, x_stride))
 
     @operation(tile.type, tile.type, Floats, ADDRESS, ADDRESS)
     def add_products_of(b: Any, sums: Any, strip: Any, x: Any, x_stride: Any) -> Any:
-        """The same for one strip, in a register."""
+        """`add_products` for a tile of one strip, whose vector is in a register."""
         return tile.pack(b, tile.products(b, tile.unpack(b, sums), [strip], x, x_stride))
 
     @operation(tile.type, tile.type, tile.type)
@@ -110,9 +111,9 @@ def float_tile(rows: int, strips: int) -> FloatTile:
 
 
 class Block(NamedTuple):
-    """Addresses of a block of weights and rows, with the bytes from a strip, or a row, to the next.
+    """Where a block of the matrix and of x lies: addresses, each with its stride from one strip, or row, to the next.
 
-    scales: of a strip 16 bfloat16 as they are stored, or float32 beside unpacked weights.
+    scales: 16 of a strip, bfloat16 beside packed weights and float32 beside unpacked ones.
     """
 
     weights: Any
@@ -121,25 +122,26 @@ class Block(NamedTuple):
     scales_stride: Any
     q: Any
     q_stride: Any
-    q_scales: Any  # of a row one float32
-    offsets: Any  # of a row one int32
-    q_parameters_stride: Any  # of both
+    q_scales: Any  # one float32 of a row
+    offsets: Any  # one int32 of a row
+    q_parameters_stride: Any  # of q_scales and of offsets
 
 
 _BLOCK = (ADDRESS,) * len(Block._fields)
 
 
 class QuantisedTile(Tile):
-    """unpacked: weights are operands already, as `unpack_rows` stores them, and their scales float32."""
+    """A tile of quantised products. unpacked: weights are operands, as `unpack_rows` stores them."""
 
     def __init__(self, dots: Dots, rows: int, strips: int, bits: int, unpacked: bool):
         super().__init__(rows, strips)
         self.dots, self.bits, self.unpacked = dots, bits, unpacked
 
     def add_block(self, b: Any, sums: list[Any], block: Block) -> list[Any]:
-        """sums + the products of a block. For a row these are the same bits in a tile of any size and of any set:
+        """sums + the products of a block.
 
-        integers are exact, and blocks are added one after the other.
+        A row's sums have the same bits in tiles of every size and with every instruction set: sums of integers are
+        exact, and blocks are added one after the other.
         """
         products, found = self._products(b, block), []
         columns = [self._scales(b, at(b, block.scales, block.scales_stride, s)) for s in range(self.strips)]
@@ -172,7 +174,7 @@ class QuantisedTile(Tile):
         rounds = BLOCK // (4 * fours)
         if rounds == 1:
             totals = step(_I64(0), totals)
-        else:  # a loop that LLVM unrolls would move some of the sums to the stack
+        else:  # LLVM must not unroll this loop: some of the totals would move to the stack
             totals = simd.loop(b, simd.hidden(b, _I64(rounds)), totals, step)
         return self.dots.end(b, totals, self.rows, self.bits)
 
@@ -191,7 +193,7 @@ def add_block_to(tile: QuantisedTile) -> Any:
 def unpack_rows(dots: Dots, bits: int) -> Any:
     @operation(types.void, ADDRESS, ADDRESS)
     def unpack(b: Any, weights: Any, target: Any) -> None:
-        """UNPACKED rows of a strip, in the order in which products of many rows read them."""
+        """Unpack UNPACKED rows of a strip, for products of many rows."""
         fours = dots.arranged(b, dots.unpacked(b, weights, UNPACKED // 4, bits))
         for i, register in enumerate(register for four in fours for register in four):
             simd.write(b, b.add(target, _I64(i * dots.width)), register)
@@ -202,7 +204,7 @@ def unpack_rows(dots: Dots, bits: int) -> Any:
 def store_offset(dots: Dots) -> Any:
     @operation(types.void, Floats, ADDRESS)
     def store(b: Any, sums: Any, address: Any) -> None:
-        """The offset of a block of a row. sums: as `Dots.offset` takes them, whole numbers."""
+        """Store the offset of a block of x. sums: those of `Dots.offset`, whole numbers as floats."""
         simd.write(b, address, dots.offset(b, simd.whole(b, sums)))
 
     return store

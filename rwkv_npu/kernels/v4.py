@@ -37,13 +37,13 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 @inlined
 def _rows(args: Any, address: Any) -> Any:
-    """(M, A or more)."""
+    """The rows at an address: (M, stride), of which A columns are used."""
     return array(address, (row_count(args), args[A_STRIDE]))
 
 
 @recurrence
 def run(at: Any, begin: Any, end: Any) -> None:
-    """Segments `begin` to `end`: of RWKV-4, H is 1. y is written, the states are updated."""
+    """Write y and update the states of units `begin` to `end`, which are segments: H is 1 for RWKV-4."""
     args = arguments(at)
     r, k_, v_ = (
         _rows(args, args[A_VALUES + X_R]),

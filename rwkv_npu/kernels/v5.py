@@ -45,11 +45,11 @@ from rwkv_npu.models.common import Arrays
 P_W, P_U, P_WEIGHT, P_BIAS, PARAMETERS = range(5)
 X_R, X_K, X_V, X_G, INPUTS = range(5)
 
-# Rows of scratch: inputs and parameters of a head where they need padding, then y.
+# Rows of scratch: padded copies of the inputs and parameters of a head, where they need padding, then y.
 Y = INPUTS + PARAMETERS
 SCRATCH = Y + 1
 
-# e^-40: a chunk divides by its cumulative decay, and the quotients stay well inside fp32.
+# e^-40. A chunk divides by the product of its decays; a larger one keeps the quotients well inside fp32.
 LEAST_DECAY = np.float32(4.2e-18)
 
 
@@ -61,12 +61,12 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
     return tuple(x[name] for name in "rkvg" if name in x)
 
 
-# -- shared with v6: addresses of rows, each of whole vectors ------------------------------------------------
+# -- shared with v6. Arguments are addresses of rows of whole vectors; row: bytes of a row ------------------
 
 
 @inlined
 def own_score(r: Any, u: Any, k: Any, row: Any) -> Any:
-    """The sum of r * u * k: how much of its own value a token reads."""
+    """The sum of r * u * k: the factor with which a token reads its own value."""
     own = floats(ZERO)
     for j in range(0, row, 64):
         own = fma(mul(load_floats(r + j), load_floats(u + j)), load_floats(k + j), own)
@@ -75,7 +75,7 @@ def own_score(r: Any, u: Any, k: Any, row: Any) -> Any:
 
 @called
 def step(S: Any, r: Any, w: Any, k: Any, v: Any, y: Any) -> None:
-    """y = S r; S = S diag(w) + v k^T, in one pass over S (N, N); the others (N,)."""
+    """y = S r; S = S diag(w) + v k^T, in one pass over S (N, N). The others are arrays (N,)."""
     N = len(S)
     for i in range(N):
         value, out = v[i], ZERO
@@ -88,7 +88,7 @@ def step(S: Any, r: Any, w: Any, k: Any, v: Any, y: Any) -> None:
 
 @inlined
 def fits(m: Any, w: Any) -> Any:
-    """Whether a chunk can take one token more, of decay w: see LEAST_DECAY."""
+    """True if one more token, of decay w, fits the chunk in memory m: the decay stays above LEAST_DECAY."""
     least = floats(ONE)
     for j in range(0, chunk.ROW, 64):
         least = at_most(mul(load_floats(m + chunk.DECAY * chunk.ROW + j), load_floats(w + j)), least)
@@ -97,7 +97,7 @@ def fits(m: Any, w: Any) -> Any:
 
 @called
 def enter(m: Any, t: Any, r: Any, w: Any, k: Any, v: Any, alone: Any) -> None:
-    """Make a token the t-th of a chunk: all relative to the decay since the chunk began."""
+    """Write token t of the chunk in memory m. Queries and keys are relative to the decay since the chunk began."""
     for j in range(0, chunk.ROW, 64):
         before = load_floats(m + chunk.DECAY * chunk.ROW + j)
         decay = mul(before, load_floats(w + j))
@@ -111,7 +111,7 @@ def enter(m: Any, t: Any, r: Any, w: Any, k: Any, v: Any, alone: Any) -> None:
 
 @called
 def finish(out: Any, own: Any, v: Any, weight: Any, bias: Any, gate: Any, N: Any, y: Any) -> None:
-    """y = group norm of (out + own * v), times silu(gate) unless its address is 0; out is overwritten."""
+    """y = group norm of (out + own * v), times silu(gate) unless the address of gate is 0. out is overwritten."""
     row = 4 * padded(N)
     for j in range(0, row, 64):
         store_floats(fma(floats(own), load_floats(v + j), load_floats(out + j)), out + j)
@@ -132,7 +132,7 @@ def finish(out: Any, own: Any, v: Any, weight: Any, bias: Any, gate: Any, N: Any
 def _chunks(
     a: Any, given: Any, x: Any, p: Any, at: Any, m: Any, own: Any, first: Any, stride: Any, count: Any
 ) -> None:
-    """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
+    """Compute a unit, `count` rows of a head, in chunks. The memory m of a chunk holds the head's state, transposed."""
     begin = 0
     while begin < count:
         chunk.start(m)
@@ -155,7 +155,7 @@ def _chunks(
 
 @recurrence
 def run(where: Any, begin: Any, end: Any) -> None:
-    """Units `begin` to `end`, heads of segments; y is written, the states are updated."""
+    """Write y and update the states of units `begin` to `end`, which are heads of segments."""
     a = arguments(where)
     N = a[A_N]
     given = INPUTS if a[A_VALUES + X_G] else X_G

@@ -34,7 +34,7 @@ from rwkv_npu.models.common import Arrays
 P_DECAY, P_U, P_WEIGHT, P_BIAS, PARAMETERS = range(5)
 X_R, X_W, X_K, X_V, X_G, INPUTS = range(6)
 
-# Rows of scratch: inputs and parameters of a head where they need padding, then the decay of a token, and y.
+# Rows of scratch: padded copies of the inputs and parameters of a head, where they need padding, then w and y.
 W, Y = INPUTS + PARAMETERS, INPUTS + PARAMETERS + 1
 SCRATCH = Y + 1
 
@@ -50,7 +50,7 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 @inlined
 def _decay(x: Any, p: Any, w: Any, row: Any) -> None:
-    """w = exp(-exp(time_decay + x)), row bytes at an address."""
+    """w = exp(-exp(p + x)). x, p, w: addresses of `row` bytes; p is time_decay."""
     for j in range(0, row, 64):
         rate = exp(add(load_floats(p + j), load_floats(x + j)))
         store_floats(mul(rate, floats(-ONE)), w + j)
@@ -61,7 +61,7 @@ def _decay(x: Any, p: Any, w: Any, row: Any) -> None:
 
 @called
 def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, own: Any, first: Any, stride: Any, count: Any) -> None:
-    """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
+    """Compute a unit, `count` rows of a head, in chunks. The memory m of a chunk holds the head's state, transposed."""
     w, begin = at + W * chunk.ROW, 0
     while begin < count:
         chunk.start(m)
@@ -91,7 +91,7 @@ def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, own: Any, first: Any, strid
 
 @recurrence
 def run(where: Any, begin: Any, end: Any) -> None:
-    """Units `begin` to `end`, heads of segments; y is written, the states are updated."""
+    """Write y and update the states of units `begin` to `end`, which are heads of segments."""
     a = arguments(where)
     N = a[A_N]
     c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)

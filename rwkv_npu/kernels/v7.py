@@ -45,7 +45,8 @@ from rwkv_npu.models.v7 import LOG_DECAY, NORM_FLOOR
 P_W0, P_K_K, P_K_A, P_R_K, P_WEIGHT, P_BIAS, PARAMETERS = range(7)
 X_R, X_W, X_K, X_V, X_A, X_G, X_VMIX, X_FIRST, INPUTS = range(9)
 
-# Rows of scratch: inputs and parameters of a head where they need padding, and what they become.
+# Rows of scratch: padded copies of the inputs and parameters of a head, where they need padding, then what `_prepare`
+# computes from them, and y.
 W, K, V, KAPPA, B, Y = range(INPUTS + PARAMETERS, INPUTS + PARAMETERS + 6)
 SCRATCH = Y + 1
 
@@ -56,7 +57,7 @@ def parameters(p: Arrays) -> tuple[np.ndarray, ...]:
 
 
 def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
-    """Layer 0 mixes nothing in: v + (v - v) * v is v."""
+    """The inputs of `run`. Layer 0 has no vmix. It is given v, so that v + (v_first - v) * vmix is v: v_first is v."""
     if "vmix" not in x:
         carry["v_first"] = x["v"]
     return *(x[name] for name in "rwkvag"), x.get("vmix", x["v"]), carry["v_first"]
@@ -64,7 +65,7 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 @called
 def _prepare(x: Any, p: Any, at: Any, row: Any) -> Any:
-    """Write the rows W to B of a token; its bonus. row: bytes of a row of scratch."""
+    """Write the rows W, K, V, KAPPA and B of a token, and return its bonus. row: bytes of a row of scratch."""
     square = floats(ZERO)
     for j in range(0, row, 64):
         kappa = mul(load_floats(x[X_K] + j), load_floats(p[P_K_K] + j))
@@ -90,7 +91,7 @@ def _prepare(x: Any, p: Any, at: Any, row: Any) -> Any:
 
 @called
 def _update(S: Any, c: Any, r: Any, N: Any) -> None:
-    """S = S diag(w) - (S kappa) b^T + v k^T; y = S r. One row of S (N, N) after the other."""
+    """S = S diag(w) - (S kappa) b^T + v k^T; y = S r, row by row of S (N, N). c: the rows of scratch."""
     for i in range(N):
         removed = ZERO
         for j in range(N):
@@ -105,7 +106,7 @@ def _update(S: Any, c: Any, r: Any, N: Any) -> None:
 
 @called
 def _enter(m: Any, x: Any, at: Any, t: Any) -> None:
-    """Make a token the t-th of a chunk: all relative to the decay since the chunk began."""
+    """Write token t of the chunk in memory m. Queries and keys are relative to the decay since the chunk began."""
     for j in range(0, chunk.ROW, 64):
         before = load_floats(m + chunk.DECAY * chunk.ROW + j)
         decay = mul(before, load_floats(at + W * chunk.ROW + j))
@@ -134,7 +135,7 @@ def _finish(out: Any, v: Any, bonus: Any, gate: Any, p: Any, N: Any, y: Any) -> 
 
 @called
 def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, bonuses: Any, first: Any, step: Any, count: Any) -> None:
-    """`count` rows of a head whose state lies, transposed, in the memory m of a chunk."""
+    """Compute a unit, `count` rows of a head, in chunks. The memory m of a chunk holds the head's state, transposed."""
     for begin in range(0, count, chunk.C):
         tokens = min(chunk.C, count - begin)
         chunk.start(m)
@@ -153,7 +154,7 @@ def _chunks(a: Any, x: Any, p: Any, at: Any, m: Any, bonuses: Any, first: Any, s
 
 @recurrence
 def run(where: Any, begin: Any, end: Any) -> None:
-    """Units `begin` to `end`, heads of segments; y is written, the states are updated."""
+    """Write y and update the states of units `begin` to `end`, which are heads of segments."""
     a = arguments(where)
     N = a[A_N]
     c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
