@@ -124,12 +124,26 @@ def test_a_damaged_file_is_not_used_and_goes(
     folder.put(KEY, state_after(model, [1]))
     folder.flush()
     file = tmp_path / f"{KEY}.safetensors"
-    broken = state_after(model, [1])
-    broken.parts["att.shift"][:] = np.nan
-    for damage in (lambda: file.write_bytes(file.read_bytes()[:100]), lambda: broken.save(file)):
+    whole = file.read_bytes()
+    other = state_after(model, [2])
+    for damage in (
+        lambda: file.write_bytes(whole[:100]),
+        lambda: file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]),
+        lambda: other.save(file, notes={"key": "f" * 32}),
+    ):
         damage()
         assert folder.get(KEY) is None and not file.exists()
-    assert caplog.text.count("a cached state is unusable") == 2
+    for reason in ("is no state file", "is damaged", "under another name"):
+        assert reason in caplog.text
+
+
+def test_files_of_a_writer_that_was_killed_go(model: rwkv_npu.Model, tmp_path: Path) -> None:
+    old, new = tmp_path / f"{KEY}.safetensors.1.writing", tmp_path / f"{KEY}.safetensors.2.writing"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    StateFolder(tmp_path, 1 << 30, model)
+    assert not old.exists() and new.exists()  # the new one may be another server's
 
 
 def test_the_folder_keeps_its_budget(model: rwkv_npu.Model, tmp_path: Path) -> None:

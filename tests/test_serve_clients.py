@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+import rwkv_npu
 from tests.live import LiveServer, live_server
+from tests.tiny import continuation
 
 openai = pytest.importorskip("openai")
 ollama = pytest.importorskip("ollama")
@@ -359,6 +361,29 @@ def test_it_drains_on_sigterm(tmp_path: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert live.process.wait(timeout=30) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_server_that_was_killed_goes_on_with_old_conversations(tmp_path: Path) -> None:
+    """Killed while states are written. The next server has the same words, and reads only the end of the prompt."""
+    story = "Return the file.\n\n" + "The socket is closed by the caller. " * 40 + "\n\n"
+    body = {"temperature": 0, "max_tokens": 12, "logit_bias": {"0": -100}}
+    flags = ("--backend", "numpy", "--cache-dir", tmp_path / "states")
+    with live_server(*flags, log=tmp_path / "log") as live:
+        first = post(live, "/v1/completions", {**body, "prompt": story}).json()["choices"][0]["text"]
+        deadline = time.monotonic() + 20
+        while not list((tmp_path / "states").glob("*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        live.process.kill()
+        live.process.wait()
+    prompt = story + first + "\n\nThen "
+    with live_server(*flags, log=tmp_path / "log") as live:
+        again = post(live, "/v1/completions", {**body, "prompt": prompt}).json()
+    with rwkv_npu.load(backend="numpy") as model:
+        read = len(model.encode(prompt))
+        assert again["choices"][0]["text"] == continuation(model, prompt)
+    assert again["usage"]["prompt_tokens"] == read
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > read - 60
+    assert "unusable" not in (tmp_path / "log").read_text()
 
 
 def test_a_port_that_is_taken(run: Any) -> None:

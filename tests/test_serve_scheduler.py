@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 import rwkv_npu
 from rwkv_npu.errors import BackendError, RwkvNpuError
-from rwkv_npu.serve.cache import Checkpoints, StateCache
+from rwkv_npu.formats.state import State
+from rwkv_npu.serve.cache import Checkpoints, StateCache, size_of
 from rwkv_npu.serve.scheduler import GRAIN, BusyError, Job, Scheduler
 from rwkv_npu.text.sampling import Choice, Sampler, SamplingOptions
+from tests.conversions import convert
 
 WAIT = 120.0  # seconds that anything here may take: the sampler may have to be compiled
 
@@ -160,6 +163,52 @@ def test_the_cache_changes_no_answer(model: rwkv_npu.Model, parts: list[list[byt
             assert writer.wait() == greedy(model, ids, 4)
     finally:
         running.close()
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def compiled(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[rwkv_npu.Model]:
+    bundle = convert(checkpoint, tmp_path_factory.mktemp("numba") / "m.rwkv", cpu=request.param)
+    with rwkv_npu.load(bundle, backend="numba", precision=request.param) as loaded:
+        yield loaded
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_the_same_bits_with_and_without_the_cache_and_among_others(
+    compiled: rwkv_npu.Model, data: st.DataObject
+) -> None:
+    """Prompts that share beginnings, all at once or in turn, with any eviction."""
+    pieces = st.lists(
+        st.sampled_from([b"a ", b"\n\n", b"ing ", b"turn" * 9, b"and so on " * 30]), min_size=1, max_size=12
+    )
+    begin = data.draw(pieces)
+    ids = [
+        compiled.encode(b"".join([*begin, *rest, b"x"]).decode())
+        for rest in data.draw(st.lists(pieces, min_size=2, max_size=4))
+    ]
+    size = size_of(compiled.new_state())
+    states: list[list[State]] = []
+    for budget in (0, data.draw(st.integers(0, 6)) * size):
+        checkpoints = Checkpoints(compiled.tokenizer, "test", ["ing "])
+        running = Scheduler(compiled.engine, checkpoints, StateCache(budget))
+        after = dict[int, State]()
+        try:
+            writers = [Recorder(1) for _ in ids]
+            for i, (prompt, writer) in enumerate(zip(ids, writers, strict=True)):
+                keep = functools.partial(after.__setitem__, i)
+                running.submit(Job(prompt, [writer], finished=lambda state, keep=keep: keep(state.copy())))
+                if budget == 0 or data.draw(st.booleans()):
+                    writer.wait()
+            for writer in writers:
+                writer.wait()
+        finally:
+            running.close()
+        states.append([after[i] for i in range(len(ids))])
+    for alone, cached in zip(*states, strict=True):
+        for name, part in alone.parts.items():
+            np.testing.assert_array_equal(part, cached.parts[name])
 
 
 def test_a_held_prompt_goes_on_when_the_one_it_waits_for_is_cancelled(

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import rwkv_npu
 from rwkv_npu.errors import StateError
-from rwkv_npu.formats.state import State
+from rwkv_npu.formats.state import State, load_untrusted_state
 from rwkv_npu.model import Model
 from rwkv_npu.models.spec import GENERATIONS, state_shapes
 from tests.tiny import write_model
@@ -189,6 +189,34 @@ def test_a_safetensors_file_that_is_no_state(v7: Model, tmp_path: Path) -> None:
 def test_a_format_of_the_future(saved: Path, v7: Model) -> None:
     change(saved, format="rwkv_npu state 2")
     assert_refused(saved, v7, "not a state file")
+
+
+def test_a_changed_number(saved: Path, v7: Model) -> None:
+    data = bytearray(saved.read_bytes())
+    data[-1000] ^= 1
+    saved.write_bytes(data)
+    assert_refused(saved, v7, "is damaged", "checksum")
+
+
+def test_a_file_of_version_0_1_has_no_checksum(saved: Path, v7: Model) -> None:
+    change(saved, checksum="")
+    assert same(v7.load_state(saved), v7.forward(TOKENS)[1])
+
+
+def test_a_file_of_a_stranger(saved: Path, v7: Model, tmp_path: Path) -> None:
+    """Only a state of this model is read: other weights, a tuned state and numbers without size are not."""
+    assert same(load_untrusted_state(saved, v7.spec, v7.fingerprint), v7.forward(TOKENS)[1])
+    with pytest.raises(StateError, match="other weights"):
+        load_untrusted_state(saved, v7.spec, "0" * 32)
+    tuned = tmp_path / "tuned.safetensors"
+    save_file({"blocks.0.att.time_state": np.zeros((D // N, N, N), np.float32)}, tuned)
+    with pytest.raises(StateError, match="is a tuned state"):
+        load_untrusted_state(tuned, v7.spec, v7.fingerprint)
+    state = v7.forward(TOKENS)[1]
+    state.parts["att.shift"][0, 3] = np.inf
+    state.save(saved)
+    with pytest.raises(StateError, match="not finite"):
+        load_untrusted_state(saved, v7.spec, v7.fingerprint)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.999])

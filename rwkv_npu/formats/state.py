@@ -5,6 +5,7 @@ It is fp32 and does not depend on backend, precision or fusion, so every backend
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -79,12 +80,21 @@ class State:
             "spec": json.dumps(self.spec.to_json()),
             "fingerprint": self.fingerprint,
             "tokens_seen": str(self.tokens_seen),
+            "checksum": _checksum(tensors),
         }
         try:
             # A link stays a link: the file that it names is replaced.
             write_atomically(Path(os.path.realpath(path)), save(tensors, metadata))
         except (OSError, ValueError) as error:
             raise StateError(f"cannot write the state to {path}: {os_reason(error)}") from error
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
 
 
 def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> State:
@@ -122,6 +132,22 @@ def load_state(
     if layout is None:
         raise StateError(f"{path} is a tuned state in safetensors, whose layout cannot be told: {NAME_IT}")
     return _tuned(path, spec, fingerprint, tensors, layout)
+
+
+def load_untrusted_state(path: str | os.PathLike[str], spec: Spec, fingerprint: str) -> State:
+    """Read a file of `State.save` that a client or another machine has sent.
+
+    Raises StateError for any other file, for a state of other weights, and for numbers that are not finite.
+    """
+    path = Path(path)
+    found = _ours(path)
+    if found is None:
+        raise StateError(f"{path} is a tuned state, not one that rwkv_npu has saved")
+    if found[0].get("fingerprint") != fingerprint:
+        raise StateError(f"state {path} was made with other weights than this model's")
+    if not all(np.isfinite(array).all() for array in found[1].values()):
+        raise StateError(f"state {path} has numbers that are not finite")
+    return _checked(path, spec, fingerprint, *found)
 
 
 def _is_zip(path: Path) -> bool:
@@ -167,6 +193,8 @@ def _checked(
     if f"blocks.{spec.L}.att.shift" in tensors:
         raise StateError(f"state {path} has more layers than the model's {spec.L}")
     logits = _part(path, tensors, "logits", (spec.V,)) if "logits" in tensors else None
+    if metadata.get("checksum", "") not in ("", _checksum(tensors)):  # files of version 0.1 have none
+        raise StateError(f"state {path} is damaged: its numbers do not have the checksum in its header")
     if metadata.get("fingerprint") != fingerprint:
         warnings.warn(f"state {path} was made with other weights than this model's", stacklevel=3)
     return State(spec, fingerprint, parts, logits, _count(path, metadata))

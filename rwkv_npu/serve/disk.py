@@ -1,6 +1,7 @@
 """States in a folder: a restarted server, or another one, continues old conversations.
 
-Each file is an ordinary state file, named by the key of its tokens. It is validated like a file from a stranger.
+Each file is an ordinary state file. Its name and its metadata have the key of its tokens. It is validated like an
+upload, because other machines may write into the folder.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import os
 import queue
 import re
 import threading
+import time
 from pathlib import Path
 
-import numpy as np
-
-from rwkv_npu.errors import RwkvNpuError, UsageError
-from rwkv_npu.formats.state import State
+from rwkv_npu.errors import RwkvNpuError, StateError, UsageError
+from rwkv_npu.formats.files import UNFINISHED
+from rwkv_npu.formats.state import State, load_untrusted_state, read_notes
 from rwkv_npu.model import Model
 
 KEY = re.compile(r"[0-9a-f]{32}")
+ABANDONED_S = 600  # age of an unfinished file whose writer was killed
 PENDING = 32  # states that may wait to be written. More are dropped: their prompts can be read again
 
 log = logging.getLogger("rwkv_npu.serve")
@@ -36,6 +38,9 @@ class StateFolder:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise OSError(13, "it cannot be written to")
+            for path in folder.glob(f"*{UNFINISHED}"):
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(f"states cannot be kept in {folder}: {error.strerror}") from None
         self._queue: queue.Queue[tuple[str, State] | None] = queue.Queue(PENDING)
@@ -47,9 +52,9 @@ class StateFolder:
         if not path.is_file():
             return None
         try:
-            state = self._model.load_state(path)
-            if not all(np.isfinite(part).all() for part in state.parts.values()):
-                raise RwkvNpuError(f"{path} holds numbers that are not finite")
+            state = load_untrusted_state(path, self._model.spec, self._model.fingerprint)
+            if read_notes(path).get("key") != key:
+                raise StateError(f"state {path} was saved under another name")
             os.utime(path)
         except (RwkvNpuError, OSError) as error:
             log.warning("a cached state is unusable: %s", error)
@@ -79,7 +84,7 @@ class StateFolder:
             try:
                 path = self._path(item[0])
                 if not path.exists():
-                    item[1].save(path)
+                    item[1].save(path, notes={"key": item[0]})
                     self._trim()
             except (RwkvNpuError, OSError) as error:
                 log.warning("a state was not saved: %s", error)

@@ -200,10 +200,7 @@ class Scheduler:
                 self._wake.notify()
 
     def _checkpoints_of(self, job: Job) -> list[Checkpoint]:
-        if job.state is not None:
-            return []
-        # The last token of a prompt is always read, for its logits.
-        return [one for one in self.checkpoints.of(job.ids) if one.position < len(job.ids)]
+        return [] if job.state is not None else self.checkpoints.of(job.ids)
 
     @property
     def draining(self) -> bool:
@@ -281,14 +278,16 @@ class Scheduler:
             self.counters.cancelled += 1
             return
         checkpoints = job.checkpoints or ()
-        known = self.cache.position(checkpoints)
+        # The last token of a prompt is always read, for its logits.
+        usable = [one for one in checkpoints if one.position < len(job.ids) or not job.writers]
+        known = self.cache.position(usable)
         # Equal prefixes have equal checkpoints: if two jobs share any of those to come, they share the next one.
         coming = self._coming()
-        shared = next((one for one in checkpoints if one.position > known and one in coming), None)
+        shared = next((one for one in usable if one.position > known and one in coming), None)
         if shared is not None:
             self._held[job] = shared
             return
-        position, state = self.cache.find(checkpoints)
+        position, state = self.cache.find(usable)
         job.cached = position
         self.counters.cached_tokens += position
         job.started(position)

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rwkv_npu.errors import RwkvNpuError, StateError, UsageError
-from rwkv_npu.formats.state import State
+from rwkv_npu.formats.state import State, load_untrusted_state
 from rwkv_npu.serve.cache import size_of
 from rwkv_npu.serve.fields import FieldError, Fields
 from rwkv_npu.serve.scheduler import Job
@@ -82,22 +81,16 @@ async def download(request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """Store an uploaded state file. Every part must have the model's shape and finite values."""
+    """Store an uploaded state file of this model."""
     service: Service = request.app.state.service
     data, name = await body_of(request), request.path_params["name"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(data)
-        if data[:2] == b"PK":
-            raise FieldError(
-                "state", "a tuned state in a .pth cannot be uploaded: save it as safetensors first"
-            )
         try:
-            state = service.model.load_state(path)
+            state = load_untrusted_state(path, service.model.spec, service.model.fingerprint)
         except StateError as error:
             raise FieldError("state", str(error).replace(str(path), "the upload")) from None
-    if not all(np.isfinite(part).all() for part in state.parts.values()):
-        raise FieldError("state", "the upload holds numbers that are not finite")
     request.app.state.named.keep(name, state)
     return JSONResponse(_entry(name, state))
 
