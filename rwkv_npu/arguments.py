@@ -36,6 +36,8 @@ def check_path(name: str, value: object) -> None:
     """Check that `value` is a str or a path of str."""
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise UsageError(f"{name} must be a path, not {shown(value)}")
+    if not os.fspath(value):
+        raise UsageError(f"{name} is empty: give the name of a file or folder")
 
 
 def check_text(name: str, value: object) -> None:

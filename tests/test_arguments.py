@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 import rwkv_npu
+from rwkv_npu.cli import diagnosis
 from rwkv_npu.errors import BackendError, UsageError
+from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.state import State
 from rwkv_npu.model import Model
-from tests.tiny import V
+from tests.tiny import Run, V, error_line, write_model
 
 NOT_NUMBERS = (10**400, -(10**5000), float("nan"), "1", [1], True, 1j, np.array([1.0]))
 SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "penalty_decay")
@@ -135,3 +138,48 @@ def test_forward_names_logits_that_are_not_finite(model: Model) -> None:
         model.forward_batch([[1], [2]], [good, state])
     with pytest.raises(BackendError, match="NaN or infinity"):
         model.generate([1], state)
+
+
+@pytest.mark.parametrize("ids", [[10**19], [1, 2**63], [2**63, -1], [5, 10**400]])
+def test_ids_of_any_size_are_named(model: Model, ids: list[int]) -> None:
+    refused(lambda: model.forward(ids), f"ids of this model are 0 to {V - 1}|outside the model's vocabulary")
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "-m", "", "-p", "a"),
+        ("generate", "-p", "a", "--state", ""),
+        ("convert", "", "--target", "none"),
+        ("merge", "base.pth", "", "-o", "out.safetensors"),
+        ("convert", "model.pth", "--calibrate", "a.txt", ""),
+        ("serve", "--api-key", ""),
+    ],
+    ids=" ".join,
+)
+def test_empty_words_are_refused(command: tuple[str, ...], run: Run) -> None:
+    status, printed, err = run(*command)
+    assert (status, printed) == (2, "") and "is empty: give a value" in err and err.count("\n") == 1
+
+
+def test_an_id_of_twenty_digits(run: Run, checkpoint: Path) -> None:
+    line = error_line(run("generate", "-m", checkpoint, "--ids", "-p", "5 " + "9" * 20))
+    assert "9" * 20 in line and f"0 to {V - 1}" in line
+
+
+def test_printed_commands_can_be_pasted(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "my models" / "it's mine.pth"
+    write_model(model)
+    out = tmp_path / "my bundles" / "a b.rwkv"
+    out.parent.mkdir()
+    status, _, err = run("convert", model, "--target", "none", "-o", out)
+    assert status == 0
+    command = next(line for line in err.splitlines() if line.startswith("next: ")).removeprefix("next: ")
+    assert shlex.split(command)[:4] == ["rwkv-npu", "generate", "-m", str(out)]
+    advice = [
+        finding.mend for finding in diagnosis.examine(bundle=open_bundle(out)) if "convert" in finding.mend
+    ]
+    assert shlex.split(advice[-1])[1:5] == ["convert", "it's mine.pth", "-o", str(out)]

@@ -212,7 +212,7 @@ def test_cpu_backends_run_where_linux_is_missing(checkpoint: Path) -> None:
     for name in ("fcntl", "resource", "pwd", "grp"):
         sys.modules[name] = None
     import rwkv_npu, rwkv_npu.cli
-    for backend in ("numpy", "ort"):
+    for backend in ("numpy", "ort", "torch"):
         with rwkv_npu.load(sys.argv[1], backend=backend) as model:
             print(len(model.forward([1, 2, 3])[0]))
     sys.exit(rwkv_npu.cli.main(["info", sys.argv[1]]))
@@ -223,7 +223,7 @@ def test_cpu_backends_run_where_linux_is_missing(checkpoint: Path) -> None:
 def test_locks_and_the_npu_say_what_they_need() -> None:
     code = """
     import sys
-    sys.modules["fcntl"] = None
+    sys.modules["fcntl"] = sys.modules["resource"] = None
     from pathlib import Path
     from rwkv_npu.board.npu import LOCK
     from rwkv_npu.errors import RwkvNpuError
@@ -233,9 +233,12 @@ def test_locks_and_the_npu_say_what_they_need() -> None:
             attempt()
         except RwkvNpuError as error:
             print(error)
+    from rwkv_npu.cli import main
+    sys.stderr = sys.stdout
+    main(["doctor"])
     """
     lines = alone(code).splitlines()
-    assert len(lines) == 2 and all("Linux" in line for line in lines)
+    assert len(lines) == 3 and all("Linux" in line for line in lines)
 
 
 def test_commands_run_for_a_user_without_a_home(checkpoint: Path, tmp_path: Path) -> None:
@@ -254,11 +257,14 @@ def test_commands_run_for_a_user_without_a_home(checkpoint: Path, tmp_path: Path
         ["convert", model, "--target", "none", "-o", out],
         ["toolkit", "status"],
         ["doctor"],
+        ["chat", "-m", model, "--backend", "numpy"],
+        ["eval", "-m", model, "--text", __import__("shlex").__file__, "--backend", "numpy"],
     ):
         print(command[0], main(command), flush=True)
     """
     text = alone(code, checkpoint, tmp_path)
-    assert "generate 0" in text and "convert 0" in text and "toolkit" in text and "doctor" in text
+    for expected in ("generate 0", "convert 0", "toolkit 1", "doctor 0", "chat 0", "eval 0"):
+        assert expected in text
 
 
 # Ends of a text

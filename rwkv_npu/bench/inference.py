@@ -5,7 +5,6 @@ The arithmetic of the estimates is in `runtime.estimate`, their terms and source
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +129,7 @@ class Study:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.subjects = [open_subject(path) for path in settings.models]
-        self.threads = settings.threads or len(os.sched_getaffinity(0))
+        self.threads = settings.threads or len(hardware.usable_cores())
         here = machine.describe()
         self.document = Document(ModelRow, here, settings.command)
         if settings.file and settings.file.exists() and settings.file.stat().st_size:

@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
         "instruction_set": instruction_set(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(hardware.usable_cores()),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),

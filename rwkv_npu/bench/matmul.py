@@ -248,7 +248,7 @@ class Settings:
     shapes: Sequence[Shape]
     backends: Sequence[str] = DEFAULT_BACKENDS
     dtypes: Sequence[str] | None = None
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=lambda: len(hardware.usable_cores()))
     effort: Effort = Effort()
     file: Path | None = None
     redo: bool = False

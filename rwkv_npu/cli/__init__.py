@@ -58,6 +58,7 @@ COMMANDS = (
 )
 
 STDOUT = "<stdout>"
+LINUX_ONLY = {"fcntl", "resource", "termios"}  # modules of Python that other systems may lack
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
 
@@ -90,7 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = parser().parse_args(argv)
+        top = parser()
+        arguments = top.parse_args(argv)
+        for name, value in vars(arguments).items():
+            # A shell leaves such a word where a variable is not set: "$MODEL".
+            if name not in ("prompt", "system", "stop") and "" in (
+                value if isinstance(value, list) else [value]
+            ):
+                top.error(f"{name.replace('_', '-')} is empty: give a value, or leave it out")
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
@@ -108,6 +116,11 @@ def _run(argv: Sequence[str] | None) -> int:
             print(f"rwkv-npu: error: {error.strerror}", file=sys.stderr)
         else:
             raise
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in LINUX_ONLY:
+            raise
+        print(f"rwkv-npu: error: this command needs Linux: there is no {error.name} here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("rwkv-npu: interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -298,7 +299,10 @@ def _inference_settings(arguments: argparse.Namespace) -> inference.Settings:
 
 def _inference_command(arguments: argparse.Namespace) -> str:
     """The command line for the document, with the names of model files only."""
-    words = ["rwkv-npu bench inference", *(f"-m {Path(path).name}" for path in arguments.model or ())]
+    words = [
+        "rwkv-npu bench inference",
+        *(f"-m {shlex.quote(Path(path).name)}" for path in arguments.model or ()),
+    ]
     for name in ("backends", "repeats", "seconds", "threads", "fusion", "call_overhead_us", "host_factor"):
         if (value := getattr(arguments, name)) is not None:
             words.append(f"--{name.replace('_', '-')} {value}")

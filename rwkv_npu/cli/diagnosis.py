@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -276,7 +277,7 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
     manifest = bundle.manifest
     target = chip or "rk3588"
     artifacts = [a for a in manifest.artifacts if a.target == target and a.fusion == manifest.fusion]
-    again = f"rwkv-npu convert {manifest.checkpoint} -o {bundle.path}"
+    again = f"rwkv-npu convert {shlex.quote(manifest.checkpoint)} -o {shlex.quote(str(bundle.path))}"
     if not artifacts:
         others = ", ".join(sorted({a.target for a in manifest.artifacts}))
         shown = f"none for the {target}" + (f"; the bundle has some for: {others}" if others else "")

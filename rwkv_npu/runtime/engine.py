@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from rwkv_npu.arguments import check_ids
 from rwkv_npu.backends.base import Faults
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State, new_state
@@ -260,6 +261,8 @@ class Engine:
             ids = np.asarray(tokens)
         except ValueError:  # rows of different lengths
             ids = np.empty(0)
+        if ids.ndim == 1 and ids.dtype.kind in "Of":  # ids beyond 64 bits, or beside one
+            ids = np.array(check_ids(f"{where}tokens", tokens, self.spec.V), np.int64)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(f"{where}tokens must be a non-empty sequence of integer ids")
         if ids.min() < 0 or ids.max() >= self.spec.V:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import shlex
 import warnings
 from dataclasses import dataclass
 
@@ -155,7 +156,7 @@ def measured_plan(bundle: Bundle) -> Plan | None:
     if missing:
         warnings.warn(
             f"the plan that rwkv-npu tune kept in {bundle.path} needs {' and '.join(missing)}, not installed here: "
-            f"without a plan now; rwkv-npu tune -m {bundle.path} measures again",
+            f"without a plan now; rwkv-npu tune -m {shlex.quote(str(bundle.path))} measures again",
             stacklevel=3,
         )
         return None

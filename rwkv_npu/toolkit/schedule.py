@@ -7,7 +7,6 @@ D = 2048. Memory, not the number of cores, limits how many run at once.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_npu.board.hardware import usable_cores
 from rwkv_npu.errors import ToolkitError, UsageError
 from rwkv_npu.toolkit.compiler import CompileOptions, CompileResult, compile_graph
 from rwkv_npu.toolkit.environment import Environment
@@ -86,7 +86,7 @@ def compile_many(
     processes. Finished artifacts stay.
     """
     limit = available_memory() if memory_limit_bytes is None else memory_limit_bytes
-    parallel = len(os.sched_getaffinity(0)) if parallel is None else parallel
+    parallel = len(usable_cores()) if parallel is None else parallel
     if parallel < 1:
         raise UsageError(f"parallel is {parallel}; at least 1 is needed")
     waiting = sorted(jobs, key=lambda job: -job.estimated_rss)
