@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_npu.conversion.export import export
 from rwkv_npu.runtime.placement import TUNED
 from tests.emulated import EmulatedBoard
 from tools.board import chip
@@ -47,7 +48,12 @@ def bundle(board_bundles: Mapping[str, Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def ended(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, Ended]:
+def exported(bundle: Path) -> Path:
+    return export(bundle, bundle.with_name("board.rwkv"), target="rk3588", cpu="int8")
+
+
+@pytest.fixture(scope="module")
+def ended(emulated_board: EmulatedBoard, bundle: Path, exported: Path) -> dict[str, Ended]:
     generate = ["generate", "-m", bundle, "--ids", "-p", "5,6,7", "-n", 4, "--temp", 0, "-v"]
     commands = {
         "doctor": ["doctor", "-m", bundle, "--json"],
@@ -55,6 +61,7 @@ def ended(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, Ended]:
         "auto": generate,
         "tune": ["tune", "-m", bundle, "-t", 1, "--json"],
         "tuned": generate,
+        "exported": [*generate, "-m", exported, "--backend", "rknn"],
         "plan": [*generate, "--plan", "prefill=rknn,decode=rknn-matmul", "--fusion", "projection"],
     }
     words = json.dumps([[str(word) for word in argv] for argv in commands.values()])
@@ -113,6 +120,11 @@ def test_a_plan_mixes_the_npus_backends(ended: dict[str, Ended]) -> None:
     assert "rknn for prompts, rknn-matmul for tokens, projection fusion" in ended["plan"].err
     texts = {ended[name].out for name in ("auto", "tuned", "plan")}
     assert len(texts) == 1 and len(texts.pop().split()) == 4
+
+
+def test_an_exported_bundle_runs_on_its_npu(ended: dict[str, Ended]) -> None:
+    assert ended["exported"].out == ended["auto"].out
+    assert "backend: as asked" in ended["exported"].err and "failed" not in ended["exported"].err
 
 
 def test_nothing_that_rockchip_prints_is_seen(ended: dict[str, Ended]) -> None:

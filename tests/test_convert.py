@@ -74,7 +74,7 @@ def test_default_output_is_the_stem_in_the_current_folder(
     write_model(tmp_path / "hub-model-7b", hf=True)
     assert rwkv_npu.convert(tmp_path / "hub-model-7b", target="none") == Path("hub-model-7b.rwkv")
     monkeypatch.chdir(tmp_path / "hub-model-7b")
-    with pytest.raises(UsageError, match="contains the checkpoint"):
+    with pytest.raises(UsageError, match="contains the model itself"):
         rwkv_npu.convert(".", "../hub-model-7b", target="none", force=True)
 
 

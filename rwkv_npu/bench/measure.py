@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.backends import BACKENDS as MODEL_BACKENDS
+from rwkv_npu.backends import NPU_BACKENDS
 from rwkv_npu.bench.child import Emit
 from rwkv_npu.bench.document import DECODE, MEASURED_PARTS, PREFILLS, with_rates
 from rwkv_npu.bench.machine import Watch, roofline
@@ -253,7 +254,8 @@ def memory() -> dict[str, int]:
 def facts(model: Model, backend: str) -> dict[str, Any]:
     """The fields of a row that do not depend on time."""
     source, spec = model.source, model.spec
-    dtype = source.tensor("head.weight").dtype
+    # Graphs for the NPU hold fp16; of an exported bundle the projections are there in no other form.
+    dtype = np.dtype(np.float16) if backend in NPU_BACKENDS else source.weight("head.weight").dtype
     stored, size = _short(dtype), sum(weights(spec).values()) * dtype.itemsize
     held = stored
     if backend in ("ort", "numba") and source.packed("head.weight"):

@@ -25,6 +25,7 @@ from rwkv_npu.cli import (
     convert,
     doctor,
     evaluate,
+    export,
     generate,
     info,
     kernels,
@@ -41,6 +42,7 @@ from rwkv_npu.errors import RwkvNpuError
 COMMANDS = (
     models,
     convert,
+    export,
     merge,
     generate,
     chat,

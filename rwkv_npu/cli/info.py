@@ -213,8 +213,8 @@ def _table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary(bundle: Bundle) -> str:
-    """Describe a bundle that was just made, in a few lines, and the command to go on with."""
+def summary(bundle: Bundle, then: str = "") -> str:
+    """Describe a bundle that was just made, in a few lines, and the command to go on with (`then`)."""
     facts = _bundle_facts(bundle)
     lines = [f"{facts['path']}: {size(facts['bytes_on_disk'])}", f"  CPU  weights in {_cpu(facts)}"]
     for artifact in facts["artifacts"]:
@@ -226,8 +226,8 @@ def summary(bundle: Bundle) -> str:
     path = shlex.quote(facts["path"])
     if facts["tokenizer"] is None:
         lines.append("  no vocabulary is known for it: --tokenizer FILE names one, and --ids does without")
-        return "\n".join([*lines, f"next: rwkv-npu generate -m {path} --ids -p 1,2,3"])
-    return "\n".join([*lines, f'next: rwkv-npu generate -m {path} -p "Hello"'])
+        then = then or f"rwkv-npu generate -m {path} --ids -p 1,2,3"
+    return "\n".join([*lines, "next: " + (then or f'rwkv-npu generate -m {path} -p "Hello"')])
 
 
 def _cpu(facts: dict[str, Any]) -> str:

@@ -99,7 +99,7 @@ def check_out_path(out: Path, checkpoint: Path) -> None:
     """Raises UsageError if the output cannot be created, or if replacing it would delete something needed."""
     if out.name in ("", ".."):
         raise UsageError(f"the output cannot be {out}: give the name of a folder to create")
-    protected = {"the checkpoint itself": checkpoint, "the current folder": Path.cwd()}
+    protected = {"the model itself": checkpoint, "the current folder": Path.cwd()}
     with contextlib.suppress(RuntimeError):  # the user has no home folder
         protected["your home"] = Path.home()
     for name, path in protected.items():
@@ -126,6 +126,10 @@ def existing_manifest(out: Path, checkpoint: Checkpoint, request: Request) -> Ma
     manifest = read_manifest(out)
     if manifest.fingerprint != checkpoint.fingerprint:
         raise other_weights(out)
+    if not manifest.cpu:
+        raise BundleError(
+            f"{out} was exported for a board and cannot be extended: convert to another output, and export again"
+        )
     if manifest.outdated:
         raise BundleError(
             f"{out} is a bundle of format {manifest.format[0]}: --force replaces it by a new one"

@@ -38,7 +38,7 @@ from rwkv_npu.formats.bundle_check import (
 )
 from rwkv_npu.formats.files import irregular_entries, is_file, os_reason
 from rwkv_npu.formats.safetensors import TensorFile
-from rwkv_npu.models.spec import Port, Scaling, Spec
+from rwkv_npu.models.spec import Port, Scaling, Spec, tensors
 from rwkv_npu.quant.cpu import Packed
 from rwkv_npu.quant.npu import ProjectionParams, Quantised, QuantParams
 
@@ -131,7 +131,7 @@ class Manifest:
     fingerprint: digest of a sample of the weights, quick to compute for any checkpoint. weights_digest: of all weights.
     tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None.
     stop_ids: tokens that end a text, beside token 0.
-    cpu: precision of `graphs/weights.safetensors`. packed: precisions of the quantised projections.
+    cpu: precision of `graphs/weights.safetensors`, "" without it. packed: precisions of the quantised projections.
     cpu_default, npu_default: precisions used by default. An npu_default of "" (older bundles) is the first artifact's.
     int8: the int8 projections of each such precision. sensitivity: of every projection that may be int8.
     int8_key: digest of the inputs that `int8` and `sensitivity` depend on.
@@ -168,7 +168,7 @@ class Manifest:
     @property
     def cpu_precisions(self) -> tuple[str, ...]:
         """Precisions in which the CPU can run, its default first."""
-        return tuple(dict.fromkeys([self.cpu_default or self.cpu, self.cpu, *self.packed]))
+        return tuple(dict.fromkeys(filter(None, [self.cpu_default, self.cpu, *self.packed])))
 
     @property
     def outdated(self) -> str:
@@ -223,10 +223,13 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
         self._host = TensorFile(path / HOST, error=BundleError)
-        self._weights = TensorFile(path / WEIGHTS, error=BundleError)
-        _fits(check_tensors, self.spec, STORAGE[manifest.cpu], self._host, self._weights)
+        self._weights: TensorFile | None = None
         self._packed: dict[str, TensorFile] = {}
         self._int8: TensorFile | None = None
+        self._shapes = {t.name: t.used_shape for t in tensors(manifest.spec) if t.kind.is_projection}
+        if manifest.cpu:
+            self._weights = TensorFile(path / WEIGHTS, error=BundleError)
+        _fits(check_tensors, self.spec, STORAGE.get(manifest.cpu), self._host, self._weights)
 
     @property
     def spec(self) -> Spec:
@@ -234,7 +237,18 @@ class Bundle:
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor in `Tensor.used_shape`. Raises BundleError if it is missing."""
-        return (self._host if name in self._host else self._weights).array(name)
+        if name in self._host:
+            return self._host.array(name)
+        if self._weights is None:
+            raise BundleError(
+                f"{self.path} was exported with {self.manifest.packed[0]} weights alone, and this needs those in fp16: "
+                "take the bundle that it was made from, or export it with --cpu fp16"
+            )
+        return self._weights.array(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a projection: (K, N), or (count, K, N) of a stack."""
+        return self._shapes[name]
 
     def packed(self, precision: str, name: str, index: int | None = None) -> Packed:
         """A projection, or number `index` of a stack, quantised for the CPU. Raises BundleError if it is missing."""
@@ -243,20 +257,22 @@ class Bundle:
             _fits(check_packed, self.spec, self._weights, opened)
             self._packed[precision] = opened
         file, label = self._packed[precision], packed_label(name, index)
-        shape = self._weights.entry(name).shape[-2:]
-        return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (shape[0], shape[1]))
+        *_, k, n = self._shapes[name]
+        return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (k, n))
 
     def release(self, name: str) -> None:
         """Free the memory that reading a projection has taken."""
-        self._weights.release(name)
+        if self._weights is not None:
+            self._weights.release(name)
 
     def quantised(self, name: str) -> Quantised:
         """A projection in the int8 of artifacts. Raises BundleError if the bundle has no parameters for it."""
-        return Quantised.of(self.ranges(name), self.tensor(name))
+        weight = self.tensor(name)
+        return Quantised.of(self.ranges(name), weight)
 
     def ranges(self, name: str) -> ProjectionParams:
         """The quantization parameters of a projection in artifacts. Raises BundleError."""
-        _fits(check_ranges, self._ranges, name, self._weights.entry(name).shape[-2])
+        _fits(check_ranges, self._ranges, name, self._shapes[name][-2])
         given, *made = (QuantParams(float(a[0]), int(a[1])) for a in self._ranges.array(f"{name}.ranges"))
         smoothed = f"{name}.smoothing" in self._ranges
         smoothing = np.array(self._ranges.array(f"{name}.smoothing")) if smoothed else None
@@ -281,10 +297,10 @@ class Bundle:
         return self._int8
 
     def is_projection(self, name: str) -> bool:
-        return name in self._weights
+        return name in self._shapes
 
     def __contains__(self, name: str) -> bool:
-        return name in self._host or name in self._weights
+        return name in self._host or (self._weights is not None and name in self._weights)
 
     def graph_path(self, fusion: str, group: str) -> Path:
         return self.path / graph_file(fusion, group)

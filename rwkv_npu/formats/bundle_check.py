@@ -121,7 +121,7 @@ def check_manifest(manifest: Manifest) -> None:
     spec = manifest.spec
     check_spec(spec)
     _check_scaling(manifest.scaling, spec)
-    if manifest.cpu not in STORAGE:
+    if manifest.cpu not in STORAGE and (manifest.cpu or not manifest.packed):
         raise ValueError(f"its cpu precision is {manifest.cpu!r:.20}")
     if manifest.fusion not in FUSIONS:
         raise ValueError(f"its fusion is {manifest.fusion!r:.20}")
@@ -167,26 +167,30 @@ def _check_groups(manifest: Manifest) -> None:
 # -- tensors ---------------------------------------------------------------------------------------------
 
 
-def check_tensors(spec: Spec, storage: np.dtype, host: TensorFile, weights: TensorFile) -> None:
-    """Check that host tensors and projections are in their files, in `used_shape` and the right dtype."""
+def check_tensors(spec: Spec, storage: np.dtype | None, host: TensorFile, weights: TensorFile | None) -> None:
+    """Check that host tensors and projections are in their files, in `used_shape` and the right dtype.
+
+    weights, storage: None for a bundle whose projections are all quantised.
+    """
     for tensor in tensors(spec):
         file, other = (weights, host) if tensor.kind.is_projection else (host, weights)
-        if tensor.name in other:
-            raise ValueError(f"{other.path} has {tensor.name}, which belongs into {file.path.name}")
-        if tensor.name in file or not tensor.optional:
+        if other is not None and tensor.name in other:
+            raise ValueError(f"{other.path} has {tensor.name}, which does not belong there")
+        if file is not None and (tensor.name in file or not tensor.optional):
             _check(file, tensor.name, tensor.used_shape, _dtypes(tensor, storage))
 
 
-def _dtypes(tensor: Tensor, storage: np.dtype) -> tuple[np.dtype, ...]:
-    if tensor.kind.is_projection:
+def _dtypes(tensor: Tensor, storage: np.dtype | None) -> tuple[np.dtype, ...]:
+    if storage is not None and tensor.kind.is_projection:
         return (storage,)
     return (np.dtype(np.float32),) if tensor.kind is Kind.VECTOR else _FLOATS
 
 
-def check_packed(spec: Spec, weights: TensorFile, packed: TensorFile) -> None:
-    """Check data and scales, in 8 or 4 bits, of every matrix that `weights` has."""
+def check_packed(spec: Spec, weights: TensorFile | None, packed: TensorFile) -> None:
+    """Check data and scales, in 8 or 4 bits, of every matrix that `weights` has (None: that the model needs)."""
     for tensor in tensors(spec):
-        if tensor.name not in weights or not tensor.kind.is_projection:
+        needed = not tensor.optional if weights is None else tensor.name in weights
+        if not needed or not tensor.kind.is_projection:
             continue
         *stack, k, n = tensor.used_shape
         for label in [f"{tensor.name}.{i}" for i in range(stack[0])] if stack else [tensor.name]:

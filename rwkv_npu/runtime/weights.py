@@ -68,7 +68,7 @@ class ModelSource:
         """Free the memory of a projection that will not be read again."""
 
     def unquantised(self) -> ModelSource:
-        """The same model with its unquantised weights, for the CPU as fallback of an NPU."""
+        """The same model with its unquantised weights, or the only ones it has, for the CPU as fallback of an NPU."""
         return self
 
     def quantised(self, name: str) -> Quantised | None:
@@ -141,7 +141,8 @@ class BundleSource(ModelSource):
         if backend in REFERENCES:
             # Of the references, only NumPy computes the int8 products of artifacts.
             unquantised = backend != "numpy" and self.precision in self.bundle.manifest.int8
-            return self.bundle.manifest.cpu if unquantised else self.precision or self.bundle.manifest.cpu
+            stored = self.bundle.manifest.cpu or self.cpu_precision
+            return stored if unquantised else self.precision or stored
         return super().precision_on(backend)
 
     def tensor(self, name: str) -> np.ndarray:
@@ -151,20 +152,22 @@ class BundleSource(ModelSource):
         return self.bundle.packed(self.cpu_precision, name, index) if self._quantised else None
 
     def weight(self, name: str) -> np.ndarray:
-        stored = self.tensor(name)
-        if self.precision != self.cpu_precision or not (self._quantised and self.bundle.is_projection(name)):
-            return stored
+        wanted = self.precision or self.bundle.manifest.cpu or self.cpu_precision
+        if wanted != self.cpu_precision or not (self._quantised and self.bundle.is_projection(name)):
+            return self.tensor(name)
         if name not in self._unpacked:
-            indices: list[int | None] = list(range(len(stored))) if stored.ndim == 3 else [None]
+            *stack, _, _ = self.bundle.shape(name)
+            indices: list[int | None] = list(range(stack[0])) if stack else [None]
             matrices = [unpack(self.bundle.packed(self.cpu_precision, name, index)) for index in indices]
-            self._unpacked[name] = np.stack(matrices) if stored.ndim == 3 else matrices[0]
+            self._unpacked[name] = np.stack(matrices) if stack else matrices[0]
         return self._unpacked[name]
 
     def release(self, name: str) -> None:
         self.bundle.release(name)
 
     def unquantised(self) -> ModelSource:
-        return BundleSource(self.bundle, self.program.fusion, self.bundle.manifest.cpu)
+        manifest = self.bundle.manifest
+        return BundleSource(self.bundle, self.program.fusion, manifest.cpu or manifest.cpu_precisions[0])
 
     def has(self, name: str) -> bool:
         return name in self.bundle
