@@ -49,14 +49,19 @@ def both(folder: Path, generation: str, **options: Any) -> tuple[Path, Path]:
     return folder / f"good-{generation}.pth", folder / "web.st"
 
 
+def same(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Equal up to rounding: BLAS may add in another order where a matrix is a transposed view."""
+    return bool(np.abs(ours - theirs).max() < 1e-5)
+
+
 @pytest.mark.parametrize("generation", ["6", "7"])
 @pytest.mark.parametrize("tuned", [False, True])
 def test_files_of_web_rwkv_are_read_as_the_pth_they_came_from(
     tmp_path: Path, generation: str, tuned: bool
 ) -> None:
     ours, theirs = both(tmp_path, generation, time_state=tuned)
-    assert np.array_equal(logits(ours), logits(theirs))
-    assert np.array_equal(logits(ours), logits(theirs, layout="web-rwkv"))
+    assert same(logits(ours), logits(theirs))
+    assert same(logits(ours), logits(theirs, layout="web-rwkv"))
     assert np.array_equal(logits(ours), logits(ours, layout="blinkdl"))
     for path, other in ((theirs, "blinkdl"), (ours, "web-rwkv")):
         with pytest.raises(CheckpointError, match="layout"):
@@ -93,7 +98,7 @@ def test_square_low_ranks_do_not_tell_their_layout(tmp_path: Path) -> None:
     ours, theirs = both(tmp_path, "7", **square)
     with pytest.raises(CheckpointError, match="square"):
         open_checkpoint(theirs)
-    assert np.array_equal(logits(ours), logits(theirs, layout="web-rwkv"))
+    assert same(logits(ours), logits(theirs, layout="web-rwkv"))
 
 
 def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
