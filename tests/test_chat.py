@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rwkv_npu.cli.serve import model_template
 from rwkv_npu.errors import UsageError
 from rwkv_npu.text.chat import (
     TEMPLATES,
     AnswerParser,
     Message,
     Piece,
+    Prompt,
+    Template,
     choose_template,
     clean,
+    history,
     overlap,
     render,
     template_named,
 )
+from rwkv_npu.text.own_template import own_template
+from tests.tiny import Run, V, write_model
 
 WORLD, G1, NEW = (TEMPLATES[name] for name in ("world", "g1", "g1-20250922"))
 HELLO = [Message("user", "Hello")]
@@ -159,3 +168,95 @@ def test_the_part_of_a_stop_string_at_the_end() -> None:
         overlap("x\nUse", ("\n\n", "\nUser:")),
         overlap("x", ()),
     ) == (1, 4, 0)
+
+
+# -- a checkpoint's own template
+
+TURNS = (
+    "{% for m in messages %}{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[m.role] }}: "
+    "{{ m.content }}\n\n{% endfor %}"
+)
+OWN = {
+    "plain": f"{TURNS}{{% if add_generation_prompt %}}Assistant:{{% endif %}}",
+    "begin": "<|rwkv_tokenizer_end_of_text|>" + TURNS + "{% if add_generation_prompt %}Assistant:{% endif %}",
+    "thinking": TURNS + "{% if add_generation_prompt %}Assistant: <think"
+    "{% if not enable_thinking %}>\n</think{% endif %}{% endif %}",
+    "control": "{% for m in messages %}\x16{{ m.role | capitalize }}: {{ m.content }}\x17{% endfor %}"
+    "{% if add_generation_prompt %}\x16Assistant:{% endif %}",
+}
+
+
+def own(source: str) -> Template:
+    return own_template(source, Path("model"), WORLD)
+
+
+def test_an_own_template_renders_like_the_family_where_it_is_the_same() -> None:
+    chat = [
+        Message("system", "Be brief."),
+        *HELLO,
+        Message("assistant", "<think>\nhm</think>\n\nHi"),
+        Message("user", "a\n\nb"),
+    ]
+    for name in ("plain", "begin"):
+        template = own(OWN[name])
+        assert render(template, chat) == render(WORLD, chat)
+        assert history(template, chat) == history(WORLD, chat)
+        assert template.stops == WORLD.stops and template.names["assistant"] == "Assistant"
+        assert render(template, [*HELLO, Message("assistant", "Once")]).text.endswith("Assistant: Once")
+
+
+def test_an_own_template_opens_a_thought() -> None:
+    template = own(OWN["thinking"])
+    assert render(template, HELLO).opened == "<think>\n</think"
+    assert render(template, HELLO, think="free") == Prompt("User: Hello\n\nAssistant: <think", "<think")
+    assert render(template, [Message("user", "Say <think")], think="free").text.count("<think") == 2
+    assert render(own(OWN["plain"]), [Message("user", "Say <think")]).opened == ""
+
+
+def test_an_own_template_has_its_own_ends() -> None:
+    template = own(OWN["control"])
+    assert render(template, HELLO).text == "\x16User: Hello\x17\x16Assistant:"
+    assert template.stops == ("\x17", "\n\x16User:")
+    tool = {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}
+    assert "- f(x?: string)" in render(template, HELLO, tools=[tool]).text  # it knows no tools itself
+    listing = "{% if tools %}{{ tools[0].function.name }}!{% endif %}" + OWN["plain"]
+    assert render(own(listing), HELLO, tools=[tool]).text.startswith("f!User:")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for %}", "does not compile"),
+        ("hello", "does not render"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "does not render"),
+        ("{{ raise_exception('no') }}", "does not render"),
+        ("x" * 70_000, "more than"),
+    ],
+)
+def test_own_templates_that_are_refused(source: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"the chat template of model.*{reason}"):
+        own(source)
+
+
+def test_messages_that_an_own_template_refuses() -> None:
+    with pytest.raises(UsageError, match="refuses these messages: .*tool"):
+        strict = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tool here') }}{% endif %}"
+        render(own(strict + OWN["plain"]), [Message("tool", "42")])
+
+
+def test_an_own_template_stays_with_the_model(run: Run, tmp_path: Path, out: Path) -> None:
+    """A folder's template goes into the bundle, is used there, and is shown."""
+    write_model(tmp_path / "m" / "model.pth")
+    config = {"chat_template": [{"name": "default", "template": OWN["control"]}]}
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run("convert", tmp_path / "m", "--out", out, "--target", "none")[0] == 0
+    assert json.loads(run("info", out, "--json")[1])["chat_template"] == "own"
+    assert "chat         template own" in run("info", tmp_path / "m")[1]
+    assert "as they were written" in run("info", out, "--check")[2]
+    template = model_template(str(out), None, V)
+    assert render(template, HELLO).text == "\x16User: Hello\x17\x16Assistant:"
+    assert model_template(str(out), "world", V) is WORLD
+    (tmp_path / "mine.jinja").write_text(OWN["plain"])
+    assert model_template(str(out), str(tmp_path / "mine.jinja"), V).stops == WORLD.stops
+    (tmp_path / "m" / "tokenizer_config.json").write_text("{")
+    assert "chat template or tokenizer_config.json cannot be read" in run("info", tmp_path / "m")[2]

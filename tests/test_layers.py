@@ -107,7 +107,7 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_packages_are_imported_where_they_belong(path: Path) -> None:
-    declared = re.findall(r'"([a-zA-Z_-]+)[>=\[]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = re.findall(r'"([a-zA-Z0-9_-]+)[>=\[]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     always = {"rwkv_npu", "numpy", *sys.stdlib_module_names}
     known = {name.replace("-", "_") for name in declared} | always | ON_A_BOARD
     for name in imports(path):

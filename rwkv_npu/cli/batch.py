@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         "requests", help="JSONL file: custom_id, url (/v1/chat/completions or /v1/completions) and body"
     )
     p.add_argument("-o", "--out", required=True, metavar="FILE", help="file to append answers to, one a line")
-    p.add_argument("--template", help="chat template (default: by the model's name)")
+    p.add_argument("--template", help="chat template (default: by the model)")
     p.add_argument(
         "--slots", type=int, default=8, metavar="N", help="answers in progress at a time (default: 8)"
     )

@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     add_model_flags(p)
     p.add_argument("--system", default="", metavar="TEXT", help="instruction before the first message")
     p.add_argument("--state", metavar="FILE", help="conversation to continue; saved there at the end")
-    p.add_argument("--template", help="raven, world, g1 or g1-20250922 (default: by the model's name)")
+    p.add_argument("--template", help="raven, world, g1, g1-20250922 or FILE.jinja (default: by the model)")
     p.add_argument("--think", default="off", help="off (default), free, low, medium or high")
     p.add_argument(
         "-n", "--max-tokens", type=int, default=2048, metavar="N", help="limit of an answer (default: 2048)"

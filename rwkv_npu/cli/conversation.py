@@ -104,9 +104,8 @@ class Conversation:
 
     def _answer(self) -> Iterator[Piece]:
         self._settle()
-        count = self._read_count()
         prompt = render(self.template, self.messages, think=self.think)
-        known = history(self.template, self.messages[:count]) if count else ""
+        count, known = self._read_count(prompt.text)
         parser = AnswerParser(opened=prompt.opened, stops=self.template.stops)
         ids = self.model.encode(prompt.text.removeprefix(known))
         self.prompt_tokens, self.answer_tokens, self.finish_reason = len(ids), 0, ""
@@ -130,15 +129,20 @@ class Conversation:
             self._reader = threading.Thread(target=self._read_turns, daemon=True)
             self._reader.start()
 
-    def _read_count(self) -> int:
-        """Number of messages that the latest usable state has read. The rest goes into the prompt."""
-        return max((count for count in self._states if count < len(self.messages)), default=0)
+    def _read_count(self, text: str) -> tuple[int, str]:
+        """(number, text) of the messages that the latest usable state has read: `text` continues them."""
+        for count in sorted(self._states, reverse=True):
+            if count < len(self.messages):
+                known = history(self.template, self.messages[:count]) if count else ""
+                if text.startswith(known):
+                    return count, known
+        return 0, ""
 
     def _read_turns(self) -> None:
         """Read the turns that no state has read yet, and keep the state after them."""
-        done, count = self._read_count(), len(self.messages)
-        before = history(self.template, self.messages[:done]) if done else ""
-        ids = self.model.encode(history(self.template, self.messages).removeprefix(before))
+        count, text = len(self.messages), history(self.template, self.messages)
+        done, before = self._read_count(text)
+        ids = self.model.encode(text.removeprefix(before))
         self._states[count] = self.model.forward(ids, self._states.get(done))[1]
         for old in sorted(self._states)[:-KEPT_STATES]:
             del self._states[old]

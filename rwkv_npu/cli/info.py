@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             "kind": "checkpoint",
             **_spec_facts(checkpoint.spec),
             "tokenizer": words.name if words else None,
+            "chat_template": _chat_template(path, checkpoint.spec.V),
             "no_text": no_text,
             "fingerprint": checkpoint.fingerprint,
         }
@@ -132,6 +133,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "adapter": manifest.adapter or None,
         "initial_state": manifest.initial_state or None,
         "tokenizer": manifest.tokenizer,
+        "chat_template": _chat_template(bundle.path, manifest.spec.V),
         "fusion": manifest.fusion,
         "cpu": list(manifest.cpu_precisions),  # the default first
         "bytes_on_disk": total,
@@ -139,6 +141,15 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "npu_default": default,
         "artifacts": [_artifact_facts(manifest, *key) for key in _kinds(manifest)],
     }
+
+
+def _chat_template(path: Path, vocab_size: int) -> str:
+    """The chat template of a model: `own` if the checkpoint came with one, else a family's."""
+    from rwkv_npu.cli.serve import model_family
+    from rwkv_npu.formats.huggingface import chat_template
+
+    own = path.is_dir() and chat_template(path) is not None
+    return "own" if own else model_family(str(path), vocab_size).name
 
 
 def _kinds(manifest: Manifest) -> list[tuple[str, str, str]]:
@@ -192,6 +203,7 @@ def _table(facts: dict[str, Any]) -> str:
         f"  dimensions   D {spec['D']}, L {spec['L']}, H {spec['H']}, N {spec['N']}, F {spec['F']}, V {spec['V']}",
         *([f"  low ranks    {ranks}"] if ranks else []),
         f"  tokenizer    {facts['tokenizer'] or facts.get('no_text') or 'unknown: give --tokenizer FILE for text'}",
+        f"  chat         template {facts['chat_template']}",
         f"  NPU calls    {calls['layer']} a token with layer fusion, {calls['projection']} with projection fusion",
     ]
     if facts["kind"] == "bundle":

@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
     p.add_argument("--api-key", metavar="KEY", help="key that clients must send; required beyond loopback")
     p.add_argument("--name", help="model name that clients see (default: the file's name)")
     p.add_argument(
-        "--template", help="chat template: raven, world, g1 or g1-20250922 (default: by the file's name)"
+        "--template",
+        help="chat template: raven, world, g1, g1-20250922 or FILE.jinja (default: by the model)",
     )
     p.add_argument(
         "--slots", type=int, default=8, metavar="N", help="answers in progress at a time (default: 8)"
@@ -101,12 +102,34 @@ def model_name(model: str | None) -> str:
 
 
 def model_template(model: str | None, named: str | None, vocab_size: int) -> Template:
-    """The chat template called `named`; by default, the one that fits the names of the model and its checkpoint."""
-    from rwkv_npu.formats.bundle import is_bundle, read_manifest
-    from rwkv_npu.text.chat import choose_template, template_named
+    """The chat template called `named`, or in a file of this name.
 
-    if named:
+    By default, the checkpoint's own, else the one that fits the names of the model and its checkpoint.
+    """
+    from rwkv_npu.formats.files import os_reason
+    from rwkv_npu.formats.huggingface import chat_template
+    from rwkv_npu.text.chat import template_named
+    from rwkv_npu.text.own_template import own_template
+
+    if named and not named.endswith(".jinja"):
         return template_named(named)
+    where = Path(named or model or ".")
+    try:
+        if named:
+            source: str | None = where.read_text(encoding="utf-8")
+        else:
+            source = chat_template(where) if model and where.is_dir() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the chat template {where}: {os_reason(error)}") from None
+    family = model_family(model, vocab_size)
+    return family if source is None else own_template(source, where, family)
+
+
+def model_family(model: str | None, vocab_size: int) -> Template:
+    """The chat template that fits the names of a model and its checkpoint."""
+    from rwkv_npu.formats.bundle import is_bundle, read_manifest
+    from rwkv_npu.text.chat import choose_template
+
     names = model_name(model)
     if model and is_bundle(Path(model)):
         names += f" {read_manifest(Path(model)).checkpoint}"

@@ -75,6 +75,7 @@ from rwkv_npu.formats.bundle import (
 )
 from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from rwkv_npu.formats.files import remove_unlisted, remove_within, write_atomically
+from rwkv_npu.formats.huggingface import CHAT_TEMPLATE, chat_template
 from rwkv_npu.formats.tuned import set_initial_state
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import Scaling, default_scaling
@@ -277,6 +278,9 @@ def run(request: Request) -> Path:
         if request.tokenizer is not None or not _has_tokenizer(manifest):
             manifest.tokenizer = write_tokenizer(folder, job.tokenizer)
             manifest.files.pop(manifest.tokenizer or "", None)
+        template = chat_template(request.checkpoint) if request.checkpoint.is_dir() else None
+        if template is not None and not (folder / CHAT_TEMPLATE).exists():
+            write_atomically(folder / CHAT_TEMPLATE, template.encode())
         if request.verify:
             log.info("verifying the graphs in ONNX Runtime")
             manifest.graph_errors |= verify_graphs(bundle)

@@ -27,6 +27,7 @@ from rwkv_npu.formats.bundle import (
     record_file,
 )
 from rwkv_npu.formats.files import write_atomically
+from rwkv_npu.formats.huggingface import CHAT_TEMPLATE
 from rwkv_npu.formats.safetensors import Entry, TensorFile, TensorPlan, replace_tensors
 from rwkv_npu.graphs.onnx import external_model
 from rwkv_npu.graphs.trace import Constant, trace_group
@@ -169,6 +170,8 @@ def record_files(folder: Path, manifest: Manifest) -> None:
         names += [graph_file(fusion, group["name"]) for group in described]
     if manifest.tokenizer and not manifest.tokenizer.startswith("builtin:"):
         names.append(manifest.tokenizer)
+    if (folder / CHAT_TEMPLATE).is_file():
+        names.append(CHAT_TEMPLATE)
     if manifest.int8:
         names.append(INT8)
     known = manifest.files

@@ -9,6 +9,7 @@
     selftest.safetensors        golden vectors of every group, with which a board tests its NPU
     rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
     vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
+    chat_template.jinja         if the checkpoint has one
 
 Opening reads the manifest, checks every small file by its digest and the large ones by their size, and maps
 the weights. `verify_files` checks every byte.

@@ -17,6 +17,7 @@ import numpy as np
 from rwkv_npu.errors import CheckpointError
 from rwkv_npu.formats.files import is_file, is_folder
 
+CHAT_TEMPLATE = "chat_template.jinja"  # also the name within a bundle
 _MAX_JSON = 64 << 20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".st", ".pth", ".pt", ".bin")
@@ -237,6 +238,29 @@ def _from_fla(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
         return [(prefix + low_rank[1] + _LOW_RANKS_FLA[low_rank[2]], array.T)]
     module, _, rest = leaf.partition(".")
     return [(prefix + ".".join(filter(None, [_MODULES_FLA.get(module, module), rest])), array)]
+
+
+# -- chat template ---------------------------------------------------------------------------------------
+
+
+def chat_template(folder: Path) -> str | None:
+    """The source of a folder's chat template; None without one. Raises CheckpointError if a file is damaged."""
+    try:
+        if is_file(folder / CHAT_TEMPLATE):
+            return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        config = folder / "tokenizer_config.json"
+        if not is_file(config) or config.stat().st_size > _MAX_JSON:
+            return None
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(
+            f"{folder}: its chat template or tokenizer_config.json cannot be read"
+        ) from None
+    source = found.get("chat_template") if isinstance(found, dict) else None
+    if isinstance(source, list):  # several by name
+        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    return source if isinstance(source, str) and source.strip() else None
 
 
 # -- rescaled layers -------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class Service:
         if not messages:
             raise UsageError("the chat has no messages: it needs at least one of the user")
         prompt = render(self.template, messages, think=think, tools=tools, call=call)
-        if grammar is not None and not call and self.template.thinks and think == "off":
+        if grammar is not None and not call and prompt.opened.endswith("</think"):
             # Structured output has no thought: close the empty one in the prompt.
             prompt = Prompt(f"{prompt.text}>\n", "")
 

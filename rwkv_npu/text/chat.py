@@ -11,7 +11,7 @@ This module knows no model and no backend.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,9 @@ class Template:
     names: the label of each role. begin: text before the first turn. hints: by amount of thinking, the text to append
     to the last user message; empty if the models do not think. sampling: default options, by the names of
     `Model.generate`. presets: other sampling options, by name.
+
+    A checkpoint's own template (`own_template`) renders by itself: apply(turns, tools, think, prompt). ends: its stop
+    strings. tells_tools: it describes tools itself.
     """
 
     name: str
@@ -46,6 +49,9 @@ class Template:
     begin: str = ""
     hints: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
+    apply: Callable[[Sequence[Message], Sequence[Mapping[str, Any]], str, bool], str] | None = None
+    tells_tools: bool = False
 
     @property
     def thinks(self) -> bool:
@@ -54,7 +60,7 @@ class Template:
     @property
     def stops(self) -> tuple[str, ...]:
         """Strings that end an answer, except inside a thought or a code fence."""
-        return ("\n\n", f"\n{self.names['user']}:")
+        return self.ends or ("\n\n", f"\n{self.names['user']}:")
 
 
 _WORLD = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "User"}
@@ -171,13 +177,21 @@ def render(
     """
     turns = list(messages)
     continued = turns.pop().content if turns and turns[-1].role == "assistant" else None
-    text = history(template, turns, tools=tools, hint=template.hints.get(think, ""))
-    text += f"{template.names['assistant']}:"
     opened = ""
+    if template.apply is None:
+        text = history(template, turns, tools=tools, hint=template.hints.get(think, ""))
+        text += f"{template.names['assistant']}:"
+    else:
+        text = _apply(template, turns, tools, think, prompt=True)
+        # The template may open a thought after the label of the assistant.
+        thought = re.search(r"<think>?(?:\s*</think>?)?\s*$", text)
+        opened = thought[0] if thought else ""
     if continued is not None:
         opened = f" {continued.strip()}" if continued.strip() else ""
     elif call:
         opened = " ```json\n"
+    elif template.apply is not None:
+        return Prompt(text, opened)
     elif template.thinks:
         opened = " <think>\n</think" if think == "off" else " <think"
     return Prompt(text + opened, opened)
@@ -188,8 +202,10 @@ def history(
 ) -> str:
     """Render finished turns. The text ends with a blank line. hint: appended to the last user message.
 
-    Every later prompt of the same chat begins with this text.
+    Every later prompt of the same chat begins with this text, unless a template of the checkpoint's own forbids.
     """
+    if template.apply is not None:
+        return _apply(template, turns, tools, "off", prompt=False)
     turns = _with_tools(list(turns), tools) if tools else turns
     last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
     text = template.begin
@@ -200,6 +216,27 @@ def history(
             )
         text += f"{template.names[turn.role]}: {_content(turn)}{hint if i == last_user else ''}\n\n"
     return text
+
+
+def _apply(
+    template: Template,
+    turns: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    think: str,
+    *,
+    prompt: bool,
+) -> str:
+    """Render by the checkpoint's own template. Blank lines are removed, as they end a turn of an RWKV model."""
+    assert template.apply is not None
+    if tools and not template.tells_tools:
+        turns, tools = _with_tools(list(turns), tools), ()
+    cleaned = [
+        replace(
+            turn, content=clean(without_thought(turn.content) if turn.role == "assistant" else turn.content)
+        )
+        for turn in turns
+    ]
+    return template.apply(cleaned, tools, think, prompt)
 
 
 def _content(turn: Message) -> str:
