@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,27 @@ def test_refusals(
     out = () if "-o" in flags else ("-o", "out")
     assert message in error_line(run("state", "convert", file, *flags, *out))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_states_are_listed_copied_and_deleted(run: Run, tmp_path: Path) -> None:
+    write_model(tmp_path / "m" / "base.pth")
+    talk, other = tmp_path / "talk.safetensors", tmp_path / "other.safetensors"
+    (tmp_path / "notes.txt").write_text("no state")
+    assert run("state", "list", tmp_path)[1:] == ("", f"no states in {tmp_path}\n")
+    command = ("generate", "-m", tmp_path / "m" / "base.pth", "-p", "the ", "-n", 3, "--state", talk)
+    assert run(*command)[0] == 0
+    assert run("state", "fork", talk, "-o", other) == (0, f"{other}\n", "")
+    assert other.read_bytes() == talk.read_bytes()
+    os.utime(talk, (1, 1))
+    status, said, count = run("state", "list", tmp_path)
+    head, *lines = said.splitlines()
+    assert status == 0 and head.split() == ["NAME", "TOKENS", "MODEL", "WEIGHTS", "SIZE", "USED"]
+    assert [line.split()[0] for line in lines] == [other.name, talk.name] and "RWKV-7" in lines[0]
+    assert count.startswith("2 states, ")
+    assert "nothing was deleted" in error_line(run("state", "delete", talk, tmp_path / "notes.txt"))
+    assert "exists" in error_line(run("state", "fork", talk, "-o", other))
+    assert run("state", "delete", talk, other) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["notes.txt"]
+    other.write_bytes(b"damaged")
+    assert "is no state file" in error_line(run("state", "fork", other, "-o", talk)) and not talk.exists()
+    assert "cannot read the folder" in error_line(run("state", "list", tmp_path / "none"))

@@ -1,12 +1,14 @@
-"""`rwkv-npu state`: shows states, and converts tuned ones between the files of several programs."""
+"""`rwkv-npu state`: lists, shows, copies and deletes states, and converts tuned ones between several programs."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.cli.common import add_layout_flag
+from rwkv_npu.cli.common import add_layout_flag, size
 from rwkv_npu.errors import UsageError
 
 OURS = "rwkv-npu"
@@ -14,9 +16,18 @@ OURS = "rwkv-npu"
 
 def add(commands: Any) -> None:
     p = commands.add_parser(
-        "state", help="show and convert states", description="Show states, and convert tuned ones."
+        "state",
+        help="list, show, copy, delete and convert states",
+        description="Manage the states of chats and of a server's --cache-dir, and convert tuned ones.",
     )
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="list the states in a folder, the last used first")
+    listing.add_argument("folder", nargs="?", default=".", help="default: this folder")
+    fork = actions.add_parser("fork", help="copy a state, to continue it in two ways")
+    fork.add_argument("file", help="a state of ours, or a tuned one (.pth, .st)")
+    fork.add_argument("-o", "--out", required=True, metavar="FILE", help="a file that does not exist")
+    delete = actions.add_parser("delete", help="delete states, and no other files")
+    delete.add_argument("files", nargs="+", metavar="FILE", help="states of ours")
     show = actions.add_parser("show", help="say what a state is")
     show.add_argument("file", help="a state of ours, or a tuned one (.pth, .st)")
     add_layout_flag(show)
@@ -31,7 +42,79 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return _show(arguments) if arguments.action == "show" else _convert(arguments)
+    run_action = {"list": _list, "show": _show, "fork": _fork, "delete": _delete, "convert": _convert}
+    return run_action[arguments.action](arguments)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.formats.files import os_reason
+
+    folder = Path(arguments.folder)
+    try:
+        files = [(path, path.stat()) for path in folder.iterdir() if path.is_file()]
+    except OSError as error:
+        raise UsageError(f"cannot read the folder {folder}: {os_reason(error)}") from None
+    rows, total = [["NAME", "TOKENS", "MODEL", "WEIGHTS", "SIZE", "USED"]], 0
+    for path, status in sorted(files, key=lambda file: -file[1].st_mtime):
+        notes = _notes(path)
+        if notes:
+            total += status.st_size
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
+            model = f"RWKV-{notes.get('generation', '?'):.4}"
+            weights = notes.get("fingerprint", "?")[:12]
+            rows.append(
+                [path.name, notes.get("tokens_seen", "?")[:18], model, weights, size(status.st_size), used]
+            )
+    if len(rows) == 1:
+        print(f"no states in {folder}", file=sys.stderr)
+        return 0
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(rows) - 1} states, {size(total)}", file=sys.stderr)
+    return 0
+
+
+def _notes(path: Path) -> dict[str, str]:
+    """The metadata of a state of ours; {} for any other file."""
+    from rwkv_npu.formats.state import FORMAT, read_notes
+
+    notes = read_notes(path)
+    return notes if notes.get("format") == FORMAT else {}
+
+
+def _fork(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.errors import StateError
+    from rwkv_npu.formats.files import os_reason, write_atomically
+    from rwkv_npu.formats.layout import BLINKDL
+    from rwkv_npu.formats.tuned import read_alone
+
+    path, out = Path(arguments.file), Path(arguments.out)
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists: name another file, or remove it first")
+    read_alone(path, BLINKDL)  # a damaged state is not copied
+    try:
+        write_atomically(out, path.read_bytes())
+    except OSError as error:
+        raise StateError(f"cannot write the state to {out}: {os_reason(error)}") from None
+    print(out)
+    return 0
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    from rwkv_npu.errors import StateError
+    from rwkv_npu.formats.files import os_reason
+
+    paths = [Path(name) for name in arguments.files]
+    for path in paths:
+        if not _notes(path):
+            raise UsageError(f"{path} is no state of rwkv-npu: nothing was deleted")
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise StateError(f"cannot delete {path}: {os_reason(error)}") from None
+    return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
