@@ -36,7 +36,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 def test_the_owner_is_named_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     with holder(tmp_path) as process:
-        with pytest.raises(BackendError, match=f"in use by process {process.pid}, .*use backend ort"):
+        with pytest.raises(BackendError, match=f"in use by process {process.pid}, .*use backend auto"):
             lock.acquire()
         process.send_signal(signal.SIGKILL)
     assert lock.path.read_text() == f"{process.pid}\n"  # stale

@@ -37,6 +37,10 @@ class ArtifactSource(Source, Protocol):
     """Weights from a bundle that may have artifacts."""
 
     @property
+    def precision(self) -> str | None:
+        """The precision that the user requested."""
+
+    @property
     def outdated(self) -> str: ...
 
     def artifacts(self) -> list[Artifact]: ...
@@ -131,7 +135,7 @@ class RknnBackend:
         self._source, self._cores = source, cores
         if source.outdated:
             raise BackendError(source.outdated)
-        chosen = _fitting(source.artifacts(), chip=_chip())
+        chosen = _fitting(source, chip=_chip())
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
         self._lite = _rknnlite()
         check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count, such as 32")
@@ -180,14 +184,16 @@ def _chip() -> str:
     return chip
 
 
-def _fitting(artifacts: list[Artifact], chip: str) -> list[Artifact]:
+def _fitting(source: ArtifactSource, chip: str) -> list[Artifact]:
     """The artifacts for a chip, in the precision of the first. Raises BackendError if there are none."""
+    artifacts = source.artifacts()
     fitting = [artifact for artifact in artifacts if artifact.target == chip]
     if not fitting:
         others = ", ".join(sorted({artifact.target for artifact in artifacts})) or "none at all"
+        kind = ", ".join(filter(None, (f"{source.program.fusion} fusion", source.precision)))
         raise BackendError(
-            f"there are no artifacts of this fusion for the {chip} (there are: {others}): add them on a PC with "
-            f"rwkv-npu convert --target {chip}, or use backend ort"
+            f"there are no artifacts for the {chip}, {kind} (there are: {others}): add them on a PC with "
+            f"rwkv-npu convert --target {chip}, or use backend auto"
         )
     return [artifact for artifact in fitting if artifact.precision == fitting[0].precision]
 

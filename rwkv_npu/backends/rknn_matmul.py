@@ -89,7 +89,7 @@ class RknnMatmulBackend:
             raise BackendError(f"rknn-matmul computes in {' or '.join(KINDS)}, not in {source.precision}")
         masks, library = _masks(cores), Library()
         plan, own = _plan(source.spec, kind, len(masks), dynamic=library.create_dynamic is not None)
-        check_room(plan, "the weights", "use precision w8a8, or backend ort")
+        check_room(plan, "the weights", "use precision w8a8, or backend auto")
         if warning := hardware.outdated(hardware.runtime_version(library.path), hardware.driver_version()):
             warnings.warn(warning, stacklevel=2)
         raise_file_limit()
@@ -165,10 +165,8 @@ def _check_chip() -> None:
     """Raises BackendError for another chip, whose layouts differ. With a library from OVERRIDE, any chip passes."""
     chip = hardware.soc()
     if chip != CHIP and OVERRIDE not in os.environ:
-        other = "rknn" if chip else "ort"
-        raise BackendError(
-            f"rknn-matmul needs an {CHIP}, and this machine is {chip or 'none'}: use backend {other}"
-        )
+        found = f"is an {chip}: use backend rknn" if chip else "has no Rockchip NPU: use backend auto"
+        raise BackendError(f"rknn-matmul needs an {CHIP}, and this machine {found}")
 
 
 def _masks(cores: str) -> tuple[int, ...]:

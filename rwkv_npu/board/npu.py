@@ -77,7 +77,7 @@ class Lock:
             os.close(file)
             raise BackendError(
                 f"the NPU is in use by process {owner or 'unknown'}, and only one may use it: wait for it, end it, "
-                f"or use backend ort ({self.path})"
+                f"or use backend auto ({self.path})"
             ) from None
         # Another user's file may be read-only. The lock holds without a pid in it.
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu import kernels
 
     if not kernels.available():
-        raise BackendError("numba is not installed: pip install 'rwkv-npu[fast]'")
+        raise BackendError("numba is not installed: in the clone of rwkv_npu, pip install '.[fast]'")
     from rwkv_npu.kernels import cache, compiler
     from rwkv_npu.kernels.build import every_kernel
 

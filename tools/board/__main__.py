@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
-import time
 from collections.abc import Sequence
 
 from rwkv_npu.errors import RwkvNpuError
@@ -28,15 +28,15 @@ def run(command: Sequence[str]) -> int:
 
 
 def serve(path: str, bundles: Sequence[str]) -> int:
+    # A command that a shell starts with & is deaf to Ctrl-C: kill ends it. Blocked before NumPy starts its threads.
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     from tools.board.compute import Bundles, Server
 
     with Server(path, Bundles(bundles)):
-        say(f"computing {', '.join(bundles)} at {path}, in fp16: end with Ctrl-C")
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            return 0
+        say(f"computing {', '.join(bundles)} at {path}, in fp16: end with Ctrl-C, or kill {os.getpid()}")
+        signal.sigwait(ends)
+    return 0
 
 
 def main() -> int:

@@ -86,6 +86,19 @@ def _product(m: int, k: int, n: int) -> Function:
     return compute
 
 
+def _remove_leftover(path: Path) -> None:
+    """Remove the socket of a server that was killed. Raises UsageError if a server still listens there."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        else:
+            raise UsageError(f"{path}: another process listens there: end it, or name another socket")
+
+
 class Server:
     """Listens on the socket `path` until it is closed. A context manager."""
 
@@ -94,7 +107,11 @@ class Server:
             raise UsageError(f"{path} is too long for a socket: name a shorter one")
         self.path, self._bundles = Path(path), bundles
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(os.fspath(path))
+        _remove_leftover(self.path)
+        try:
+            self._socket.bind(os.fspath(path))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot make a socket there: {error.strerror}") from error
         self._socket.listen(256)
         threading.Thread(target=self._accept, daemon=True).start()
 
