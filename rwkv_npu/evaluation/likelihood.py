@@ -15,7 +15,8 @@ from rwkv_npu.models import maths
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(M, V) fp32 -> (M, V) fp64. Raises BackendError for logits that are not finite."""
-    _check_finite(logits)
+    if not np.isfinite(logits).all():
+        raise BackendError("the model's logits are not finite: its weights, or its precision, are at fault")
     return maths.log_softmax(logits)
 
 
@@ -29,31 +30,12 @@ def compare(
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p of the targets under `logits` (M, V), and KL(reference || logits) in nats, 0 without a reference.
 
-    Returns (M,) fp64 each.
-
-    Raises BackendError for logits that are not finite.
+    Returns (M,) fp64 each. Raises BackendError for logits that are not finite.
     """
     log_p, kl = np.empty(len(logits)), np.zeros(len(logits))
-    a, exp_a, b, exp_b = np.empty((4, logits.shape[1]))
     for row, (line, target) in enumerate(zip(logits, targets, strict=True)):
-        log_a = _normalise(line, a, exp_a)
-        log_p[row] = a[target] - log_a
+        log_q = log_softmax(line)
+        log_p[row] = log_q[target]
         if reference is not None:
-            log_b = _normalise(reference[row], b, exp_b)
-            # Not a dot product: waking the threads of a BLAS would take longer than this sum.
-            kl[row] = (exp_b * (b - a)).sum() / exp_b.sum() - (log_b - log_a)
+            kl[row] = maths.kl_divergence(log_softmax(reference[row]), log_q)
     return log_p, kl
-
-
-def _normalise(line: np.ndarray, a: np.ndarray, exp_a: np.ndarray) -> float:
-    """Write logits (V,) minus their maximum to `a`, and e^a to `exp_a`, both fp64. Returns log(sum(e^a))."""
-    _check_finite(line)
-    a[:] = line
-    a -= a.max()
-    np.exp(a, out=exp_a)
-    return float(np.log(exp_a.sum()))
-
-
-def _check_finite(logits: np.ndarray) -> None:
-    if not np.isfinite(logits).all():
-        raise BackendError("the model's logits are not finite: its weights, or its precision, are at fault")

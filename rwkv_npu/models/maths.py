@@ -91,11 +91,14 @@ def divergence(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
 
     Computed row by row, because many fp64 rows of a large vocabulary fit no cache.
     """
-    kl = np.empty(len(logits))
-    for row, (line, other) in enumerate(zip(logits, others, strict=True)):
-        p, q = log_softmax(line), log_softmax(other)
-        kl[row] = (np.exp(p) * (p - q)).sum()
-    return kl
+    pairs = zip(logits, others, strict=True)
+    return np.array([kl_divergence(log_softmax(line), log_softmax(other)) for line, other in pairs])
+
+
+def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """KL(p || q) in nats, from log probabilities: (V,) fp64 each."""
+    # Not a dot product: waking the threads of a BLAS would take longer than this sum.
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
 
 
 class NumpyMaths:
