@@ -29,7 +29,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, w
         pass
     number = "a whole number" if whole else "a number"
     allowed = f"between {low:g} and {high:g}" if high < math.inf else f"of at least {low:g}"
-    raise UsageError(f"{name} must be {number} {allowed}, not {shown(value)}")
+    raise UsageError(f"{name}={shown(value)}: it must be {number} {allowed}")
 
 
 def check_path(name: str, value: object) -> None:
@@ -37,7 +37,7 @@ def check_path(name: str, value: object) -> None:
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise UsageError(f"{name} must be a path, not {shown(value)}")
     if not os.fspath(value):
-        raise UsageError(f"{name} is empty: give the name of a file or folder")
+        raise UsageError(f"{name}= is empty: give the name of a file or folder")
 
 
 def check_text(name: str, value: object) -> None:

@@ -263,7 +263,7 @@ def test_a_lora_needs_its_scale_and_others_have_none(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     base, adapter, _, _ = fine_tune(tmp_path / "a", "LoRA")
     with pytest.raises(
-        UsageError, match=r"--adapter-scale.*usually 1 \(lora_alpha 8\) or 2 \(lora_alpha 16\)"
+        UsageError, match=r"adapter_scale=.*usually 1 \(lora_alpha 8\) or 2 \(lora_alpha 16\)"
     ):
         apply(base, adapter)
     for scale in (0.0, float("nan")):
@@ -277,7 +277,7 @@ def test_a_lora_needs_its_scale_and_others_have_none(tmp_path: Path) -> None:
 def test_blocks_that_can_be_read_in_two_ways(tmp_path: Path) -> None:
     base, adapter, _, _ = fine_tune(tmp_path, "Bone")
     resave(adapter, lambda saved: [saved.pop(name) for name in list(saved) if ".ffn." in name])
-    with pytest.raises(UsageError, match=r"--adapter-blocks\) in \(.* or out"):
+    with pytest.raises(UsageError, match=r"adapter_blocks= in \(.* or out"):
         apply(base, adapter)
     assert {apply(base, adapter, blocks=blocks) for blocks in ("in", "out")} == {"in", "out"}
     made = []
@@ -336,7 +336,7 @@ def test_a_model_is_no_adapter_and_an_adapter_no_model(tmp_path: Path) -> None:
     assert is_adapter(adapter) and not is_adapter(base)
     with pytest.raises(CheckpointError, match="no adapter"):
         open_adapter(base)
-    with pytest.raises(CheckpointError, match="rwkv-npu convert BASE --adapter"):
+    with pytest.raises(CheckpointError, match="convert its base model with adapter=FILE"):
         open_checkpoint(adapter)
 
 

@@ -141,7 +141,7 @@ def test_a_bundle_is_compared_with_its_own_unquantised_weights(
         (["--text", "t", "--lambada", "l"], "--text or --lambada, not both"),
         (["--lambada", "l", "--context", "5"], "--context is for --text"),
         (["--lambada", "l", "-n", "5"], "--max-tokens is for --text"),
-        (["--context", "0"], "--context is 0"),
+        (["--context", "0"], "--context 0: it must be at least 1"),
         (["--resume", "/no/such/folder/file"], "cannot write there"),
         (["--lambada", "/none/l.jsonl"], "cannot read /none/l.jsonl"),
         (["--text", "/none/ids.npy"], "cannot read /none/ids.npy"),

@@ -129,7 +129,7 @@ def test_weights_beyond_fp16(tmp_path: Path, out: Path) -> None:
     ],
 )
 def test_values_that_do_not_exist(checkpoint: Path, out: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(options)).replace("cpu", "CPU")):
+    with pytest.raises(UsageError, match=next(iter(options))):
         convert(checkpoint, out, **options)
     assert names(out.parent) == []
 
@@ -164,7 +164,7 @@ def test_a_vocabulary_that_is_given(tmp_path: Path, out: Path, capsys: Any) -> N
     write_vocabulary(tmp_path / "words.txt")
     expected = text_of(tmp_path / "m" / "model.pth", tokenizer=tmp_path / "words.txt")
     assert open_bundle(convert(tmp_path / "m" / "model.pth", out)).manifest.tokenizer is None
-    with pytest.raises(TokenizerError, match="--tokenizer"):
+    with pytest.raises(TokenizerError, match="tokenizer=FILE"):
         text_of(out)
     given = (
         "convert",

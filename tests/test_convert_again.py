@@ -413,6 +413,6 @@ def test_a_leftover_of_weights_that_differ_in_one_value_is_not_used(
 def test_a_damaged_manifest_needs_force(checkpoint: Path, whole: Path, out: Path) -> None:
     shutil.copytree(whole, out)
     (out / MANIFEST).write_text("{}")
-    with pytest.raises(BundleError, match="--force"):
+    with pytest.raises(BundleError, match="force=True"):
         convert(checkpoint, out)
     assert contents(convert(checkpoint, out, force=True)) == contents(whole)

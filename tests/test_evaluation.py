@@ -319,7 +319,7 @@ def test_what_makes_no_sense(model: Model) -> None:
         ("the text is empty", [], {}),
         ("token id 273 is outside the model's vocabulary of 273", [3, 273], {}),
         ("token id -1 is outside", [3, -1], {}),
-        ("context is 0", [3], {"context": 0}),
+        ("context=0", [3], {"context": 0}),
     ):
         with pytest.raises(UsageError, match=message):
             evaluate(model, ids, **options)

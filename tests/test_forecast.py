@@ -357,8 +357,11 @@ def test_what_the_bundle_has_leaves_less_room(free: int) -> None:
         ([demo_model(), "--dry-run", "--target", "rk9999"], "rk9999"),
         ([demo_model(), "--dry-run", "--rows", "0"], "rows"),
         ([demo_model(), "--dry-run", "--cpu", "int3"], "int3"),
-        ([demo_model(), "--dry-run", "--remedies", "bogus"], "remedies 'bogus' is unknown"),
-        ([demo_model(), "--dry-run", "--precision-map", "m.json"], "precision map is for --precision mixed"),
+        ([demo_model(), "--dry-run", "--remedies", "bogus"], "--remedies bogus is unknown"),
+        (
+            [demo_model(), "--dry-run", "--precision-map", "m.json"],
+            "--precision-map is for --precision mixed",
+        ),
         ([demo_model(), "--json"], "--json is for --dry-run"),
         ([demo_model(), "--explain"], "--explain is for --dry-run"),
     ],

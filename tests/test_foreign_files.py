@@ -52,7 +52,7 @@ def test_padding_in_a_vocabulary_is_skipped(tmp_path: Path) -> None:
 def test_a_head_of_a_padded_pile_model_is_named(tmp_path: Path) -> None:
     write_model(tmp_path / "model.pth", vocabulary=False, D=32, V=50304)
     model = rwkv_npu.load(tmp_path / "model.pth", backend="numpy")
-    with pytest.raises(TokenizerError, match="--tokenizer pile"):
+    with pytest.raises(TokenizerError, match="tokenizer='pile'"):
         model.encode("a")
 
 

@@ -191,7 +191,7 @@ def test_calls_per_token(generation: str, L: int) -> None:
         assert cut[-1].name == "head"
     mids = [f"mid.{i}" for i in range(L - 1)]
     assert [group.name for group in layer] == ["first", *mids, "last", "head"]
-    with pytest.raises(UsageError, match="fusion 'none' is unknown"):
+    with pytest.raises(UsageError, match="fusion='none' is unknown"):
         groups(spec, "none")
 
 

@@ -157,7 +157,7 @@ def test_bad_values_leave_nothing(checkpoint: Path, tmp_path: Path, out: Path, r
         (("--precision", "w8a8", "--toolkit", "2.2.0"), "has no precision 'w8a8'"),
         (("--calibrate", "nowhere.txt"), "nowhere.txt"),
         (("--tokenizer", "nowhere.txt"), "nowhere.txt"),
-        (("--remedies", "prayer"), "choice of remedies 'prayer' is unknown"),
+        (("--remedies", "prayer"), "--remedies prayer is unknown"),
         (("-o", "OTHER"), "other weights"),
         (("-o", "FOLDER"), "is not a bundle"),
         (("-o", "FOLDER", "--force"), "is not a bundle"),

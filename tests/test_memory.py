@@ -51,7 +51,7 @@ def test_weights_are_counted_to_the_byte() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(UsageError, match=r"rk3588 at fp16 with rows 32: 34 contexts .* GB .*--target none"):
+    with pytest.raises(UsageError, match=r"rk3588 at fp16 with rows 32: 34 contexts .* GB .*target='none'"):
         plan("2.9B")
     with pytest.raises(UsageError, match="rows 1,64"):
         plan("1.5B", (1, 64))

@@ -397,7 +397,7 @@ def test_a_group_that_fails_its_test_runs_on_the_cpu(bundle: Path, monkeypatch: 
         FakeRuntime, "run", lambda self, frame: -1 if self._group.name == "mid.0" else run(self, frame)
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.warns(UserWarning, match=r"1 of 6 contexts .*mid.0.* --fusion projection"))
+        stack.enter_context(pytest.warns(UserWarning, match=r"1 of 6 contexts .*mid.0.* fusion='projection'"))
         model = stack.enter_context(load(bundle))
         with rwkv_npu.load(bundle, backend="numpy") as other:
             assert np.abs(model.forward(IDS)[0] - other.forward(IDS)[0]).max() < 1e-3

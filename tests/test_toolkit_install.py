@@ -65,7 +65,7 @@ def test_private_environments(cache: Path) -> None:
     assert toolkit.find("2.5.0") is None
     newer = pretend_installed("2.5.0")
     instead = (
-        "run `rwkv-npu toolkit install`, or choose the one that is there with --toolkit 2.5.0: its files need"
+        "run `rwkv-npu toolkit install`, or choose the one that is there with toolkit='2.5.0': its files need"
     )
     with pytest.raises(ToolkitError, match=f"{instead} librknnrt 2.5.0 or later on the board$"):
         toolkit.require("2.3.2")

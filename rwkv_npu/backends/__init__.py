@@ -31,7 +31,7 @@ MADE_PRECISIONS = {"rknn-matmul": ("fp16", "w8a8")}
 def open_backend(name: str, source: Any, **options: Any) -> Backend:
     """Open the backend `name` on the weights `source`. Raises BackendError if it is unknown or not installed."""
     if name not in BACKENDS:
-        raise BackendError(f"backend {name!r} is unknown: use one of {', '.join(BACKENDS)}")
+        raise BackendError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
     module, cls, package = BACKENDS[name]
     try:
         backend = getattr(importlib.import_module(f"rwkv_npu.backends.{module}"), cls)

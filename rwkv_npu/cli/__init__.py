@@ -36,6 +36,7 @@ from rwkv_npu.cli import (
     toolkit,
     tune,
 )
+from rwkv_npu.cli.flags import as_flags
 from rwkv_npu.errors import RwkvNpuError
 
 # In the order of --help. Each has `add`, its flags and help, and `run`, which imports what it needs when it is called.
@@ -105,7 +106,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return status
     except RwkvNpuError as error:
-        print(f"rwkv-npu: error: {error}", file=sys.stderr)
+        print(f"rwkv-npu: error: {as_flags(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has gone
         _give_up_stdout()
@@ -138,7 +139,7 @@ def _give_up_stdout() -> None:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"rwkv-npu: warning: {message}", file=sys.stderr)
+    print(f"rwkv-npu: warning: {as_flags(str(message))}", file=sys.stderr)
 
 
 def entry() -> NoReturn:

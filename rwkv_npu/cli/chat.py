@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_npu.cli.common import add_model_flags, load_model
+from rwkv_npu.cli.flags import as_flags
 from rwkv_npu.cli.serve import model_template
 from rwkv_npu.errors import RwkvNpuError, UsageError
 
@@ -88,7 +89,7 @@ def _talk(chat: Conversation, lines: Iterator[str]) -> None:
             elif not _command(chat, line, statistics):
                 return
         except RwkvNpuError as error:
-            print(f"{error}", file=sys.stderr)
+            print(as_flags(str(error)), file=sys.stderr)
 
 
 class _Statistics:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkv_npu.board import hardware
+from rwkv_npu.cli.flags import as_flags
 from rwkv_npu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
             f"{model.describe()}, opened in {seconds:.2f} s",
             file=sys.stderr,
         )
-        print(f"backend: {model.reason}", file=sys.stderr)
+        print(as_flags(f"backend: {model.reason}"), file=sys.stderr)
         if "numba" in model.describe():
             from rwkv_npu.kernels import instruction_sets
 
@@ -126,7 +127,7 @@ def load_model(arguments: argparse.Namespace, *, verbose: bool = False) -> Model
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
+        print(as_flags(record.getMessage()), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     for flag, value in (("max-tokens", arguments.max_tokens), ("context", arguments.context)):
         if value is not None and value < 1:
-            raise UsageError(f"--{flag} is {value}: it must be at least 1")
+            raise UsageError(f"--{flag} {value}: it must be at least 1")
         if value is not None and arguments.lambada:
             raise UsageError(f"--{flag} is for --text: of --lambada every text is read whole")
     if arguments.text and arguments.lambada:

@@ -413,7 +413,7 @@ def _check(arguments: argparse.Namespace) -> None:
     seed = options.pop("seed")
     Sampler(SamplingOptions(**options), seed=seed)
     if arguments.max_tokens < -1:
-        raise UsageError(f"--max-tokens is {arguments.max_tokens}: it must be at least -1")
+        raise UsageError(f"--max-tokens {arguments.max_tokens}: it must be at least -1")
     if "" in arguments.stop:
         raise UsageError("--stop must not be empty: a stop string has at least one letter")
     if arguments.json and arguments.echo:
@@ -421,7 +421,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.logprobs is not None and not arguments.json:
         raise UsageError("--logprobs is for --json")
     if arguments.logprobs is not None and arguments.logprobs < 0:
-        raise UsageError(f"--logprobs is {arguments.logprobs}: it must be at least 0")
+        raise UsageError(f"--logprobs {arguments.logprobs}: it must be at least 0")
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import CompileResult, Environment, Job, compile_many
 
 VERIFY_ROWS = 16
-BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # the alternatives of `--rows auto`
+BOTH_ROWS, ONE_ROWS = (1, 64), (32,)  # the alternatives of `rows="auto"`
 
 
 # -- the plan --------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def plan_artifacts(
     rows: Sequence[int] | None,
     int8: Collection[str] = (),
 ) -> list[Artifact]:
-    """Plan the artifacts for `target`. `rows` None means `--rows auto`. `int8` names the projections in int8.
+    """Plan the artifacts for `target`. `rows` None means `rows="auto"`. `int8` names the projections in int8.
 
     With auto, decode and prefill have separate artifacts if the NPU's memory holds the weights twice; otherwise one
     artifact serves both. Existing artifacts of the same kind count too. Raises UsageError with the arithmetic if the
@@ -69,12 +69,13 @@ def plan_artifacts(
 
 
 def _alternatives(precision: str, rows: Sequence[int] | None) -> str:
-    options = {"w8a8": [], "mixed": ["--precision w8a8", "a larger --max-kl"]}.get(
-        precision, ["--precision w8a8"]
-    )
+    options = [] if precision == "w8a8" else ["precision='w8a8'"]
+    if precision == "mixed":
+        options.append("a larger max_kl=")
     if rows and len(rows) > 1:
-        options.append("fewer --rows")
-    return ", ".join([*options, "or --target none for the CPU alone"]) + " (--dry-run shows what fits)"
+        options.append("fewer rows=")
+    options.append("or target='none' for the CPU alone")
+    return ", ".join(options) + " (rwkv-npu convert --dry-run shows what fits)"
 
 
 def candidates(

@@ -296,7 +296,7 @@ def default_ids(tokenizer: Tokenizer | None, source: ModelSource) -> np.ndarray:
         return check_ids(ids, source.spec, at_least=LEAST)
     log.info(
         "no vocabulary is known for this model, so it is calibrated on tokens sampled from it. A text calibrates "
-        "better: give --tokenizer FILE, or --calibrate with ids"
+        "better: give tokenizer=FILE, or calibrate= with ids"
     )
     with show_progress("sample", "token", total=SAMPLED) as bar:
         return sample_ids(source, SAMPLED, progress=bar.update)
@@ -342,7 +342,7 @@ def sample_ids(
 def _read_file(file: str, tokenizer: Tokenizer | None) -> Tokens:
     if tokenizer is None and Path(file).is_file() and not holds_ids(file):
         raise UsageError(
-            f"{file} is text, but no vocabulary is known for this model: give --tokenizer FILE, or ids as .json "
+            f"{file} is text, but no vocabulary is known for this model: give tokenizer=FILE, or ids as .json "
             "or .npy"
         )
     tokens = read_tokens(file, tokenizer.encode if tokenizer else _unused_encode)

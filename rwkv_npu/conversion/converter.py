@@ -420,7 +420,7 @@ def _forget_int8(bundle: Bundle) -> None:
     if lost := sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts if a.int8}):
         log.info(
             "removing int8 artifacts with other quantization parameters. To have them again, convert with "
-            + ", ".join(f"--target {t} --precision {p} --fusion {f}" for t, p, f in lost)
+            + ", ".join(f"target={t!r} precision={p!r} fusion={f!r}" for t, p, f in lost)
         )
     names = {INT8, *manifest.forget_int8()}
     _drop_files(bundle, names)
@@ -451,8 +451,8 @@ def _drop_other_choice(job: Prepared, int8: Collection[str]) -> None:
         rows = sorted({a.rows for a in removed if (a.target, a.fusion) == (target, fusion)})
         log.info(
             f"{precision} has other int8 projections now: removing the artifacts for {target}, {fusion} fusion, rows "
-            f"{', '.join(map(str, rows))}. To have them again, convert with --target {target} "
-            f"--precision {precision} --fusion {fusion}"
+            f"{', '.join(map(str, rows))}. To have them again, convert with target={target!r} "
+            f"precision={precision!r} fusion={fusion!r}"
         )
 
 

@@ -71,8 +71,8 @@ def measure_range(
     absmax = magnitudes(spec, statistics, scaling)
     name, largest = max(absmax.items(), key=lambda item: item[1])
     if large := too_large(absmax):
-        less = ": --fusion projection puts fewer of them on the NPU" if fusion == "layer" else ""
-        advice = ": --force chooses the scales anew" if adding else less
+        less = ": fusion='projection' puts fewer of them on the NPU" if fusion == "layer" else ""
+        advice = ": force=True chooses the scales anew" if adding else less
         log.info(
             f"{len(large)} intermediates exceed {LIMIT:.0f}, an eighth of fp16's range ({name}: {largest:.0f}){advice}"
         )

@@ -71,36 +71,34 @@ class Request:
     def __post_init__(self) -> None:
         check_fusion(self.fusion)
         known: list[tuple[str, str | None, Collection[str | None]]] = [
-            ("CPU precision", self.cpu, (None, *STORAGE, *PRECISIONS)),
+            ("cpu", self.cpu, (None, *STORAGE, *PRECISIONS)),
             ("target", self.target, (*TARGETS, NO_TARGET)),
-            ("choice of remedies", self.remedies, REMEDIES),
+            ("remedies", self.remedies, REMEDIES),
         ]
         for name, value, values in known:
             if value not in values:
                 names = ", ".join(known_value for known_value in values if known_value)
-                raise UsageError(f"{name} {value!r} is unknown: use one of {names}")
+                raise UsageError(f"{name}={value!r} is unknown: use one of {names}")
         if self.precision not in self._npu_precisions:
             raise UsageError(
                 f"{self.target} has no precision {self.precision!r}: use one of {', '.join(self._npu_precisions)}"
             )
         if not 0 < self.max_kl < float("inf"):
-            raise UsageError(f"max_kl is {self.max_kl}: it must be a number of nats above 0")
+            raise UsageError(f"max_kl={self.max_kl}: it must be a number of nats above 0")
         if self.jobs is not None and self.jobs < 1:
-            raise UsageError(f"jobs is {self.jobs}: it must be at least 1")
+            raise UsageError(f"jobs={self.jobs}: it must be at least 1")
         if self.precision_map is not None and self.precision != "mixed":
             raise UsageError(
-                f"a precision map is for --precision mixed, not for {self.precision}: it selects the int8 projections"
+                f"precision_map= is for precision='mixed', not for {self.precision!r}: it selects the int8 projections"
             )
         if self.max_kl != MAX_KL and (self.precision != "mixed" or self.precision_map is not None):
             raise UsageError(
-                "--max-kl is for --precision mixed without a map: it limits the choice of projections"
+                "max_kl= is for precision='mixed' without precision_map=: it limits the choice of projections"
             )
         if self.adapter is None and not (
             self.adapter_scale is self.adapter_init is self.adapter_blocks is None
         ):
-            raise UsageError(
-                "a scale, initial values or blocks of an adapter are given, but no adapter (--adapter)"
-            )
+            raise UsageError("adapter_scale=, adapter_init= or adapter_blocks= is given, but no adapter=")
         if self.toolkit is not None:
             self.check_toolkit(self.toolkit)
 
@@ -110,7 +108,7 @@ class Request:
             floats = [name for name in self._npu_precisions if name not in INT8_PRECISIONS]
             raise UsageError(
                 f"rknn-toolkit2 {version} has no precision {self.precision!r} for {self.target}: use one of "
-                f"{', '.join(floats)}, or --toolkit {OLDEST_INT8} or later"
+                f"{', '.join(floats)}, or toolkit={OLDEST_INT8!r} or later"
             )
 
     @property
@@ -158,7 +156,7 @@ def parse_rows(rows: str | int | Sequence[int]) -> tuple[int, ...] | None:
     except (TypeError, ValueError):
         counts = []
     if not counts or counts[0] < 1 or counts[-1] > 1024:
-        raise UsageError(f"rows {rows!r} makes no sense: write auto, or numbers from 1 to 1024 such as 1,64")
+        raise UsageError(f"rows={rows!r} makes no sense: write auto, or numbers from 1 to 1024 such as 1,64")
     return tuple(counts)
 
 

@@ -118,7 +118,7 @@ def existing_manifest(out: Path, checkpoint: Checkpoint, request: Request) -> Ma
     if request.force:
         if not is_ours(out):
             raise BundleError(
-                f"{out} exists and is not a bundle: --force replaces only bundles, give another output"
+                f"{out} exists and is not a bundle: force=True replaces only bundles, give another output"
             )
         return None
     if not is_bundle(out):
@@ -132,12 +132,12 @@ def existing_manifest(out: Path, checkpoint: Checkpoint, request: Request) -> Ma
         )
     if manifest.outdated:
         raise BundleError(
-            f"{out} is a bundle of format {manifest.format[0]}: --force replaces it by a new one"
+            f"{out} is a bundle of format {manifest.format[0]}: force=True replaces it by a new one"
         )
     if request.cpu is not None and request.cpu not in PRECISIONS and manifest.cpu != request.cpu:
         raise BundleError(
-            f"{out} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give --cpu {manifest.cpu}, "
-            "another output, or --force"
+            f"{out} holds {manifest.cpu} weights for the CPU, not {request.cpu}: give cpu={manifest.cpu!r}, "
+            "another output, or force=True"
         )
     return manifest
 
@@ -163,7 +163,7 @@ def _is_unfinished(folder: Path) -> bool:
 
 
 def other_weights(out: Path) -> BundleError:
-    return BundleError(f"{out} was made from other weights: give another output, or --force")
+    return BundleError(f"{out} was made from other weights: give another output, or force=True")
 
 
 def stamp(out: Path) -> bytes | None:
@@ -267,14 +267,14 @@ def _replace(folder: Path, out: Path) -> None:
 def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str]) -> None:
     """Delete damaged files and remove them from the manifest. The conversion makes those again that it needs."""
     options = {
-        a.path: f"--target {a.target} --precision {a.precision} --fusion {a.fusion}"
+        a.path: f"target={a.target!r} precision={a.precision!r} fusion={a.fusion!r}"
         for a in manifest.artifacts
         if a.path not in planned
     }
     cpu = request.cpu_precision
-    options |= {packed_file(other): f"--cpu {other}" for other in manifest.packed if other != cpu}
+    options |= {packed_file(other): f"cpu={other!r}" for other in manifest.packed if other != cpu}
     if manifest.int8 and not request.quantises:
-        options[INT8] = f"--precision {' or '.join(manifest.int8)}"
+        options[INT8] = f"precision={' or '.join(map(repr, manifest.int8))}"
     for name in list(damaged_files(folder, manifest)):
         again = (
             f"convert with {options[name]} to have it again" if name in options else "it will be made again"

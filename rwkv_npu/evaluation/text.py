@@ -136,7 +136,7 @@ def _check(targets: np.ndarray, models: Sequence[Model], context: int | None) ->
             "another model?"
         )
     if context is not None and context < 1:
-        raise UsageError(f"context is {context}: it must be at least 1")
+        raise UsageError(f"context={context}: it must be at least 1")
 
 
 def _identity(models: Sequence[Model], targets: np.ndarray, context: int | None) -> dict[str, str]:

@@ -130,15 +130,14 @@ class Adapter:
         if self.config:
             stored = f"its {CONFIG} gives it"
         if stored and scale is not None:
-            raise UsageError(f"adapter_scale= (--adapter-scale) is not for {self.path}: {stored}")
+            raise UsageError(f"adapter_scale={scale} is not for {self.path}: {stored}")
         if not stored and scale is None:
             raise UsageError(
-                f"{self.path} is a LoRA of rank {r} without its alpha: give adapter_scale= (--adapter-scale), alpha / "
-                f"rank, usually 1 (lora_alpha {r}) or 2 (lora_alpha {2 * r}); for PiSSA, adapter_init= "
-                f"(--adapter-init) {PISSA_INIT}"
+                f"{self.path} is a LoRA of rank {r} without its alpha: give adapter_scale=, which is alpha / rank, "
+                f"usually 1 (lora_alpha {r}) or 2 (lora_alpha {2 * r}); for PiSSA, give adapter_init={PISSA_INIT}"
             )
         if scale is not None and not (math.isfinite(scale) and scale != 0):
-            raise UsageError(f"adapter_scale is {scale}: it must be a number other than 0")
+            raise UsageError(f"adapter_scale={scale}: it must be a number other than 0")
         if not self.config or "lora_alpha" not in self.config:
             return dict.fromkeys(self.targets, 1.0 if scale is None else scale)
         return {name: _peft_scale(self.config, target) for name, target in self.targets.items()}
@@ -149,14 +148,12 @@ class Adapter:
         found = set.intersection(*(_readings(target, shapes[name]) for name, target in self.targets.items()))
         found &= _READINGS.get(self.kind, found)
         if blocks is not None and blocks not in found:
-            raise UsageError(
-                f"adapter_blocks={blocks!r:.20} (--adapter-blocks) does not fit {self.path}: leave it away"
-            )
+            raise UsageError(f"adapter_blocks={blocks!r:.20} does not fit {self.path}: leave it away")
         if len(found) > 1 and blocks is None:
             known = " or ".join(f"{name} ({BLOCKS[name]})" for name in sorted(found))
             raise UsageError(
                 f"{self.path} changes square matrices only, so that its blocks can be read in two ways: give "
-                f"adapter_blocks= (--adapter-blocks) {known}"
+                f"adapter_blocks= {known}"
             )
         if not found:
             raise CheckpointError(f"{self.path} changes some matrices in one way and some in another")

@@ -178,7 +178,7 @@ class Manifest:
             return ""
         return (
             f"this bundle of format {self.format[0]}.{self.format[1]} serves the CPU only, since its .rknn files have "
-            "other inputs: for the NPU, run rwkv-npu convert with the checkpoint and --force"
+            "other inputs: for the NPU, convert the checkpoint again with force=True"
         )
 
     def forget_int8(self) -> list[str]:
@@ -312,7 +312,7 @@ def _fits(check: Callable[..., None], *arguments: Any) -> None:
     try:
         check(*arguments)
     except ValueError as error:
-        raise BundleError(f"{error}: copy the bundle again, or convert again with --force") from None
+        raise BundleError(f"{error}: copy the bundle again, or convert again with force=True") from None
 
 
 def graph_file(fusion: str, group: str) -> str:
@@ -339,7 +339,7 @@ def is_bundle(path: Path) -> bool:
         raise BundleError(f"{path} is an unfinished conversion: run the same rwkv-npu convert again")
     if not finished and is_file(path / HOST) and is_file(path / WEIGHTS):
         raise BundleError(
-            f"{path} is a bundle without its {MANIFEST}: copy it again, or convert again with --force"
+            f"{path} is a bundle without its {MANIFEST}: copy it again, or convert again with force=True"
         )
     return finished
 
@@ -368,11 +368,11 @@ def read_manifest(root: Path) -> Manifest:
     except _OtherVersion as error:
         raise BundleError(
             f"{root} is a bundle of format {error}, this version reads {FORMAT[0]}: convert again with "
-            "--force, or use the version of rwkv_npu that made it"
+            "force=True, or use the version of rwkv_npu that made it"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
-            f"{where} is damaged ({error}): copy the bundle again, or convert again with --force"
+            f"{where} is damaged ({error}): copy the bundle again, or convert again with force=True"
         ) from error
 
 

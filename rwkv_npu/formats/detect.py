@@ -26,7 +26,7 @@ _UNSUPPORTED = (
     ),
     (
         r".*\.(lora_[AB]|bone|bone_block|disha)(\.\w+)*",
-        "is an adapter, not a model: give it with its base model, rwkv-npu convert BASE --adapter FILE",
+        "is an adapter, not a model: convert its base model with adapter=FILE",
     ),
     (
         r".*\.(qweight|qzeros|SCB|quant_state.*|weight_scale|weight_mx)",
@@ -54,7 +54,7 @@ def refuse_unsupported(names: Iterable[str]) -> None:
             raise CheckpointError(f"the checkpoint {what}")
     if names and all(name.endswith(".time_state") for name in names):
         raise CheckpointError(
-            "the checkpoint holds a tuned state only, not a model: give it to --state, with its model"
+            "the checkpoint holds a tuned state only, not a model: give it as state=, with its model"
         )
 
 

@@ -46,7 +46,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def resume_file(path: str | None) -> Path | None:
-    """The file of `--resume`. Raises UsageError, before anything is computed, if it cannot be written."""
+    """The file to resume from. Raises UsageError, before anything is computed, if it cannot be written."""
     if path is None:
         return None
     file = Path(path)
@@ -56,7 +56,7 @@ def resume_file(path: str | None) -> Path | None:
         if not existed:
             file.unlink()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--resume {file}: cannot write there: {os_reason(error)}") from error
+        raise UsageError(f"resume={file}: cannot write there: {os_reason(error)}") from error
     return file
 
 

@@ -20,7 +20,7 @@ from rwkv_npu.errors import CheckpointError, UsageError
 
 BLINKDL, WEB_RWKV = "blinkdl", "web-rwkv"
 LAYOUTS = (BLINKDL, WEB_RWKV)
-NAME_IT = f"name the layout, {WEB_RWKV} (.st files of web-rwkv and ai00) or {BLINKDL} (layout=, --layout)"
+NAME_IT = f"give layout='{WEB_RWKV}' (.st files of web-rwkv and ai00) or layout='{BLINKDL}'"
 
 _PREFIXES = re.compile(r"(?:(?:_forward_module|module|model|_orig_mod)\.)+")
 _LOW_RANKS_6 = ("att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2")
@@ -30,7 +30,7 @@ _LOW_RANKS_7 = tuple(f"att.{rank}{side}" for rank in "wavg" for side in "12")
 def check_layout(layout: str | None) -> None:
     """Raises UsageError for an unknown layout."""
     if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"layout {layout!r:.40} is unknown: use one of {', '.join(LAYOUTS)}")
+        raise UsageError(f"layout={layout!r:.40} is unknown: use one of {', '.join(LAYOUTS)}")
 
 
 def strip_prefixes(stored: Mapping[str, Any]) -> dict[str, Any]:

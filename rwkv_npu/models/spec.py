@@ -332,7 +332,7 @@ def fused_inputs(spec: Spec) -> tuple[Port, ...]:
 def check_fusion(fusion: str) -> None:
     """Raises UsageError for an unknown fusion."""
     if fusion not in FUSIONS:
-        raise UsageError(f"fusion {fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+        raise UsageError(f"fusion={fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
 
 
 def groups(spec: Spec, fusion: str) -> list[Group]:

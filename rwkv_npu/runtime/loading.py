@@ -45,8 +45,8 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     groups = source.program.groups
     if not _serves(plan, source):
         raise UsageError(
-            f"{', '.join(plan.backends(groups))} cannot multiply in {source.precision}: --backend numpy computes it, "
-            f"and {NPU_BACKEND} and {SIMULATOR} run artifacts that were converted with --precision {source.precision}"
+            f"{', '.join(plan.backends(groups))} cannot multiply in {source.precision}: backend='numpy' computes it, "
+            f"and {NPU_BACKEND} and {SIMULATOR} run artifacts that were converted with precision={source.precision!r}"
         )
     opened: dict[str, Backend] = {}
     fallbacks: list[Fallback] = []
@@ -99,7 +99,7 @@ def _in_int8(backend: str, source: ModelSource) -> bool:
 def _advice(source: ModelSource) -> str:
     """Advice for the case that an NPU's results are wrong."""
     if source.program.fusion == "layer":
-        return "; where the residual leaves fp16's range, --fusion projection keeps it on the CPU"
+        return "; where the residual leaves fp16's range, fusion='projection' keeps it on the CPU"
     return "; rwkv-npu doctor compares the versions of compiler, runtime and driver"
 
 

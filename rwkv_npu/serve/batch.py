@@ -64,7 +64,7 @@ def _answered(out: Path) -> set[str]:
     try:
         done = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{out} is not a file of answers: give another --out") from None
+        raise UsageError(f"{out} is not a file of answers: give another out=") from None
     if len(whole) < len(data):
         with out.open("r+b") as file:
             file.truncate(len(whole))

@@ -54,9 +54,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"cannot listen on {host}:{port} ({reason}): give another --port or --host"
-        ) from None
+        raise UsageError(f"cannot listen on {host}:{port} ({reason}): give another port= or host=") from None
     bound.set_inheritable(True)
     return bound
 

@@ -98,7 +98,7 @@ class Service:
         neutral_sampling: bool = False,
     ):
         if model.tokenizer is None:
-            raise UsageError("this model has no vocabulary, but a server needs one: give --tokenizer FILE")
+            raise UsageError("this model has no vocabulary, but a server needs one: give tokenizer=FILE")
         self.model, self.name, self.template = model, name, template
         self.tokenizer: Tokenizer = model.tokenizer
         self.limits, self.neutral_sampling = limits or Limits(), neutral_sampling

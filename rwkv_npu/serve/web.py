@@ -138,7 +138,7 @@ class Gate:
         if self._hosts is not None and bare.lower() not in self._hosts:
             return error_json(
                 403,
-                f"this server does not answer to the name {bare[:80]!r}: start it with --host to serve others",
+                f"this server does not answer to the name {bare[:80]!r}: `rwkv-npu serve --host ADDRESS` serves others",
             )
         if self._key is None or path in OPEN_PATHS or path.startswith("/page/"):
             return None

@@ -109,7 +109,7 @@ def _normalised(text: str, name: str) -> str:
     marks = [mark for mark, there in found.items() if there]
     if not marks:
         return text
-    warnings.warn(f"{name} is read without {' and '.join(marks)} (raw=True, --raw keeps them)", stacklevel=3)
+    warnings.warn(f"{name} is read without {' and '.join(marks)} (raw=True keeps them)", stacklevel=3)
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 

@@ -78,7 +78,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
         if stop and tokenizer is None:
             raise TokenizerError(
-                "stop strings need a tokenizer, and this model has none: give --tokenizer FILE"
+                "stop strings need a tokenizer, and this model has none: give tokenizer=FILE"
             )
         for text in stop:
             check_text("a stop string", text)

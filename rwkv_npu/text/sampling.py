@@ -38,7 +38,7 @@ THRESHOLDS = 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-6, 0.0
 class SamplingOptions:
     """How to choose; the defaults are the rwkv package's, without its penalties.
 
-    UsageError, naming the command line's flag and the range, for a value out of range.
+    Raises UsageError for a value out of range.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -50,13 +50,13 @@ class SamplingOptions:
     penalty_decay: float = 0.996  # of every token's count, at each step
 
     def __post_init__(self) -> None:
-        check_number("--temp", self.temperature, 0.0, math.inf)
-        check_number("--top-p", self.top_p, 0.0, 1.0)
-        check_number("--top-k", self.top_k, 0, math.inf, whole=True)
-        check_number("--min-p", self.min_p, 0.0, 1.0)
-        check_number("--presence-penalty", self.presence_penalty, -1000.0, 1000.0)
-        check_number("--frequency-penalty", self.frequency_penalty, -1000.0, 1000.0)
-        check_number("--penalty-decay", self.penalty_decay, 0.0, 1.0)
+        check_number("temperature", self.temperature, 0.0, math.inf)
+        check_number("top_p", self.top_p, 0.0, 1.0)
+        check_number("top_k", self.top_k, 0, math.inf, whole=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("presence_penalty", self.presence_penalty, -1000.0, 1000.0)
+        check_number("frequency_penalty", self.frequency_penalty, -1000.0, 1000.0)
+        check_number("penalty_decay", self.penalty_decay, 0.0, 1.0)
 
 
 class Choice(NamedTuple):
@@ -91,7 +91,7 @@ class Sampler:
         logit_bias: Mapping[int, float] | None = None,
     ) -> None:
         if seed is not None and not isinstance(seed, np.random.Generator):
-            check_number("--seed", seed, 0, math.inf, whole=True)
+            check_number("seed", seed, 0, math.inf, whole=True)
         self.options = options or SamplingOptions()
         self.rng = np.random.default_rng(seed)
         amounts = dict(logit_bias or {})

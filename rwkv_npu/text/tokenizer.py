@@ -286,7 +286,7 @@ def find_or_explain(*, vocab_size: int, beside: Path) -> tuple[Tokenizer | None,
 def unknown_vocabulary(vocab_size: int) -> str:
     """The error message for a model without a known vocabulary. vocab_size: rows of its head."""
     pile = 0 <= vocab_size - PILE_IDS < 256  # 50277, or rounded up for fast products
-    hint = "give --tokenizer pile if it is a Pile model" if pile else "give --tokenizer FILE"
+    hint = "give tokenizer='pile' if it is a Pile model" if pile else "give tokenizer=FILE"
     return f"no vocabulary is known for this model of {vocab_size} tokens: {hint}, or ids"
 
 

@@ -109,19 +109,20 @@ def require(version: str | None = None) -> Environment:
     if environment := find(version):
         return environment
     wanted = f" {version}" if version else ""
-    option = f" --version {version}" if version and version != DEFAULT_VERSION else ""
+    command = "rwkv-npu toolkit install"
+    if version and version != DEFAULT_VERSION:
+        command = f"rwkv-npu toolkit install --version {version}"
     _, problem = _running()
     because = f" (the one in {sys.executable} cannot be used: {problem})" if problem else ""
     other = find()
     instead = (
-        f", or choose the one that is there with --toolkit {other.version}: its files need librknnrt {other.version} "
+        f", or choose the one that is there with toolkit={other.version!r}: its files need librknnrt {other.version} "
         "or later on the board"
         if other
         else ""
     )
     raise ToolkitError(
-        f"Rockchip's compiler, rknn-toolkit2{wanted}, is not installed{because}: run"
-        f" `rwkv-npu toolkit install{option}`{instead}"
+        f"Rockchip's compiler, rknn-toolkit2{wanted}, is not installed{because}: run `{command}`{instead}"
     )
 
 

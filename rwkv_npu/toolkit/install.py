@@ -97,12 +97,12 @@ def find_python(wanted: str | Path | None = None) -> Path:
     if wanted is not None:
         path = shutil.which(str(wanted))
         if path is None:
-            raise ToolkitError(f"--python {wanted}: no such program")
+            raise ToolkitError(f"python={wanted}: no such program")
         version = _python_version(path)
         if version is None:
-            raise ToolkitError(f"--python {wanted}: this is not a working CPython interpreter")
+            raise ToolkitError(f"python={wanted}: this is not a working CPython interpreter")
         if version not in PYTHONS:
-            raise ToolkitError(f"--python {wanted}: this is {version[0]}.{version[1]}; {supported} is needed")
+            raise ToolkitError(f"python={wanted}: this is {version[0]}.{version[1]}; {supported} is needed")
         return Path(path)
     if sys.version_info[:2] in PYTHONS and sys.executable:
         return Path(sys.executable)
@@ -114,7 +114,7 @@ def find_python(wanted: str | Path | None = None) -> Path:
             return Path(path)
     raise ToolkitError(
         f"Rockchip's compiler needs Python {supported}; this is {platform.python_version()} and none of"
-        f" {', '.join(names[:3])} works on PATH: install one, or name it with --python"
+        f" {', '.join(names[:3])} works on PATH: install one, or name it with python="
     )
 
 
