@@ -152,7 +152,7 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
             {"proc/meminfo": "MemTotal: 8000000 kB\nCmaTotal: 4096 kB\nCmaFree: 0 kB\n"},
             "CMA",
             NOTE,
-            "0 of 4 MiB",
+            "0 of 4 MB",
             "cma=256M",
         ),
     ],

@@ -135,7 +135,7 @@ def report(results: dict[str, Any]) -> str:
         "is the default. `rknn-matmul` converts on the CPU what RKNNLite leaves to librknnrt, whose share a "
         "stand-in does not show. The guard, a thread and a look at every output, takes 0.03 to 0.2 ms a call on "
         "this machine. Handing parts to other threads costs 0.04 to 0.2 ms a product here, so that a part has to "
-        "have a MiB of weights, over which a core of the NPU takes 0.1 ms: of these products (768, 768) is not "
+        "have 1 MB of weights, over which a core of the NPU takes 0.1 ms: of these products (768, 768) is not "
         "shared out at all.",
     ]
     return "\n".join(lines)

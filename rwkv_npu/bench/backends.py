@@ -235,7 +235,7 @@ def _graph(problem: Problem, nodes: list[Any], constants: dict[str, np.ndarray])
     from rwkv_npu.graphs.onnx import IR_VERSION, OPSET
 
     if sum(array.nbytes for array in constants.values()) > 2**31 - 4096:
-        raise BackendError("B does not fit in an ONNX graph, whose limit is 2 GiB")
+        raise BackendError("B does not fit in an ONNX graph, whose limit is 2.1 GB")
     proto = helper.make_graph(
         nodes,
         "matmul",

@@ -197,7 +197,7 @@ def _memory(root: Path) -> Iterator[Finding]:
         yield Finding(
             NOTE if small else OK,
             "CMA",
-            f"{memory.get('CmaFree', 0) >> 20} of {memory['CmaTotal'] >> 20} MiB free",
+            f"{memory.get('CmaFree', 0) / 1e6:.0f} of {memory['CmaTotal'] / 1e6:.0f} MB free",
             mend,
         )
 

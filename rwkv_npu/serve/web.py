@@ -18,7 +18,7 @@ from rwkv_npu.serve.fields import FieldError
 from rwkv_npu.serve.scheduler import BusyError
 from rwkv_npu.serve.service import Service
 
-LARGEST_BODY = 16 << 20  # bytes
+LARGEST_BODY = 16_000_000  # bytes
 SLOWEST_BODY_S = 60  # seconds to send a body: a slow client blocks no other, and is then refused
 PATIENCE_S = 30  # seconds for running answers after a signal to stop
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -60,7 +60,7 @@ async def body_of(request: Request) -> bytes:
         async for chunk in request.stream():
             data += chunk
             if len(data) > LARGEST_BODY:
-                raise TooLargeError(f"the request is larger than {LARGEST_BODY >> 20} MiB")
+                raise TooLargeError(f"the request is larger than {LARGEST_BODY / 1e6:.0f} MB")
         return bytes(data)
 
     try:

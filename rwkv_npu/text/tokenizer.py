@@ -32,7 +32,7 @@ WORLD, PILE = "world", "pile"
 PILE_IDS = 50277
 BUILTIN_BY_VOCAB_SIZE = {65536: WORLD, PILE_IDS: PILE}
 _RESOURCES = {WORLD: "world_vocab.bin.gz", PILE: "20B_tokenizer.json.gz"}
-_LARGEST_FILE = 64 << 20  # bytes; a checkpoint named by mistake is refused before it is read
+_LARGEST_FILE = 64_000_000  # bytes; a checkpoint named by mistake is refused before it is read
 _LARGEST_ID = (1 << 24) - 1
 _WORLD_LINE = re.compile(r"(\d+) +((?:[bB]?['\"]).*['\"]) +(\d+)", re.ASCII)
 _REPLACEMENT = "\ufffd".encode()
@@ -484,7 +484,7 @@ def _parse_tokenizer_json(json_text: str, where: str) -> Any:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise TokenizerError(f"{path}: too large for a vocabulary (over {_LARGEST_FILE >> 20} MiB)")
+            raise TokenizerError(f"{path}: too large for a vocabulary (over {_LARGEST_FILE / 1e6:.0f} MB)")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise TokenizerError(f"{path}: not a vocabulary: it is not UTF-8 text") from None
