@@ -23,8 +23,8 @@ from rwkv_npu.text.tokenizer import (
     builtin,
     find_tokenizer,
     load_tokenizer,
-    parse_world_vocab,
 )
+from rwkv_npu.text.vocabulary import parse_world_vocab
 
 DATA = Path(tokenizer_module.__file__).parent.parent / "data"
 SCRIPTS = [
@@ -504,7 +504,7 @@ def test_a_tokenizer_json_that_breaks_the_library_is_refused(tmp_path: Path, tex
 def test_a_tokenizer_json_that_needs_too_much_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_npu.text.tokenizer._TRIAL_MEMORY", 1 << 20)
+    monkeypatch.setattr("rwkv_npu.text.vocabulary._TRIAL_MEMORY", 1 << 20)
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer_json())
     with pytest.raises(TokenizerError, match="reading it takes more than|not a usable"):

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from rwkv_npu.text.tokenizer import parse_world_vocab, unpack_world_vocab
+from rwkv_npu.text.vocabulary import parse_world_vocab, unpack_world_vocab
 
 DATA = Path(__file__).resolve().parent.parent / "rwkv_npu" / "data"
 
@@ -110,7 +110,7 @@ def require_sha256(name: str, data: bytes, expected: str) -> None:
 
 
 def pack_world_vocab(tokens: dict[int, bytes]) -> bytes:
-    """The form that `rwkv_npu.text.tokenizer.unpack_world_vocab` reads. Ids must be 1, 2, 3, ... in order."""
+    """The form that `rwkv_npu.text.vocabulary.unpack_world_vocab` reads. Ids must be 1, 2, 3, ... in order."""
     if list(tokens) != list(range(1, len(tokens) + 1)):
         raise ValueError("ids must be 1, 2, 3, ... without gaps")
     lengths = bytes(len(data) for data in tokens.values())

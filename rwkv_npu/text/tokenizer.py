@@ -1,48 +1,46 @@
 """Text to token ids and back: the World vocabulary, and any `tokenizer.json` (such as the Pile models').
 
-This module knows no models. Ids index the V rows of a head; id 0 ends a text in both vocabularies. Ids are decoded to
-bytes first, so that a stream can hold back an incomplete character.
+This module knows no models. A vocabulary maps ids to bytes. An id is a row of the model's head, which has V rows. Id 0
+ends a text in every vocabulary. Ids are decoded to bytes first, so that a stream can hold back an incomplete character.
 """
 
 from __future__ import annotations
 
-import ast
 import codecs
 import functools
 import gzip
 import hashlib
 import importlib.resources
-import os
 import re
-import subprocess
-import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rwkv_npu.errors import LONGEST, TokenizerError, first_line
-from rwkv_npu.formats.files import os_reason
+from rwkv_npu.errors import TokenizerError
+from rwkv_npu.text.vocabulary import (
+    END_OF_TEXT,
+    is_world,
+    parse_tokenizer_json,
+    parse_world_vocab,
+    read_vocabulary,
+    try_tokenizer_json,
+    unpack_world_vocab,
+)
 
-END_OF_TEXT = 0
 WORLD, PILE = "world", "pile"
 PILE_IDS = 50277
 BUILTIN_BY_VOCAB_SIZE = {65536: WORLD, PILE_IDS: PILE}
 _RESOURCES = {WORLD: "world_vocab.bin.gz", PILE: "20B_tokenizer.json.gz"}
-_LARGEST_FILE = 64_000_000  # bytes; a checkpoint named by mistake is refused before it is read
-_LARGEST_ID = (1 << 24) - 1
-_WORLD_LINE = re.compile(r"(\d+) +((?:[bB]?['\"]).*['\"]) +(\d+)", re.ASCII)
 _REPLACEMENT = "\ufffd".encode()
 _UNCOUNTED = b" \t0123456789"
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time, holding back bytes that may be the start of a character.
+    """Decodes a stream of ids. Bytes that may be the start of a character are held back.
 
-    The pieces joined, `finish()` last, equal `Tokenizer.decode` of all the ids.
+    The pieces of text together, the last one from `finish`, equal `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
@@ -50,23 +48,23 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; "" while a character is incomplete."""
+        """Add an id. Returns the text that it completes, "" while a character is incomplete."""
         return self._utf8.decode(self._bytes_of(token))
 
     def finish(self) -> str:
-        """The bytes still held back, as U+FFFD, or "". The decoder can be used afresh afterwards."""
+        """End of the stream: bytes that were held back, as U+FFFD. The decoder can then be used for another stream."""
         rest = self._utf8.decode(b"", True)
         self._utf8.reset()
         return rest
 
 
 class _WindowDecoder(StreamDecoder):
-    """For vocabularies in which an id's text depends on its neighbours: decodes the last ids with and without it."""
+    """For vocabularies in which the text of an id depends on the ids before it: decodes the last few ids together."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._shown = 0  # ids of the window whose text was given out
+        self._shown = 0  # ids of the window whose text was returned
 
     def push(self, token: int) -> str:
         self._window.append(token)
@@ -87,16 +85,15 @@ class _WindowDecoder(StreamDecoder):
 
 
 class Tokenizer(ABC):
-    """The interface of a vocabulary.
+    """Encodes text with a vocabulary, and decodes ids.
 
-    name: "world", "pile", or the file's name. source: the builtin's name, or the Path it was read from.
-    vocab_size: 1 + the largest id with a token; a head may have more rows than that.
+    name: "world", "pile", or the file's name. source: the name of a builtin vocabulary, or the file's path.
+    vocab_size: the largest id + 1. A head may have more rows.
+    special: ids of tokens such as <|im_end|>, which end a text like `eos_id`.
     """
 
     eos_id = END_OF_TEXT
-    special: frozenset[int] = (
-        frozenset()
-    )  # ids of tokens such as <|im_end|>, which end a text beside `eos_id`
+    special: frozenset[int] = frozenset()
 
     def __init__(self, name: str, source: str | Path, ids: Iterable[int]) -> None:
         self.name = name
@@ -106,23 +103,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; [] for "". TokenizerError where the vocabulary cannot write it."""
+        """Ids of a text, [] for "". Raises TokenizerError if the vocabulary lacks a byte of it."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that the model continues. As `encode`, except for the end of the text in some vocabularies."""
+        """Ids of a text that the model is to continue. The Pile vocabulary treats its end specially."""
         return self.encode(text)
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """A digest of the vocabulary: tokenizers with equal digests return equal ids."""
+        """Digest of the vocabulary. Tokenizers with equal digests return equal ids."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes | None:
-        """The bytes of one id, b"" for end-of-text; None when the vocabulary has no such id."""
+        """The bytes of an id, b"" for end-of-text. None if the vocabulary has no such id."""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of the ids; bytes that are not UTF-8, and ids without a token, become U+FFFD."""
+        """The text of ids. Bytes that are not UTF-8, and unknown ids, become U+FFFD."""
         return b"".join(map(self._bytes_or_replacement, tokens)).decode("utf-8", "replace")
 
     def decoder(self) -> StreamDecoder:
@@ -130,7 +127,7 @@ class Tokenizer(ABC):
         return StreamDecoder(self._bytes_or_replacement)
 
     def has_text(self, vocab_size: int) -> np.ndarray:
-        """(V,) bool over a head of `vocab_size` rows: the ids that may be sampled, end-of-text among them."""
+        """(vocab_size,) bool: True for the rows of a head that may be sampled: ids with text, and end-of-text."""
         mask = np.zeros(vocab_size, dtype=bool)
         mask[self._ids[self._ids < vocab_size]] = True
         mask[self.eos_id] = True
@@ -150,9 +147,9 @@ class Tokenizer(ABC):
 
 
 class WorldTokenizer(Tokenizer):
-    """Greedy longest match over UTF-8 bytes, the tokenizer of the World models.
+    """The tokenizer of the World models: at each byte of UTF-8 it takes the longest token that matches.
 
-    `tokens` maps ids (1 and up) to their bytes. Source of the rule: `rwkv_tokenizer.py` in the rwkv package.
+    tokens: the bytes of each id from 1 on. Source: `rwkv_tokenizer.py` in the rwkv package.
     """
 
     def __init__(self, tokens: Mapping[int, bytes], *, name: str, source: str | Path) -> None:
@@ -164,7 +161,7 @@ class WorldTokenizer(Tokenizer):
         return self.encode_bytes(_utf8(text))
 
     def encode_bytes(self, data: bytes | bytearray) -> list[int]:
-        """Ids of any bytes, UTF-8 or not. TokenizerError if a small vocabulary lacks a byte."""
+        """Ids of any bytes, UTF-8 or not. Raises TokenizerError if the vocabulary lacks a byte."""
         lookup = self._longest_match.get
         data, size = bytes(data), len(data)
         tokens: list[int] = []
@@ -196,14 +193,14 @@ class WorldTokenizer(Tokenizer):
 
 
 class PileTokenizer(Tokenizer):
-    """Any `tokenizer.json`, run by the `tokenizers` package; `20B_tokenizer.json` is the Pile models'.
+    """A `tokenizer.json`, run by the `tokenizers` package. That of the Pile models is `20B_tokenizer.json`.
 
-    Special tokens have no text, as in the rwkv package: decode of `<|endoftext|>` is "". The 20B vocabulary
-    normalises text to Unicode's NFC, so text that is not in NFC comes back composed.
+    Special tokens such as `<|endoftext|>` have no text, as in the rwkv package. The Pile vocabulary changes text to
+    Unicode's NFC: letters and their accents come back as one character.
     """
 
     def __init__(self, json_text: str, *, name: str, source: str | Path) -> None:
-        self._hf = _parse_tokenizer_json(json_text, str(source))
+        self._hf = parse_tokenizer_json(json_text, str(source))
         self._hf.no_truncation()
         self._hf.no_padding()
         ids = self._hf.get_vocab().values()
@@ -219,7 +216,7 @@ class PileTokenizer(Tokenizer):
         return list(self._hf.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Blank lines at the end are fed newline by newline, as the Pile models were trained to continue them."""
+        """A blank line at the end is encoded newline by newline: the Pile models were trained to continue that."""
         body = text[:-2] if text.endswith("\n\n") else text
         return self.encode(body) + self.encode("\n") * (len(text) - len(body))
 
@@ -249,7 +246,7 @@ class PileTokenizer(Tokenizer):
 
 @functools.cache
 def builtin(name: str) -> Tokenizer:
-    """The shipped tokenizer "world" or "pile"; one shared object each."""
+    """The builtin tokenizer "world" or "pile". All callers share one object."""
     if name not in _RESOURCES:
         raise TokenizerError(f"no built-in tokenizer {name!r}: there are {', '.join(sorted(_RESOURCES))}")
     packed = importlib.resources.files("rwkv_npu").joinpath("data").joinpath(_RESOURCES[name]).read_bytes()
@@ -260,22 +257,22 @@ def builtin(name: str) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a vocabulary file, told apart by content: JSON (a `tokenizer.json`) or World lines.
+    """Read a vocabulary file: a `tokenizer.json` or World format, recognised by its content.
 
-    Errors: TokenizerError, one line naming the file, and the line of it that is wrong.
+    Raises TokenizerError with the file and the line that is wrong.
     """
     path = Path(path)
-    text = _read_text(path)
+    text = read_vocabulary(path)
     if text.lstrip().startswith("{"):
         if re.match(r'\s*\{\s*"\d+"\s*:', text):
             raise TokenizerError(f"{path}: a vocabulary in web-rwkv's JSON form: use world, or its .txt form")
-        _try_tokenizer_json(text, str(path))
+        try_tokenizer_json(text, str(path))
         return PileTokenizer(text, name=path.name, source=path)
     return WorldTokenizer(parse_world_vocab(text, str(path)), name=path.name, source=path)
 
 
 def find_or_explain(*, vocab_size: int, beside: Path) -> tuple[Tokenizer | None, str]:
-    """As `find_tokenizer`, but without errors: the tokenizer, or None and the reason."""
+    """Like `find_tokenizer`, but never raises: returns the tokenizer, or None and the reason."""
     try:
         found = find_tokenizer(vocab_size=vocab_size, beside=beside)
     except TokenizerError as error:
@@ -285,7 +282,7 @@ def find_or_explain(*, vocab_size: int, beside: Path) -> tuple[Tokenizer | None,
 
 def unknown_vocabulary(vocab_size: int) -> str:
     """The error message for a model without a known vocabulary. vocab_size: rows of its head."""
-    pile = 0 <= vocab_size - PILE_IDS < 256  # 50277, or rounded up for fast products
+    pile = 0 <= vocab_size - PILE_IDS < 256  # some models have more rows, up to a round number
     hint = "give tokenizer='pile' if it is a Pile model" if pile else "give tokenizer=FILE"
     return f"no vocabulary is known for this model of {vocab_size} tokens: {hint}, or ids"
 
@@ -293,11 +290,11 @@ def unknown_vocabulary(vocab_size: int) -> str:
 def find_tokenizer(
     *, vocab_size: int, beside: Path | None = None, override: str | Path | None = None
 ) -> Tokenizer | None:
-    """The tokenizer of a model whose head has `vocab_size` rows; None when nothing fits.
+    """The tokenizer of a model whose head has `vocab_size` rows. None if no known vocabulary fits.
 
-    In this order: `override` (a file, or a builtin's name); a file in the folder of the checkpoint `beside`
-    (`*vocab*.txt` in World format, or `tokenizer.json`); the builtin for that head.
-    Errors: TokenizerError when the override has more ids than the head has rows, or a file is damaged.
+    The first of these: `override`, a file or the name of a builtin vocabulary; a file in the folder of the checkpoint
+    `beside`, `*vocab*.txt` in World format or `tokenizer.json`; the builtin vocabulary of this size.
+    Raises TokenizerError for a damaged file, and for an override with more ids than the head has rows.
     """
     if override is not None:
         is_name = str(override) in _RESOURCES and not Path(override).exists()
@@ -314,7 +311,7 @@ def find_tokenizer(
 
 def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    world = [load_tokenizer(path) for path in sorted(folder.glob("*vocab*.txt")) if _looks_like_world(path)]
+    world = [load_tokenizer(path) for path in sorted(folder.glob("*vocab*.txt")) if is_world(path)]
     # Two files with the same vocabulary count once.
     fitting = list({one.digest: one for one in world if one.vocab_size <= vocab_size}.values())
     if len(fitting) > 1:
@@ -323,87 +320,15 @@ def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
             f"{folder}: more than one vocabulary fits the model ({names}): name the one to use"
         )
     if not fitting and (folder / "tokenizer.json").is_file():
-        # All models use this file name: the file may be another model's. A head has one row for each id, padded to a
-        # round number.
+        # Every model's file has this name, so that it may be another model's. A head has one row for each id, padded to
+        # a round number.
         other = load_tokenizer(folder / "tokenizer.json")
         fitting = [other] if 0 <= vocab_size - other.vocab_size < 1024 else []
     return fitting[0] if fitting else None
 
 
-def _looks_like_world(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return _WORLD_LINE.fullmatch(file.readline(1024).strip()) is not None
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def parse_world_vocab(text: str, where: str) -> dict[int, bytes]:
-    """{id: bytes} of a World-format text: lines `id repr bytelen`, repr a Python str or bytes literal.
-
-    CRLF and blank lines are accepted. Errors: TokenizerError "where:line: what is wrong".
-    """
-    tokens: dict[int, bytes] = {}
-    line_of: dict[bytes, int] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python's own remarks about odd escapes in a literal
-        for number, line in enumerate(text.split("\n"), 1):
-            line = line.strip()
-            if not line:
-                continue
-            try:
-                token, data = _parse_world_line(line)
-                if token == END_OF_TEXT or not data:  # padding: some files list the rows that have no token
-                    continue
-                if token in tokens or data in line_of:
-                    what = f"id {token}" if token in tokens else f"the token of line {line_of[data]}"
-                    raise ValueError(f"{what} was given before")
-            except ValueError as error:
-                raise TokenizerError(f"{where}:{number}: {error}") from None
-            tokens[token] = data
-            line_of[data] = number
-    if not tokens:
-        raise TokenizerError(f"{where}: no vocabulary lines (`id 'token' length`) in it")
-    return tokens
-
-
-def _parse_world_line(line: str) -> tuple[int, bytes]:
-    match = _WORLD_LINE.fullmatch(line)
-    if match is None:
-        raise ValueError(f"expected `id 'token' length`, found {line[:60]!r}")
-    token, literal, length = int(match[1]), match[2], int(match[3])
-    if token > _LARGEST_ID:
-        raise ValueError(f"id {token} is outside 1..{_LARGEST_ID} (0 is end-of-text)")
-    data = _literal_bytes(literal)
-    if len(data) != length:
-        raise ValueError(f"id {token} has {len(data)} bytes, but the line says {length}")
-    return token, data
-
-
-def _literal_bytes(literal: str) -> bytes:
-    quote, inside = literal[0], literal[1:-1]
-    if quote in "'\"" and literal[-1] == quote and "\\" not in inside and quote not in inside:
-        return inside.encode()  # most lines, and much faster than the parser
-    try:
-        value = ast.literal_eval(literal)
-        return value if isinstance(value, bytes) else value.encode()
-    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
-        raise ValueError(f"not a Python string: {literal[:60]}") from None
-
-
-def unpack_world_vocab(data: bytes) -> dict[int, bytes]:
-    """{id: bytes} of the shipped form: count (4 bytes, little-endian), a length byte for each id, tokens."""
-    count = int.from_bytes(data[:4], "little")
-    start = 4 + count
-    tokens: dict[int, bytes] = {}
-    for token, length in enumerate(data[4:start], 1):
-        tokens[token] = data[start : start + length]
-        start += length
-    return tokens
-
-
 def _prefix_table(tokens: Mapping[int, bytes]) -> dict[bytes, int]:
-    """A trie as a flat dict: the id of every token, and 0 for every prefix of a token that is not a token."""
+    """The id of every token by its bytes, and 0 for every prefix of a token that is not a token itself."""
     table = {data: token for token, data in tokens.items()}
     for data in tokens.values():
         end = len(data) - 1
@@ -415,81 +340,10 @@ def _prefix_table(tokens: Mapping[int, bytes]) -> dict[bytes, int]:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """Character to byte in byte-level BPE: printable Latin-1 is itself, the rest count up from U+0100."""
+    """The byte of each character in byte-level BPE. Printable Latin-1 is itself; other bytes are U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-# Reads and uses a tokenizer.json within limits: parsing one can panic, or take gigabytes and minutes.
-_TRIAL = """
-import sys
-memory, seconds = map(int, sys.argv[1:])
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except ImportError:  # Windows has no limits
-    pass
-import tokenizers
-try:
-    tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
-    ids = tokenizer.encode("A few words,\\n\\n 12 \\u00fc \\u4e2d", add_special_tokens=False).ids
-    tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
-except BaseException as error:
-    print(error)
-    sys.exit(1)
-"""
-_TRIAL_SECONDS = 20
-_TRIAL_MEMORY = 2 << 30  # bytes, and forty times the file
-
-
-def _try_tokenizer_json(json_text: str, where: str) -> None:
-    """Raises TokenizerError for a file that the `tokenizers` package cannot read, or not within the limits."""
-    data = json_text.encode()
-    command = [sys.executable, "-c", _TRIAL, str(_TRIAL_MEMORY + 40 * len(data)), str(_TRIAL_SECONDS)]
-    # One thread: those of 64 cores would reserve more addresses than the limit allows.
-    alone = {
-        **os.environ,
-        "RAYON_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_ARENA_MAX": "2",
-    }
-    limit = 10 * _TRIAL_SECONDS
-    try:
-        trial = subprocess.run(command, input=data, capture_output=True, timeout=limit, env=alone)
-    except subprocess.TimeoutExpired:
-        raise TokenizerError(f"{where}: not a usable tokenizer.json: reading it does not end") from None
-    if trial.returncode == 0:
-        return
-    reason = " ".join(trial.stdout.decode(errors="replace").split())[:LONGEST]
-    reason = (
-        reason or f"reading it takes more than {_TRIAL_SECONDS} s or {_TRIAL_MEMORY / 1e9:.1f} GB, or fails"
-    )
-    raise TokenizerError(f"{where}: not a usable tokenizer.json: {reason}")
-
-
-def _parse_tokenizer_json(json_text: str, where: str) -> Any:
-    try:
-        from tokenizers import Tokenizer as HfTokenizer
-    except ImportError:
-        raise TokenizerError(f"{where}: needs the tokenizers package (pip install tokenizers)") from None
-    try:
-        return HfTokenizer.from_str(json_text)
-    except Exception as error:  # the package raises nothing narrower
-        raise TokenizerError(f"{where}: not a tokenizer.json: {first_line(error)}") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise TokenizerError(f"{path}: too large for a vocabulary (over {_LARGEST_FILE / 1e6:.0f} MB)")
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise TokenizerError(f"{path}: not a vocabulary: it is not UTF-8 text") from None
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: {os_reason(error)}") from None
 
 
 def _digest(text: str) -> str:
