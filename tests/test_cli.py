@@ -73,7 +73,6 @@ def test_defaults_of_flags_are_those_of_python() -> None:
     """One default each for what both have."""
     python = inspect.signature(Model.generate).parameters
     flags = vars(parser().parse_args(["generate"]))
-    flags["temperature"] = flags.pop("temp")
     shared = [name for name in python if name in flags and name not in ("prompt", "state", "stop")]
     assert {"max_tokens", "temperature", "top_p", "penalty_decay", "seed"} <= set(shared)
     assert {name: flags[name] for name in shared} == {name: python[name].default for name in shared}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.cli.generate import Interrupt
+from rwkv_npu.cli.reading import Interrupt
 from rwkv_npu.formats.safetensors import TensorFile
 from rwkv_npu.model import Model
 from tests.tiny import PROMPT, V, command, continuation, one_line, peak_memory, run_process, write_model

@@ -39,7 +39,7 @@ class Conversation:
         options: Mapping[str, Any] | None = None,
     ):
         if model.tokenizer is None:
-            raise UsageError("this model has no vocabulary, but a chat needs one: give --tokenizer FILE")
+            raise UsageError("this model has no vocabulary, but a chat needs one: give tokenizer=FILE")
         self.model, self.template, self.max_tokens = model, template, max_tokens
         self.options = {**template.sampling, **(options or {})}
         self.think = think

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS
 from rwkv_npu.cli.common import size
-from rwkv_npu.conversion.converter import prepare
 from rwkv_npu.conversion.forecast import TIMED, Forecast, Variant, forecast
+from rwkv_npu.conversion.prepare import prepare
 from rwkv_npu.conversion.request import Request
 from rwkv_npu.runtime import rk3588
 from rwkv_npu.runtime.estimate import explain

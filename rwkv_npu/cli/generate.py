@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rwkv_npu.cli.common import add_model_flags, load_model
+from rwkv_npu.cli.reading import Interrupt, Unfinished, read_prompt
 from rwkv_npu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from rwkv_npu.model import Model
     from rwkv_npu.text.generation import Step
 
-LONG_PROMPT = 1024  # tokens from which reading the prompt shows its progress
-PIECE = 512  # tokens of a prompt between two looks at Ctrl-C
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -54,7 +50,12 @@ def add(commands: Any) -> None:
     limit = "(default: 256); -1: no limit; 0: only read the prompt into --state"
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help=limit)
     p.add_argument(
-        "--temp", type=float, default=1.0, metavar="T", help="temperature; 0 is greedy (default: 1)"
+        "--temp",
+        dest="temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="temperature; 0 is greedy (default: 1)",
     )
     p.add_argument("--top-p", type=float, default=0.85, metavar="P", help="1 is off (default: 0.85)")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
@@ -84,7 +85,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # 1. Whatever is wrong with the command line is reported before a model is loaded for it.
+    # 1. Check the command line, before a model is loaded.
     prompt = _prompt(arguments)
     if arguments.ids:
         _parse_ids(prompt)
@@ -111,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         # 3. Read the prompt, then generate.
         unfinished = Unfinished(state_file, start, model, ids, state.tokens_seen)
         begin = time.perf_counter()
-        complete, state = _read(model, ids, state, unfinished, interrupt, statistics)
+        state, statistics.prompt_tokens, complete = read_prompt(model, ids, state, unfinished, interrupt)
+        statistics.prompt = time.perf_counter() - begin
         ends_line = True
         if complete and arguments.max_tokens != 0:
             state, ends_line = _generate(model, state, arguments, statistics, interrupt, begin)
@@ -133,100 +135,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 130 if interrupt.asked else 0
 
 
-# -- the prompt ------------------------------------------------------------------------------------------
-
-
-def _read(
-    model: Model,
-    ids: Sequence[int],
-    state: State,
-    unfinished: Unfinished,
-    interrupt: Interrupt,
-    statistics: Statistics,
-) -> tuple[bool, State]:
-    """Read the prompt in pieces, after which Ctrl-C ends it. Returns (whether all of it was read, state)."""
-    done = 0
-    kept = unfinished.load()
-    if kept is not None:
-        done, state = kept
-        print(f"going on from {unfinished.path}: {done} of {len(ids)} tokens are read", file=sys.stderr)
-    chunk = model.engine.chunk
-    piece = chunk * max(1, PIECE // chunk)  # so that the pieces of a prompt do not change its result
-    begin, first = time.perf_counter(), done
-    with _Bar(len(ids), done) as bar:
-        while done < len(ids) and not interrupt.asked:
-            _, state = model.forward(ids[done : done + piece], state, inplace=True, progress=bar.update)
-            done = min(done + piece, len(ids))
-    statistics.prompt_tokens, statistics.prompt = done - first, time.perf_counter() - begin
-    return done == len(ids), state
-
-
-class Unfinished:
-    """The state after a part of a prompt, kept beside the state file when Ctrl-C ends the reading.
-
-    The file's name holds a digest of the model, of the state before the prompt, and of the prompt. So the same command
-    finds it, and another command does not.
-    """
-
-    def __init__(
-        self, state_file: Path | None, start: Path | None, model: Model, ids: Sequence[int], before: int
-    ):
-        self._model, self._ids = model, ids
-        self.path: Path | None = None
-        self._before = before  # tokens that the state before the prompt has read
-        if state_file is not None:
-            digest = hashlib.sha256(f"{model.fingerprint} {list(ids)}".encode())
-            digest.update(start.read_bytes() if start else b"")
-            self.path = state_file.with_name(f"{state_file.name}.{digest.hexdigest()[:12]}.partial")
-
-    def load(self) -> tuple[int, State] | None:
-        if self.path is None or not self.path.exists():
-            return None
-        state = self._model.load_state(self.path)
-        return state.tokens_seen - self._before, state
-
-    def save(self, state: State) -> str:
-        """Keep `state`; returns the end of the message about it."""
-        read = state.tokens_seen - self._before
-        if self.path is None:
-            return " while reading the prompt; with --state FILE the tokens read so far would be kept"
-        if not read:
-            return ""
-        state.save(self.path)
-        return (
-            f": {self.path} keeps {read} of {len(self._ids)} tokens, and the same command goes on from there"
-        )
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-class _Bar:
-    """Progress over a long prompt, on a terminal."""
-
-    def __init__(self, total: int, done: int):
-        self._bar = None
-        if total - done >= LONG_PROMPT:
-            from tqdm import tqdm  # an import that a short prompt would wait for
-
-            # None: shown on a terminal.
-            self._bar = tqdm(
-                total=total, initial=done, desc="prompt", unit="token", leave=False, disable=None
-            )
-
-    def update(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 # -- the text --------------------------------------------------------------------------------------------
 
 
@@ -238,7 +146,10 @@ def _generate(
     interrupt: Interrupt,
     begin: float,
 ) -> tuple[State, bool]:
-    """Print the continuation of `state`. Returns the state after it, and whether the text ends with a newline."""
+    """Print the continuation of `state`. Returns the state after it, and True if the text ends with a newline.
+
+    begin: time at which reading the prompt began.
+    """
     text = "\n"
     step = None
     logits = state.logits
@@ -295,7 +206,7 @@ def _most_likely(model: Model, logits: np.ndarray, count: int) -> list[dict[str,
 
 
 def _end_line(ends_line: bool) -> None:
-    """Keep the statistics off the last line of the text, without adding to what a pipe or file receives."""
+    """Start a new line for the statistics if the text did not end one. A pipe or a file gets the text alone."""
     if sys.stdout.isatty():
         print(flush=True)
     elif not ends_line and (sys.stderr.isatty() or _same_file(sys.stdout, sys.stderr)):
@@ -303,7 +214,7 @@ def _end_line(ends_line: bool) -> None:
 
 
 def _fitted(line: str) -> str:
-    """Break a line of statistics where it is wider than the terminal; in a log it stays one line."""
+    """Break a line of statistics to the width of the terminal. In a log it stays one line."""
     if not sys.stderr.isatty():
         return line
     width = shutil.get_terminal_size().columns
@@ -319,7 +230,7 @@ def _fitted(line: str) -> str:
 def _same_file(a: Any, b: Any) -> bool:
     try:
         return os.path.samestat(os.fstat(a.fileno()), os.fstat(b.fileno()))
-    except (OSError, ValueError):  # closed, or no file at all
+    except (OSError, ValueError):  # closed, or not a file
         return False
 
 
@@ -356,30 +267,11 @@ class Statistics:
         return {**facts, "failed_npu_calls": failed}
 
 
-class Interrupt:
-    """Ctrl-C. The first one lets the token in work finish, so that the state stays whole; the second ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous = signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __enter__(self) -> Interrupt:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-
 # -- arguments -------------------------------------------------------------------------------------------
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
-    """The prompt, "" where there is only a state to continue. Escapes in --prompt and --stop are replaced."""
+    """The prompt, "" if there is only a state to continue. With --escape, also replaces the escapes of --stop."""
     from rwkv_npu.text.corpus import read_text
 
     if arguments.prompt is not None and arguments.file is not None:
@@ -390,13 +282,14 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if source is None and (arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty())):
         source = "-"
     if source is not None:
-        return read_text(source, raw=arguments.raw).removesuffix(
-            "\n"
-        )  # editors and echo end with one; prompts do not
+        text = read_text(source, raw=arguments.raw)
+        return text.removesuffix("\n")  # editors and echo add one, which is not meant as part of the prompt
     if arguments.prompt is None and not (arguments.state or arguments.state_in):
         raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
     prompt: str = arguments.prompt or ""
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python hands on what it cannot decode
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in prompt
+    ):  # Python's form of bytes that it cannot decode
         raise UsageError("--prompt is not UTF-8 text")
     return _unescape(prompt) if arguments.escape else prompt
 
@@ -406,7 +299,7 @@ def _unescape(text: str) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for values that the model would refuse after it is loaded."""
+    """Raises UsageError for values that would be refused after the model is loaded."""
     from rwkv_npu.text.sampling import Sampler, SamplingOptions
 
     options = _sampling(arguments)
@@ -415,7 +308,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < -1:
         raise UsageError(f"--max-tokens {arguments.max_tokens}: it must be at least -1")
     if "" in arguments.stop:
-        raise UsageError("--stop must not be empty: a stop string has at least one letter")
+        raise UsageError("--stop must not be empty: give a text of at least one character")
     if arguments.json and arguments.echo:
         raise UsageError("--echo is for text: with --json leave it out")
     if arguments.logprobs is not None and not arguments.json:
@@ -425,21 +318,17 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "temperature": arguments.temp,
-        "top_p": arguments.top_p,
-        "top_k": arguments.top_k,
-        "min_p": arguments.min_p,
-        "presence_penalty": arguments.presence_penalty,
-        "frequency_penalty": arguments.frequency_penalty,
-        "penalty_decay": arguments.penalty_decay,
-        "seed": arguments.seed,
-    }
+    """The sampling options and the seed, as arguments of `Model.generate`."""
+    from rwkv_npu.text.sampling import SamplingOptions
+
+    return {name: getattr(arguments, name) for name in (*SamplingOptions.__dataclass_fields__, "seed")}
 
 
 def _state_file(arguments: argparse.Namespace) -> tuple[Path | None, bool]:
-    """The file of --state, and whether it holds a tuned state, which is only read. Raises UsageError where the state
-    could not be saved at the end."""
+    """The file of --state, and True if it holds a tuned state, which is never written.
+
+    Raises UsageError if the state could not be saved at the end.
+    """
     from rwkv_npu.formats.state import is_tuned
 
     if not arguments.state:
@@ -466,7 +355,7 @@ def _state_file(arguments: argparse.Namespace) -> tuple[Path | None, bool]:
 
 
 def _start_file(arguments: argparse.Namespace, state_file: Path | None) -> Path | None:
-    """The state to start from: that of --state where the file exists, else that of --state-in."""
+    """The file of the state to start from: --state if it exists, else --state-in."""
     given = Path(arguments.state_in) if arguments.state_in else None
     if given is not None and not given.is_file():
         raise UsageError(f"--state-in {given}: there is no such file")
