@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.conversion import converter, workspace
+from rwkv_npu.conversion import converter, prepare, workspace
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.formats.bundle import INT8, MANIFEST, WEIGHTS, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
@@ -372,14 +372,14 @@ def test_what_another_conversion_made_meanwhile_is_not_lost(
     """It ends between the moment in which this one looks at the output and the one in which it takes it."""
     if adding:
         shutil.copytree(whole, out)
-    read_ids = converter.read_ids
+    read_ids = prepare.read_ids
 
     def meanwhile(*arguments: Any) -> np.ndarray | None:
-        monkeypatch.setattr(converter, "read_ids", read_ids)
+        monkeypatch.setattr(prepare, "read_ids", read_ids)
         convert(checkpoint, out, cpu="int4")
         return read_ids(*arguments)
 
-    monkeypatch.setattr(converter, "read_ids", meanwhile)
+    monkeypatch.setattr(prepare, "read_ids", meanwhile)
     with pytest.raises(BundleError, match="has written to .*: run the command again"):
         convert(checkpoint, out, cpu="int8")
     assert names(out.parent) == ["out.rwkv"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from rwkv_npu.backends.base import GoldenVectors, relative_error
@@ -16,9 +16,9 @@ from rwkv_npu.backends.rknn_graph import CompilerGraph, compiler_graph, int8_par
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import Artifact, Bundle, Manifest, artifact_file, graph_file
 from rwkv_npu.formats.files import write_atomically
-from rwkv_npu.graphs.trace import Trace, matrices, trace_group
+from rwkv_npu.graphs.trace import Matrix, matrices, trace_group
 from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import FUSIONS, Group
+from rwkv_npu.models.spec import FUSIONS, Group, Spec
 from rwkv_npu.progress import Progress, progress
 from rwkv_npu.quant.npu import ProjectionParams
 from rwkv_npu.runtime.selftest import golden_vectors
@@ -46,20 +46,14 @@ def plan_artifacts(
     artifact serves both. Existing artifacts of the same kind count too. Raises UsageError with the arithmetic if the
     model does not fit.
     """
-    traces: dict[str, Trace] = {group.name: trace_group(program, group) for group in program.groups}
+    matrices_of = _matrices(program.spec, program.fusion)
 
     def weigh(group: Group) -> int:
-        return sum(
-            matrix_bytes(matrix.k, matrix.n, 8 if matrix.name in int8 else 16)
-            for matrix in matrices(traces[group.name], program.spec)
-        )
+        return sum(matrix_bytes(m.k, m.n, 8 if m.name in int8 else 16) for m in matrices_of[group.name])
 
     for artifacts, memory in candidates(manifest, program, target, precision, rows, weigh):
         if memory.fits:
-            in_int8 = {
-                name: [label for label in trace.projections if label in int8]
-                for name, trace in traces.items()
-            }
+            in_int8 = {group: [m.name for m in used if m.name in int8] for group, used in matrices_of.items()}
             return [replace(a, int8=_identity(manifest.int8_key, in_int8[a.group])) for a in artifacts]
     counts = ",".join(map(str, row_counts(artifacts)))
     raise UsageError(
@@ -76,6 +70,13 @@ def _alternatives(precision: str, rows: Sequence[int] | None) -> str:
         options.append("fewer rows=")
     options.append("or target='none' for the CPU alone")
     return ", ".join(options) + " (rwkv-npu convert --dry-run shows what fits)"
+
+
+@lru_cache(len(FUSIONS))
+def _matrices(spec: Spec, fusion: str) -> dict[str, list[Matrix]]:
+    """The matrices of each group, traced once: a conversion plans before and after it chooses int8 projections."""
+    program = Program(spec, fusion)
+    return {group.name: matrices(trace_group(program, group), spec) for group in program.groups}
 
 
 def candidates(

@@ -3,6 +3,8 @@
 Everything that can be checked quickly is checked before anything is written. The bundle grows in `OUT.partial/`. Each
 file appears there complete, and each finished stage is noted, so that after Ctrl-C, a kill or a full disk the next
 conversion continues there. OUT itself appears by one rename. An existing bundle of the same weights is extended.
+
+`run` carries out the steps in order. Steps return values, and only this module changes the manifest.
 """
 
 from __future__ import annotations
@@ -13,24 +15,17 @@ import logging
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import rwkv_npu
 from rwkv_npu.conversion import fp16_range
-from rwkv_npu.conversion.artifacts import (
-    build_artifacts,
-    is_current,
-    plan_artifacts,
-    slot,
-    verify_graphs,
-)
-from rwkv_npu.conversion.calibration import KEEP, Statistics, calibrate, default_ids, read_ids
-from rwkv_npu.conversion.fp16_range import scaled_samples
+from rwkv_npu.conversion.artifacts import build_artifacts, is_current, slot, verify_graphs
+from rwkv_npu.conversion.calibration import KEEP, Statistics, calibrate, default_ids
+from rwkv_npu.conversion.prepare import Prepared, prepare
 from rwkv_npu.conversion.quantise import (
     FEW,
     MAX_KL,
@@ -42,27 +37,15 @@ from rwkv_npu.conversion.quantise import (
     sizes,
     split_text,
 )
-from rwkv_npu.conversion.request import Request, parse_rows, parse_target, read_map
-from rwkv_npu.conversion.workspace import (
-    Notes,
-    bundle_path,
-    check_out_path,
-    drop_damaged,
-    existing_manifest,
-    keep_if,
-    other_weights,
-    stamp,
-    workspace,
-)
+from rwkv_npu.conversion.request import Request, parse_rows, parse_target
+from rwkv_npu.conversion.workspace import Notes, delete_damaged, keep_if, other_weights, workspace
 from rwkv_npu.conversion.writer import (
-    describe_groups,
     record_files,
     write_graphs,
     write_packed,
     write_tokenizer,
     write_weights,
 )
-from rwkv_npu.formats.adapters import open_adapter
 from rwkv_npu.formats.bundle import (
     FORMAT,
     INT8,
@@ -71,19 +54,19 @@ from rwkv_npu.formats.bundle import (
     SELF_TEST,
     Artifact,
     Bundle,
+    Int8Set,
     Manifest,
+    Sensitivity,
 )
-from rwkv_npu.formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from rwkv_npu.formats.checkpoint import check_finite
 from rwkv_npu.formats.files import remove_unlisted, remove_within, write_atomically
 from rwkv_npu.formats.huggingface import CHAT_TEMPLATE, chat_template
-from rwkv_npu.formats.tuned import set_initial_state
 from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import Scaling, default_scaling
+from rwkv_npu.models.spec import Scaling
 from rwkv_npu.progress import progress
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.runtime.selftest import write_self_test
 from rwkv_npu.runtime.weights import BundleSource, CheckpointSource
-from rwkv_npu.text.tokenizer import Tokenizer, find_or_explain, find_tokenizer
 from rwkv_npu.toolkit import Environment, environment
 
 STATISTICS = "calib/statistics.safetensors"  # deleted when the bundle is finished
@@ -168,74 +151,6 @@ def convert(
     )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request that was checked against the checkpoint, the output and the texts.
-
-    request: with the CPU's precision filled in. stamp: of the output, to detect that another process writes to it.
-    manifest: of the existing bundle, or a new one. mapped: the projections that a precision map puts in int8. ids: of
-    the user's texts, (M,).
-    """
-
-    request: Request
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer | None
-    out: Path
-    stamp: bytes | None
-    manifest: Manifest
-    adding: bool
-    mapped: list[str] | None
-    ids: np.ndarray | None
-
-
-def prepare(request: Request) -> Prepared:
-    """Check everything that can be checked quickly, for conversions and dry runs. Writes nothing.
-
-    Raises RwkvNpuError.
-    """
-    checkpoint = open_checkpoint(request.checkpoint, request.layout)
-    adapter, initial_state = _fine_tune(checkpoint, request)
-    spec = checkpoint.spec
-    tokenizer, no_text = _find_tokenizer(request, spec.V)
-    out = bundle_path(request.checkpoint, request.out, request.adapter)
-    check_out_path(out, request.checkpoint)
-    before = stamp(out)
-    manifest = existing_manifest(out, checkpoint, request)
-    adding = manifest is not None
-    cpu = request.cpu or (manifest.cpu_precisions[0] if manifest else request.cpu_precision)
-    request = replace(request, cpu=cpu)
-    mapped = None if request.precision_map is None else read_map(request.precision_map, spec)
-    ids = read_ids(request.calibrate, tokenizer, spec)
-    if no_text:
-        log.info(no_text)
-    manifest = manifest or _new_manifest(checkpoint, request)
-    manifest.adapter, manifest.initial_state = adapter, initial_state
-    return Prepared(request, checkpoint, tokenizer, out, before, manifest, adding, mapped, ids)
-
-
-def _fine_tune(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, str], dict[str, str]]:
-    """Merge the request's adapter and tuned state into the checkpoint. Returns their entries in the manifest."""
-    adapter: dict[str, str] = {}
-    initial_state: dict[str, str] = {}
-    if request.adapter is not None:
-        opened = open_adapter(request.adapter, request.adapter_init)
-        base = checkpoint.fingerprint
-        read_as = opened.apply(checkpoint, request.adapter_scale, request.adapter_blocks)
-        adapter = {"file": request.adapter.name, "kind": opened.kind, "read_as": read_as}
-        adapter |= {"fingerprint": opened.fingerprint, "base_fingerprint": base}
-    if request.initial_state is not None:
-        digest = set_initial_state(checkpoint, request.initial_state, request.layout)
-        initial_state = {"file": request.initial_state.name, "fingerprint": digest}
-    return adapter, initial_state
-
-
-def _find_tokenizer(request: Request, vocab_size: int) -> tuple[Tokenizer | None, str]:
-    """The tokenizer for the bundle, or None and the reason. A bundle can lack a tokenizer."""
-    if request.tokenizer is None:
-        return find_or_explain(vocab_size=vocab_size, beside=request.checkpoint)
-    return find_tokenizer(vocab_size=vocab_size, override=request.tokenizer), ""
-
-
 def run(request: Request) -> Path:
     """Carry out a conversion. See `convert`."""
     job = prepare(request)
@@ -246,18 +161,23 @@ def run(request: Request) -> Path:
         request.check_toolkit(compiler.version)
     # The int8 choice of mixed is not known yet. Refuse the request if not even the smallest possible choice fits.
     smallest = () if not request.quantises else sizes(manifest.spec) if job.mapped is None else job.mapped
-    planned = _plan(job, smallest)
+    planned = job.plan(smallest)
     for note in job.checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     key = f"{manifest.made_by} {FORMAT} {MATHS} {manifest.fingerprint} {manifest.cpu}"
     with workspace(job.out, key, adding=job.adding, before=job.stamp) as (folder, notes):
-        # 1. Read and check every value.
+        # 1. Read and check every value of the checkpoint, and every file of an existing bundle.
         manifest.weights_digest = _check_values(job, notes)
         if not job.adding:
             keep_if(notes, folder, "weights", manifest.weights_digest, "*")
-        drop_damaged(folder, manifest, request, {artifact.path for artifact in planned})
+        manifest.forget(delete_damaged(folder, manifest, request, {artifact.path for artifact in planned}))
         # 2. Write the weights, also in the CPU's precision.
-        _write_weights(job, folder)
+        source, cpu = CheckpointSource(job.checkpoint), request.cpu_precision
+        write_weights(folder, source, manifest.cpu)
+        if cpu in PRECISIONS:
+            write_packed(folder, source, cpu)
+            manifest.packed = list(dict.fromkeys([*manifest.packed, cpu]))
+        manifest.cpu_default = cpu
         bundle = Bundle(folder, manifest)
         # 3. Read the text with the model, for fp16 range scaling and for int8.
         ids, text = _read_text(job, bundle, notes) if request.calibrates else (None, None)
@@ -270,9 +190,9 @@ def run(request: Request) -> Path:
             )
             manifest.headroom = {**measured, "text": text.digest}
         if not job.adding:
-            stale = ("*.onnx", SELF_TEST, "*.rknn", "*.rknn.json")
-            keep_if(notes, folder, "graphs", str(manifest.scaling), *stale)
-        # 4. Write the CPU's graphs and the golden vectors.
+            depend_on_scaling = ("*.onnx", SELF_TEST, "*.rknn", "*.rknn.json")
+            keep_if(notes, folder, "graphs", str(manifest.scaling), *depend_on_scaling)
+        # 4. Write the CPU's graphs, the golden vectors and the tokenizer.
         write_graphs(bundle)
         write_self_test(bundle)
         if request.tokenizer is not None or not _has_tokenizer(manifest):
@@ -287,23 +207,26 @@ def run(request: Request) -> Path:
         # 5. int8: choose parameters, then projections.
         if request.quantises:
             assert ids is not None, "int8 is calibrated"
-            planned = _plan(job, _quantise(job, bundle, ids, text))
+            manifest.int8_key, manifest.sensitivity, int8 = _choose_int8(job, bundle, ids, text)
+            replaced = manifest.int8.get(request.precision)
+            manifest.int8[request.precision] = int8
+            if replaced is not None and replaced.projections != int8.projections:
+                manifest.artifacts = _without_other_choices(job, int8.projections)
+            planned = job.plan(int8.projections)
         # 6. Compile the artifacts.
         if compiler:
-            _compile(job, bundle, planned, compiler)
+            manifest.artifacts = _compile(job, bundle, planned, compiler)
+            if manifest.npu_default not in {artifact.precision for artifact in manifest.artifacts}:
+                manifest.npu_default = manifest.artifacts[0].precision
         if request.verify:
             log.info(_errors(manifest, planned))
-        _finish(bundle)
+        # 7. Write the manifest. Then delete the notes of the stages and leftovers of interrupted conversions.
+        manifest.files = record_files(folder, manifest)
+        write_atomically(folder / MANIFEST, manifest.to_json().encode())
+        remove_unlisted(folder, ("rknn", "cpu", "calib", "graphs"), manifest.files)
+        with contextlib.suppress(OSError):  # it is missing, or holds the int8 parameters
+            (folder / "calib").rmdir()
     return job.out
-
-
-def _plan(job: Prepared, int8: Collection[str]) -> list[Artifact]:
-    """The artifacts of the request, with these projections in int8."""
-    request, manifest = job.request, job.manifest
-    if not request.compiles:
-        return []
-    program = Program(manifest.spec, request.fusion, manifest.scaling)
-    return plan_artifacts(manifest, program, request.target, request.precision, request.rows, int8)
 
 
 def _check_values(job: Prepared, notes: Notes) -> str:
@@ -330,15 +253,6 @@ def _file_stamps(path: Path) -> list[list[Any]]:
     files = [path] if path.is_file() and path.suffix != ".json" else sorted(folder.iterdir())
     stats = [(file, file.stat()) for file in files if file.is_file()]
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino] for file, stat in stats]
-
-
-def _write_weights(job: Prepared, folder: Path) -> None:
-    source, manifest, cpu = CheckpointSource(job.checkpoint), job.manifest, job.request.cpu_precision
-    write_weights(folder, source, manifest.cpu)
-    if cpu in PRECISIONS:
-        write_packed(folder, source, cpu)
-        manifest.packed = list(dict.fromkeys([*manifest.packed, cpu]))
-    manifest.cpu_default = cpu
 
 
 class _Text(NamedTuple):
@@ -388,8 +302,13 @@ def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray,
     return ids, _Text(text, statistics)
 
 
-def _quantise(job: Prepared, bundle: Bundle, ids: np.ndarray, text: _Text | None) -> tuple[str, ...]:
-    """Choose int8 parameters and projections. Returns the projections. Removes artifacts of another choice."""
+def _choose_int8(
+    job: Prepared, bundle: Bundle, ids: np.ndarray, text: _Text | None
+) -> tuple[str, list[Sensitivity], Int8Set]:
+    """Choose int8 parameters and projections. Returns the parameters' key, their table, and the projections.
+
+    Results of an earlier conversion are used if they depend on the same things.
+    """
     request, manifest = job.request, job.manifest
     key = parameters_key(bundle, ids, request.remedies)
     before = manifest.int8.get(request.precision) if manifest.int8_key == key else None
@@ -397,7 +316,7 @@ def _quantise(job: Prepared, bundle: Bundle, ids: np.ndarray, text: _Text | None
     if table is None or manifest.int8_key not in ("", key):
         _forget_int8(bundle)
         assert text is not None, "_read_text returns a text if the parameters are unknown"
-        samples_of = partial(scaled_samples, manifest.spec, text.statistics, manifest.scaling)
+        samples_of = partial(fp16_range.scaled_samples, manifest.spec, text.statistics, manifest.scaling)
         table = choose_parameters(bundle, samples_of, request.remedies, key)
     mapped = job.mapped if request.precision == "mixed" else list(sizes(manifest.spec))
     max_kl = request.max_kl if mapped is None else None
@@ -405,48 +324,44 @@ def _quantise(job: Prepared, bundle: Bundle, ids: np.ndarray, text: _Text | None
     int8 = before if before is not None and before.max_kl == max_kl and same else None
     if int8 is None:
         int8, table = select_projections(bundle, split_text(ids)[1], table, key, mapped, max_kl)
-    manifest.int8_key, manifest.sensitivity = key, table
-    replaced = manifest.int8.get(request.precision)
-    manifest.int8[request.precision] = int8
     log.info("\n".join(describe(request.precision, int8, table)))
-    if replaced is not None and replaced.projections != int8.projections:
-        _drop_other_choice(job, int8.projections)
-    return int8.projections
+    return key, table, int8
 
 
 def _forget_int8(bundle: Bundle) -> None:
     """Remove everything that follows from other int8 parameters. The manifest is changed first, in case of a kill."""
-    manifest = bundle.manifest
-    if lost := sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts if a.int8}):
+    stale = [artifact for artifact in bundle.manifest.artifacts if artifact.int8]
+    if stale:
+        lost = sorted({(a.target, a.precision, a.fusion) for a in stale})
         log.info(
             "removing int8 artifacts with other quantization parameters. To have them again, convert with "
             + ", ".join(f"target={t!r} precision={p!r} fusion={f!r}" for t, p, f in lost)
         )
-    names = {INT8, *manifest.forget_int8()}
-    _drop_files(bundle, names)
+    names = {INT8, *(artifact.path for artifact in stale)}
+    _forget_files(bundle, names)
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # the folder may be missing
             remove_within(bundle.path, name)
 
 
-def _drop_files(bundle: Bundle, names: Collection[str]) -> None:
+def _forget_files(bundle: Bundle, names: Collection[str]) -> None:
     """Remove files from the manifest, in memory and on disk, before the files are replaced or deleted."""
-    manifest, path = bundle.manifest, bundle.path / MANIFEST
-    manifest.files = {name: record for name, record in manifest.files.items() if name not in names}
-    if path.exists():
-        write_atomically(path, manifest.to_json().encode())
+    bundle.manifest.forget(names)
+    if (bundle.path / MANIFEST).exists():
+        write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
 
 
-def _drop_other_choice(job: Prepared, int8: Collection[str]) -> None:
-    """Remove artifacts of this precision with other int8 projections, whatever their target, fusion and rows.
+def _without_other_choices(job: Prepared, int8: Collection[str]) -> list[Artifact]:
+    """The bundle's artifacts, except those of this precision with other int8 projections.
 
-    A bundle has one choice for each precision.
+    A bundle has one choice for each precision, whatever the target, fusion and rows.
     """
-    manifest, precision, everything = job.manifest, job.request.precision, job.manifest.artifacts
-    manifest.artifacts = [a for a in everything if a.precision != precision]
-    planned = {slot(a): a.int8 for a in _plan(job, int8)}
-    manifest.artifacts = [a for a in everything if a.precision != precision or planned.get(slot(a)) == a.int8]
-    removed = [a for a in everything if a.precision == precision and slot(a) not in planned]
+    precision, artifacts = job.request.precision, job.manifest.artifacts
+    others = [a for a in artifacts if a.precision != precision]
+    planned = {
+        slot(a): a.int8 for a in replace(job, manifest=replace(job.manifest, artifacts=others)).plan(int8)
+    }
+    removed = [a for a in artifacts if a.precision == precision and slot(a) not in planned]
     for target, fusion in sorted({(a.target, a.fusion) for a in removed}):
         rows = sorted({a.rows for a in removed if (a.target, a.fusion) == (target, fusion)})
         log.info(
@@ -454,9 +369,11 @@ def _drop_other_choice(job: Prepared, int8: Collection[str]) -> None:
             f"{', '.join(map(str, rows))}. To have them again, convert with target={target!r} "
             f"precision={precision!r} fusion={fusion!r}"
         )
+    return [a for a in artifacts if a.precision != precision or planned.get(slot(a)) == a.int8]
 
 
-def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> None:
+def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: Environment) -> list[Artifact]:
+    """Compile the planned artifacts that are missing or not current. Returns all artifacts of the bundle."""
     request, manifest = job.request, job.manifest
     log.info(
         f"{len(planned)} graphs for {request.target}, {request.precision}: compiling those that are missing, with "
@@ -474,25 +391,12 @@ def _compile(job: Prepared, bundle: Bundle, planned: list[Artifact], compiler: E
         # A file that two precisions share keeps its path.
         shared_paths = {slot(artifact): artifact.path for artifact in manifest.artifacts}
         planned = [replace(a, path=shared_paths.get(slot(a), a.path)) for a in planned]
-        manifest.artifacts = [a for a in manifest.artifacts if a.path not in paths]
-        _drop_files(bundle, paths)
+        _forget_files(bundle, paths)
     source = BundleSource(bundle, request.fusion)
     built = build_artifacts(source, planned, compiler, jobs=request.jobs, verify=request.verify)
     by_path = {artifact.path: artifact for artifact in built}
     shared = [replace(by_path[a.path], precision=a.precision) for a in twins if a.path in by_path]
-    manifest.artifacts += [*built, *shared]
-    if manifest.npu_default not in {artifact.precision for artifact in manifest.artifacts}:
-        manifest.npu_default = manifest.artifacts[0].precision
-
-
-def _finish(bundle: Bundle) -> None:
-    """Write the manifest. Then delete the notes of the stages and leftovers of interrupted conversions."""
-    record_files(bundle.path, bundle.manifest)
-    write_atomically(bundle.path / MANIFEST, bundle.manifest.to_json().encode())
-    remove_unlisted(bundle.path, ("rknn", "cpu", "calib", "graphs"), bundle.manifest.files)
-    calib = bundle.path / "calib"
-    if calib.is_dir() and not any(calib.iterdir()):
-        calib.rmdir()
+    return [*manifest.artifacts, *built, *shared]
 
 
 def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
@@ -506,18 +410,3 @@ def _errors(manifest: Manifest, planned: list[Artifact]) -> str:
 def _has_tokenizer(manifest: Manifest) -> bool:
     name = manifest.tokenizer
     return name is not None and (name.startswith("builtin:") or name in manifest.files)
-
-
-def _new_manifest(checkpoint: Checkpoint, request: Request) -> Manifest:
-    return Manifest(
-        spec=checkpoint.spec,
-        fingerprint=checkpoint.fingerprint,
-        checkpoint=checkpoint.path.name,
-        fusion=request.fusion,
-        cpu=request.storage,
-        scaling=default_scaling(checkpoint.spec),
-        tokenizer=None,
-        stop_ids=checkpoint.stop_ids,
-        made_by=f"rwkv_npu {rwkv_npu.__version__}",
-        groups=describe_groups(checkpoint.spec),
-    )

@@ -264,8 +264,11 @@ def _replace(folder: Path, out: Path) -> None:
         os.replace(folder, out)
 
 
-def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str]) -> None:
-    """Delete damaged files and remove them from the manifest. The conversion makes those again that it needs."""
+def delete_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str]) -> set[str]:
+    """Delete damaged files, and log how to have those again that this conversion does not make. Returns their names.
+
+    planned: paths of the artifacts that this conversion makes.
+    """
     options = {
         a.path: f"target={a.target!r} precision={a.precision!r} fusion={a.fusion!r}"
         for a in manifest.artifacts
@@ -275,16 +278,15 @@ def drop_damaged(folder: Path, manifest: Manifest, request: Request, planned: se
     options |= {packed_file(other): f"cpu={other!r}" for other in manifest.packed if other != cpu}
     if manifest.int8 and not request.quantises:
         options[INT8] = f"precision={' or '.join(map(repr, manifest.int8))}"
-    for name in list(damaged_files(folder, manifest)):
+    damaged = list(damaged_files(folder, manifest))
+    for name in damaged:
         again = (
             f"convert with {options[name]} to have it again" if name in options else "it will be made again"
         )
         log.info(f"{name} is missing or damaged: {again}")
         remove_within(folder, name)
-        del manifest.files[name]
-        if name == INT8:
-            stale = manifest.forget_int8()
-            for option in dict.fromkeys(options[path] for path in stale if path in options):
-                log.info(f"removing artifacts that depend on it: convert with {option} to have them again")
-    manifest.packed = [cpu for cpu in manifest.packed if packed_file(cpu) in manifest.files]
-    manifest.artifacts = [artifact for artifact in manifest.artifacts if artifact.path in manifest.files]
+    if INT8 in damaged:
+        dependent = [artifact.path for artifact in manifest.artifacts if artifact.int8]
+        for option in dict.fromkeys(options[path] for path in dependent if path in options):
+            log.info(f"removing artifacts that depend on it: convert with {option} to have them again")
+    return set(damaged)

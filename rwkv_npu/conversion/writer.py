@@ -20,6 +20,7 @@ from rwkv_npu.formats.bundle import (
     SELF_TEST,
     WEIGHTS,
     Bundle,
+    FileRecord,
     Manifest,
     graph_file,
     packed_file,
@@ -162,8 +163,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> str | None:
     return name
 
 
-def record_files(folder: Path, manifest: Manifest) -> None:
-    """Record size and digest of every file of the bundle, except the manifest."""
+def record_files(folder: Path, manifest: Manifest) -> dict[str, FileRecord]:
+    """Size and digest of every file of the bundle, except the manifest. Known records are kept."""
     packed = map(packed_file, manifest.packed)
     names = [HOST, WEIGHTS, SELF_TEST, *packed, *(a.path for a in manifest.artifacts)]
     for fusion, described in manifest.groups.items():
@@ -175,4 +176,4 @@ def record_files(folder: Path, manifest: Manifest) -> None:
     if manifest.int8:
         names.append(INT8)
     known = manifest.files
-    manifest.files = {name: known.get(name) or record_file(folder / name) for name in names}
+    return {name: known.get(name) or record_file(folder / name) for name in names}

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,15 @@ class Manifest:
             "other inputs: for the NPU, convert the checkpoint again with force=True"
         )
 
-    def forget_int8(self) -> list[str]:
-        """Remove all int8 entries, after the quantization parameters changed. Returns the paths of int8 artifacts."""
-        stale = [artifact.path for artifact in self.artifacts if artifact.int8]
-        self.artifacts = [artifact for artifact in self.artifacts if not artifact.int8]
-        self.int8, self.sensitivity, self.int8_key = {}, [], ""
-        return stale
+    def forget(self, names: Collection[str]) -> None:
+        """Remove files from the manifest, with everything that depends on them."""
+        names = set(names)
+        if INT8 in names:
+            names |= {artifact.path for artifact in self.artifacts if artifact.int8}
+            self.int8, self.sensitivity, self.int8_key = {}, [], ""
+        self.files = {name: record for name, record in self.files.items() if name not in names}
+        self.packed = [precision for precision in self.packed if packed_file(precision) not in names]
+        self.artifacts = [artifact for artifact in self.artifacts if artifact.path not in names]
 
     def to_json(self) -> str:
         data = asdict(self)
