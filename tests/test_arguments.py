@@ -45,7 +45,7 @@ def test_whole_numbers_may_be_of_any_size(model: Model) -> None:
     [
         ({"prompt": 5}, "prompt must be"),
         ({"prompt": None}, "prompt must be"),
-        ({"prompt": [10**30]}, "tokens must be|outside"),
+        ({"prompt": [10**30]}, "tokens holds 1000"),
         ({"stop": 5}, "stop must be"),
         ({"stop": ["a", 5]}, "a stop string must be a str, not 5"),
         ({"stop_ids": 5}, "stop_ids must be"),
@@ -78,9 +78,9 @@ def test_forward_batch_and_encode(model: Model) -> None:
         ({"npu_cores": 0}, "npu_cores must be a str"),
         ({"plan": 5}, "plan must be a str or a dict"),
         ({"tokenizer": 5}, "tokenizer must be a path"),
-        ({"threads": "2"}, "threads must be a whole number of at least 1"),
-        ({"threads": float("nan")}, "threads must be"),
-        ({"threads": 2.5}, "threads must be"),
+        ({"threads": "2"}, "threads='2': it must be a whole number of at least 1"),
+        ({"threads": float("nan")}, "threads=.*: it must be"),
+        ({"threads": 2.5}, "threads=.*: it must be"),
     ],
 )
 def test_load(options: dict[str, Any], match: str) -> None:

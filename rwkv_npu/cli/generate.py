@@ -308,7 +308,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < -1:
         raise UsageError(f"--max-tokens {arguments.max_tokens}: it must be at least -1")
     if "" in arguments.stop:
-        raise UsageError("--stop must not be empty: give a text of at least one character")
+        raise UsageError("--stop must not be empty: a stop string has at least one character")
     if arguments.json and arguments.echo:
         raise UsageError("--echo is for text: with --json leave it out")
     if arguments.logprobs is not None and not arguments.json:

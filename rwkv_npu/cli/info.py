@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_npu.board.hardware import numbers
 from rwkv_npu.cli.common import add_layout_flag, size
+from rwkv_npu.cli.flags import as_flags
 
 if TYPE_CHECKING:
     from rwkv_npu.formats.bundle import Bundle, Manifest
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             **_spec_facts(checkpoint.spec),
             "tokenizer": words.name if words else None,
             "chat_template": _chat_template(path, checkpoint.spec.V),
-            "no_text": no_text,
+            "no_text": as_flags(no_text),
             "fingerprint": checkpoint.fingerprint,
         }
     table = _adapter_table if facts["kind"] == "adapter" else _table

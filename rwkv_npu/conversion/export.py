@@ -70,7 +70,7 @@ def export(
         raise BundleError(
             f"{out_path} exists and is not a bundle: give another output"
             if force or not is_ours(out_path)
-            else f"{out_path} exists: give another output, or --force"
+            else f"{out_path} exists: give another output, or force=True"
         )
     files = {name: record.digest for name, record in manifest.files.items()}
     kind = [manifest.cpu, manifest.packed, sorted(files.items())]

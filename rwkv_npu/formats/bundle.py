@@ -246,7 +246,7 @@ class Bundle:
         if self._weights is None:
             raise BundleError(
                 f"{self.path} was exported with {self.manifest.packed[0]} weights alone, and this needs those in fp16: "
-                "take the bundle that it was made from, or export it with --cpu fp16"
+                "take the bundle that it was made from, or export it with cpu='fp16'"
             )
         return self._weights.array(name)
 

@@ -31,7 +31,7 @@ def own_template(source: str, where: Path, family: Template) -> Template:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise UsageError(
-            f"{where} has a chat template of its own, which needs jinja2: install it, or choose another --template"
+            f"{where} has a chat template of its own, which needs jinja2: install it, or choose another template="
         ) from None
     if len(source) > LARGEST:
         raise UsageError(f"the chat template of {where} has more than {LARGEST} characters")
@@ -47,7 +47,7 @@ def own_template(source: str, where: Path, family: Template) -> Template:
         compiled = environment.from_string(source)
     except jinja2.TemplateError as error:
         raise UsageError(
-            f"the chat template of {where} does not compile ({_line(error)}): choose another with --template"
+            f"the chat template of {where} does not compile ({_line(error)}): choose another template="
         ) from None
 
     def apply(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], think: str, prompt: bool) -> str:
@@ -72,7 +72,7 @@ def own_template(source: str, where: Path, family: Template) -> Template:
         end = chat.split(_ANSWER)[1]
     except (UsageError, ValueError, IndexError):
         raise UsageError(
-            f"the chat template of {where} does not render a question and its answer: choose another with --template"
+            f"the chat template of {where} does not render a question and its answer: choose another template="
         ) from None
     label = before.strip().rpartition("\n")[2]
     assistant = between.strip().rpartition("\n")[2]
