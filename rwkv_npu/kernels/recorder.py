@@ -34,7 +34,7 @@ from rwkv_npu.kernels.instructions import (
     WKV,
 )
 from rwkv_npu.models.maths import LAYER_NORM_EPS
-from rwkv_npu.models.network import Program, forward
+from rwkv_npu.models.network import Program, forward, run_in_order
 from rwkv_npu.models.spec import Group, att_outputs, fused_inputs
 from rwkv_npu.quant.cpu import Packed
 
@@ -214,6 +214,7 @@ class ForwardRecorder:
         self._recurrent, self._carry = recurrent, dict[str, Any]()
 
     def run(self, group: Group, x: dict[str, Any]) -> dict[str, Any]:
+        """Record the operations of a group: inputs by name -> outputs by name."""
         self.maths.notes.section = group.role
         return self.program.evaluate(group, self.maths, x)
 
@@ -252,7 +253,7 @@ def record(program: Program, group: Group, weights: Mapping[Matrix, Weight]) -> 
 def record_forward(program: Program, weights: Mapping[Matrix, Weight], recurrent: Inputs) -> Recording:
     """The operations of the fused forward: all groups but the head, with the recurrences between them."""
     recorder = ForwardRecorder(program, weights, recurrent)
-    x = forward(program, recorder, recorder.inputs["x"])
+    x = run_in_order(forward(program, recorder, recorder.inputs["x"]), recorder.run)
     return _finish(recorder.maths.notes, recorder.inputs, {"x": x})
 
 

@@ -1,15 +1,16 @@
 """A model as a program of groups and recurrences, and its forward pass.
 
 `Program.evaluate` is the maths of one group over any kind of array: NumPy computes it, a tracer records it. `forward`
-runs all groups and the recurrences between them. It is written over the interface `Forward`, which has two
-implementations. `EagerForward` here computes with NumPy arrays and runs groups by a function `run`.
+computes everything between the groups, and yields each group with its inputs. Who drives it runs the groups and sends
+their outputs back: one after the other (`run_in_order`), or beside other forwards (`runtime.waves`). It is written over
+the interface `Forward`, which has two implementations. `EagerForward` here computes with NumPy arrays.
 `kernels.recorder.ForwardRecorder` records the same steps once, and all later forwards replay them. This module knows
 neither files nor backends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,6 +30,10 @@ BLAS_ROWS = 8
 
 # Runs a group: inputs (M, width) by name -> outputs by name, which are valid until the next run of the same group.
 Run = Callable[[Group, Arrays], Mapping[str, np.ndarray]]
+
+# A forward in steps: it yields a group and its inputs, is sent the outputs, and returns its result. Outputs are used
+# until it yields the next group.
+Steps = Generator[tuple[Group, dict[str, Any]], Mapping[str, Any], Any]
 
 
 class Recurrence(Protocol):
@@ -55,9 +60,6 @@ class Forward(Protocol):
     @property
     def mask(self) -> Any:
         """The mask of `Maths.shift`, (M, 1)."""
-
-    def run(self, group: Group, x: dict[str, Any]) -> Mapping[str, Any]:
-        """Run a group: inputs by name -> outputs by name."""
 
     def previous(self, part: str, layer: int) -> Any:
         """The argument `previous` of `Maths.shift`, (M, D), from a part of each sequence's state."""
@@ -141,16 +143,26 @@ class Program:
         return LAYER_NORM_EPS * self.scaling.residual(layer) ** 2
 
 
-def forward(program: Program, f: Forward, x: Any) -> Any:
+def forward(program: Program, f: Forward, x: Any) -> Steps:
     """All groups but the head, and all recurrences: embedded tokens (M, D) -> the head's input (M, D)."""
     x = scale(x, program.scaling.residual(0))
     return (_by_layers if program.fusion == "layer" else _by_projections)(program, f, x)
 
 
-def _by_layers(program: Program, f: Forward, x: Any) -> Any:
+def run_in_order(steps: Steps, run: Callable[[Group, dict[str, Any]], Mapping[str, Any]]) -> Any:
+    """Drive the steps of one forward by a function that runs a group. Returns their result."""
+    try:
+        group, inputs = next(steps)
+        while True:
+            group, inputs = steps.send(run(group, inputs))
+    except StopIteration as end:
+        return end.value
+
+
+def _by_layers(program: Program, f: Forward, x: Any) -> Steps:
     spec = program.spec
     first = {"x": x, "att_prev": f.previous("att.shift", 0), "mask": f.mask}
-    out = f.run(program.group("first", 0), first)
+    out = yield program.group("first", 0), first
     for i in range(spec.L):
         f.store("att.shift", i, out["att_h"])
         inputs = {"y": f.time_mix(i, out), "x": x, "ffn_prev": f.previous("ffn.shift", i), "mask": f.mask}
@@ -158,19 +170,19 @@ def _by_layers(program: Program, f: Forward, x: Any) -> Any:
             inputs["s"] = f.deep_embedding(i)
         if i + 1 < spec.L:
             inputs["att_prev"] = f.previous("att.shift", i + 1)
-        out = f.run(program.group("mid" if i + 1 < spec.L else "last", i), inputs)
+        out = yield program.group("mid" if i + 1 < spec.L else "last", i), inputs
         f.store("ffn.shift", i, out["ffn_h"])
         x = out["x_out"]
     return x
 
 
-def _by_projections(program: Program, f: Forward, x: Any) -> Any:
+def _by_projections(program: Program, f: Forward, x: Any) -> Steps:
     spec, maths = program.spec, f.maths
     module = MODULES[spec.generation]
 
-    def run(role: str, layer: int, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def call(role: str, layer: int, values: Mapping[str, Any]) -> tuple[Group, dict[str, Any]]:
         group = program.group(role, layer)
-        return f.run(group, {port.name: values[port.name] for port in group.inputs})
+        return group, {port.name: values[port.name] for port in group.inputs}
 
     for i in range(spec.L):
         block = maths.block(i)
@@ -178,14 +190,14 @@ def _by_projections(program: Program, f: Forward, x: Any) -> Any:
         previous = maths.shift(h, f.previous("att.shift", i), f.mask)
         mixed = module.att_mix(block, h, previous, spec)
         f.store("att.shift", i, h)
-        y = f.time_mix(i, run("att.in", i, mixed))
-        x = x + run("att.out", i, {"y": y})["out"]
+        y = f.time_mix(i, (yield call("att.in", i, mixed)))
+        x = x + (yield call("att.out", i, {"y": y}))["out"]
         h = block.layer_norm(x, "ln2", program.norm_eps(i))
         mixed = module.ffn_mix(block, h, maths.shift(h, f.previous("ffn.shift", i), f.mask))
         f.store("ffn.shift", i, h)
         if spec.generation == "7a":
             mixed["s"] = f.deep_embedding(i)
-        x = x + run("ffn", i, mixed)["out"]
+        x = x + (yield call("ffn", i, mixed))["out"]
         if i + 1 < spec.L:
             x = scale(x, program.rescale(i))
     return maths.layer_norm(x, "ln_out", program.norm_eps(spec.L - 1))
@@ -227,10 +239,15 @@ class Network:
         self._prepared: dict[int, Any] = {}  # parameters of the recurrence by layer, prepared at first use
         self._recurrent_ports = [_spec.att_outputs(self.spec, i) for i in range(self.spec.L)]
 
-    def hidden(self, run: Run, rows: Rows) -> np.ndarray:
-        """Run the forward pass up to the head: M rows -> the head's input (M, D). Updates the states in place."""
+    def steps(self, rows: Rows) -> Steps:
+        """The forward pass up to the head: M rows -> the head's input (M, D). Updates the states in place."""
         x = self.embed(rows.ids)
-        return forward(self.program, EagerForward(self, run, rows, x), x)
+        return (yield from forward(self.program, EagerForward(self, rows, x), x))
+
+    def hidden(self, run: Run, rows: Rows) -> np.ndarray:
+        """`steps`, with groups run by `run`."""
+        x: np.ndarray = run_in_order(self.steps(rows), run)
+        return x
 
     def logits(self, run: Run, x: np.ndarray) -> np.ndarray:
         """Run the head: (M, D) -> (M, V)."""
@@ -263,14 +280,18 @@ class Network:
         if layer not in self._prepared:
             self._prepared[layer] = self._recurrence.prepare(self.maths.block(layer).vector, self.spec)
         inputs = {port.name: out[port.name] for port in self._recurrent_ports[layer]}
+        if (
+            layer == 0
+        ):  # `carry` keeps it for later layers, when another forward may run the group that it is from
+            inputs["v"] = inputs["v"].copy()
         return self._recurrence.time_mix(self._prepared[layer], inputs, rows, layer, carry)
 
 
 class EagerForward:
     """`Forward` over NumPy arrays: each step is computed at once."""
 
-    def __init__(self, network: Network, run: Run, rows: Rows, embedded: np.ndarray):
-        self.maths, self.run, self.mask = network.maths, run, rows.mask
+    def __init__(self, network: Network, rows: Rows, embedded: np.ndarray):
+        self.maths, self.mask = network.maths, rows.mask
         self.previous, self.store = rows.previous, rows.store
         self._network, self._rows, self._embedded = network, rows, embedded
         self._carry: Arrays = {}
