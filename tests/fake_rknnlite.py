@@ -87,11 +87,12 @@ class FakeRuntime:
 
 
 class FakeLite:
-    """`says` is what init_runtime logs; with `fails` it then returns -1."""
+    """`says` is what init_runtime logs; with `fails`, or a mask in `refused`, it returns -1."""
 
     says, fails = "W Query dynamic range failed.\n", False
     opened: list[FakeLite] = []
     masks: list[int] = []
+    refused: set[int] = set()
 
     def __init__(self, verbose: bool = False) -> None:
         self.rknn_data: bytes | None = None
@@ -108,7 +109,9 @@ class FakeLite:
         os.write(1, b"I RKNN: librknnrt version: 2.3.2\n")
         os.write(2, self.says.encode())
         self.masks.append(core_mask)
-        if self.fails:
+        if core_mask in self.refused:
+            os.write(2, b"E RKNN: core mask %d is refused\n" % core_mask)
+        if self.fails or core_mask in self.refused:
             return -1
         where = json.loads(self.rknn_data[68:].partition(b"\0")[0])
         source = BundleSource(open_bundle(where["bundle"]), where["fusion"])

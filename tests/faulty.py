@@ -54,14 +54,20 @@ class FaultyNpu(NumpyBackend):
     """A backend with fixed row counts.
 
     faults: the faults of the calls after opening, "" for none. chip(group): a fault of every call of that group.
+    queues: number of threads that run its groups, which are dealt by layer.
     """
 
     name = "faulty"
 
     def __init__(
-        self, source: ModelSource, faults: Iterable[str] = (), chip: Callable[[Group], str] = lambda g: ""
+        self,
+        source: ModelSource,
+        faults: Iterable[str] = (),
+        chip: Callable[[Group], str] = lambda g: "",
+        queues: int = 1,
     ):
         super().__init__(source)
+        self.queues = queues
         self._faults, self._chip = iter(faults), chip
         self.opened = self.closed = False
         self.made = 0  # faults since it was opened
@@ -69,6 +75,9 @@ class FaultyNpu(NumpyBackend):
 
     def row_counts(self, group: Group) -> tuple[int, ...]:  # type: ignore[override]
         return (1,) if group.role == "head" else (1, 8)
+
+    def queue(self, group: Group) -> int:
+        return group.layer % self.queues
 
     def open(self, group: Group, rows: int) -> FaultyRunner:  # type: ignore[override]
         assert rows in self.row_counts(group)

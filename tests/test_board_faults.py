@@ -105,7 +105,7 @@ def test_a_hang_is_left_behind(
         ),
         ("rknn", "init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
         ("rknn", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.0"),
-        ("rknn", "core-mask", ["--npu-cores", "0"], "this chip does not have NPU cores 0: use auto"),
+        ("rknn", "core-mask", ["--npu-cores", "0"], "this chip does not have the NPU core 0: use auto"),
         ("rknn", "fds=200000", [], "failed to allocate NPU memory for first"),
         (
             "rknn-matmul",

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from rwkv_npu.errors import BackendError, UsageError
 from rwkv_npu.evaluation import Evaluation, evaluate, journal, log_softmax, text
 from rwkv_npu.evaluation.likelihood import compare, log_likelihood
 from rwkv_npu.model import Model
+from rwkv_npu.models.spec import Group
 from tests.evaluations import IDS, stopping
 from tests.tiny import write_model
 
@@ -159,15 +161,15 @@ def test_an_interruption_within_a_chunk_is_made_good(
 ) -> None:
     """A state is still that of the last whole chunk."""
     whole, calls = evaluate(model, IDS), iter(range(10))
-    logits = model.engine._network.logits
+    start = model.engine._dispatcher.start
 
-    def interrupted(*arguments: object) -> np.ndarray:
-        if next(calls) == 4:
+    def interrupted(group: Group, *arguments: Any, **options: Any) -> Any:
+        if group.role == "head" and next(calls) == 4:
             raise KeyboardInterrupt
-        return logits(*arguments)  # type: ignore[arg-type]
+        return start(group, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.engine._network, "logits", interrupted)
+        patch.setattr(model.engine._dispatcher, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, IDS, resume=tmp_path / "file")
     told: list[int] = []

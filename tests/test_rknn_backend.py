@@ -89,10 +89,33 @@ def test_inputs_go_in_the_order_of_the_file_and_are_not_copied(bundle: Path) -> 
     backend.close()
 
 
-@pytest.mark.parametrize(("cores", "mask"), [("auto", 0), ("0", 1), ("2", 4), ("0,1,2", 7)])
-def test_cores(bundle: Path, cores: str, mask: int) -> None:
+@pytest.mark.parametrize(
+    ("chip", "cores", "masks"),
+    [
+        ("rk3588", "auto", {1, 2, 4}),
+        ("rk3588", "0", {1}),
+        ("rk3588", "2", {4}),
+        ("rk3588", "0,1", {1, 2}),
+        ("rk3588", "0,1,2", {1, 2, 4}),
+        ("rk3566", "auto", {0}),
+    ],
+)
+def test_contexts_are_dealt_over_the_cores(
+    bundle: Path, chip: str, cores: str, masks: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chip != "rk3588":
+        monkeypatch.setattr(hardware, "soc", lambda: chip)
+        monkeypatch.setattr("rwkv_npu.backends.rknn._fitting", lambda source, chip: source.artifacts())
     load(bundle, npu_cores=cores).close()
-    assert set(FakeLite.masks) == {mask}
+    assert set(FakeLite.masks) == masks
+
+
+def test_a_runtime_that_refuses_cores_chooses_them(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeLite, "refused", {1, 2, 4})
+    with pytest.warns(UserWarning, match="one call at a time, .* since: .*core mask 1 is refused: this chip"):
+        load(bundle).close()
+    assert FakeLite.masks[1:] == [0] * 7
+    refused(bundle, "core mask 2 is refused: this chip does not have the NPU core 1: use auto", npu_cores="1")
 
 
 def test_unknown_cores_are_named(bundle: Path) -> None:
@@ -204,10 +227,6 @@ def test_the_statistics_count_faults(bundle: Path, capsys: pytest.CaptureFixture
         (
             "E RKNN: failed to open rknpu module, need to insmod rknpu dirver!\n" + TRACEBACK,
             "need to insmod rknpu dirver!: .* rwkv-npu doctor",
-        ),
-        (
-            "E The core mode 99 is not supported currently.\nE Catch exception when set npu core mode.\n",
-            "core mode 99 is not supported currently.: this chip does not have NPU cores auto",
         ),
         (TRACEBACK + "Exception: something new\n", "cannot open .*: something new"),
         ("", "it reports no reason: run rwkv-npu doctor"),

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from rwkv_npu.backends.base import Faults
-from rwkv_npu.backends.fallback import Fallback
+from rwkv_npu.backends.fallback import Fallback, FallbackRunner
 from rwkv_npu.backends.npu_matmul import Products
 from rwkv_npu.backends.rknn_api import CORES, FP16, Library
 from rwkv_npu.models.official import official_spec
@@ -70,9 +70,11 @@ def guard(group: Group, M: int) -> dict[str, Any]:
     """Time the guard alone, around a call that costs nothing: a thread switch, and a check of every output."""
     rng = np.random.default_rng(0)
     outputs = {port.name: rng.standard_normal((M, port.width), np.float32) for port in group.outputs}
-    npu = SimpleNamespace(name="rknn", close=lambda: None, run=lambda: outputs)
+    npu = SimpleNamespace(
+        name="rknn", close=lambda: None, queue=lambda group: 0, inputs={}, run=lambda: outputs
+    )
     made = Fallback(cast(Any, npu), dict, lambda: cast(Any, npu), Faults())
-    row = {**timed(lambda: made.run(group, M, cast(Any, npu))), "bytes": 0}
+    row = {**timed(FallbackRunner(made, group, M, cast(Any, npu)).run), "bytes": 0}
     made.close()
     return row
 

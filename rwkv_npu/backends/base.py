@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,6 +89,40 @@ class Backend(Protocol):
         """Open `group` for M = `rows`. Raises BackendError."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class QueuedBackend(Protocol):
+    """A backend whose runners are `QueuedRunner`s. Runs in different queues take place at the same time."""
+
+    def queue(self, group: Group) -> int:
+        """The number of the queue that runs a group."""
+
+
+class NpuBackend(Backend, Protocol):
+    """A backend on an NPU, which runs with a fallback. Its runners are used in the threads of their queues."""
+
+    def queue(self, group: Group) -> int:
+        """The number of the queue that runs a group: groups of one queue run one after the other."""
+
+
+class QueuedRunner(Runner, Protocol):
+    """A runner whose runs take place in the thread of its queue, one after the other, while the caller does other work.
+
+    Its outputs are its own: they stay valid until its next run.
+    """
+
+    def start(self, done: Callable[[], object]) -> None:
+        """Begin a run on `inputs`. `done` is called when it has ended, from any thread."""
+
+    def deadline(self) -> float:
+        """The time by `time.monotonic` after which `finish` is called without waiting for `done`."""
+
+    def cancel(self) -> None:
+        """Do not run, if the run waits behind others in its queue."""
+
+    def finish(self) -> tuple[Mapping[str, np.ndarray], float]:
+        """The outputs of the run that was started, and its seconds."""
 
 
 class FusedForward(Protocol):

@@ -1,21 +1,31 @@
 """An NPU backend with the CPU as its fallback: the caller never gets a wrong result of the NPU.
 
 Each context is tested on golden vectors when it is opened. A call that fails is repeated once. If it fails again, the
-CPU runs this call and all later calls of its group. Calls to the NPU run in a thread of their own, so that a call that
-never returns can be abandoned. The inputs of a call are kept until its outputs are accepted.
+CPU runs this call and all later calls of its group. Calls to the NPU run in the thread of their queue, so that they
+take place beside the caller's work, and a call that never returns can be abandoned. The inputs of a call are kept until
+its outputs are accepted. The CPU's backend is used by the caller's thread alone.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Faults, GoldenVectors, Runner, relative_error
+from rwkv_npu.backends.base import (
+    Backend,
+    Faults,
+    GoldenVectors,
+    NpuBackend,
+    Runner,
+    allocate_inputs,
+    relative_error,
+)
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 
@@ -28,16 +38,20 @@ OPEN_SECONDS = 120.0  # time limit of opening a large artifact on a slow card
 FP16_BOUND, INT8_BOUND = 0.05, 0.25
 
 
+UNUSED = "the NPU is no longer used"
+
+
 class Hang(BackendError):
     """A call that did not return."""
 
 
-class _Call:
-    """Work for the thread, and its result or error."""
+class Call:
+    """Work for a thread, and its result or error. `done`: called at the end."""
 
-    def __init__(self, work: Callable[[], Any]):
-        self.work, self.done = work, threading.Lock()
-        self.done.acquire()
+    def __init__(self, work: Callable[[], Any], done: Callable[[], object]):
+        self.work, self.done = work, done
+        self.began = self.ended = self.cancelled = False
+        self.seconds = 0.0
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -46,56 +60,124 @@ class Worker:
     """A thread that runs calls one after the other. It must not be used again after a `Hang`."""
 
     def __init__(self, name: str):
-        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._began: float | None = None  # the start of the call that runs
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
     def _serve(self) -> None:
         while (call := self._queue.get()) is not None:
-            try:
-                call.result = call.work()
-            except BaseException as error:  # `call` raises it in the caller's thread
-                call.error = error
-            call.done.release()
+            if not call.cancelled:
+                call.began, begin = True, time.perf_counter()
+                self.extend()
+                try:
+                    call.result = call.work()
+                except BaseException as error:  # `call` raises it in the caller's thread
+                    call.error = error
+                self._began = None
+                call.seconds = time.perf_counter() - begin
+            call.ended = True
+            call.done()
+
+    def submit(self, work: Callable[[], Any], done: Callable[[], object]) -> Call:
+        """Run `work` in the thread, after earlier calls. `done` is called at its end, in the thread."""
+        call = Call(work, done)
+        self._queue.put(call)
+        return call
 
     def call(self, work: Callable[[], Any], seconds: float) -> Any:
         """Run `work` in the thread and return its result. Raises its exception, or Hang after `seconds`."""
-        call = _Call(work)
-        self._queue.put(call)
-        if not call.done.acquire(timeout=seconds):
-            raise Hang(f"no answer within {seconds:g} s")
+        done = threading.Lock()
+        done.acquire()
+        call = self.submit(work, done.release)
+        if not done.acquire(timeout=seconds):
+            raise Hang(_no_answer(seconds))
         if call.error is not None:
             raise call.error
         return call.result
+
+    def extend(self) -> None:
+        """Begin the time limit of the call that runs anew. For its `work` to call."""
+        self._began = time.monotonic()
+
+    def deadline(self, seconds: float) -> float:
+        """The end of the time limit of the call that runs, by `time.monotonic`. With no call, that of a new one."""
+        return (self._began or time.monotonic()) + seconds
 
     def stop(self) -> None:
         self._queue.put(None)
 
 
+def _no_answer(seconds: float) -> str:
+    return f"no answer within {seconds:g} s"
+
+
 class FallbackRunner:
-    """A runner on the NPU, or on the CPU once its group is left to the CPU. `npu`: None starts on the CPU."""
+    """`QueuedRunner` on the NPU, or on the CPU once its group is left to the CPU. `npu`: None starts on the CPU."""
 
     def __init__(self, fallback: Fallback, group: Group, rows: int, npu: Runner | None):
-        self._fallback, self._group, self._rows = fallback, group, rows
-        self._npu, self._cpu = npu, None if npu else fallback.open_cpu(group, rows)
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        if self._cpu is None and self._group.name in self._fallback.faults.groups:
-            self._cpu = self._fallback.open_cpu(self._group, self._rows)
-        runner = self._cpu or self._npu
-        assert runner is not None
-        return runner.inputs
+        self._fallback, self._group, self._rows, self._npu = fallback, group, rows, npu
+        self._cpu: Runner | None = None
+        self._call: Call | None = None  # the run in progress, if the NPU runs it
+        self._faults: list[tuple[str, str]] = []  # of the run in progress: each fault, and advice
+        self.inputs = npu.inputs if npu else allocate_inputs(group, rows)
 
     def run(self) -> Mapping[str, np.ndarray]:
-        if self._cpu is None:
-            assert self._npu is not None
-            outputs = self._fallback.run(self._group, self._rows, self._npu)
-            if outputs is not None:
-                return outputs
-            for name, array in self.inputs.items():  # now the CPU's
-                array[...] = self._npu.inputs[name]
-        assert self._cpu is not None
-        return self._cpu.run()
+        """Run and wait for the end."""
+        done = threading.Event()
+        self.start(done.set)
+        while not done.wait(self.deadline() - time.monotonic()) and time.monotonic() < self.deadline():
+            pass
+        return self.finish()[0]
+
+    def start(self, done: Callable[[], object]) -> None:
+        worker = self._fallback.worker(self._group)
+        self._call, self._faults = None, []
+        if self._npu is None or worker is None or self._group.name in self._fallback.faults.groups:
+            done()  # `finish` runs it on the CPU
+        else:
+            self._call = worker.submit(lambda: self._attempt(worker), done)
+
+    def deadline(self) -> float:
+        worker = self._fallback.worker(self._group)
+        return worker.deadline(CALL_SECONDS) if self._call and worker else 0.0
+
+    def cancel(self) -> None:
+        if self._call:
+            self._call.cancelled = True
+
+    def finish(self) -> tuple[Mapping[str, np.ndarray], float]:
+        call, self._call = self._call, None
+        if call and call.ended and call.error:
+            raise call.error
+        if call and not call.ended:  # it is the one that hangs, or it waits behind that one
+            self._fallback.abandon(self._group)
+            if call.began:
+                self._faults.append((_no_answer(CALL_SECONDS), ""))
+        self._fallback.faults.calls += len(self._faults)
+        if call and call.result is not None:
+            return call.result, call.seconds
+        if self._group.name not in self._fallback.faults.groups:
+            self._fallback.leave_to_cpu(self._group, *(self._faults or [(UNUSED, "")])[-1])
+        begin = time.perf_counter()
+        self._cpu = self._cpu or self._fallback.open_cpu(self._group, self._rows)
+        for name, array in self._cpu.inputs.items():
+            array[...] = self.inputs[name]
+        outputs = {name: array.copy() for name, array in self._cpu.run().items()}  # layers share their memory
+        return outputs, time.perf_counter() - begin
+
+    def _attempt(self, worker: Worker) -> Mapping[str, np.ndarray] | None:
+        """Run on the NPU, and once more after a fault. Returns None after two faults."""
+        assert self._npu is not None
+        for _ in range(2):
+            worker.extend()
+            try:
+                outputs = self._npu.run()
+                if not (flaw := self._fallback.flaw(self._group, self._rows, outputs)):
+                    return outputs
+                self._faults.append((flaw, self._fallback.advice))
+            except BackendError as error:
+                self._faults.append((str(error), ""))
+        return None
 
 
 class Fallback:
@@ -108,7 +190,7 @@ class Fallback:
 
     def __init__(
         self,
-        npu: Backend,
+        npu: NpuBackend,
         golden: Callable[[], Mapping[str, GoldenVectors]],
         cpu: Callable[[], Backend],
         faults: Faults,
@@ -116,26 +198,42 @@ class Fallback:
         bound: float = FP16_BOUND,
         advice: str = "",
     ):
-        self.name, self.faults, self._advice = npu.name, faults, advice
+        self.name, self.faults, self.advice = npu.name, faults, advice
         self._npu, self._golden, self._make_cpu, self._bound = npu, golden, cpu, bound
         self._cpu: Backend | None = None
-        self._worker: Worker | None = Worker(f"{npu.name} calls")
+        self._workers: dict[int, Worker | None] = {}  # by queue; None: abandoned after a hang
         self._warned = False
         self._tested: dict[str, str] = {}  # by context: the fault that its self-test found, "" for none
 
     def row_counts(self, group: Group) -> tuple[int, ...] | None:
         return self._npu.row_counts(group)
 
+    def queue(self, group: Group) -> int:
+        return self._npu.queue(group)
+
+    def worker(self, group: Group) -> Worker | None:
+        """The thread that runs a group; None if it was abandoned."""
+        number = self.queue(group)
+        if number not in self._workers:
+            self._workers[number] = Worker(f"{self.name} queue {number}")
+        return self._workers[number]
+
+    def abandon(self, group: Group) -> None:
+        """Never use the thread of a group again: a call in it does not return."""
+        self._workers[self.queue(group)] = None
+
     def open(self, group: Group, rows: int) -> FallbackRunner:
-        if group.name in self.faults.groups or self._worker is None:
+        worker = self.worker(group)
+        if group.name in self.faults.groups or worker is None:
             return FallbackRunner(self, group, rows, None)
         context = f"{group.name} at {rows} rows"
         try:
-            runner = self._call(lambda: self._npu.open(group, rows), OPEN_SECONDS)
-            fault = self._test(group, rows, runner) and self._test(
-                group, rows, runner
-            )  # repeated once, as a call
+            runner = worker.call(lambda: self._npu.open(group, rows), OPEN_SECONDS)
+            fault = self._test(worker, group, rows, runner)
+            if fault:  # repeated once, as a call
+                fault = self._test(worker, group, rows, runner)
         except Hang as hang:
+            self.abandon(group)
             raise BackendError(f"{self.name} cannot open {context}: {hang}") from hang
         self._tested[context] = fault
         if fault:
@@ -150,33 +248,23 @@ class Fallback:
         context, fault = next(iter(failed.items()))
         counted = f"{len(failed)} of {len(self._tested)} contexts fail their self-test ({context}: {fault})"
         if len(failed) == len(self._tested):
-            raise BackendError(f"{self.name}: {counted}{self._advice}")
-        warnings.warn(f"{self.name}: {counted}; their groups run on the CPU{self._advice}", stacklevel=4)
+            raise BackendError(f"{self.name}: {counted}{self.advice}")
+        warnings.warn(f"{self.name}: {counted}; their groups run on the CPU{self.advice}", stacklevel=4)
 
-    def run(self, group: Group, rows: int, runner: Runner) -> Mapping[str, np.ndarray] | None:
-        """Run `runner`, and once more if it fails. Returns None if the CPU has to run the group."""
-        fault, advice = "the NPU is no longer used", ""
-        for _ in range(2):
-            if self._worker is None:
-                break
-            try:
-                outputs: Mapping[str, np.ndarray] = self._call(runner.run, CALL_SECONDS)
-                if not (flaw := self._flaw(group, rows, outputs)):
-                    return outputs
-                fault, advice = flaw, self._advice
-            except BackendError as error:
-                fault, advice = str(error), ""
-            self.faults.calls += 1
+    def leave_to_cpu(self, group: Group, fault: str, advice: str) -> None:
+        """Have the CPU run a group from now on. Warns at the first group."""
         self.faults.groups[group.name] = fault
-        if not self._warned:
-            self._warned = True
-            left_to_cpu = "it" if self._worker else "everything"
-            warnings.warn(
-                f"{self.name} failed at {group.name} ({fault}): the CPU runs {left_to_cpu} from now on; further faults "
-                f"are counted, not reported{advice}",
-                stacklevel=2,
-            )
-        return None
+        if self._warned:
+            return
+        self._warned = True
+        left = "it"
+        if self.worker(group) is None:
+            left = "all groups of its core" if any(self._workers.values()) else "everything"
+        warnings.warn(
+            f"{self.name} failed at {group.name} ({fault}): the CPU runs {left} from now on; further faults are "
+            f"counted, not reported{advice}",
+            stacklevel=2,
+        )
 
     def open_cpu(self, group: Group, rows: int) -> Runner:
         if self._cpu is None:
@@ -185,25 +273,21 @@ class Fallback:
 
     def close(self) -> None:
         """Close both backends. After a hang the NPU's stays open, because closing it would hang too."""
-        if self._worker is not None:
-            try:
-                self._call(self._npu.close, OPEN_SECONDS)
-            except Hang:
-                return
-            self._worker.stop()
-            self._worker = None
+        workers = [worker for worker in self._workers.values() if worker]
+        hung, self._workers = len(workers) < len(self._workers), dict.fromkeys(self._workers)
+        try:
+            for worker in workers:  # calls that an interruption left behind end first
+                worker.call(lambda: None, OPEN_SECONDS)
+            if workers and not hung:
+                workers[0].call(self._npu.close, OPEN_SECONDS)
+        except Hang:
+            return
+        for worker in workers:
+            worker.stop()
         if self._cpu is not None:
             self._cpu.close()
 
-    def _call(self, work: Callable[[], Any], seconds: float) -> Any:
-        assert self._worker is not None
-        try:
-            return self._worker.call(work, seconds)
-        except Hang:
-            self._worker = None
-            raise
-
-    def _test(self, group: Group, rows: int, runner: Runner) -> str:
+    def _test(self, worker: Worker, group: Group, rows: int, runner: Runner) -> str:
         """Test a context on golden vectors, on as many rows as it has. Returns the fault, "" for none."""
         golden = self._golden()[group.name]
         for name, array in golden.inputs.items():
@@ -211,12 +295,12 @@ class Fallback:
             count = min(len(array), len(target))
             target[:count], target[count:] = array[:count], array[-1]
         try:
-            outputs = self._call(runner.run, CALL_SECONDS)
+            outputs = worker.call(runner.run, CALL_SECONDS)
         except Hang:
             raise
         except BackendError as refused:
             return str(refused)
-        if flaw := self._flaw(group, rows, outputs):
+        if flaw := self.flaw(group, rows, outputs):
             return flaw
         expected = {name: array[:rows] for name, array in golden.outputs.items()}
         error = relative_error(
@@ -224,7 +308,7 @@ class Fallback:
         )
         return "" if error <= self._bound else f"its relative error is {error:.2g}"
 
-    def _flaw(self, group: Group, rows: int, outputs: Mapping[str, np.ndarray]) -> str:
+    def flaw(self, group: Group, rows: int, outputs: Mapping[str, np.ndarray]) -> str:
         """Describe outputs that cannot be right: wrong shape, not finite, or all zero. Returns "" for no flaw."""
         for port in group.outputs:
             array = outputs.get(port.name)

@@ -28,7 +28,10 @@ from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Group
 from rwkv_npu.toolkit import VERSIONS, rknn_info
 
-CORES = {"auto": 0, "0": 1, "1": 2, "2": 4, "0,1": 3, "0,1,2": 7}
+# Masks of the cores that contexts are dealt over, by layer: a context runs on one core, and several run at a time.
+CORES = {"0": (1,), "1": (2,), "2": (4,), "0,1": (1, 2), "0,1,2": (1, 2, 4)}
+CHIP_CORES = {"rk3588": "0,1,2", "rk3576": "0,1"}  # chips with several cores
+ANY_CORE = 0  # the mask by which the runtime chooses a core
 PACKAGE = "rknn-toolkit-lite2"
 DEFAULT_CORES = "auto"
 
@@ -123,19 +126,23 @@ class RknnRunner:
 class RknnBackend:
     """Runs the artifacts of a bundle on the NPU. Contexts are opened one after the other, at first use.
 
-    cores: the NPU cores that run them, a key of CORES.
+    cores: the NPU cores that run them, a key of CORES, or `auto` for all.
     Raises BackendError with the missing chip, package, library or artifacts, and advice.
     """
 
     name = "rknn"
 
     def __init__(self, source: ArtifactSource, *, threads: int | None = None, cores: str = DEFAULT_CORES):
-        if cores not in CORES:
-            raise BackendError(f"NPU cores {cores!r} are unknown: use one of {' '.join(CORES)}")
-        self._source, self._cores = source, cores
+        if cores != DEFAULT_CORES and cores not in CORES:
+            raise BackendError(
+                f"NPU cores {cores!r} are unknown: use one of {' '.join([DEFAULT_CORES, *CORES])}"
+            )
+        self._source, self._auto = source, cores == DEFAULT_CORES
         if source.outdated:
             raise BackendError(source.outdated)
-        chosen = _fitting(source, chip=_chip())
+        chip = _chip()
+        self._masks = CORES.get(CHIP_CORES.get(chip, "") if self._auto else cores, (ANY_CORE,))
+        chosen = _fitting(source, chip=chip)
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
         self._lite = _rknnlite()
         check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count, such as 32")
@@ -148,6 +155,9 @@ class RknnBackend:
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
 
+    def queue(self, group: Group) -> int:
+        return group.layer % len(self._masks)
+
     def open(self, group: Group, rows: int) -> RknnRunner:
         key = group.name, rows
         if key not in self._artifacts:
@@ -155,11 +165,24 @@ class RknnBackend:
         artifact = self._artifacts[key]
         path = self._source.artifact_path(artifact)
         if key not in self._contexts:
-            self._contexts[key] = lite = _open_context(self._lite, path, artifact, self._cores)
+            self._contexts[key] = lite = self._open_context(path, artifact, group)
             self._bar.update()
             if len(self._contexts) == 1 and (warning := _outdated(lite, artifact)):
                 warnings.warn(warning, stacklevel=2)
         return RknnRunner(self._contexts[key], group, rows, _input_order(path, group, rows))
+
+    def _open_context(self, path: Path, artifact: Artifact, group: Group) -> Any:
+        """A context on the core of its group. With `auto`, a runtime that refuses cores chooses them by itself."""
+        try:
+            return _open_context(self._lite, path, artifact, self._masks[self.queue(group)])
+        except CoreRefused as refused:
+            if not self._auto:
+                raise BackendError(f"{refused}: use auto") from refused
+            warnings.warn(
+                f"one call at a time, on a core that the runtime chooses, since: {refused}", stacklevel=2
+            )
+            self._masks = (ANY_CORE,)
+            return _open_context(self._lite, path, artifact, ANY_CORE)
 
     def close(self) -> None:
         self._bar.close()
@@ -225,19 +248,27 @@ def _input_order(path: Path, group: Group, rows: int) -> list[str]:
     return inputs
 
 
-def _open_context(rknnlite: Any, path: Path, artifact: Artifact, cores: str) -> Any:
-    """An RKNNLite that has loaded the artifact. Raises BackendError."""
+class CoreRefused(BackendError):
+    """The runtime does not run contexts on this core."""
+
+
+def _open_context(rknnlite: Any, path: Path, artifact: Artifact, mask: int) -> Any:
+    """An RKNNLite that has loaded the artifact, on the cores of a mask. Raises BackendError."""
     with captured() as printed:
         lite, raised = rknnlite(verbose=False), ""
         try:
-            failed = lite.load_rknn(str(path)) or lite.init_runtime(core_mask=CORES[cores])
+            failed = lite.load_rknn(str(path)) or lite.init_runtime(core_mask=mask)
         except Exception as error:  # RKNNLite logs most errors and raises the others
             failed, raised = -1, f"E {error}"
         if failed:
             with contextlib.suppress(Exception):
                 lite.release()
     if failed:
-        reason = explain(f"{printed.text}\n{raised}", artifact, cores)
+        text = f"{printed.text}\n{raised}"
+        if mask != ANY_CORE and (refused := re.search(r".*(core mode|core mask|core_mask).*", text)):
+            core = mask.bit_length() - 1
+            raise CoreRefused(f"{_bare(refused[0])}: this chip does not have the NPU core {core}")
+        reason = explain(text, artifact)
         raise BackendError(f"RKNNLite cannot open {path.name}: {reason}")
     lite.rknn_data = None  # free the file's content: librknnrt has a copy
     return lite
@@ -250,7 +281,7 @@ def _outdated(lite: Any, artifact: Artifact) -> str:
     return hardware.outdated(runtime, driver, artifact.toolkit)
 
 
-def explain(text: str, artifact: Artifact, cores: str) -> str:
+def explain(text: str, artifact: Artifact) -> str:
     """Turn RKNNLite's log into one line: the error and advice."""
     library = hardware.runtime_library()
     runtime = hardware.runtime_version(library) if library else None
@@ -265,7 +296,6 @@ def explain(text: str, artifact: Artifact, cores: str) -> str:
         "one row count, such as 32",
         r".*Too many open files.*": "raise the limit, ulimit -Hn",
         r".*RKNN_ERR_TARGET_PLATFORM_UNMATCH.*": f"the artifact is for the {artifact.target}: convert for this chip",
-        r".*(core mode|core mask|core_mask).*": f"this chip does not have NPU cores {cores}: use auto",
     }
     for pattern, action in advice.items():
         if match := re.search(pattern, text):

@@ -103,6 +103,9 @@ class RknnMatmulBackend:
     def row_counts(self, group: Group) -> tuple[int, ...]:
         return HEAD_ROWS if group.role == "head" else ROWS
 
+    def queue(self, group: Group) -> int:
+        return 0  # every product uses all cores
+
     def open(self, group: Group, rows: int) -> RknnMatmulRunner:
         if rows not in self.row_counts(group):
             raise BackendError(f"rknn-matmul runs {group.name} for {self.row_counts(group)} rows")

@@ -1,4 +1,4 @@
-"""Runs groups on the backends of their placement, padded to the row counts that a backend has."""
+"""Starts groups on the backends of their placement, padded to the row counts that a backend has."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Faults, FusedBackend, Runner
+from rwkv_npu.backends.base import Backend, Faults, FusedBackend, QueuedBackend, QueuedRunner, Runner
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 
@@ -26,6 +27,8 @@ class Counters:
 
     calls: calls to backends, for groups or the fused forward. run_s: seconds in backends, by role of group.
     recurrence_s: seconds in recurrences. dispatch_s: seconds to select runners and fill their inputs.
+    queue_s: seconds of calls by queue. The calls of several queues, and the CPU's work, take place at the same time.
+    waited_s: seconds in which the CPU had no work, because all forwards waited for calls.
     faults: faults of an NPU, which the CPU replaced.
     """
 
@@ -33,6 +36,8 @@ class Counters:
     run_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     recurrence_s: float = 0.0
     dispatch_s: float = 0.0
+    queue_s: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    waited_s: float = 0.0
     faults: Faults = field(default_factory=Faults)
 
     def add_fused(self, spent: dict[str, float], total: float) -> None:
@@ -42,6 +47,60 @@ class Counters:
         self.recurrence_s += spent.pop("recurrence")
         for role, seconds in spent.items():
             self.run_s[role] += seconds
+
+
+class Call:
+    """A call that was started.
+
+    queued: the runner, if its run takes place in the thread of `queue`; None if it has ended already, with `outputs`.
+    rows: rows in use, of the runner's.
+    """
+
+    def __init__(self, counters: Counters, group: Group, rows: int):
+        self._counters, self._role, self._rows = counters, group.role, rows
+        self.queued: QueuedRunner | None = None
+        self.queue, self.ended = 0, False
+        self.outputs: Mapping[str, np.ndarray] = {}
+
+    def start(self, runner: Runner, queue: int | None, done: Callable[[Call], object], keep: bool) -> None:
+        """Start a run in its queue, or run here if the backend has none. keep: copy outputs that others overwrite."""
+
+        def end() -> None:
+            self.ended = True
+            done(self)
+
+        if queue is not None:
+            self.queued, self.queue = cast(QueuedRunner, runner), queue
+            self.queued.start(end)
+            return
+        begin = time.perf_counter()
+        outputs = runner.run()
+        self.outputs = (
+            {name: array[: self._rows].copy() for name, array in outputs.items()} if keep else outputs
+        )
+        self._count(time.perf_counter() - begin)
+        end()
+
+    def deadline(self) -> float:
+        """The time by `time.monotonic` after which `finish` is called, although the call has not ended."""
+        return self.queued.deadline() if self.queued else 0.0
+
+    def cancel(self) -> None:
+        """Do not run, if the call waits behind others in its queue."""
+        if self.queued:
+            self.queued.cancel()
+
+    def finish(self) -> Mapping[str, np.ndarray]:
+        """The outputs of a call that has ended, (rows, width) each, valid until the next run of its runner."""
+        if self.queued is not None:
+            self.outputs, seconds = self.queued.finish()
+            self._count(seconds)
+            self._counters.queue_s[self.queue] += seconds
+        return {name: array[: self._rows] for name, array in self.outputs.items()}
+
+    def _count(self, seconds: float) -> None:
+        self._counters.calls += 1
+        self._counters.run_s[self._role] += seconds
 
 
 class Dispatcher:
@@ -75,55 +134,47 @@ class Dispatcher:
         same = all(backend is backends[0] for backend in backends)
         return backends[0] if same and isinstance(backends[0], FusedBackend) else None
 
-    def run(
-        self, group: Group, inputs: Mapping[str, np.ndarray], *, decode: bool
-    ) -> Mapping[str, np.ndarray]:
-        """Run a group: inputs (M, width) by name -> outputs by name, valid until its next run."""
-        rows = len(inputs[group.inputs[0].name])
-        backend, counts = self._assigned[group.name, decode]
-        if counts is None:
-            return self._call(backend, group, inputs, rows, keep=rows <= KEPT_ROWS)
-        if rows > counts[-1]:
-            return self._in_pieces(group, inputs, counts[-1], decode)
-        enough = next(count for count in counts if count >= rows)
-        return self._call(backend, group, inputs, enough, keep=True)
+    def overlaps(self, decode: bool) -> bool:
+        """True if calls of some group take place beside the CPU's work."""
+        backends = (self._assigned[group.name, decode][0] for group in self._groups)
+        return any(isinstance(backend, QueuedBackend) for backend in backends)
 
-    def _call(
+    def start(
         self,
-        backend: Backend,
         group: Group,
         inputs: Mapping[str, np.ndarray],
-        capacity: int,
-        keep: bool,
-    ) -> Mapping[str, np.ndarray]:
-        """One call of a runner of `capacity` rows. A row depends only on rows above it, so padding is at the end."""
+        done: Callable[[Call], object],
+        *,
+        decode: bool,
+        keep: bool = False,
+    ) -> Call:
+        """Start a group on inputs (M, width) by name, which are copied. `done` is called when the call has ended.
+
+        A row depends only on rows above it, so padding is at the end.
+        keep: the outputs stay valid when other groups run.
+        """
         begin = time.perf_counter()
+        rows = len(inputs[group.inputs[0].name])
+        backend, counts = self._assigned[group.name, decode]
+        capacity = rows if counts is None else next(count for count in counts if count >= rows)
         key = id(backend), group.name, capacity
         runner = self._runners.get(key) or backend.open(group, capacity)
-        if keep:
+        if counts is not None or rows <= KEPT_ROWS:
             self._runners[key] = runner
-        targets, rows = runner.inputs, len(inputs[group.inputs[0].name])
+        targets = runner.inputs
         for port in group.inputs:
             target, source = targets[port.name], inputs[port.name]
             target[:rows] = source
             target[rows:] = source[-1]  # not zeros: their norm may fail on a chip
-        filled = time.perf_counter()
-        outputs = runner.run()
-        self.counters.calls += 1
-        self.counters.run_s[group.role] += time.perf_counter() - filled
-        self.counters.dispatch_s += filled - begin
-        return outputs if rows == capacity else {name: array[:rows] for name, array in outputs.items()}
+        self.counters.dispatch_s += time.perf_counter() - begin
+        call = Call(self.counters, group, rows)
+        call.start(runner, backend.queue(group) if isinstance(backend, QueuedBackend) else None, done, keep)
+        return call
 
-    def _in_pieces(
-        self, group: Group, inputs: Mapping[str, np.ndarray], step: int, decode: bool
-    ) -> Mapping[str, np.ndarray]:
-        """Run the head on more rows than it was built for, in several calls. Its rows are independent."""
-        pieces = []
-        for start in range(0, len(inputs[group.inputs[0].name]), step):
-            rows = {name: array[start : start + step] for name, array in inputs.items()}
-            outputs = self.run(group, rows, decode=decode)
-            pieces.append({name: array.copy() for name, array in outputs.items()})
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    def head_rows(self, decode: bool) -> int | None:
+        """The most rows of a call of the head; None: any."""
+        counts = next(self._assigned[group.name, decode][1] for group in self._groups if group.role == "head")
+        return counts[-1] if counts else None
 
     def open(self) -> None:
         """Open every runner that will be used, so that loading a model reports all errors. Raises BackendError."""

@@ -1,15 +1,18 @@
 """Runs a model on token ids. One forward reads chunks of prompts and single tokens of several sequences together.
 
-The engine knows ids, states and backends. It does not know text, sampling or files. A call goes from `Engine` to a
-runner of a backend, and from there to compiled code, ONNX Runtime or the NPU.
+The engine knows ids, states and backends. It does not know text, sampling or files. It divides tokens among forwards,
+which `waves` runs, beside each other if an NPU takes part. A call goes from there to a runner of a backend, and on to
+compiled code, ONNX Runtime or the NPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,12 +22,21 @@ from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State, new_state
 from rwkv_npu.kernels.recurrence import Compiled
 from rwkv_npu.models.common import Arrays
-from rwkv_npu.models.network import Network, Program, Recurrence, ReferenceRecurrence
+from rwkv_npu.models.network import Network, Program, Recurrence, ReferenceRecurrence, Steps
 from rwkv_npu.models.rows import Rows, check_parts
-from rwkv_npu.models.spec import Spec
-from rwkv_npu.runtime.dispatch import Assign, Counters, Dispatcher
+from rwkv_npu.models.spec import Group, Spec
+from rwkv_npu.runtime.dispatch import Assign, Call, Counters, Dispatcher
+from rwkv_npu.runtime.waves import Wave, run_waves
 
 PREFILL_ROWS = 128  # rows of a call on a backend that takes any number
+
+
+class Piece(NamedTuple):
+    """Tokens of a sequence that one forward reads: numbers `start` to `stop` - 1."""
+
+    sequence: int
+    start: int
+    stop: int
 
 
 class TimedRecurrence:
@@ -49,6 +61,7 @@ class Engine:
     faults: shared with the backends, which count theirs in it. recurrence: None takes NumPy's.
     fused: use a backend's fused forward if it has one.
     batch: from this number of sequences on, the prefill backends read their next tokens. None: never.
+    overlap: run forwards beside each other where an NPU takes part. The results are the same.
     """
 
     def __init__(
@@ -63,8 +76,9 @@ class Engine:
         recurrence: Compiled | None = None,
         fused: bool = True,
         batch: int | None = None,
+        overlap: bool = True,
     ):
-        self.program, self.fingerprint, self.batch = program, fingerprint, batch
+        self.program, self.fingerprint, self.batch, self.overlap = program, fingerprint, batch, overlap
         self._dispatcher = Dispatcher(program.groups, assign, faults or Faults(), fused=fused)
         self._recurrence = recurrence
         timed = TimedRecurrence(recurrence or ReferenceRecurrence(program.spec), self.counters)
@@ -184,40 +198,59 @@ class Engine:
     ) -> list[np.ndarray]:
         """Read each sequence after its state. Returns its logits: (T_i, V) with `all_logits`, otherwise (1, V)."""
         collected: list[list[np.ndarray]] = [[] for _ in ids]
-        for wave, decode in self._waves(ids):
-            pieces = [ids[sequence][start:stop] for sequence, start, stop in wave]
-            rows = Rows(pieces, [states[sequence].parts for sequence, _, _ in wave])
-            x = self._hidden(rows, decode)
-            # 1. Select the rows that need logits: all, or the last of each sequence that ends in this wave.
-            ends = [stop == len(ids[sequence]) for sequence, _, stop in wave]
-            wanted = [
-                range(first, last + 1) if all_logits else ([last] if end else [])
-                for first, last, end in zip(rows.firsts.tolist(), rows.lasts.tolist(), ends, strict=True)
-            ]
-            indices = [row for some in wanted for row in some]
-            logits = self._logits(x[indices], decode or not all_logits) if indices else None
-            # 2. Return the logits to their sequences.
-            begin = 0
-            for (sequence, start, stop), some, end in zip(wave, wanted, ends, strict=True):
-                if logits is not None and len(some):
-                    collected[sequence].append(logits[begin : begin + len(some)])
-                    begin += len(some)
-                states[sequence].tokens_seen += stop - start
-                if end:
-                    states[sequence].logits = collected[sequence][-1][-1].copy()
-                if progress:
-                    progress(stop - start)
+        planned = list(self._waves(ids))
+        with contextlib.closing(self._run(planned, ids, states, all_logits)) as results:
+            for (pieces, _), logits in zip(planned, results, strict=True):
+                begin = 0
+                for sequence, start, stop in pieces:
+                    end = stop == len(ids[sequence])
+                    count = stop - start if all_logits else int(end)
+                    if logits is not None and count:
+                        collected[sequence].append(logits[begin : begin + count])
+                        begin += count
+                    states[sequence].tokens_seen += stop - start
+                    if end:
+                        states[sequence].logits = collected[sequence][-1][-1].copy()
+                    if progress:
+                        progress(stop - start)
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in collected]
 
-    def _waves(self, ids: Sequence[np.ndarray]) -> Iterator[tuple[list[tuple[int, int, int]], bool]]:
-        """Divide the tokens among forwards. Yields pieces (sequence, start, stop), and True if the wave decodes.
+    def _run(
+        self,
+        planned: Sequence[tuple[list[Piece], bool]],
+        ids: Sequence[np.ndarray],
+        states: Sequence[State],
+        all_logits: bool,
+    ) -> Generator[np.ndarray | None, None, None]:
+        """Run forwards as `_waves` yields them. Yields the logits of each, None if none of its rows needs them."""
+        dispatcher = self._dispatcher
+        # Forwards overlap if they have the same steps and runners.
+        for _, alike in itertools.groupby(planned, lambda one: one[1] and not dispatcher.alike):
+            together = list(alike)
+            decode = together[0][1]
+            overlap = self.overlap and not dispatcher.fused(decode) and dispatcher.overlaps(decode)
+
+            def wave(pieces: list[Piece], decode: bool, keep: bool = overlap) -> Wave:
+                def start(group: Group, inputs: Arrays, done: Callable[[Call], object]) -> Call:
+                    as_token = decode or (group.role == "head" and not all_logits)
+                    return dispatcher.start(group, inputs, done, decode=as_token, keep=keep)
+
+                return Wave(self._steps(pieces, decode, ids, states, all_logits), start)
+
+            waves = (wave(*one) for one in together)
+            with contextlib.closing(run_waves(waves, self.counters, most=None if overlap else 1)) as ended:
+                for one in ended:
+                    yield one.result
+
+    def _waves(self, ids: Sequence[np.ndarray]) -> Iterator[tuple[list[Piece], bool]]:
+        """Divide the tokens among forwards. Yields the pieces of each, and True if it decodes.
 
         A sequence is cut every `chunk` tokens, independently of the other sequences. A piece of one token decodes,
         unless there are `batch` such pieces. Decoding and prefill share a forward if the same backends run both.
         """
         starts = [0] * len(ids)
         while True:
-            wave: list[tuple[int, int, int]] = []
+            wave: list[Piece] = []
             rows, decode = 0, True
             lefts = [len(tokens) - start for tokens, start in zip(ids, starts, strict=True)]
             ones = sum(min(left, self.chunk) == 1 for left in lefts)
@@ -233,26 +266,43 @@ class Engine:
                 limit = self._dispatcher.limit(decode=decode and single) or PREFILL_ROWS
                 if wave and rows + stop - start > limit:
                     continue
-                wave.append((sequence, start, stop))
+                wave.append(Piece(sequence, start, stop))
                 rows, decode = rows + stop - start, decode and single
                 starts[sequence] = stop
             if not wave:
                 return
             yield wave, decode
 
-    def _hidden(self, rows: Rows, decode: bool) -> np.ndarray:
-        """Run a forward up to the head: returns its input (M, D), valid until the next call. Updates the states."""
+    def _steps(
+        self,
+        pieces: Sequence[Piece],
+        decode: bool,
+        ids: Sequence[np.ndarray],
+        states: Sequence[State],
+        all_logits: bool,
+    ) -> Steps:
+        """A forward over pieces. Returns the logits of the rows that need them: all, or the last of each sequence."""
+        rows = Rows([ids[s][start:stop] for s, start, stop in pieces], [states[s].parts for s, *_ in pieces])
+        x = yield from self._hidden(rows, decode)
+        ends = [stop == len(ids[sequence]) for sequence, _, stop in pieces]
+        x = x.copy() if all_logits else x[rows.lasts[ends]]  # the next forward may overwrite it
+        most = self._dispatcher.head_rows(decode or not all_logits) or max(1, len(x))
+        logits = []
+        for begin in range(0, len(x), most):
+            out = yield self.program.group("head"), {"x": x[begin : begin + most]}
+            logits.append(out["logits"].copy())
+        return np.concatenate(logits) if len(logits) > 1 else logits[0] if logits else None
+
+    def _hidden(self, rows: Rows, decode: bool) -> Steps:
+        """A forward up to the head: returns its input (M, D). Updates the states."""
         fused = self._dispatcher.fused(decode)
         if fused is None:
-            return self._network.hidden(partial(self._dispatcher.run, decode=decode), rows)
+            return (yield from self._network.steps(rows))
         begin, runner = time.perf_counter(), fused.open_fused(len(rows))
         self._network.fill(runner.inputs, rows.ids)
         x = runner.run(rows)
         self.counters.add_fused(runner.seconds(), time.perf_counter() - begin)
         return x
-
-    def _logits(self, x: np.ndarray, decode: bool) -> np.ndarray:
-        return self._network.logits(partial(self._dispatcher.run, decode=decode), x).copy()
 
     def _check(self, tokens: Sequence[int] | np.ndarray, where: str = "") -> np.ndarray:
         if self._closed:

@@ -8,9 +8,10 @@ import importlib.util
 import shlex
 import warnings
 from dataclasses import dataclass
+from typing import cast
 
 from rwkv_npu.backends import BACKENDS, NPU_BACKENDS, open_backend
-from rwkv_npu.backends.base import Backend, Faults
+from rwkv_npu.backends.base import Backend, Faults, NpuBackend
 from rwkv_npu.backends.fallback import FP16_BOUND, INT8_BOUND, Fallback
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import RwkvNpuError, UsageError, first_line
@@ -60,9 +61,11 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     with contextlib.ExitStack() as on_failure:
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
-                npu = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
+                made = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
                 bound = INT8_BOUND if _in_int8(name, source) else FP16_BOUND
-                fallbacks.append(Fallback(npu, recorded, cpu, faults, bound=bound, advice=advice))
+                fallbacks.append(
+                    Fallback(cast(NpuBackend, made), recorded, cpu, faults, bound=bound, advice=advice)
+                )
                 opened[name] = fallbacks[-1]
             else:
                 opened[name] = open_backend(name, source, threads=options.threads)
