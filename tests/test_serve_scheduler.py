@@ -324,6 +324,35 @@ def test_a_bug_in_one_answer_ends_no_other(
     assert running.counters.failed == 2 and running.counters.answers == 1
 
 
+def test_no_answer_waits_for_a_prompt_longer_than_two_steps(
+    model: rwkv_npu.Model, scheduler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a forward advances: 5 ms, and 0.2 ms a row of a prompt."""
+    now, steps, forward = [0.0], list[tuple[int, float]](), model.engine.forward_batch
+
+    def timed(tokens: Any, states: Any, **options: Any) -> Any:
+        rows = sum(len(piece) for piece in tokens if len(piece) > 1)
+        now[0] += (seconds := 5e-3 + 0.2e-3 * rows)
+        if any(len(piece) == 1 for piece in tokens):
+            steps.append((rows, seconds))
+        return forward(tokens, states, **options)
+
+    monkeypatch.setattr(model.engine, "forward_batch", timed)
+    monkeypatch.setattr("rwkv_npu.serve.scheduler.time.monotonic", lambda: now[0])
+    running, writer = scheduler(budget=0), Recorder(400)
+    running.submit(Job([1], [writer]))
+    while len(writer.tokens) < 5:
+        time.sleep(0.001)
+    prompts = [Job([1 + (i + j) % 200 for i in range(700)], [Recorder(1)]) for j in range(3)]
+    for job in prompts:
+        running.submit(job)
+    writer.wait()
+    beside = [(rows, seconds) for rows, seconds in steps if rows]
+    assert len(beside) > 50 and sum(rows for rows, _ in beside) > 2000
+    within = [seconds <= 2 * 5e-3 + GRAIN * 0.2e-3 for _, seconds in beside]
+    assert all(within[1:]) and np.mean([rows for rows, _ in beside[2:-3]]) > 10
+
+
 def test_closing_ends_what_runs(model: rwkv_npu.Model) -> None:
     running = Scheduler(model.engine, Checkpoints(model.tokenizer, "t", []), StateCache(0))
     writer = Recorder(100_000)
