@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import socket
 import time
@@ -13,6 +15,9 @@ import httpx
 import pytest
 
 import rwkv_npu
+from rwkv_npu.serve.answers import Options
+from rwkv_npu.serve.service import Service
+from rwkv_npu.text.chat import TEMPLATES
 from tests.live import LiveServer, live_server
 from tests.tiny import continuation
 
@@ -335,6 +340,26 @@ def test_a_client_that_goes_frees_its_slot(server: LiveServer) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the slot stays taken")
+
+
+def test_a_request_whose_answer_nobody_reads_is_cancelled() -> None:
+    """As when a client goes before its response begins."""
+    with rwkv_npu.load(backend="numpy") as model:
+        service = Service(model, "demo", TEMPLATES["world"])
+
+        async def run() -> None:
+            options = Options(max_tokens=10_000, bias={0: -100.0})
+            running = await service.run(service.completion_request("x", options))
+            assert not running.job.cancelled
+            job = running.job
+            del running
+            gc.collect()
+            assert job.cancelled
+
+        try:
+            asyncio.run(run())
+        finally:
+            service.close()
 
 
 def test_a_key_is_needed_where_there_is_one(tmp_path: Path) -> None:

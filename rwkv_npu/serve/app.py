@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 
 from rwkv_npu.errors import RwkvNpuError
-from rwkv_npu.serve import llama, ollama, openai, page, responses, states
+from rwkv_npu.serve import llama, ollama, openai, openapi, page, responses, states
 from rwkv_npu.serve.service import Service
 from rwkv_npu.serve.structured import Vocabulary
 from rwkv_npu.serve.web import LOOPBACK, Gate, error_json, error_response, health, metrics
@@ -36,6 +36,7 @@ def application(service: Service, *, key: str | None = None, hosts: Sequence[str
         *states.routes(),
         *ollama.routes(),
         *llama.routes(),
+        *openapi.routes(),
         *page.routes(),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -195,7 +196,10 @@ class Service:
         job = Job(ids, answers, request.state, started)
         await asyncio.to_thread(self.scheduler.prepare, job)
         self.scheduler.submit(job)
-        return Running(job, usage, self._events(request, job, answers, usage, queue))
+        events = self._events(request, job, answers, usage, queue)
+        # A client may go before its response begins. Then nothing runs the generator, not even to close it.
+        weakref.finalize(events, job.cancel)
+        return Running(job, usage, events)
 
     async def _events(
         self,
