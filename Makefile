@@ -6,9 +6,12 @@
 #
 # PYTHON is a Python 3.10 to 3.12 for all of it (3.13 lacks Rockchip's compiler). PyPI's torch for Linux on x86-64
 # brings CUDA along, some gigabytes: TORCH="torch==2.13.0 --index-url URL", with PyTorch's index of CPU builds, does not.
+# JOBS processes run the tests; the default suits 2 cores and 8 GB.
 
+JOBS ?= 2
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell command -v $(v))))
 TORCH ?= torch==2.13.0
+PARALLEL = -n $(JOBS) --dist loadgroup
 PIP = -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test fast campaign board clean
@@ -18,10 +21,10 @@ demo: .venv/demo
 	@echo
 
 test: .venv/dev
-	.venv/bin/python -m pytest -m ""
+	.venv/bin/python -m pytest -m "" $(PARALLEL)
 
 fast: .venv/dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(PARALLEL)
 
 campaign: .venv/dev
 	RWKV_FUZZ_SECONDS=$${RWKV_FUZZ_SECONDS:-3600} RWKV_FUZZ_SEED=$${RWKV_FUZZ_SEED:-$$(date +%s)} \

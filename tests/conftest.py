@@ -37,6 +37,14 @@ from tools.board import build  # noqa: E402
 from tools.board.compute import Bundles, Server  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes: a file stays in one, and all of the emulated board's in one."""
+    for item in items:
+        group = "board" if item.get_closest_marker("board") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process; gives its exit status, stdout and stderr."""
