@@ -45,6 +45,7 @@ HOMES = {
     "rknnlite": {"backends", "bench"},
     "tokenizers": {"text"},
     "safetensors": {"formats"},
+    "gguf": {"formats"},
     "numba": {"kernels", "backends"},
     "llvmlite": {"kernels"},
     "starlette": {"serve", "cli"},

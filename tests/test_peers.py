@@ -10,9 +10,10 @@ import pytest
 
 from bench.peers import quality, results, study
 from bench.peers.children import Child
-from bench.peers.export_gguf import entries, export, gguf_name, metadata
 from bench.peers.systems import OURS, REFERENCE, SYSTEMS, Failed, chosen, fitting, size_on_disk
 from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.formats.gguf import gguf_name
+from rwkv_npu.formats.gguf_writer import entries, metadata, write_gguf
 from tools.make_checkpoint import make_checkpoint
 
 D, L, V, F, N = 96, 2, 67, 160, 32
@@ -114,7 +115,7 @@ def test_gguf_values(checkpoint_file: Path) -> None:
     ],
 )
 def test_gguf_names(name: str, expected: str) -> None:
-    assert gguf_name(name) == expected
+    assert gguf_name(name, "7") == expected
 
 
 def test_gguf_metadata(checkpoint_file: Path) -> None:
@@ -132,14 +133,13 @@ def test_gguf_metadata(checkpoint_file: Path) -> None:
         "attention.iclr_lora_rank": 16,
         "attention.value_residual_mix_lora_rank": 24,
         "attention.gate_lora_rank": 40,
-        "tokenizer.ggml.model": "no_vocab",
     }
 
 
 def test_gguf_file_reads_back(checkpoint_file: Path, tmp_path: Path) -> None:
     import gguf
 
-    export(checkpoint_file, tmp_path / "tiny.gguf")
+    write_gguf(open_checkpoint(checkpoint_file), tmp_path / "tiny.gguf", None)
     reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
     read = {tensor.name: tensor.data for tensor in reader.tensors}
     for entry in entries(open_checkpoint(checkpoint_file)):

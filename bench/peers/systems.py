@@ -18,7 +18,7 @@ OURS, REFERENCE = "rwkv_npu", "rwkv fp32"
 
 # Packages of each environment; llama-cpp-python is compiled on the machine, for its processor.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
-    "ours": ("-e", f"{REPOSITORY}[fast]", "gguf==0.19.0"),
+    "ours": ("-e", f"{REPOSITORY}[fast,gguf]"),
     "torch": ("{torch}", "rwkv==0.8.32", "transformers==5.23.0", "numpy"),
     "llama": ("llama-cpp-python==0.3.36",),
 }
@@ -132,9 +132,11 @@ class Workshop:
             return self._bundle(system, size)
         path = self.folder / f"{size}.{system.weights}.gguf"
         if system.weights == "F16":
-            return self._made(path, "ours", [HERE / "export_gguf.py", self.checkpoint(size), path])
+            return self._made(
+                path, "ours", ["-m", "rwkv_npu", "export", self.checkpoint(size), "--gguf", path]
+            )
         source = self.folder / f"{size}.F16.gguf"
-        self._made(source, "ours", [HERE / "export_gguf.py", self.checkpoint(size), source])
+        self._made(source, "ours", ["-m", "rwkv_npu", "export", self.checkpoint(size), "--gguf", source])
         return self._made(path, "llama", [HERE / "quantise.py", source, path, system.weights, self.threads])
 
     def _bundle(self, system: System, size: str) -> Path:

@@ -20,6 +20,7 @@ from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.checkpoint import Checkpoint, all_finite, pieces, read_tensors
 from rwkv_npu.formats.detect import FLOATS, check_tensor
 from rwkv_npu.formats.files import is_file, is_folder
+from rwkv_npu.formats.gguf import is_gguf
 from rwkv_npu.formats.huggingface import blinkdl_names, read_json
 from rwkv_npu.formats.layout import strip_prefixes
 from rwkv_npu.formats.merging import BLOCKS, LOW_RANK, Target
@@ -183,7 +184,7 @@ def is_adapter(path: Path) -> bool:
     """True for a folder of PEFT, or a file with the tensors of an adapter. Raises CheckpointError if it is damaged."""
     if is_folder(path):
         return is_file(path / CONFIG)
-    return is_file(path) and any(map(_PART.fullmatch, read_tensors(path)))
+    return is_file(path) and not is_gguf(path) and any(map(_PART.fullmatch, read_tensors(path)))
 
 
 def open_adapter(path: Path | str, init: Path | str | None = None) -> Adapter:

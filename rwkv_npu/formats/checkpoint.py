@@ -18,6 +18,7 @@ import numpy as np
 from rwkv_npu.errors import CheckpointError, UsageError
 from rwkv_npu.formats.detect import detect, refuse_unsupported, validate
 from rwkv_npu.formats.files import is_folder
+from rwkv_npu.formats.gguf import MAGIC, read_gguf
 from rwkv_npu.formats.huggingface import (
     is_huggingface,
     looks_rescaled,
@@ -136,7 +137,7 @@ def _sample_starts(size: int) -> list[int]:
 
 
 def open_checkpoint(path: Path | str, layout: str | None = None) -> Checkpoint:
-    """Open a checkpoint: BlinkDL's `.pth` or `.safetensors`, web-rwkv's `.st`, or a Hugging Face file or folder.
+    """Open a checkpoint: BlinkDL's `.pth` or `.safetensors`, web-rwkv's `.st`, GGUF, or Hugging Face's file or folder.
 
     layout: of layout.LAYOUTS, for a file that can be read in two ways; None tells it from the tensors.
     Raises UsageError for an unknown layout, CheckpointError, in one line, for whatever is wrong: no such file, a
@@ -145,11 +146,28 @@ def open_checkpoint(path: Path | str, layout: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     check_layout(layout)
+    files = weight_files(path)
+    if len(files) == 1 and _start(files[0]).startswith(MAGIC):
+        return _open_gguf(path, files[0])
     stored = read_tensors(path)
     try:
         return _open(path, stored, layout)
     except CheckpointError as e:
         raise e if str(path) in str(e) else CheckpointError(f"{path}: {e}") from None
+
+
+def _open_gguf(path: Path, file: Path) -> Checkpoint:
+    found = read_gguf(file)
+    try:
+        arrays, logarithmic = _canonical(found.arrays, BLINKDL, pickled=False)
+        checkpoint = Checkpoint(path, arrays, logarithmic)
+        checkpoint.stop_ids = _stop_ids(found.stop_id, checkpoint.spec.V)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    computed = {name: produce for name, produce in found.computed.items() if name in arrays}
+    if computed:
+        checkpoint.amend(computed, found.digest)
+    return checkpoint
 
 
 def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
@@ -179,10 +197,10 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
 
 
 def _stop_ids(eos: Any, V: int) -> list[int]:
-    """The ids of config.json's eos_token_id: one, a list, or none. Raises CheckpointError."""
+    """The ids of config.json's or GGUF's eos_token_id: one, a list, or none. Raises CheckpointError."""
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int and 0 <= token < V for token in ids):
-        raise CheckpointError(f"config.json sets eos_token_id to {eos!r:.40}: the vocabulary has {V} tokens")
+        raise CheckpointError(f"eos_token_id is {eos!r:.40}, but the vocabulary has {V} tokens")
     return ids
 
 
@@ -217,7 +235,7 @@ def read_tensors(path: Path | str) -> dict[str, Any]:
 
 _ZIP = b"PK\x03\x04"
 _FOREIGN = (
-    (b"GGUF", "a GGUF file"),
+    (MAGIC, "a GGUF file"),
     (b"fmgg", "an rwkv.cpp file"),
     (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file itself)"),
     (b"\x89HDF", "an HDF5 file"),

@@ -20,7 +20,7 @@ from rwkv_npu.formats.files import is_file, is_folder
 CHAT_TEMPLATE = "chat_template.jinja"  # also the name within a bundle
 _MAX_JSON = 64 << 20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".st", ".pth", ".pt", ".bin")
+_SUFFIXES = (".safetensors", ".st", ".pth", ".gguf", ".pt", ".bin")
 _UNFINISHED = (".part", ".crdownload", ".incomplete", ".download", ".tmp")  # of a download that goes on
 _MIXES = "rwkvag"  # the order within fla's older `x_x`
 
@@ -46,7 +46,10 @@ def weight_files(path: Path) -> list[Path]:
     try:
         # Names with a dot first are not models: macOS keeps attributes of a file in ._FILE.
         visible = [file for file in path.iterdir() if not file.name.startswith(".")]
-        found = sorted(file for file in visible if file.suffix in _SUFFIXES and is_file(file))
+        every = sorted(file for file in visible if file.suffix in _SUFFIXES and is_file(file))
+        found = [
+            file for file in every if file.suffix != ".gguf"
+        ] or every  # llama.cpp's copies of the others
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from None
     loading = sorted(file.name for file in visible if file.suffix in _UNFINISHED)
@@ -56,7 +59,7 @@ def weight_files(path: Path) -> list[Path]:
         )
     if not found:
         raise CheckpointError(
-            f"{path} holds no checkpoint: no {', '.join('*' + s for s in _SUFFIXES[:3])} file"
+            f"{path} holds no checkpoint: no {', '.join('*' + s for s in _SUFFIXES[:4])} file"
         )
     if len(found) > 1 and all(_SHARD.fullmatch(file.name) for file in found):
         raise CheckpointError(

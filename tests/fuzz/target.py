@@ -31,6 +31,7 @@ from rwkv_npu.errors import RwkvNpuError
 from rwkv_npu.evaluation.journal import Journal
 from rwkv_npu.formats.bundle import HOST, MANIFEST, SELF_TEST, WEIGHTS, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.formats.gguf_writer import write_gguf
 from rwkv_npu.runtime.placement import tuned
 from rwkv_npu.runtime.selftest import self_test
 from rwkv_npu.runtime.weights import BundleSource
@@ -152,6 +153,13 @@ class BundleKind:
             model.forward([1])
 
 
+def read_all(path: Path) -> None:
+    """Open a checkpoint and compute each tensor of it."""
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint.names:
+        checkpoint.tensor(name)
+
+
 class FileKind:
     """Damaged files of one kind, each given to its reader."""
 
@@ -159,6 +167,7 @@ class FileKind:
         self.folder = folder
         write_model(folder / "model.pth", "6", time_state=True)
         write_model(folder / "model.safetensors", "7")
+        write_gguf(open_checkpoint(folder / "model.safetensors"), folder / "model.gguf", [b"a", b"b"])
         self.model = rwkv_npu.load(folder / "model.safetensors", backend="numpy")
         self.model.forward([1, 2])[1].save(folder / "state.st")
         tuned_state = {f"blocks.{i}.att.time_state": np.zeros((4, 16, 16), np.float32) for i in range(2)}
@@ -182,6 +191,7 @@ class FileKind:
             "model.pth": open_checkpoint,
             "model.safetensors": open_checkpoint,
             "model.safetensors.index.json": open_checkpoint,
+            "model.gguf": read_all,
             "state.st": self.model.load_state,
             "tuned.pth": self.model.load_state,
             "words.txt": load_tokenizer,
