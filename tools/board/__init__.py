@@ -35,6 +35,8 @@ The stand-in's environment variables:
     old-runtime    files of this version are refused, as by old runtimes
     old-version    versions of runtime and driver are old ones
     core-mask      choosing cores is refused
+    no-io-memory   memory for inputs and outputs is refused
+    native-blocks  the native layout of inputs and outputs is in blocks of 8 columns, not row-major
     no-dynamic     the matmul interface has no dynamic shapes
 
 For matmul contexts the group is its shape, as `1x768x3072`.

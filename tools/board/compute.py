@@ -53,8 +53,9 @@ class Bundles:
             return _product(*map(int, keys["product"].split("x")))
         backend, group = self._groups[keys["fingerprint"], keys["group"], keys.get("int8", "")]
         rows = next(iter(outputs.values())) // group.outputs[0].width
-        names = [port.name for port in group.fixed_inputs(rows)], [port.name for port in group.outputs]
-        if names != (list(inputs), list(outputs)):
+        names = list(inputs), list(outputs)  # a file may have its inputs in another order
+        known = {port.name for port in group.fixed_inputs(rows)}, [port.name for port in group.outputs]
+        if (set(names[0]), names[1]) != known:
             raise KeyError(f"{group.name} has other inputs and outputs than its file")
         runner = backend.open(group, rows)
 

@@ -1,6 +1,6 @@
 /* Networks: rknn_init to rknn_destroy. */
 #define _GNU_SOURCE
-#include "standin.h"
+#include "network.h"
 
 #include <limits.h>
 #include <math.h>
@@ -14,19 +14,6 @@
 __attribute__((used)) static const char version[] = "librknnrt version: " STANDIN_API_VERSION;
 
 enum { FILE_VERSION = 6, BUFFERS = 3, HANG_S = 3600 };
-
-typedef struct {
-    model model;
-    uint32_t model_bytes;
-    int connection;
-    int *descriptors;
-    float *inputs, *outputs; /* all of them, side by side */
-    size_t n_inputs, n_outputs;
-    bool inputs_set;
-    int core_mask;
-    double us;      /* of a run, by the clock */
-    int64_t run_us; /* of the last run */
-} network;
 
 static size_t count_elements(const port *ports, uint32_t count) {
     size_t total = 0;
@@ -45,22 +32,9 @@ static void network_free(network *n) {
     free(n);
 }
 
-static int network_open(network *n, void *bytes, uint32_t size) {
-    n->connection = REMOTE_NULL;
-    if (!bytes || !model_read(&n->model, bytes, size)) {
-        complain("this is not a .rknn file");
-        return RKNN_ERR_MODEL_INVALID;
-    }
+/* What a context has of its own, beside the model and its weights. */
+static int network_allocate(network *n) {
     const char *group = n->model.group;
-    if (n->model.file_version != FILE_VERSION || fault("old-runtime", group)) {
-        complain("Invalid RKNN model version %llu", (unsigned long long)n->model.file_version);
-        return RKNN_ERR_MODEL_INVALID;
-    }
-    if (!clock_find(group, n->model.outputs[0].dims[0], &n->us)) {
-        complain("the clock has no time for %s at %u rows", group, n->model.outputs[0].dims[0]);
-        return RKNN_ERR_FAIL;
-    }
-    n->model_bytes = size;
     n->descriptors = descriptors_take(fault_number("fds", BUFFERS));
     if (!n->descriptors || fault("init-memory", group)) {
         complain("failed to allocate NPU memory for %s", group);
@@ -74,17 +48,55 @@ static int network_open(network *n, void *bytes, uint32_t size) {
     return n->connection == REMOTE_FAILED ? RKNN_ERR_FAIL : RKNN_SUCC;
 }
 
-int rknn_init(rknn_context *context, void *bytes, uint32_t size, uint32_t flag, void *extend) {
-    (void)flag, (void)extend;
-    network *n = calloc(1, sizeof *n);
-    int code = network_open(n, bytes, size);
+static int network_open(network *n, void *bytes, uint32_t size) {
+    n->connection = REMOTE_NULL;
+    if (!bytes || !model_read(&n->model, bytes, size)) {
+        complain("this is not a .rknn file");
+        return RKNN_ERR_MODEL_INVALID;
+    }
+    const char *group = n->model.group;
+    uint32_t rows = n->model.outputs[0].dims[0];
+    if (n->model.file_version != FILE_VERSION || fault("old-runtime", group)) {
+        complain("Invalid RKNN model version %llu", (unsigned long long)n->model.file_version);
+        return RKNN_ERR_MODEL_INVALID;
+    }
+    if (!clock_find(group, rows, &n->us)) {
+        complain("the clock has no time for %s at %u rows", group, rows);
+        return RKNN_ERR_FAIL;
+    }
+    n->model_bytes = size;
+    return network_allocate(n);
+}
+
+static int network_add(network *n, int code, const char *function, rknn_context *context) {
     if (code == RKNN_SUCC && !(*context = handle_add(n, NETWORK)))
         code = RKNN_ERR_MALLOC_FAIL;
-    note("init group=%s context=%llu bytes=%u code=%d open=%ld", n->model.group,
-         code ? 0ull : (unsigned long long)*context, size, code, handles_open());
+    note("%s group=%s context=%llu bytes=%u code=%d open=%ld", function, n->model.group,
+         code ? 0ull : (unsigned long long)*context, n->model_bytes, code, handles_open());
     if (code)
         network_free(n);
     return code;
+}
+
+int rknn_init(rknn_context *context, void *bytes, uint32_t size, uint32_t flag, void *extend) {
+    (void)extend;
+    network *n = calloc(1, sizeof *n);
+    n->flags = flag;
+    return network_add(n, network_open(n, bytes, size), "init", context);
+}
+
+/* The same model and weights, with buffers, core mask and bindings of its own. */
+int rknn_dup_context(rknn_context *context, rknn_context *duplicate) {
+    network *from = handle_find(*context, NETWORK);
+    if (!from)
+        return RKNN_ERR_CTX_INVALID;
+    network *n = calloc(1, sizeof *n);
+    n->model = from->model;
+    n->model_bytes = from->model_bytes;
+    n->flags = from->flags;
+    n->us = from->us;
+    n->connection = REMOTE_NULL;
+    return network_add(n, network_allocate(n), "dup", duplicate);
 }
 
 int rknn_destroy(rknn_context context) {
@@ -117,6 +129,17 @@ static int query_port(const port *ports, uint32_t count, rknn_tensor_attr *attr)
     return RKNN_SUCC;
 }
 
+static int query_native(const port *ports, uint32_t count, const char *group, rknn_tensor_attr *attr) {
+    int code = query_port(ports, count, attr);
+    if (code == RKNN_SUCC && in_blocks(&ports[attr->index], group)) {
+        const uint32_t dims[] = {1, attr->dims[1] / BLOCK, 1, attr->dims[0], BLOCK};
+        memcpy(attr->dims, dims, sizeof dims);
+        attr->n_dims = 5;
+        attr->fmt = RKNN_NC1HWC2;
+    }
+    return code;
+}
+
 static void query_version(rknn_sdk_version *version, const char *group) {
     bool old = fault("old-version", group);
     snprintf(version->api_version, sizeof version->api_version, "%s",
@@ -133,6 +156,8 @@ static int query(network *n, int command, void *info) {
         break;
     case RKNN_QUERY_INPUT_ATTR: return query_port(m->inputs, m->n_inputs, info);
     case RKNN_QUERY_OUTPUT_ATTR: return query_port(m->outputs, m->n_outputs, info);
+    case RKNN_QUERY_NATIVE_INPUT_ATTR: return query_native(m->inputs, m->n_inputs, m->group, info);
+    case RKNN_QUERY_NATIVE_OUTPUT_ATTR: return query_native(m->outputs, m->n_outputs, m->group, info);
     case RKNN_QUERY_PERF_RUN: *(rknn_perf_run *)info = (rknn_perf_run){n->run_us}; break;
     case RKNN_QUERY_SDK_VERSION: query_version(info, m->group); break;
     case RKNN_QUERY_MEM_SIZE:
@@ -150,6 +175,8 @@ int rknn_query(rknn_context context, int command, void *info, uint32_t size) {
                                      [RKNN_QUERY_INPUT_ATTR] = sizeof(rknn_tensor_attr),
                                      [RKNN_QUERY_OUTPUT_ATTR] = sizeof(rknn_tensor_attr),
                                      [RKNN_QUERY_PERF_RUN] = sizeof(rknn_perf_run),
+                                     [RKNN_QUERY_NATIVE_INPUT_ATTR] = sizeof(rknn_tensor_attr),
+                                     [RKNN_QUERY_NATIVE_OUTPUT_ATTR] = sizeof(rknn_tensor_attr),
                                      [RKNN_QUERY_SDK_VERSION] = sizeof(rknn_sdk_version),
                                      [RKNN_QUERY_MEM_SIZE] = sizeof(rknn_mem_size),
                                      [RKNN_QUERY_CUSTOM_STRING] = sizeof(rknn_custom_string)};
@@ -224,6 +251,8 @@ int rknn_inputs_set(rknn_context context, uint32_t n_inputs, rknn_input inputs[]
     return RKNN_SUCC;
 }
 
+/* -- a run -------------------------------------------------------------------------------------------------- */
+
 int run_faults(const char *group) {
     if (fault("killed", group))
         kill(getpid(), SIGKILL);
@@ -241,6 +270,9 @@ static int compute(network *n) {
     int code = run_faults(group);
     if (code)
         return code;
+    bool bound = all_bound(n) && !computes_nothing();
+    if (bound)
+        read_bound(n);
     if (n->connection >= 0 && !remote_run(n->connection, n->inputs, n->n_inputs, n->outputs, n->n_outputs)) {
         complain("the process that computes %s is gone", group);
         return RKNN_ERR_FAIL;
@@ -249,6 +281,8 @@ static int compute(network *n) {
         memset(n->outputs, 0, n->n_outputs * sizeof *n->outputs);
     if (fault("nan", group))
         n->outputs[n->n_outputs / 2] = NAN;
+    if (bound)
+        write_bound(n);
     return RKNN_SUCC;
 }
 
@@ -259,7 +293,7 @@ int rknn_run(rknn_context context, void *extend) {
         return RKNN_ERR_CTX_INVALID;
     const char *group = n->model.group;
     note("run group=%s context=%llu rows=%u", group, (unsigned long long)context, n->model.outputs[0].dims[0]);
-    if (!n->inputs_set)
+    if (!n->inputs_set && !all_bound(n))
         return RKNN_ERR_INPUT_INVALID;
     turn t = clock_begin(n->us, n->core_mask);
     int code = compute(n);

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 64, TO_DEVICE = 1, FROM_DEVICE = 2 };
+enum { ALIGNMENT = 64 };
 
 static atomic_long n_buffers;
 
@@ -55,19 +55,22 @@ int rknn_destroy_mem(rknn_context context, rknn_tensor_mem *mem) {
     return RKNN_SUCC;
 }
 
-int rknn_mem_sync(rknn_context context, rknn_tensor_mem *mem, int mode) {
-    (void)context;
-    memory *m = (memory *)mem;
-    if (!m || !(mode & (TO_DEVICE | FROM_DEVICE)))
-        return RKNN_ERR_PARAM_INVALID;
-    if (m->device == mem->virt_addr)
-        return RKNN_SUCC;
-    if (mode & TO_DEVICE) {
-        memcpy(m->device, mem->virt_addr, mem->size);
+void memory_sync(memory *m, int mode) {
+    if (m->device == m->mem.virt_addr)
+        return;
+    if (mode & RKNN_MEMORY_SYNC_TO_DEVICE) {
+        memcpy(m->device, m->mem.virt_addr, m->mem.size);
         free(m->widened);
         m->widened = NULL;
     }
-    if (mode & FROM_DEVICE)
-        memcpy(mem->virt_addr, m->device, mem->size);
+    if (mode & RKNN_MEMORY_SYNC_FROM_DEVICE)
+        memcpy(m->mem.virt_addr, m->device, m->mem.size);
+}
+
+int rknn_mem_sync(rknn_context context, rknn_tensor_mem *mem, int mode) {
+    (void)context;
+    if (!mem || !(mode & (RKNN_MEMORY_SYNC_TO_DEVICE | RKNN_MEMORY_SYNC_FROM_DEVICE)))
+        return RKNN_ERR_PARAM_INVALID;
+    memory_sync((memory *)mem, mode);
     return RKNN_SUCC;
 }

@@ -26,12 +26,18 @@ enum {
     RKNN_ERR_OUTPUT_INVALID = -9,
 };
 
+/* Flags of rknn_init: the caller flushes the caches of bound memory, by rknn_mem_sync. */
+enum { RKNN_FLAG_DISABLE_FLUSH_INPUT_MEM_CACHE = 0x4000, RKNN_FLAG_DISABLE_FLUSH_OUTPUT_MEM_CACHE = 0x8000 };
+
+enum { RKNN_MEMORY_SYNC_TO_DEVICE = 1, RKNN_MEMORY_SYNC_FROM_DEVICE = 2 };
+
 enum { RKNN_QUERY_IN_OUT_NUM = 0, RKNN_QUERY_INPUT_ATTR = 1, RKNN_QUERY_OUTPUT_ATTR = 2,
-       RKNN_QUERY_PERF_RUN = 4, RKNN_QUERY_SDK_VERSION = 5, RKNN_QUERY_MEM_SIZE = 6, RKNN_QUERY_CUSTOM_STRING = 7 };
+       RKNN_QUERY_PERF_RUN = 4, RKNN_QUERY_SDK_VERSION = 5, RKNN_QUERY_MEM_SIZE = 6, RKNN_QUERY_CUSTOM_STRING = 7,
+       RKNN_QUERY_NATIVE_INPUT_ATTR = 8, RKNN_QUERY_NATIVE_OUTPUT_ATTR = 9 };
 
 enum { RKNN_FLOAT32 = 0, RKNN_FLOAT16 = 1, RKNN_INT8 = 2, RKNN_INT32 = 6 };
 
-enum { RKNN_NCHW = 0, RKNN_NHWC = 1, RKNN_UNDEFINED = 3 };
+enum { RKNN_NCHW = 0, RKNN_NHWC = 1, RKNN_NC1HWC2 = 2, RKNN_UNDEFINED = 3 };
 
 typedef struct {
     uint32_t n_input, n_output;
@@ -106,6 +112,7 @@ typedef struct {
 } rknn_tensor_mem;
 
 int rknn_init(rknn_context *context, void *model, uint32_t size, uint32_t flag, void *extend);
+int rknn_dup_context(rknn_context *context, rknn_context *duplicate);
 int rknn_destroy(rknn_context context);
 int rknn_query(rknn_context context, int command, void *info, uint32_t size);
 int rknn_set_core_mask(rknn_context context, int core_mask);
@@ -118,6 +125,7 @@ int rknn_outputs_release(rknn_context context, uint32_t n_outputs, rknn_output o
 rknn_tensor_mem *rknn_create_mem(rknn_context context, uint32_t size);
 int rknn_destroy_mem(rknn_context context, rknn_tensor_mem *mem);
 int rknn_mem_sync(rknn_context context, rknn_tensor_mem *mem, int mode);
+int rknn_set_io_mem(rknn_context context, rknn_tensor_mem *mem, rknn_tensor_attr *attr);
 
 /* -- the matmul family: C (M, N) = A (M, K) B (K, N) ---------------------------------------------------------- */
 

@@ -86,6 +86,8 @@ typedef struct {
     int *descriptors;
 } memory;
 
+void memory_sync(memory *m, int mode);
+
 /* -- context.c ---------------------------------------------------------------------------------------------- */
 
 /* RKNN_SUCC for a mask of cores that there are. */
