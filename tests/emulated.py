@@ -14,6 +14,8 @@ import numpy as np
 
 import rwkv_npu
 from rwkv_npu.backends.numpy import NumpyBackend
+from rwkv_npu.backends.rknn import API
+from rwkv_npu.backends.rknn import LITE as RKNNLITE
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, Group
@@ -61,11 +63,14 @@ class EmulatedBoard:
         return [str(self._folder / "bin" / program), *arguments]
 
     def variables(
-        self, *, faults: str = "", log: Path | None = None, socket: Path | None = None
+        self, *, faults: str = "", log: Path | None = None, socket: Path | None = None, lite: bool = False
     ) -> dict[str, str]:
-        """Those of the environment that the stand-in looks at. `socket`: where another process computes."""
+        """Those of the environment that the stand-in looks at. `socket`: where another process computes. `lite`:
+        RKNNLite drives the NPU."""
         stand_in = {"FAULTS": faults, "LOG": str(log or ""), "SOCKET": str(socket or self._socket)}
-        return {f"RKNN_STANDIN_{name}": value for name, value in stand_in.items()}
+        return {f"RKNN_STANDIN_{name}": value for name, value in stand_in.items()} | {
+            API: RKNNLITE if lite else ""
+        }
 
     def run(
         self, *words: object, fresh: bool = False, timeout: float = SECONDS, **options: Any

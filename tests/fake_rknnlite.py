@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
+from rwkv_npu.backends.rknn import API, LITE
 from rwkv_npu.board import hardware, npu
 from rwkv_npu.conversion import artifacts, converter
 from rwkv_npu.formats.bundle import open_bundle
@@ -185,6 +186,7 @@ def become_a_board(monkeypatch: pytest.MonkeyPatch, folder: Path, runtime: str =
     monkeypatch.setitem(sys.modules, "rknnlite.api", api)
     library = folder / "librknnrt.so"
     library.write_bytes(f"librknnrt version: {runtime} (x)".encode())
+    monkeypatch.setenv(API, LITE)
     monkeypatch.setattr(hardware, "soc", lambda: "rk3588")
     monkeypatch.setattr(hardware, "runtime_library", lambda: library)
     monkeypatch.setattr(npu, "LOCK", npu.Lock(folder))

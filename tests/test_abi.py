@@ -20,6 +20,10 @@ STRUCTURES = {
     "rknn_matmul_io_attr": rknn_api.IoAttr,
     "rknn_matmul_shape": rknn_api.Shape,
     "rknn_tensor_mem": rknn_api.TensorMem,
+    "rknn_input_output_num": rknn_api.InOutNum,
+    "rknn_tensor_attr": rknn_api.PortAttr,
+    "rknn_sdk_version": rknn_api.SdkVersion,
+    "rknn_perf_run": rknn_api.PerfRun,
 }
 # As the facts have them, of runtime 2.x: what both sides could get wrong together.
 SIZES = {
@@ -32,6 +36,9 @@ SIZES = {
     "rknn_input": 32,
     "rknn_output": 24,
     "rknn_mem_size": 64,
+    "rknn_input_output_num": 8,
+    "rknn_sdk_version": 512,
+    "rknn_perf_run": 8,
 }
 
 

@@ -32,17 +32,30 @@ def bundle(board_bundles) -> Path:
     return board_bundles["4"]
 
 
+# How the NPU is reached: backends, and the backend `rknn` through RKNNLite.
+WAYS = (*NPU_BACKENDS, "rknnlite")
+
+
 def arguments(bundle: Path, *more: object, backend: str = "rknn") -> list[object]:
     greedy = ["--ids", "-p", IDS, "-n", TOKENS, "--temp", 0, "-t", 1]
-    return ["generate", "-m", bundle, *greedy, "--backend", backend, *more]
+    return [
+        "generate",
+        "-m",
+        bundle,
+        *greedy,
+        "--backend",
+        "rknn" if backend == "rknnlite" else backend,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
 def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
     """What the NPU writes when nothing is wrong, by backend."""
     found = {}
-    for backend in NPU_BACKENDS:
-        result = emulated_board.run("rwkv-npu", *arguments(bundle, backend=backend))
+    for backend in WAYS:
+        words = arguments(bundle, backend=backend)
+        result = emulated_board.run("rwkv-npu", *words, lite=backend == "rknnlite")
         assert result.returncode == 0 and len(result.stdout.split()) == TOKENS
         assert "warning" not in result.stderr and "failed" not in result.stderr
         found[backend] = result.stdout
@@ -57,6 +70,13 @@ def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
         ("rknn", "run-fails/7", "calls to the NPU failed\n"),
         (
             "rknn",
+            "no-io-memory",
+            "warning: RKNNLite drives the NPU, more slowly, because rknn_set_io_mem of ",
+        ),
+        ("rknn", "native-blocks", "generated 10 tokens"),
+        ("rknnlite", "run-fails@20", "| 1 calls to the NPU failed\n"),
+        (
+            "rknnlite",
             "run-fails@5+:mid.0,nan@6+:last,zeros@7+:first,wrong-size@5+:head",
             "| 8 calls to the NPU failed, on the CPU: ",
         ),
@@ -78,7 +98,8 @@ def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
 def test_the_text_stays(
     emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], backend: str, faults: str, said: str
 ) -> None:
-    result = emulated_board.run("rwkv-npu", *arguments(bundle, backend=backend), faults=faults)
+    words = arguments(bundle, backend=backend)
+    result = emulated_board.run("rwkv-npu", *words, faults=faults, lite=backend == "rknnlite")
     assert result.returncode == 0 and said in result.stderr, result.stderr
     assert result.stdout == texts[backend]
     assert result.stderr.count("rwkv-npu: warning: ") <= 1
@@ -103,8 +124,10 @@ def test_a_hang_is_left_behind(
             [],
             "4 of 4 contexts fail their self-test (first at 1 rows: all outputs are zero)",
         ),
-        ("rknn", "init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
+        ("rknn", "init-memory@5", [], " bytes of NPU memory: end other programs"),
+        ("rknnlite", "init-memory@5", [], "failed to allocate NPU memory for last: end other programs"),
         ("rknn", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.0"),
+        ("rknnlite", "old-runtime", [], "rwkv-npu convert --toolkit 2.3.0"),
         ("rknn", "core-mask", ["--npu-cores", "0"], "this chip does not have the NPU core 0: use auto"),
         ("rknn", "fds=200000", [], "failed to allocate NPU memory for first"),
         (
@@ -126,7 +149,8 @@ def test_a_hang_is_left_behind(
 def test_what_cannot_be_mended_is_one_line(
     emulated_board: EmulatedBoard, bundle: Path, backend: str, faults: str, more: list[str], said: str
 ) -> None:
-    result = emulated_board.run("rwkv-npu", *arguments(bundle, *more, backend=backend), faults=faults)
+    words = arguments(bundle, *more, backend=backend)
+    result = emulated_board.run("rwkv-npu", *words, faults=faults, lite=backend == "rknnlite")
     assert result.returncode == 1 and result.stdout == ""
     assert said in result.stderr and result.stderr.count("\n") == 1, result.stderr
 

@@ -35,13 +35,13 @@ def test_the_oldest_rknnlite_that_may_be_installed(emulated_board: EmulatedBoard
     lite = build.make_lite(wanted[1], lambda line: print(line, file=sys.stderr))
     words = ["generate", "-m", board_bundles["4"], "--ids", "-p", "5,6,7", "-n", 6, "--temp", 0, "-t", 1]
     words += ["--backend", "rknn"]
-    expected = emulated_board.run("rwkv-npu", *words).stdout
+    expected = emulated_board.run("rwkv-npu", *words, lite=True).stdout
     for faults, said in (
         ("", "generated 6"),
         ("run-fails@20", "1 calls"),
         ("wrong-size@4+:head", ": head\n"),
     ):
-        result = emulated_board.run("python", "-c", WITH_LITE, lite, *words, faults=faults)
+        result = emulated_board.run("python", "-c", WITH_LITE, lite, *words, faults=faults, lite=True)
         assert result.returncode == 0 and result.stdout == expected != "", result.stderr
         assert said in result.stderr
 

@@ -274,7 +274,7 @@ def test_another_chip(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_board_without_rknnlite(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rknnlite.api", None)
-    refused(bundle, "rknn needs rknn-toolkit-lite2: pip install rknn-toolkit-lite2")
+    refused(bundle, "RWKV_NPU_API=rknnlite needs rknn-toolkit-lite2: pip install rknn-toolkit-lite2")
 
 
 def test_memory_is_counted_before_anything_is_loaded(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

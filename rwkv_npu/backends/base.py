@@ -65,16 +65,44 @@ class Source(Protocol):
 class Runner(Protocol):
     """A group opened for a number of rows.
 
-    The backend owns `inputs`, (M, width) fp32 each. The caller fills them and calls `run`. Outputs are valid until the
-    next run of this runner. For several rows they are overwritten earlier: layers after the first may share two sets of
-    arrays, so the second next run of a group of the same role may reuse them. Runners of one row and different groups
-    may run at the same time.
+    The backend owns `inputs`, (M, width) each. The caller fills them (see `fill`) and calls `run`. Arrays are fp32, or
+    fp16 in an NPU's memory. Outputs are valid until the next run of this runner. For several rows they are overwritten
+    earlier: layers after the first may share two sets of arrays, so the second next run of a group of the same role may
+    reuse them. Runners of one row and different groups may run at the same time.
     """
 
     @property
     def inputs(self) -> dict[str, np.ndarray]: ...
 
     def run(self) -> Mapping[str, np.ndarray]: ...
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """A runner that fills its inputs itself."""
+
+    def load(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Copy inputs (R, width) for the next run, R <= M."""
+
+
+def fill(runner: Runner, inputs: Mapping[str, np.ndarray]) -> None:
+    """Copy inputs (R, width) into the arrays of a runner for M >= R rows."""
+    if isinstance(runner, Loader):
+        runner.load(inputs)
+    else:
+        copy_rows(inputs, runner.inputs)
+
+
+def copy_rows(inputs: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray]) -> None:
+    """Copy inputs (R, width) into arrays (M, width), M >= R.
+
+    A row depends only on rows above it, so padding is at the end. It repeats the last row: norms of zeros may fail on a
+    chip.
+    """
+    for name, source in inputs.items():
+        target, rows = targets[name], len(source)
+        target[:rows] = source
+        target[rows:] = source[-1]
 
 
 class Backend(Protocol):

@@ -1,6 +1,5 @@
 """Matrix products on the NPU: x (M, K) fp32 times a weight packed in NPU memory, its columns split over the cores.
 
-    Memory    a buffer in NPU memory, and an array over the same bytes
     Context   one shape on one core: buffers for A and C, and the B that is bound
     Weight    a matrix, padded, cut into parts along K and N, packed once
     Products  opens contexts, packs weights, multiplies
@@ -27,19 +26,17 @@ from rwkv_npu.backends.rknn_api import (
     INT8,
     K_BLOCK,
     MAX_K,
-    MESSAGES,
     NATIVE,
-    OUT_OF_MEMORY,
     TO_DEVICE,
     IoAttr,
     Kind,
     Library,
     MatmulInfo,
+    Memory,
     Shape,
     TensorAttr,
     check,
 )
-from rwkv_npu.errors import BackendError
 from rwkv_npu.quant.npu import spans
 
 # A block of the native layouts of A and C as one element of 16 bytes: 8 fp16 or 16 int8 operands, or 4 sums. Copying
@@ -76,24 +73,6 @@ def cut(K: int, N: int, kind: Kind, cores: int) -> Cut:
 def _parts(length: int, block: int, count: int) -> tuple[int, ...]:
     blocks = ceil(length / block)
     return tuple(block * (blocks * (i + 1) // count - blocks * i // count) for i in range(count))
-
-
-class Memory:
-    """A buffer in NPU memory, and an int8 array over the same bytes."""
-
-    def __init__(self, library: Library, context: int, size: int):
-        self._library, self._context = library, context
-        self.pointer = library.create_mem(context, size)
-        if not self.pointer:
-            raise BackendError(f"rknn_create_mem found no {size} bytes: {MESSAGES[OUT_OF_MEMORY]}")
-        address = ctypes.cast(self.pointer.contents.virt_addr, ctypes.POINTER(ctypes.c_int8))
-        self.bytes = np.ctypeslib.as_array(address, (size,))
-
-    def sync(self, direction: int) -> None:
-        check("rknn_mem_sync", self._library.mem_sync(self._context, self.pointer, direction))
-
-    def close(self) -> None:
-        self._library.destroy_mem(self._context, self.pointer)
 
 
 @dataclass

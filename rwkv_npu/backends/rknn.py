@@ -1,13 +1,15 @@
-"""Rockchip's NPU through RKNNLite, on a board: each artifact is a context, which is opened once.
+"""Rockchip's NPU on a board: each artifact is a context, which is opened once.
 
-`RKNNLite.inference` returns arrays even if `rknn_run` failed. This module therefore calls its steps one by one and
-checks every return code. Inputs are passed in fp32, because librknnrt converts any input to fp16 by itself.
+librknnrt's own interface drives it (`rknn_context`). RKNNLite does where that interface is refused, or where the
+variable API asks for it. `RKNNLite.inference` returns arrays even if `rknn_run` failed. This module therefore calls its
+steps one by one and checks every return code. Its inputs are fp32, because librknnrt converts them to fp16 by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.backends.base import Runner, Source, allocate_inputs
 from rwkv_npu.backends.memory import MemoryPlan, check_room
-from rwkv_npu.backends.rknn_api import check
+from rwkv_npu.backends.rknn_api import CHIP, OVERRIDE, Networks, check
+from rwkv_npu.backends.rknn_context import Context, ContextRunner, Refused
 from rwkv_npu.board import hardware
 from rwkv_npu.board.hardware import numbers
 from rwkv_npu.board.npu import LOCK, captured, raise_file_limit
@@ -34,6 +37,7 @@ CHIP_CORES = {"rk3588": "0,1,2", "rk3576": "0,1"}  # chips with several cores
 ANY_CORE = 0  # the mask by which the runtime chooses a core
 PACKAGE = "rknn-toolkit-lite2"
 DEFAULT_CORES = "auto"
+API, LITE = "RWKV_NPU_API", "rknnlite"  # environment variable, and its value that asks for RKNNLite
 
 
 class ArtifactSource(Source, Protocol):
@@ -144,9 +148,9 @@ class RknnBackend:
         self._masks = CORES.get(CHIP_CORES.get(chip, "") if self._auto else cores, (ANY_CORE,))
         chosen = _fitting(source, chip=chip)
         self._artifacts = {(artifact.group, artifact.rows): artifact for artifact in chosen}
-        self._lite = _rknnlite()
+        self._networks, self._lite = _interface()
         check_room(source.memory_plan(chosen), "the artifacts", "convert with one row count, such as 32")
-        self._contexts: dict[tuple[str, int], Any] = {}
+        self._contexts: dict[tuple[str, int], Any] = {}  # of RKNNLite, or `Context`
         raise_file_limit()
         LOCK.acquire()
         self._locked = True
@@ -158,23 +162,27 @@ class RknnBackend:
     def queue(self, group: Group) -> int:
         return group.layer % len(self._masks)
 
-    def open(self, group: Group, rows: int) -> RknnRunner:
+    def open(self, group: Group, rows: int) -> Runner:
         key = group.name, rows
         if key not in self._artifacts:
             raise BackendError(f"there is no artifact of {group.name} for {rows} rows")
         artifact = self._artifacts[key]
         path = self._source.artifact_path(artifact)
+        order = _input_order(path, group, rows)
         if key not in self._contexts:
-            self._contexts[key] = lite = self._open_context(path, artifact, group)
+            self._contexts[key] = opened = self._open_context(path, artifact, group)
             self._bar.update()
-            if len(self._contexts) == 1 and (warning := _outdated(lite, artifact)):
+            if len(self._contexts) == 1 and (warning := _outdated(opened, artifact)):
                 warnings.warn(warning, stacklevel=2)
-        return RknnRunner(self._contexts[key], group, rows, _input_order(path, group, rows))
+        context = self._contexts[key]
+        if isinstance(context, Context):
+            return ContextRunner(context, group, rows)
+        return RknnRunner(context, group, rows, order)
 
     def _open_context(self, path: Path, artifact: Artifact, group: Group) -> Any:
         """A context on the core of its group. With `auto`, a runtime that refuses cores chooses them by itself."""
         try:
-            return _open_context(self._lite, path, artifact, self._masks[self.queue(group)])
+            return self._open_on(path, artifact, self._masks[self.queue(group)])
         except CoreRefused as refused:
             if not self._auto:
                 raise BackendError(f"{refused}: use auto") from refused
@@ -182,13 +190,25 @@ class RknnBackend:
                 f"one call at a time, on a core that the runtime chooses, since: {refused}", stacklevel=2
             )
             self._masks = (ANY_CORE,)
-            return _open_context(self._lite, path, artifact, ANY_CORE)
+            return self._open_on(path, artifact, ANY_CORE)
+
+    def _open_on(self, path: Path, artifact: Artifact, mask: int) -> Any:
+        """A context on the cores of a mask, through RKNNLite if memory of ours is refused at the first one."""
+        if self._networks is not None:
+            try:
+                return _open_network(self._networks, path, artifact, mask)
+            except Refused as refused:
+                if self._contexts:
+                    raise
+                self._networks, self._lite = None, _rknnlite(refused)
+        return _open_lite(self._lite, path, artifact, mask)
 
     def close(self) -> None:
         self._bar.close()
         while self._contexts:
             with captured():
-                self._contexts.popitem()[1].release()
+                context = self._contexts.popitem()[1]
+                context.close() if isinstance(context, Context) else context.release()
         if self._locked:
             self._locked = False
             LOCK.release()
@@ -198,7 +218,7 @@ class RknnBackend:
 
 
 def _chip() -> str:
-    chip = hardware.soc()
+    chip = hardware.soc() or (CHIP if OVERRIDE in os.environ else None)
     if chip is None:
         raise BackendError(
             "rknn needs a board with a Rockchip NPU, and this machine has none: rknn-sim computes the same, "
@@ -221,16 +241,34 @@ def _fitting(source: ArtifactSource, chip: str) -> list[Artifact]:
     return [artifact for artifact in fitting if artifact.precision == fitting[0].precision]
 
 
-def _rknnlite() -> Any:
+def _interface() -> tuple[Networks | None, Any]:
+    """librknnrt's own interface; where that is refused or not wanted, RKNNLite. The other is None."""
+    if os.environ.get(API) == LITE:
+        return None, _rknnlite()
+    try:
+        return Networks(), None
+    except BackendError as refused:
+        return None, _rknnlite(refused)
+
+
+def _rknnlite(refused: BackendError | None = None) -> Any:
+    """RKNNLite's class. refused: why librknnrt's own interface is not used; it becomes a warning."""
     with captured() as printed:
         try:
             from rknnlite.api import RKNNLite
         except ImportError as error:
             missing: ImportError | None = error
         else:
-            return RKNNLite
+            missing = None
+    if missing is None:
+        if refused:
+            warnings.warn(f"RKNNLite drives the NPU, more slowly, because {refused}", stacklevel=4)
+        return RKNNLite
+    if refused:
+        raise BackendError(f"{refused}; RKNNLite is not installed, which may work: pip install {PACKAGE}")
     raise BackendError(
-        f"rknn needs {PACKAGE}: pip install {PACKAGE} (on aarch64, Python 3.10 to 3.12; {missing}{printed.text[:80]})"
+        f"{API}={LITE} needs {PACKAGE}: pip install {PACKAGE} (on aarch64, Python 3.10 to 3.12; "
+        f"{missing}{printed.text[:80]})"
     )
 
 
@@ -252,8 +290,20 @@ class CoreRefused(BackendError):
     """The runtime does not run contexts on this core."""
 
 
-def _open_context(rknnlite: Any, path: Path, artifact: Artifact, mask: int) -> Any:
-    """An RKNNLite that has loaded the artifact, on the cores of a mask. Raises BackendError."""
+def _open_network(library: Networks, path: Path, artifact: Artifact, mask: int) -> Context:
+    """A context of librknnrt, on the cores of a mask. Raises BackendError, CoreRefused, Refused."""
+    with captured() as printed:
+        try:
+            return Context.open(library, path.read_bytes(), mask)
+        except Refused:
+            raise
+        except BackendError as error:
+            failed = str(error)
+    raise _refusal("librknnrt", f"{printed.text}\n{failed}", path, artifact, mask)
+
+
+def _open_lite(rknnlite: Any, path: Path, artifact: Artifact, mask: int) -> Any:
+    """An RKNNLite that has loaded the artifact, on the cores of a mask. Raises BackendError, CoreRefused."""
     with captured() as printed:
         lite, raised = rknnlite(verbose=False), ""
         try:
@@ -264,38 +314,47 @@ def _open_context(rknnlite: Any, path: Path, artifact: Artifact, mask: int) -> A
             with contextlib.suppress(Exception):
                 lite.release()
     if failed:
-        text = f"{printed.text}\n{raised}"
-        if mask != ANY_CORE and (refused := re.search(r".*(core mode|core mask|core_mask).*", text)):
-            core = mask.bit_length() - 1
-            raise CoreRefused(f"{_bare(refused[0])}: this chip does not have the NPU core {core}")
-        reason = explain(text, artifact)
-        raise BackendError(f"RKNNLite cannot open {path.name}: {reason}")
+        raise _refusal("RKNNLite", f"{printed.text}\n{raised}", path, artifact, mask)
     lite.rknn_data = None  # free the file's content: librknnrt has a copy
     return lite
 
 
-def _outdated(lite: Any, artifact: Artifact) -> str:
+def _refusal(opener: str, text: str, path: Path, artifact: Artifact, mask: int) -> BackendError:
+    """The error for an artifact that cannot be opened. text: what was printed."""
+    if mask != ANY_CORE and (refused := re.search(r".*(core mode|core mask|core_mask).*", text)):
+        core = mask.bit_length() - 1
+        return CoreRefused(f"{_bare(refused[0])}: this chip does not have the NPU core {core}")
+    return BackendError(f"{opener} cannot open {path.name}: {explain(text, artifact)}")
+
+
+def _outdated(context: Any, artifact: Artifact) -> str:
     """A warning about a runtime or driver that is too old, "" if neither is."""
     with captured():
-        _, runtime, driver = (str(text) for text in lite.rknn_runtime.get_sdk_version())
+        if isinstance(context, Context):
+            runtime, driver = context.versions()
+        else:
+            _, runtime, driver = (str(text) for text in context.rknn_runtime.get_sdk_version())
     return hardware.outdated(runtime, driver, artifact.toolkit)
 
 
 def explain(text: str, artifact: Artifact) -> str:
-    """Turn RKNNLite's log into one line: the error and advice."""
+    """Turn the log of librknnrt or RKNNLite into one line: the error and advice."""
     library = hardware.runtime_library()
     runtime = hardware.runtime_version(library) if library else None
     advice = {
-        r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*": _older_file(artifact, runtime),
+        r"Invalid RKNN model version.*|.*RKNN_ERR_MODEL_INVALID.*|rknn_init returned -6:.*": _older_file(
+            artifact, runtime
+        ),
         r"Can not find dynamic library.*": "librknnrt.so belongs in /usr/lib; it comes with the board's image",
         r".*missing in the container.*": "start it with --device /dev/dri/renderD129 and "
         "-v /proc/device-tree/compatible:/proc/device-tree/compatible",
-        r".*(failed to open rknpu|need to insmod).*|.*RKNN_ERR_DEVICE_UNAVAILABLE.*": "the kernel's NPU driver cannot "
-        "be opened: run rwkv-npu doctor",
-        r".*(RKNN_ERR_MALLOC_FAIL|failed to allocate|Cannot allocate memory).*": "end other programs, or convert with "
-        "one row count, such as 32",
+        r".*(failed to open rknpu|need to insmod|RKNN_ERR_DEVICE_UNAVAILABLE|rknn_init returned -3:).*": "the "
+        "kernel's NPU driver cannot be opened: run rwkv-npu doctor",
+        r".*(RKNN_ERR_MALLOC_FAIL|failed to allocate|Cannot allocate memory|returned -4:).*": "end other programs, "
+        "or convert with one row count, such as 32",
         r".*Too many open files.*": "raise the limit, ulimit -Hn",
-        r".*RKNN_ERR_TARGET_PLATFORM_UNMATCH.*": f"the artifact is for the {artifact.target}: convert for this chip",
+        r".*(RKNN_ERR_TARGET_PLATFORM_UNMATCH|rknn_init returned -13:).*": "the artifact is for the "
+        f"{artifact.target}: convert for this chip",
     }
     for pattern, action in advice.items():
         if match := re.search(pattern, text):
@@ -305,7 +364,8 @@ def explain(text: str, artifact: Artifact) -> str:
         line for line in lines if re.match(r"E? ?RKNN\b", line)
     ]  # librknnrt's errors are the more precise ones
     errors = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
-    return _bare(errors[-1]) if errors else "it reports no reason: run rwkv-npu doctor"
+    codes = re.findall(r"rknn_\w+ .*returned .*", text)
+    return _bare((errors or codes)[-1]) if errors or codes else "it reports no reason: run rwkv-npu doctor"
 
 
 def _older_file(artifact: Artifact, runtime: str | None) -> str:

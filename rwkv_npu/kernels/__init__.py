@@ -2,6 +2,7 @@
 
     recurrence.py      the recurrences; one file a generation: v4.py .. v7.py, with chunk.py for prompts and parts.py
     sampling.py        the sampler
+    halves.py          conversion between fp16 and fp32
     recorder.py        records groups, and the fused forward, as operations; program.py gives them memory,
                        machine.py executes them, pool.py does so on several threads; instructions.py is their format
     linear.py          matrix products: loops in products.py, tiles in tiles.py, vectors in simd.py

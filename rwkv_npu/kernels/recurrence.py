@@ -58,13 +58,16 @@ class Compiled:
         self._threads = threads or len(hardware.big_cores())
         self._pool: ThreadPoolExecutor | None = None
         self._y = np.empty((0, 0), np.float32)
+        self._copies: dict[str, np.ndarray] = {}
+        self._widen = load("halves").widen
         self._table = segment_table(0)
 
     def prepare(self, vector: Callable[[str], np.ndarray], spec: Spec) -> np.ndarray:
         return parameters(vector, spec)
 
     def time_mix(self, p: np.ndarray, x: Arrays, rows: Rows, layer: int, carry: Arrays) -> np.ndarray:
-        values = [_plain(array) for array in self._kernel.inputs(x, carry)]
+        x = {name: self._plain(name, array, keep=layer == 0) for name, array in x.items()}
+        values = self._kernel.inputs(x, carry)
         if self._y.shape != values[0].shape:
             self._y = np.empty_like(values[0])
         if len(self._table) <= len(rows.counts):
@@ -80,6 +83,21 @@ class Compiled:
         arguments[A_VALUES : A_VALUES + len(values)] = [array.ctypes.data for array in values]
         self._run(arguments.ctypes.data, len(rows), len(rows.counts) * self._spec.H)
         return self._y
+
+    def _plain(self, name: str, array: np.ndarray, *, keep: bool) -> np.ndarray:
+        """The array, or a contiguous fp32 copy of it: kernels read nothing else. An NPU's outputs are fp16.
+
+        keep: make a new copy, because v7's later layers read the values of layer 0.
+        """
+        if array.flags.carray and array.dtype == np.float32:
+            return array
+        copy = None if keep else self._copies.get(name)
+        if copy is None or copy.shape != array.shape:
+            copy = np.empty(array.shape, np.float32)
+        if not keep:
+            self._copies[name] = copy
+        self._widen(array, copy)
+        return copy
 
     def _run(self, arguments: int, rows: int, units: int) -> None:
         """Run the kernel over all units, the heads of all segments, on as many threads as there is work for."""
@@ -100,12 +118,6 @@ class Compiled:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """The array, or a contiguous fp32 copy of it: kernels read nothing else."""
-    plain = array.flags.carray and array.dtype == np.float32
-    return array if plain else np.array(array, np.float32, order="C")
 
 
 def compiled(spec: Spec, threads: int | None = None) -> Compiled | None:

@@ -176,6 +176,12 @@ def load_halves(b: Any, address: Any) -> Any:
     return b.fpext(read(b, address, ir.VectorType(ir.HalfType(), LANES)), Floats.llvm)
 
 
+@operation(types.void, Floats, ADDRESS)
+def store_halves(b: Any, v: Any, address: Any) -> None:
+    """16 float16, rounded to nearest."""
+    write(b, address, b.fptrunc(v, ir.VectorType(ir.HalfType(), LANES)))
+
+
 @operation(Floats, ADDRESS)
 def load_bfloats(b: Any, address: Any) -> Any:
     """16 bfloat16, widened."""
@@ -265,6 +271,13 @@ def total(b: Any, v: Any) -> Any:
 def larger(b: Any, x: Any, y: Any) -> Any:
     """The larger of both; NaN where either is NaN."""
     return call(b, "llvm.maximum.v16f32", Floats.llvm, x, y)
+
+
+@operation(Floats, Floats, Floats)
+def larger_magnitude(b: Any, x: Any, y: Any) -> Any:
+    """NaN where either is. Bits of magnitudes are ordered as integers are, which takes one instruction."""
+    x, y = (b.and_(b.bitcast(v, Ints.llvm), constant(Ints, 0x7FFFFFFF)) for v in (x, y))
+    return b.bitcast(b.select(b.icmp_signed(">", x, y), x, y), Floats.llvm)
 
 
 @operation(types.float32, Floats)

@@ -139,3 +139,21 @@ class NumpyMaths:
     def row_matmul(self, x: np.ndarray, s: np.ndarray) -> np.ndarray:
         rank = x.shape[1]
         return (x[:, None, :] @ s.reshape(-1, rank, rank))[:, 0]
+
+
+def narrow(source: np.ndarray, target: np.ndarray) -> float:
+    """Copy an array of any float type to an fp16 array of the same shape. Past fp16's range there is infinity.
+
+    Returns `largest_magnitude(source)`.
+    """
+    with np.errstate(over="ignore"):
+        target[...] = source
+    return largest_magnitude(source)
+
+
+def largest_magnitude(array: np.ndarray) -> float:
+    """The largest magnitude in a float array. Not finite if any element is not."""
+    if array.dtype == np.float16:  # as integers, because NumPy widens each fp16 for a comparison
+        bits = (np.ascontiguousarray(array).view(np.uint16) & np.uint16(0x7FFF)).max()
+        return float(bits.view(np.float16))
+    return float(np.abs(array).max())

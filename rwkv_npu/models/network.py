@@ -211,6 +211,7 @@ class ReferenceRecurrence:
         self.prepare, self._time_mix = module.prepare, module.time_mix
 
     def time_mix(self, p: Any, x: Arrays, rows: Rows, layer: int, carry: Arrays) -> np.ndarray:
+        x = {name: np.asarray(array, np.float32) for name, array in x.items()}
         carried: Any = carry.setdefault("segments", [{} for _ in rows.counts])  # type: ignore[arg-type]
         y = np.empty_like(x["v"])
         for (segment, state), own in zip(rows.segments, carried, strict=True):

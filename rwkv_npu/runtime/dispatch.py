@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from rwkv_npu.backends.base import Backend, Faults, FusedBackend, QueuedBackend, QueuedRunner, Runner
+from rwkv_npu.backends.base import Backend, Faults, FusedBackend, QueuedBackend, QueuedRunner, Runner, fill
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 
@@ -26,6 +26,7 @@ class Counters:
     """Calls and seconds since the engine was opened.
 
     calls: calls to backends, for groups or the fused forward. run_s: seconds in backends, by role of group.
+    npu_s: the part of it that an NPU worked, as it reports.
     recurrence_s: seconds in recurrences. dispatch_s: seconds to select runners and fill their inputs.
     queue_s: seconds of calls by queue. The calls of several queues, and the CPU's work, take place at the same time.
     waited_s: seconds in which the CPU had no work, because all forwards waited for calls.
@@ -34,6 +35,7 @@ class Counters:
 
     calls: int = 0
     run_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    npu_s: float = 0.0
     recurrence_s: float = 0.0
     dispatch_s: float = 0.0
     queue_s: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -96,6 +98,7 @@ class Call:
             self.outputs, seconds = self.queued.finish()
             self._count(seconds)
             self._counters.queue_s[self.queue] += seconds
+            self._counters.npu_s += getattr(self.queued, "npu_seconds", 0.0)
         return {name: array[: self._rows] for name, array in self.outputs.items()}
 
     def _count(self, seconds: float) -> None:
@@ -150,7 +153,6 @@ class Dispatcher:
     ) -> Call:
         """Start a group on inputs (M, width) by name, which are copied. `done` is called when the call has ended.
 
-        A row depends only on rows above it, so padding is at the end.
         keep: the outputs stay valid when other groups run.
         """
         begin = time.perf_counter()
@@ -161,11 +163,7 @@ class Dispatcher:
         runner = self._runners.get(key) or backend.open(group, capacity)
         if counts is not None or rows <= KEPT_ROWS:
             self._runners[key] = runner
-        targets = runner.inputs
-        for port in group.inputs:
-            target, source = targets[port.name], inputs[port.name]
-            target[:rows] = source
-            target[rows:] = source[-1]  # not zeros: their norm may fail on a chip
+        fill(runner, {port.name: inputs[port.name] for port in group.inputs})
         self.counters.dispatch_s += time.perf_counter() - begin
         call = Call(self.counters, group, rows)
         call.start(runner, backend.queue(group) if isinstance(backend, QueuedBackend) else None, done, keep)

@@ -290,7 +290,7 @@ class Engine:
         logits = []
         for begin in range(0, len(x), most):
             out = yield self.program.group("head"), {"x": x[begin : begin + most]}
-            logits.append(out["logits"].copy())
+            logits.append(out["logits"].astype(np.float32))
         return np.concatenate(logits) if len(logits) > 1 else logits[0] if logits else None
 
     def _hidden(self, rows: Rows, decode: bool) -> Steps:

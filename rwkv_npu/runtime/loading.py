@@ -184,8 +184,6 @@ def why_absent(backend: str, source: ModelSource) -> str | None:
         if not any(artifact.target == chip for artifact in source.artifacts()):
             in_precision = f", in {source.precision}" if source.precision else ""
             return f"there are no artifacts for the {chip}, {source.program.fusion} fusion{in_precision}"
-        if importlib.util.find_spec("rknnlite") is None:
-            return "rknn-toolkit-lite2 is not installed (pip install rknn-toolkit-lite2)"
     if hardware.runtime_library() is None:
         return "librknnrt.so is not in /usr/lib"
     return None
