@@ -10,7 +10,7 @@ import pytest
 
 from bench.peers import quality, results, study
 from bench.peers.children import Child
-from bench.peers.systems import OURS, REFERENCE, SYSTEMS, Failed, chosen, fitting, size_on_disk
+from bench.peers.systems import LIMITS, OURS, REFERENCE, SYSTEMS, Failed, chosen, fitting, size_on_disk
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.gguf import gguf_name
 from rwkv_npu.formats.gguf_writer import entries, metadata, write_gguf
@@ -243,7 +243,7 @@ def test_report_names_everything() -> None:
     assert list(size["ratios"]) == [f"{OURS} fp16"] and list(size["ratios"][f"{OURS} fp16"]) == [REFERENCE]
     whole = {
         "size": "v7-0.1b",
-        "machine": {"cpu": "Some CPU", "cores": 2, "memory_gb": 25.0},
+        "machine": {"cpu": "Some CPU", "instruction_set": "AVX2", "cores": 2, "memory_gb": 25.0},
         "settings": {"threads": 2, "prompts": [8, 16], "tokens": 8, "rounds": 3},
         "date": "2026-01-01",
         "commit": "1234567",
@@ -307,3 +307,16 @@ def test_size_on_disk_of_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "a/b").write_bytes(b"123")
     (tmp_path / "c").write_bytes(b"4567")
     assert (size_on_disk(tmp_path), size_on_disk(tmp_path / "c")) == (7, 4)
+
+
+def test_a_limit_leaves_out_systems_that_choose_their_own_instructions() -> None:
+    assert {s.name for s in chosen([], "7")} - {s.name for s in chosen([], "7", limited=True)} == {
+        f"{OURS} int4 ort"
+    }
+
+
+def test_a_limit_reaches_the_worker(tmp_path: Path) -> None:
+    variables = LIMITS["avx2"].variables
+    with Child(Path(sys.executable), "package", 1, tmp_path / "log", variables) as child:
+        environment = Path(f"/proc/{child._process.pid}/environ").read_text().split("\0")
+    assert {f"{name}={value}" for name, value in variables.items()} <= set(environment)

@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.peers.results import report
 from bench.peers.study import Task, study
-from bench.peers.systems import REPOSITORY, SYSTEMS, Failed, Workshop
+from bench.peers.systems import LIMITS, REPOSITORY, SYSTEMS, Failed, Workshop
 from bench.saving import save
 from rwkv_npu.bench.machine import describe
 from tools.make_checkpoint import SIZES
@@ -39,7 +39,9 @@ def main() -> int:
         "machine": describe(),
         "settings": {key: getattr(arguments, key) for key in ("threads", "prompts", "tokens", "rounds")},
     }
-    workshop = Workshop(folder, arguments.torch, arguments.threads, say)
+    if arguments.limit:
+        facts["machine"] |= {"instruction_set": arguments.limit.upper() + ", to which all are limited"}
+    workshop = Workshop(folder, arguments.torch, arguments.threads, say, arguments.limit)
     names = [part for part in arguments.systems.split(",") if part]
     try:
         for size in arguments.sizes.split(","):
@@ -83,6 +85,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded in a turn (default: 64)")
     parser.add_argument("--threads", type=int, default=2, help="of every system (default: 2)")
     parser.add_argument("--torch", default="torch==2.13.0", help="requirement of the environment with torch")
+    parser.add_argument(
+        "--limit", choices=LIMITS, default="", help="keep every system to this instruction set"
+    )
     parser.add_argument("--save", help="write SAVE-SIZE.json and SAVE-SIZE.md")
     arguments = parser.parse_args()
     for size in arguments.sizes.split(","):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,9 @@ from bench.peers.systems import HERE, Failed
 class Child:
     """A running worker. Output of its runtime goes to `log`."""
 
-    def __init__(self, python: Path, runtime: str, threads: int, log: Path):
+    def __init__(
+        self, python: Path, runtime: str, threads: int, log: Path, variables: Mapping[str, str] | None = None
+    ):
         self._log = log
         fixed = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
         inherited = {
@@ -27,7 +30,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**inherited, **fixed, "HF_HUB_OFFLINE": "1"},
+                env={**inherited, **fixed, **(variables or {}), "HF_HUB_OFFLINE": "1"},
                 text=True,
             )
 

@@ -84,7 +84,8 @@ def report(results: Mapping[str, Any]) -> str:
     about = [
         "# RWKV on a CPU: this project beside its peers",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {results['date']}; "
+        f"{machine['cpu']} ({machine['instruction_set']}), {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"{results['date']}; "
         f"this project at {results['commit']}; `{results['command']}`.",
         f"The same random weights for all; {settings['threads']} threads; prompts of {prompts} tokens, "
         f"then {settings['tokens']} tokens one by one; {settings['rounds']} rounds in which every system takes "

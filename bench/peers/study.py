@@ -56,7 +56,7 @@ def study(
 
     A system that cannot be created, opened or run is skipped with its reason.
     """
-    wanted = chosen(names, task.spec.generation)
+    wanted = chosen(names, task.spec.generation, bool(workshop.limit))
     reference = reference_logits(task, workshop)
     left_out: dict[str, str] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -95,7 +95,7 @@ def open_child(
     path = workshop.model(system, model)
     python = workshop.python(system.environment)
     log = workshop.folder / "logs" / f"{model}.{_file_name(system)}.log"
-    child = stack.enter_context(Child(python, system.runtime, workshop.threads, log))
+    child = stack.enter_context(Child(python, system.runtime, workshop.threads, log, workshop.variables))
     options = {"generation": generation, "threads": workshop.threads}
     row = child.ask("open", model=str(path), weights=system.weights, backend=system.backend, **options)
     return child, {**row, "file_bytes": size_on_disk(path)}

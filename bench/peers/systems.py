@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -21,6 +22,31 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "ours": ("-e", f"{REPOSITORY}[fast,gguf]"),
     "torch": ("{torch}", "rwkv==0.8.32", "transformers==5.23.0", "numpy"),
     "llama": ("llama-cpp-python==0.3.36",),
+}
+
+
+class Limit(NamedTuple):
+    """Keeps every system to one instruction set: variables of the workers, and options to compile llama.cpp with.
+
+    ONNX Runtime chooses its kernels itself, so its rows are left out.
+    """
+
+    variables: dict[str, str]
+    cmake: str
+
+
+LIMITS = {
+    "avx2": Limit(
+        {
+            "NUMBA_CPU_NAME": "haswell",
+            "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt,+sse4.2",
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+            "OPENBLAS_CORETYPE": "Haswell",
+        },
+        "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF",
+    ),
 }
 
 
@@ -64,12 +90,17 @@ SYSTEMS = (
 )
 
 
-def chosen(names: Sequence[str], generation: str) -> list[System]:
-    """Systems that know the generation and whose name contains one of `names` (all, if there are none)."""
+def chosen(names: Sequence[str], generation: str, limited: bool = False) -> list[System]:
+    """Systems that know the generation and whose name contains one of `names` (all, if there are none).
+
+    limited: only those that can be kept to an instruction set.
+    """
     return [
         system
         for system in SYSTEMS
-        if generation in system.generations and (not names or any(part in system.name for part in names))
+        if generation in system.generations
+        and (not names or any(part in system.name for part in names))
+        and not (limited and system.backend == "ort")
     ]
 
 
@@ -95,22 +126,34 @@ def available_bytes() -> int:
 
 @dataclass
 class Workshop:
-    """Environments and model files in a folder. `say` logs a line before each long step."""
+    """Environments and model files in a folder. `say` logs a line before each long step.
+
+    limit: a name in LIMITS, or "" for all that the processor has.
+    """
 
     folder: Path
     torch: str
     threads: int
     say: Callable[[str], None]
+    limit: str = ""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the workers."""
+        return LIMITS[self.limit].variables if self.limit else {}
 
     def python(self, environment: str) -> Path:
         """The interpreter of an environment. Created if it is missing or holds other packages."""
-        home = self.folder / environment
+        limited = self.limit if environment == "llama" else ""  # llama.cpp alone is compiled for it
+        home = self.folder / "-".join(filter(None, (environment, limited)))
         python, stamp = home / "bin/python", home / "packages.txt"
         packages = [package.format(torch=self.torch) for package in ENVIRONMENTS[environment]]
+        options = ["--no-binary", "llama-cpp-python", "--no-cache-dir"] if environment == "llama" else []
+        cmake = {"CMAKE_ARGS": LIMITS[limited].cmake} if limited else {}
         if not stamp.exists() or stamp.read_text() != "\n".join(packages):
             self.say(f"creating the environment {home}: {' '.join(packages)}")
             run([sys.executable, "-m", "venv", str(home)])
-            run([str(python), "-m", "pip", "install", "--quiet", *packages])
+            run([str(python), "-m", "pip", "install", "--quiet", *options, *packages], **cmake)
             stamp.write_text("\n".join(packages))
         return python
 
@@ -160,8 +203,8 @@ class Failed(Exception):
     """A system cannot take part. The message is one line."""
 
 
-def run(command: Sequence[str], cwd: Path | None = None) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+def run(command: Sequence[str], cwd: Path | None = None, **variables: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
