@@ -188,7 +188,7 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
     assert open_checkpoint(saved(tmp_path / "m.pth", state)).fingerprint != first
 
 
-def test_tied_head_and_vocabularies(tmp_path: Path) -> None:
+def test_tied_head(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf", generation="4", hf=True, **SMALL)
     state = {k: torch.tensor(v.astype(np.float32)) for k, v in read_tensors(tmp_path / "hf").items()}
     del state["head.weight"]
@@ -196,11 +196,8 @@ def test_tied_head_and_vocabularies(tmp_path: Path) -> None:
     refused(tmp_path / "hf", "lacks tensor head.weight")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    for name in ("tokenizer.json", "rwkv_vocab_v20230424.txt"):
-        (tmp_path / "hf" / name).touch()
     checkpoint = open_checkpoint(tmp_path / "hf")
     assert np.array_equal(checkpoint.tensor("head.weight").T, checkpoint.tensor("emb.weight"))
-    assert [p.name for p in checkpoint.tokenizer_files] == ["rwkv_vocab_v20230424.txt", "tokenizer.json"]
 
 
 def test_rescaled_layers_are_noted(tmp_path: Path) -> None:
@@ -295,10 +292,7 @@ def test_values_beyond_float16(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype) for name, tensor in weights(tmp_path).items()}
     state["blocks.1.ffn.key.weight"][3, 5] = 65280
     state["blocks.1.ln1.weight"][3] = -1e6  # stays in float32 on the host
-    calls: list[tuple[str, int, int]] = []
-    checkpoint = open_checkpoint(saved(tmp_path / "m.pth", state))
-    check_finite(checkpoint, lambda *call: calls.append(call), fp16=True)
-    assert [name for name, _, _ in calls] == list(checkpoint.names) and calls[-1][1] == calls[-1][2]
+    check_finite(open_checkpoint(saved(tmp_path / "m.pth", state)), fp16=True)
     state["blocks.1.ffn.key.weight"][3, 5] = -65536
     checkpoint = open_checkpoint(saved(tmp_path / "m.pth", state))
     check_finite(checkpoint)

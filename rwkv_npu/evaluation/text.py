@@ -19,15 +19,15 @@ from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 CHUNK = 64  # tokens whose logits are in memory together: 17 MB for a vocabulary of 65536
-POSITIONS = (0, 64, 512, 4096)  # begins of the stretches that are also scored alone, to show drift
+POSITIONS = (0, 64, 512, 4096)  # where stretches begin that are also scored alone, to show drift
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """Scores of a set of tokens. bits_per_token, perplexity: of the model's predictions, per token.
 
-    kl_mean, kl_p99: KL(reference || model) in nats per token. top1: the part of the tokens at which both models predict
-    the same token as most likely. None without a reference.
+    kl_mean, kl_p99: KL(reference || model) in nats per token. top1: share of the tokens at which both models find the
+    same token most likely. None without a reference.
     """
 
     tokens: int

@@ -1,7 +1,7 @@
-"""Adapters: the small files that a fine-tuning leaves beside its base model. Recognised by content, checked, applied.
+"""Adapters: the small files of a fine-tuning, which are merged into the weights of its base model.
 
-RWKV-PEFT writes a `.pth` with BlinkDL's names, PEFT a folder with adapter_config.json and the names of Hugging Face.
-`merging.py` has the formulas.
+RWKV-PEFT writes a `.pth` with BlinkDL's names. PEFT writes a folder with adapter_config.json and Hugging Face's names.
+A file's kind is recognised by its content. `merging.py` has the formulas.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _PART = re.compile(
 )
 _OTHERS = re.compile(r".*\.(lora_M|lora_embedding_[AB]|hada_|lokr_|oft_|boft_|vera_|ia3_).*")
 _KINDS = {"bone": "Bone", "bone_block": "Bone of PEFT", "miss_block": "MiSS of PEFT", "disha": "DiSHA"}
-# How each program lays blocks out. PEFT's "bat" goes along the outputs, RWKV-PEFT's along the inputs.
+# The readings (merging.py) that each program's files can have.
 _READINGS = {"DiSHA": {"in", "repeat"}, "Bone of PEFT": {"out", "repeat"}, "MiSS of PEFT": {"out", "repeat"}}
-_UNSUPPORTED = (  # keys of adapter_config.json, where they are set
+_UNSUPPORTED = (  # settings of adapter_config.json
     "fan_in_fan_out lora_bias layer_replication megatron_config target_parameters trainable_token_indices "
     "alora_invocation_tokens use_qalora use_bdlora velora_config monteclora_config"
 ).split()
-# Initial values of PEFT's LoRA that leave the base model as it is. Others take something out of it.
+# Ways to initialise PEFT's LoRA that leave the base model as it is. The other ways change it.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Adapter:
     """An open adapter. Made by `open_adapter`.
 
-    kind: LoRA, PiSSA, DoRA, Bone or DiSHA. targets: changes by the weight's name, as BlinkDL names it. replaced: whole
-    tensors that were trained too. config: of PEFT's adapter_config.json, {} for RWKV-PEFT's files.
+    kind: LoRA, PiSSA, DoRA, Bone or DiSHA. targets: the change of each matrix, by BlinkDL's name. replaced: tensors
+    that were trained as a whole. config: PEFT's adapter_config.json, {} for RWKV-PEFT's files.
     """
 
     def __init__(self, path: Path, kind: str, targets: dict[str, Target], replaced: dict[str, np.ndarray]):
@@ -57,13 +57,13 @@ class Adapter:
 
     @property
     def layers(self) -> int:
-        """The highest layer that it changes, counted from 1; 0 if none."""
+        """Number of the last layer that the adapter changes, counted from 1. 0 if it changes none."""
         found = [re.match(r"blocks\.(\d+)\.", name) for name in (*self.targets, *self.replaced)]
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits over all its values and its configuration."""
+        """Digest of all values and of the configuration, in 32 hex digits."""
         digest = hashlib.blake2b(f"{self.kind} {sorted(self.config.items())!r}".encode(), digest_size=16)
         named = [(f"{name}.{part}", a) for name, t in self.targets.items() for part, a in t.parts.items()]
         for name, array in sorted([*named, *self.replaced.items()], key=lambda item: item[0]):
@@ -73,12 +73,12 @@ class Adapter:
         return digest.hexdigest()
 
     def models(self) -> list[str]:
-        """The official models that it fits."""
+        """Names of the official models that the adapter fits."""
         specs = {name: official_spec(name) for name in OFFICIAL}
         return [n for n, spec in specs.items() if spec.L == self.layers and not any(self.misfits(spec))]
 
     def misfits(self, spec: Spec) -> Iterator[str]:
-        """The reasons why it is not of a model of this spec, a line each."""
+        """Yield a line for each reason why the adapter does not fit a model of this spec."""
         known = {tensor.name: tensor for tensor in tensors(spec)}
         for name in (*self.targets, *self.replaced):
             if name not in known:
@@ -95,10 +95,10 @@ class Adapter:
                     yield str(error)
 
     def apply(self, checkpoint: Checkpoint, scale: float | None = None, blocks: str | None = None) -> str:
-        """Change a checkpoint of the base model, and return how the adapter was read: "scale 2", or how its blocks lie.
+        """Merge the adapter into a checkpoint. Returns how it was read: "scale 2", or one of BLOCKS.
 
-        scale: alpha / r of a LoRA without PEFT's adapter_config.json. blocks: of Bone, where shapes do not tell.
-        Raises UsageError for a setting that is missing or not needed, CheckpointError if it is of another model.
+        scale: alpha / r of a LoRA without PEFT's adapter_config.json. blocks: of a Bone with ambiguous shapes.
+        Raises UsageError for a setting that is missing or not needed, CheckpointError for another base model.
         """
         if fault := next(self.misfits(checkpoint.spec), None):
             raise CheckpointError(
@@ -125,7 +125,7 @@ class Adapter:
         return how
 
     def _scales(self, scale: float | None) -> dict[str, float]:
-        """The factor s of every target."""
+        """The factor s of each target (merging.py)."""
         r = next(iter(self.targets.values())).rank
         stored = "" if self.kind in ("LoRA", "DoRA") else f"{self.kind} has none"
         if self.config:
@@ -144,12 +144,12 @@ class Adapter:
         return {name: _peft_scale(self.config, target) for name, target in self.targets.items()}
 
     def _reading(self, spec: Spec, blocks: str | None) -> str:
-        """The one reading of its parts that fits all targets."""
+        """The reading that fits all targets: LOW_RANK, or one of BLOCKS."""
         shapes = {tensor.name: tensor for tensor in tensors(spec)}
         found = set.intersection(*(_readings(target, shapes[name]) for name, target in self.targets.items()))
         found &= _READINGS.get(self.kind, found)
         if blocks is not None and blocks not in found:
-            raise UsageError(f"adapter_blocks={blocks!r:.20} does not fit {self.path}: leave it away")
+            raise UsageError(f"adapter_blocks={blocks!r:.20} does not fit {self.path}: leave it out")
         if len(found) > 1 and blocks is None:
             known = " or ".join(f"{name} ({BLOCKS[name]})" for name in sorted(found))
             raise UsageError(
@@ -181,16 +181,16 @@ def _peft_scale(config: Mapping[str, Any], target: Target) -> float:
 
 
 def is_adapter(path: Path) -> bool:
-    """True for a folder of PEFT, or a file with the tensors of an adapter. Raises CheckpointError if it is damaged."""
+    """True for PEFT's folder, or a file with an adapter's tensors. Raises CheckpointError for a damaged file."""
     if is_folder(path):
         return is_file(path / CONFIG)
     return is_file(path) and not is_gguf(path) and any(map(_PART.fullmatch, read_tensors(path)))
 
 
 def open_adapter(path: Path | str, init: Path | str | None = None) -> Adapter:
-    """Open an adapter: a file of RWKV-PEFT (`.pth`), or a folder of PEFT or the weights in it.
+    """Open an adapter: RWKV-PEFT's `.pth`, or PEFT's folder, or the file of weights in that folder.
 
-    init: the initial values of PiSSA, by default init_pissa.pth beside the file. Raises CheckpointError, in one line.
+    init: the initial values of PiSSA. None: init_pissa.pth beside the file, if it exists. Raises CheckpointError.
     """
     path = Path(path)
     folder = path if is_folder(path) else path.parent
@@ -221,7 +221,7 @@ def open_adapter(path: Path | str, init: Path | str | None = None) -> Adapter:
 
 
 def _sort_tensors(path: Path, stored: dict[str, Any]) -> Adapter:
-    # PEFT's own prefix, before a model with a head (model.layers.N) or without (layers.N).
+    # PEFT's prefix stands before the names of a model with a head (model.layers.N) or without (layers.N).
     named = {re.sub(r"^base_model\.model\.", "", name): value for name, value in stored.items()}
     named = {re.sub(r"^(?=layers\.)", "model.", name): value for name, value in named.items()}
     parts: dict[str, dict[str, np.ndarray]] = {}
@@ -252,13 +252,13 @@ def _sort_tensors(path: Path, stored: dict[str, Any]) -> Adapter:
         if name in targets:
             raise CheckpointError(f"{path} changes {name} twice")
         targets[name] = Target(module, seen.shape != probe.shape, own)
-    unused = {f"blocks.0.att.v{side}" for side in "012"}  # of RWKV-7: see checkpoint.py
+    unused = {f"blocks.0.att.v{side}" for side in "012"}  # in RWKV-7, see checkpoint.py
     replaced = {name: array for name, array in replaced.items() if name not in unused}
     return Adapter(path, kinds.pop(), targets, replaced)
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raises CheckpointError for what PEFT may have trained and is not computed here."""
+    """Raises CheckpointError for settings of PEFT whose result is not computed here."""
     kind, init = config.get("peft_type"), config.get("init_lora_weights")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
@@ -285,7 +285,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def _add_first_values(adapter: Adapter, path: Path) -> None:
-    """Make an adapter PiSSA, with the initial values in the file at `path`."""
+    """Turn a LoRA into PiSSA, with the initial values in the file at `path`."""
     if adapter.kind != "LoRA" or adapter.config:
         source = f"{adapter.kind} of PEFT" if adapter.config else adapter.kind
         raise CheckpointError(f"{path} is for PiSSA of RWKV-PEFT, and {adapter.path} is {source}")

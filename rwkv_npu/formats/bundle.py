@@ -1,18 +1,18 @@
 """A converted model on disk: a directory with a manifest, weights, graphs and artifacts.
 
-    manifest.json               what is in the bundle; its own checksum is in it
+    manifest.json               the content of the bundle; it holds its own checksum
     host.safetensors            embedding, norms, mixes, decays
     graphs/weights.safetensors  every projection once, for every backend of the CPU
-    graphs/FUSION.GROUP.onnx    the groups; they refer to the weights by offset
-    cpu/PRECISION.safetensors   every projection quantised, as `packing` lays it out
+    graphs/FUSION.GROUP.onnx    one graph a group; it refers to the weights by offset
+    cpu/PRECISION.safetensors   every projection quantised, packed for the kernels (quant/cpu.py)
     calib/int8.safetensors      quantization parameters of the projections that may be int8 in artifacts
     selftest.safetensors        golden vectors of every group, with which a board tests its NPU
     rknn/TARGET/GROUP.FUSION.PRECISION.mROWS.rknn
-    vocab.txt | tokenizer.json  unless the model's vocabulary is one that ships with the package
+    vocab.txt | tokenizer.json  the vocabulary, unless it ships with the package
     chat_template.jinja         if the checkpoint has one
 
-Opening reads the manifest, checks every small file by its digest and the large ones by their size, and maps
-the weights. `verify_files` checks every byte.
+Opening reads the manifest, checks the digest of every small file and the size of every large one, and maps the weights.
+`verify_files` checks every byte.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A graph compiled for one (group, target, precision, fusion, rows). Sizes in bytes.
+    """A graph that is compiled for one target, precision, fusion and row count.
 
-    cycles: the compiler's estimate for one core (DDR, NPU, total). on_cpu: operators that run on the board's CPU.
-    error: relative rms error that `--verify` measured, None without it. int8: key of the int8 projections and their
-    quantization parameters, "" for none; artifacts with different keys are different artifacts.
+    weight_bytes: size of its weights. cycles: the compiler's estimate for one core (DDR, NPU, total). on_cpu: operators
+    that run on the board's CPU. error: relative rms error that `verify` measured, None without it. int8: digest of the
+    int8 projections and their quantization parameters, "" without int8. Artifacts with other digests are not current.
     """
 
     path: str
@@ -115,7 +115,7 @@ class Sensitivity:
 class Int8Set:
     """The projections that the artifacts of a precision have in int8.
 
-    share: their part of all projection weights. kl: KL divergence of the logits with all of them in int8, in NumPy.
+    share: of all projection weights. kl: KL divergence of the logits with all of them in int8, computed in NumPy.
     max_kl: the limit on kl, None if the projections were not chosen by measurement.
     """
 
@@ -265,7 +265,7 @@ class Bundle:
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (k, n))
 
     def release(self, name: str) -> None:
-        """Free the memory that reading a projection has taken."""
+        """Free the memory that a projection takes since it was read."""
         if self._weights is not None:
             self._weights.release(name)
 
@@ -291,7 +291,7 @@ class Bundle:
             return {name: np.array(file.array(name)) for name in named}
 
     def forget_ranges(self) -> None:
-        """Forget the quantization parameters, after the file was written: the next access reads it."""
+        """Forget the open file of quantization parameters after it was replaced. The next access opens the new one."""
         self._int8 = None
 
     @property
@@ -393,13 +393,13 @@ def check_plain(root: Path) -> None:
 
 
 def artifacts_digest(manifest: Manifest) -> str:
-    """Digest of all artifacts and weights. A measured plan is valid while it stays the same."""
+    """Digest of all artifacts and weights. A measured plan is valid as long as the digest stays the same."""
     files = {name: record.digest for name, record in manifest.files.items() if not name.endswith(".onnx")}
     return _checksum(files)
 
 
 def verify_files(bundle: Bundle) -> Iterator[str]:
-    """Check every byte of the bundle, file by file, yielding names as they pass. Raises BundleError."""
+    """Check every byte of the bundle. Yields the name of each file after its check. Raises BundleError."""
     for name, record in bundle.manifest.files.items():
         _check_file(bundle.path / name, record, whole=True)
         yield name

@@ -30,27 +30,24 @@ from rwkv_npu.formats.layout import BLINKDL, check_layout, strip_prefixes, to_on
 from rwkv_npu.formats.pth import read_pth
 from rwkv_npu.formats.safetensors import TensorFile, TensorPlan, map_file, replace_tensors
 from rwkv_npu.models.spec import Kind, Spec, Tensor, tensors
+from rwkv_npu.progress import progress
 
 __all__ = ["Checkpoint", "all_finite", "check_finite", "open_checkpoint", "pieces", "read_tensors"]
 
-_CHUNK = 1 << 20  # elements that check_finite looks at together
+_CHUNK = 1 << 20  # elements that check_finite reads at a time
 _FP16_MAX = 65504.0
-_SAMPLE_RUNS, _SAMPLE_RUN = 8, 512  # the fingerprint reads so many runs of so many elements of each tensor
-_VOCABULARIES = ("rwkv_vocab*.txt", "*20B_tokenizer*.json", "tokenizer.json", "vocab.txt", "rwkv_vocab*.json")
+_SAMPLE_RUNS, _SAMPLE_RUN = 8, 512  # the fingerprint reads 8 runs of 512 elements of each tensor
 
 
 class Checkpoint:
     """An open checkpoint. Made by `open_checkpoint`.
 
-    path: what was opened. folder: where a vocabulary may lie beside it. spec: generation and dimensions.
-    names: canonical names of the tensors that are present, in the order of the layers.
-    stop_ids: tokens that end a text, as config.json names them.
-    notes: lines worth telling the user, such as a suspicion that the weights are not what they should be.
+    path: the file or folder. spec: generation and dimensions. names: of the tensors that are present, layer by layer.
+    stop_ids: tokens that end a text, from config.json. notes: warnings for the user about unlikely weights.
     """
 
     def __init__(self, path: Path, stored: dict[str, np.ndarray], logarithmic: frozenset[str]) -> None:
         self.path = path
-        self.folder = path if is_folder(path) else path.parent
         self.notes: list[str] = []
         self.stop_ids: list[int] = []
         self.spec: Spec = detect(stored)
@@ -65,23 +62,24 @@ class Checkpoint:
         return name in self._tensors
 
     def stored(self, name: str) -> np.ndarray:
-        """A tensor as it lies in the file, or as `amend` makes it: dtype and shape as stored, projections (out, in)."""
+        """A tensor in the dtype and shape of the file, projections (out, in); or as changed by `amend`."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self.producer(name)()
 
     def producer(self, name: str) -> Callable[[], np.ndarray]:
-        """A function that returns `stored(name)` as it is now, whatever is amended later."""
+        """A function that returns the present `stored(name)`, even after a later `amend`."""
         return self._amended.get(name) or partial(self._stored.__getitem__, name)
 
     def is_logarithm(self, name: str) -> bool:
-        """True if the stored values of a tensor are the logarithms of those that `tensor` returns."""
+        """True if the file holds the logarithm of the values that `tensor` returns."""
         return name in self._logarithmic
 
     def amend(self, changes: Mapping[str, Callable[[], np.ndarray]], digest: str) -> None:
-        """Give tensors other values, or add optional ones. Each is made anew whenever it is asked for.
+        """Give tensors other values, or add optional tensors. The values must fit the spec and be finite.
 
-        The values must fit the spec, and have been checked. digest: of the changes; the fingerprint is another then.
+        changes: functions that make a value, called whenever the tensor is read. digest: of all changes, for the
+        fingerprint.
         """
         self._fingerprint = hashlib.blake2b(
             f"{self.fingerprint} {digest}".encode(), digest_size=16
@@ -92,8 +90,10 @@ class Checkpoint:
         self.names = tuple(self._tensors)
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor in `Tensor.used_shape`: projections (in, out), without a copy and in their stored dtype
-        (float32, float16 or bfloat16); vectors as new float32 arrays. Raises CheckpointError if absent."""
+        """A tensor in `Tensor.used_shape`. Raises CheckpointError if it is absent.
+
+        Projections (in, out) are views in their stored dtype: fp32, fp16 or bf16. Vectors are new fp32 arrays.
+        """
         stored, tensor = self.stored(name), self._tensors.get(name)
         assert tensor is not None
         if tensor.kind is Kind.VECTOR:
@@ -107,8 +107,10 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits over names, shapes, dtypes and a bounded sample of every tensor: equal for the same
-        weights wherever and in whatever file format they lie."""
+        """Digest of names, shapes, dtypes and a sample of every tensor, in 32 hex digits.
+
+        Equal weights have the same fingerprint in every file format.
+        """
         if not self._fingerprint:
             digest = hashlib.blake2b(self.spec.generation.encode(), digest_size=16)
             for name, tensor in self._tensors.items():
@@ -119,12 +121,6 @@ class Checkpoint:
                     digest.update(array.flat[start : start + _SAMPLE_RUN].tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """Files beside the checkpoint that may hold its vocabulary, likeliest first."""
-        found = [path for pattern in _VOCABULARIES for path in sorted(self.folder.glob(pattern))]
-        return list(dict.fromkeys(found))
 
 
 def _sample_starts(size: int) -> list[int]:
@@ -139,10 +135,9 @@ def _sample_starts(size: int) -> list[int]:
 def open_checkpoint(path: Path | str, layout: str | None = None) -> Checkpoint:
     """Open a checkpoint: BlinkDL's `.pth` or `.safetensors`, web-rwkv's `.st`, GGUF, or Hugging Face's file or folder.
 
-    layout: of layout.LAYOUTS, for a file that can be read in two ways; None tells it from the tensors.
-    Raises UsageError for an unknown layout, CheckpointError, in one line, for whatever is wrong: no such file, a
-    damaged one, code in a pickle, another kind of model, an unsupported generation, or a tensor that is missing,
-    surplus or misshapen.
+    layout: one of layout.LAYOUTS, for a file that can be read in two ways. None detects it from the tensors.
+    Raises UsageError for an unknown layout. Raises CheckpointError for a file that is missing or damaged or has code in
+    its pickle, for another kind of model, and for a tensor that is missing, unknown or of a wrong shape.
     """
     path = Path(path)
     check_layout(layout)
@@ -178,7 +173,7 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
             raise CheckpointError(f"{name!r:.80} is a Python {type(value).__name__}, not a tensor")
     foreign = is_huggingface(list(stored))
     folder = path if is_folder(path) else path.parent
-    # A folder of BlinkDL's may hold the config.json of something else.
+    # A folder with BlinkDL's files may hold the config.json of another program.
     config = read_config(folder) if foreign or (is_folder(path) and "emb.weight" not in stored) else {}
     arrays = to_blinkdl(stored, tied=config.get("tie_word_embeddings") is True)
     refuse_unsupported(arrays)
@@ -197,7 +192,7 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
 
 
 def _stop_ids(eos: Any, V: int) -> list[int]:
-    """The ids of config.json's or GGUF's eos_token_id: one, a list, or none. Raises CheckpointError."""
+    """The ids in eos_token_id of config.json or GGUF: a number, a list or none. Raises CheckpointError."""
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int and 0 <= token < V for token in ids):
         raise CheckpointError(f"eos_token_id is {eos!r:.40}, but the vocabulary has {V} tokens")
@@ -207,7 +202,7 @@ def _stop_ids(eos: Any, V: int) -> list[int]:
 def _canonical(
     arrays: dict[str, np.ndarray], layout: str | None, pickled: bool
 ) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """Tensors that mean the same in all files of a generation, and which of them are stored as logarithms."""
+    """Tensors in BlinkDL's layout, without unused ones, and the names of those that are stored as logarithms."""
     arrays, logarithmic = to_one_layout(arrays, layout, pickled=pickled)
     if "blocks.0.att.r_k" in arrays:
         # Layer 0 has no earlier value to mix with: some files have these tensors, none uses them.
@@ -217,9 +212,9 @@ def _canonical(
 
 
 def read_tensors(path: Path | str) -> dict[str, Any]:
-    """Contents of a file or folder under its own names: read-only views of the mapped files, unchecked.
+    """Read the tensors of a file or folder, under the names in the file, as read-only views. Nothing is checked.
 
-    A `.pth` may hold plain values besides. Raises CheckpointError.
+    A `.pth` may also hold plain Python values. Raises CheckpointError.
     """
     path = Path(path)
     result: dict[str, Any] = {}
@@ -283,10 +278,10 @@ def write_checkpoint(
     metadata: dict[str, str],
     progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a checkpoint as safetensors under BlinkDL's names, each tensor in the dtype of the file that it came from.
+    """Write a checkpoint as safetensors, with BlinkDL's names and the dtypes of the original file.
 
-    The file appears whole; progress() is called after each tensor. Raises UsageError if it exists already, or has
-    another suffix; CheckpointError for a value that its dtype cannot hold; OSError.
+    The file appears complete. progress: called after each tensor. Raises UsageError if the file exists or has another
+    suffix, CheckpointError for a value that its dtype cannot hold, OSError.
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} is not called *.safetensors, the only format that is written")
@@ -296,7 +291,7 @@ def write_checkpoint(
 
 
 def _plan(checkpoint: Checkpoint, name: str, progress: Callable[[], object]) -> TensorPlan:
-    # A bonus is written as it is used: in safetensors nothing tells a logarithm from it.
+    # A bonus is written itself, not its logarithm: a reader of safetensors could not tell which one it is.
     bonus = checkpoint.is_logarithm(name)
     on_disk = checkpoint._stored.get(name)
     dtype = np.dtype(np.float32) if bonus or on_disk is None else on_disk.dtype
@@ -317,41 +312,29 @@ def _plan(checkpoint: Checkpoint, name: str, progress: Callable[[], object]) -> 
 # -- values ------------------------------------------------------------------------------------------------
 
 
-def check_finite(
-    checkpoint: Checkpoint,
-    progress: Callable[[str, int, int], None] | None = None,
-    *,
-    fp16: bool = False,
-) -> str:
-    """Reads every tensor once, in bounded pieces, and raises CheckpointError naming the first that holds NaN
-    or infinity; with `fp16`, also the first projection with a value that float16 cannot hold.
+def check_finite(checkpoint: Checkpoint, *, fp16: bool = False) -> str:
+    """Read every value once. Returns a digest of all values; the fingerprint is one of a sample only.
 
-    progress(name, bytes done, bytes in total) is called after each tensor. Returns a digest of all values, which
-    tells more than the fingerprint does of a sample.
+    Raises CheckpointError for a tensor with NaN or infinity, and with `fp16` for a projection beyond fp16's range.
     """
     digest = hashlib.blake2b(checkpoint.fingerprint.encode(), digest_size=16)
-    total = sum(checkpoint.stored(name).nbytes for name in checkpoint.names)
-    done = 0
-    for name in checkpoint.names:
+    for name in progress("check values", "tensor", over=checkpoint.names):
         array = checkpoint.stored(name)
         largest = 0.0
         for piece in map(np.ascontiguousarray, pieces(array)):
             digest.update(piece.reshape(-1).view(np.uint8).data)
-            largest = float(np.max([largest, _largest(piece)]))  # NaN, if one is
+            largest = float(np.max([largest, _largest(piece)]))  # NaN if any value is
         if not np.isfinite(largest):
             raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity")
         if fp16 and largest > _FP16_MAX and checkpoint._tensors[name].kind.is_projection:
             raise CheckpointError(
                 f"{checkpoint.path}: {name} holds {largest:.4g}, beyond the {_FP16_MAX:.0f} of float16"
             )
-        done += array.nbytes
-        if progress is not None:
-            progress(name, done, total)
     return digest.hexdigest()
 
 
 def pieces(array: np.ndarray) -> list[np.ndarray]:
-    """Views of at most about a million elements."""
+    """Split an array into views of about a million elements, by rows."""
     if array.size <= _CHUNK:
         return [array]
     rows = max(1, _CHUNK * len(array) // array.size)
@@ -364,7 +347,7 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def _largest(piece: np.ndarray) -> float:
-    """Largest magnitude, infinity or NaN included: the bits of floats without a sign sort as they do."""
+    """The largest magnitude, infinity and NaN included. Without the sign, the bits of floats sort like the floats."""
     if piece.dtype == np.float64:
         with np.errstate(over="ignore"):
             piece = piece.astype(np.float32)

@@ -144,8 +144,10 @@ def _ranks(arrays: dict[str, np.ndarray], generation: str, layers: int) -> dict[
 
 
 def validate(spec: Spec, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """The tensors that are present, in the order of the layers. Raises CheckpointError for the first tensor
-    that is missing, surplus, or of a wrong shape or dtype."""
+    """The tensors that are present, layer by layer.
+
+    Raises CheckpointError for a tensor that is missing or unknown, or of a wrong shape or dtype.
+    """
     expected = {tensor.name: tensor for tensor in tensors(spec)}
     missing = [t.name for t in expected.values() if t.name not in arrays and not t.optional]
     if missing and (found := re.match(r"blocks\.(\d+)\.", missing[0])):
@@ -179,7 +181,7 @@ def check_tensor(tensor: Tensor, array: np.ndarray) -> None:
     if array.dtype not in FLOATS:
         raise CheckpointError(f"{tensor.name} has dtype {array.dtype}: expected bfloat16, float16 or float32")
     if tensor.kind is Kind.VECTOR:
-        # BlinkDL's files write vectors as (1, 1, D), (D) and, of heads, (H, 1, 1).
+        # BlinkDL's files have vectors as (1, 1, D) or (D), and those with a value a head as (H, 1, 1).
         fits = _squeezed(array.shape) in (_squeezed(tensor.shape), _squeezed((prod(tensor.shape),)))
     else:
         fits = array.shape == tensor.shape

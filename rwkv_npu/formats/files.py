@@ -85,8 +85,10 @@ def os_reason(error: Exception) -> str:
 
 
 def irregular_entries(folder: Path) -> Iterator[str]:
-    """Names, relative to `folder`, of everything in it that is neither a plain file nor a folder. Links are not
-    followed. Raises OSError."""
+    """Yield the relative name of everything in `folder` that is neither a plain file nor a folder.
+
+    Links are not followed. Raises OSError.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
@@ -123,10 +125,10 @@ def remove_within(root: Path, name: str) -> None:
 
 
 def remove_unlisted(root: Path, folders: Iterable[str], listed: Collection[str]) -> None:
-    """Remove the files below `root/FOLDER`, of each of `folders`, that are not in `listed`, and what an interrupted
-    write left in `root` itself. Folders stay.
+    """Remove files of `folders` that are not in `listed`, and files in `root` whose writing was interrupted.
 
-    `listed` holds paths relative to `root`. Nothing outside `root` can go, as in `remove_within`. Raises OSError.
+    folders: names in `root`; they stay, with their subfolders. listed: paths relative to `root`. Nothing outside `root`
+    can be removed, as in `remove_within`. Raises OSError.
     """
     at_root = os.open(root, _FOLDER)
     try:
@@ -177,7 +179,10 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waited_for(path: Path, say: Callable[[str], object], other: str) -> Iterator[None]:
-    """Hold the file `path`, made if it is missing, once nobody else does; `say` is told if there is a wait."""
+    """Lock the file `path`, which is created if it is missing. Waits for another process that has the lock.
+
+    say: called with a message before the wait. other: what the message says is waited for.
+    """
     fcntl = _fcntl()
     with path.open("w") as file:
         try:
@@ -200,11 +205,10 @@ def _fcntl() -> Any:
 
 
 def cache_dirs() -> list[Path]:
-    """The folders for files that can be made again: all that $RWKV_NPU_CACHE lists, as PATH does, or rwkv_npu in the
-    user's cache folder.
+    """The folders for files that can be made again: those in $RWKV_NPU_CACHE, or rwkv_npu in the user's cache folder.
 
-    A user without a home folder gets a private one in the system's folder for temporary files. Raises UsageError if
-    somebody else owns that.
+    The variable lists folders like PATH. A user without a home folder gets a private folder among the system's
+    temporary files. Raises UsageError if somebody else owns that folder.
     """
     try:
         if own := [part for part in os.environ.get("RWKV_NPU_CACHE", "").split(os.pathsep) if part]:
@@ -216,7 +220,7 @@ def cache_dirs() -> list[Path]:
 
 
 def cache_dir() -> Path:
-    """The first of `cache_dirs` that can be written, or the first. Raises UsageError as it does."""
+    """The first of `cache_dirs` that can be written; the very first if none can. Raises UsageError."""
     folders = cache_dirs()
     return next((folder for folder in folders if _is_writable(folder)), folders[0])
 
@@ -228,7 +232,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _private_folder(path: Path) -> Path:
-    """Make the folder `path` for this user alone. Compiled code is kept there, so nobody else may write to it."""
+    """Make the folder `path` for this user alone. It will hold compiled code, so nobody else may write to it."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     status = path.lstat()

@@ -1,8 +1,8 @@
-"""Hugging Face's folders and names, turned into BlinkDL's.
+"""Hugging Face's folders, and their tensors under BlinkDL's names.
 
-Three forms are common: RWKV-4 of transformers (`RwkvForCausalLM`), RWKV-5 and -6 in the same style with
-BlinkDL's leaf names, and RWKV-7 of flash-linear-attention (`RWKV7ForCausalLM`), whose low ranks are
-transposed and whose older files keep the six mixes in one tensor.
+Three forms are common. transformers has RWKV-4 (`RwkvForCausalLM`). Files of RWKV-5 and -6 look alike, but their last
+names are BlinkDL's. flash-linear-attention, fla for short, has RWKV-7 (`RWKV7ForCausalLM`): its low-rank matrices are
+transposed, and its older files have the six mixes in one tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CHAT_TEMPLATE = "chat_template.jinja"  # also the name within a bundle
 _MAX_JSON = 64 << 20
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".st", ".pth", ".gguf", ".pt", ".bin")
-_UNFINISHED = (".part", ".crdownload", ".incomplete", ".download", ".tmp")  # of a download that goes on
-_MIXES = "rwkvag"  # the order within fla's older `x_x`
+_UNFINISHED = (".part", ".crdownload", ".incomplete", ".download", ".tmp")  # suffixes of unfinished downloads
+_MIXES = "rwkvag"  # their order in `x_x` of fla's older files
 
 _SHARD = re.compile(r".+-\d+-of-\d+\.\w+")
 
@@ -30,7 +30,7 @@ _SHARD = re.compile(r".+-\d+-of-\d+\.\w+")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a checkpoint given as a file, as the index of its shards, or as a folder."""
+    """The files of a checkpoint. path: a file, the index of its shards, or a folder."""
     if path.name.endswith(".index.json"):
         return _shards(path)
     if not is_folder(path):
@@ -44,12 +44,11 @@ def weight_files(path: Path) -> list[Path]:
     if is_file(path / "manifest.json"):
         raise CheckpointError(f"{path} is a bundle, which was converted already, not a checkpoint")
     try:
-        # Names with a dot first are not models: macOS keeps attributes of a file in ._FILE.
+        # Hidden files are not models: macOS keeps attributes of a file in ._FILE.
         visible = [file for file in path.iterdir() if not file.name.startswith(".")]
         every = sorted(file for file in visible if file.suffix in _SUFFIXES and is_file(file))
-        found = [
-            file for file in every if file.suffix != ".gguf"
-        ] or every  # llama.cpp's copies of the others
+        # A .gguf beside other files is llama.cpp's copy of them.
+        found = [file for file in every if file.suffix != ".gguf"] or every
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from None
     loading = sorted(file.name for file in visible if file.suffix in _UNFINISHED)
@@ -75,7 +74,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _refuse_by_name(path: Path) -> None:
-    """Raises CheckpointError for a file whose name says that it is no whole model."""
+    """Raises CheckpointError if a file's name shows that it is not a whole model."""
     if path.suffix in _UNFINISHED:
         raise CheckpointError(f"{path} is a download that is not finished")
     if path.name.startswith("._"):
@@ -101,7 +100,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size, or CheckpointError."""
+    """Read a JSON object. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
             value = json.loads(file.read(_MAX_JSON))
@@ -113,8 +112,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or {}. Raises CheckpointError if it is damaged, describes another model, or asks for
-    other maths than that of BlinkDL's models."""
+    """config.json of a folder, {} if there is none.
+
+    Raises CheckpointError if it is damaged, describes another model, or sets other maths than BlinkDL's models have.
+    """
     path = folder / "config.json"
     if not is_file(path):
         return {}
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             shown = " or ".join(map(repr, supported))
             raise CheckpointError(f"{path} sets {key} to {config[key]!r:.20}: only {shown} is supported")
     if "rwkv7" in kind.lower():
-        # flash-linear-attention's group norm has the epsilon head_dim * norm_eps, BlinkDL's always has 64e-5.
+        # The epsilon of the group norm is head_dim * norm_eps in fla, and always 64e-5 in BlinkDL's models.
         head = config.get("head_dim", 64)
         if head != 64:
             raise CheckpointError(
@@ -137,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-# Keys of config.json that change the maths: the values that this project computes, the default first.
+# Settings of config.json that change the maths, with the values that are supported, the default first.
 _MATHS: dict[str, tuple[Any, ...]] = {
     "layer_norm_epsilon": (1e-5,),
     "norm_eps": (1e-5,),
@@ -178,16 +179,16 @@ def is_huggingface(names: list[str]) -> bool:
 
 
 def blinkdl_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """One tensor under BlinkDL's name, in BlinkDL's orientation; six for fla's older `x_x`."""
+    """One tensor under BlinkDL's name, transposed if need be. fla's older `x_x` becomes six tensors."""
     if name.startswith("model.layers.") or name in _TOP_FLA:
         return _from_fla(name, array)
     return [(_from_rwkv(name), array)]
 
 
 def to_blinkdl(stored: dict[str, np.ndarray], tied: bool = False) -> dict[str, np.ndarray]:
-    """The same tensors, as views, under BlinkDL's names. Names of neither form are kept as they are.
+    """The same tensors, as views, under BlinkDL's names. Other names stay.
 
-    `tied`: the head is the embedding, if the checkpoint has none of its own.
+    tied: use the embedding as the head if the checkpoint has no head.
     """
     names = list(stored)
     if any(_STYLE_FLA.match(name) for name in names):
@@ -272,8 +273,8 @@ def chat_template(folder: Path) -> str | None:
 def looks_rescaled(arrays: dict[str, np.ndarray], L: int, every: int) -> bool:
     """True if output matrices seem to be divided by 2 after every `every` layers.
 
-    transformers does that to the weights of a model in use, so that a model saved after it has answered
-    something is saved so. Nothing in the file tells: only the sizes of the weights halve, all at once.
+    transformers divides the weights of a model in use, so that a model that was used and then saved has such weights.
+    The file does not tell. Only the size of the weights halves from one layer to the next.
     """
     if every <= 0 or L <= every:
         return False

@@ -81,13 +81,13 @@ def to_one_layout(
 
 
 def _per_channel(arrays: dict[str, np.ndarray]) -> bool:
-    """True where the decay has a value for every channel of a head, as in RWKV-5.2."""
+    """True if the decay has a value for every channel, as in RWKV-5.2."""
     decay = arrays.get("blocks.0.att.time_decay")
     return decay is not None and len([n for n in decay.shape if n > 1]) > 1
 
 
 def _logarithms(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """`time_first` of BlinkDL's files under the name of the bonus, and the names of those that are logarithms."""
+    """Rename `time_first` of BlinkDL's files, a logarithm, to the name of the bonus. Also returns the new names."""
     result = _renamed(arrays, ".att.time_first", ".att.time_faaaa")
     return result, frozenset(result.keys() - arrays.keys())
 
@@ -100,7 +100,7 @@ def _version_6(arrays: dict[str, np.ndarray], layout: str | None) -> dict[str, n
 
 
 def _version_7(arrays: dict[str, np.ndarray], layout: str | None, pickled: bool) -> dict[str, np.ndarray]:
-    """RWKV-7, whose names are the same: low-rank matrices are (D, R) and (R, A), or both the other way round."""
+    """RWKV-7: names are the same in both layouts. web-rwkv's files have the low-rank matrices transposed."""
     width = arrays["emb.weight"].shape[-1] if "emb.weight" in arrays else 0
     sides = [arrays[f"blocks.0.att.{rank}1"].shape for rank in "wag" if f"blocks.0.att.{rank}1" in arrays]
     ours = all(len(shape) == 2 and shape[0] == width for shape in sides)
@@ -117,7 +117,7 @@ def _version_7(arrays: dict[str, np.ndarray], layout: str | None, pickled: bool)
 
 
 def transposed_state(array: np.ndarray) -> np.ndarray:
-    """web-rwkv's `time_state` (H, N, N) in the order of BlinkDL's."""
+    """web-rwkv's `time_state` (H, N, N) as in BlinkDL's files."""
     return array.swapaxes(-1, -2) if array.ndim >= 2 else array
 
 

@@ -1,14 +1,14 @@
-"""The maths of adapters: the weight that a matrix W (out, in) has with its change.
+"""The maths of adapters: a matrix W (out, in) with its change.
 
     LoRA    W + s B A               A (r, in), B (out, r); s = alpha / r, which RWKV-PEFT does not store
     PiSSA   W + B A - B0 A0         A0 and B0 are the initial values, in a file of their own
     DoRA    m V / |V|, row by row   V = W + s B A, m (out,)
-    Bone, DiSHA, MiSS, in blocks W[a, b] of (r, r), a counting along the outputs and b along the inputs:
+    Bone, DiSHA and MiSS change blocks W[a, b] of (r, r); a counts along the outputs, b along the inputs:
       repeat  W[a, b] + D[a].T              D (r, out)
       in      W[a, b] + W[a, b] D[b] + D[b] D (in / r, r, r)
       out     W[a, b] + W[a, b] D[a] + D[a] D (out / r, r, r), or (out, r) in the oldest files
 
-The formulas are those by which RWKV-PEFT and PEFT train. A weight is merged in fp32, and only when it is asked for.
+The formulas are those of RWKV-PEFT and PEFT. A weight is merged in fp32, whenever it is read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ _ROWS = 1024  # merged at a time
 
 @dataclass(frozen=True)
 class Target:
-    """The change of one matrix. `module` is its name in the adapter's file; `transposed`: there it is (out, in) and in
-    BlinkDL's files (in, out). parts: lora_A, lora_B, lora_magnitude_vector, first_A and first_B; or block."""
+    """The change of one matrix.
+
+    module: its name in the adapter's file. transposed: True if BlinkDL's files have the matrix as (in, out).
+    parts: lora_A, lora_B, lora_magnitude_vector, first_A, first_B; or block.
+    """
 
     module: str
     transposed: bool
@@ -41,7 +44,7 @@ class Target:
         return min(block) if len(block) == 2 else block[-1]
 
     def readings(self, out: int, into: int) -> set[str]:
-        """The readings of its parts that fit a matrix (out, into): of BLOCKS, or LOW_RANK; none if none fits."""
+        """The ways to read the parts that fit a matrix (out, into): {LOW_RANK}, or some of BLOCKS."""
         if "lora_A" in self.parts:
             r = self.rank
             shapes = {"A": (r, into), "B": (out, r), "r": (out,)}
@@ -58,11 +61,11 @@ class Target:
         return found
 
     def produce(self, base: Callable[[], np.ndarray], reading: str, scale: float) -> np.ndarray:
-        """As `merged`, for a function that returns the base's weight."""
+        """Like `merged`. base: a function that returns the weight of the base model."""
         return self.merged(base(), reading, scale)
 
     def merged(self, stored: np.ndarray, reading: str, scale: float) -> np.ndarray:
-        """The weight with this change, in fp32 and in the shape of `stored`."""
+        """The weight `stored` with this change, in fp32 and in the same shape."""
         weight = np.array(stored.T if self.transposed else stored, np.float32, order="C")
         step = -(-_ROWS // self.rank) * self.rank  # whole blocks
         for start in range(0, len(weight), step):

@@ -85,11 +85,11 @@ def read_pth(path: Path) -> dict[str, Any]:
 
 
 def _records(data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Entry name -> (start, stop) of its bytes in the file."""
+    """The range (start, stop) of each entry's bytes in the file, by name."""
     try:
         with zipfile.ZipFile(_Reader(data)) as archive:
             infos = archive.infolist()
-    except Exception as e:  # zipfile raises a dozen types for damaged files, and imports nothing from them
+    except Exception as e:  # zipfile raises a dozen types for damaged files
         raise _Invalid(
             f"it is not a complete zip file ({first_line(e)}); was the download interrupted?"
         ) from None
@@ -176,7 +176,7 @@ class _Interpreter:
                 self._step(opcode.name, argument)
         except _Invalid:
             raise
-        except Exception as e:  # pickletools and a short stack: whatever a damaged pickle brings about
+        except Exception as e:  # a damaged pickle can cause any error
             raise _Invalid(f"its pickle is damaged ({type(e).__name__})") from None
         raise _Invalid("its pickle does not end")
 
@@ -248,7 +248,7 @@ class _Interpreter:
             self._extend(items)
 
     def _extend(self, items: list[Any]) -> None:
-        """Adds items to the dict or list on top of the stack."""
+        """Add items to the dict or list on top of the stack."""
         target = self._stack[-1]
         if isinstance(target, list):
             target.extend(items)
@@ -261,7 +261,7 @@ class _Interpreter:
             raise _Invalid("its pickle is damaged")
 
     def _storage(self, identity: Any) -> np.ndarray:
-        """The flat array behind ("storage", class, key, device, elements)."""
+        """The flat array of a persistent id: ("storage", class, key, device, number of elements)."""
         match identity:
             case ("storage", _Global() as kind, str(key), str(), int(count)) if 0 <= count < _MAX_INDEX:
                 pass
@@ -310,7 +310,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _refuse_training(function: Any) -> None:
-    """Raises _Invalid for the objects that training frameworks save beside the weights."""
+    """Raises _Invalid for an object of a training framework, which saves more than weights."""
     if isinstance(function, _Global) and function.module.split(".")[0] in _TRAINERS:
         raise _Invalid(
             f"it is a training checkpoint ({'.'.join(function):.80}), which holds more than weights: load it where it "
@@ -329,7 +329,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> np.ndarray:
-    """A strided view of a storage; all counts are in elements, as torch has them."""
+    """A strided view of a storage. Offset and strides are in elements, as in torch."""
     if not isinstance(storage, np.ndarray) or storage.ndim != 1 or not _indices((offset,)):
         raise _Invalid("its pickle describes a tensor that makes no sense")
     if not (_indices(shape) and _indices(stride) and len(stride) == len(shape) <= _MAX_RANK):
@@ -358,7 +358,7 @@ _WRAPPERS = ("model", "state_dict", "module")
 
 
 def _state_dict(value: Any) -> dict[str, Any]:
-    """The dict of weights: what was pickled, or what it holds under a usual name."""
+    """The dict of weights: the pickled dict itself, or an inner dict under one of _WRAPPERS."""
     for key in _WRAPPERS:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]

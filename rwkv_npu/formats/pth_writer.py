@@ -14,7 +14,7 @@ from rwkv_npu.formats.safetensors import TensorPlan
 
 
 def write_pth(path: Path, plans: list[TensorPlan], folder: str | None = None) -> None:
-    """Write what `torch.save({name: tensor})` writes, one chunk in memory at a time. folder: within the zip."""
+    """Write a file like `torch.save({name: tensor})`, one chunk in memory at a time. folder: its name in the zip."""
     folder = folder or path.stem
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, data in (("data.pkl", pickle_plans(plans)), ("byteorder", b"little"), ("version", b"3\n")):
@@ -31,7 +31,7 @@ def _write_entry(archive: zipfile.ZipFile, name: str, nbytes: int, chunks: Any) 
     info = zipfile.ZipInfo(name)
     info.file_size = nbytes
     assert archive.fp is not None
-    # The data of an entry starts on a multiple of 64, behind an extra field that readers skip.
+    # An extra field, which readers skip, makes the data of an entry start on a multiple of 64.
     data_at = archive.fp.tell() + 30 + len(name.encode()) + 4
     filler = -data_at % 64
     info.extra = struct.pack("<HH", 0x4246, filler) + bytes(filler)

@@ -1,9 +1,9 @@
-"""Reads safetensors files by mapping them into memory, and writes them as a stream. Knows no models.
+"""Reads safetensors files by mapping them into memory, and writes them as a stream. This module knows no models.
 
-Layout (https://github.com/huggingface/safetensors#format): 8 bytes of header length, little-endian; a JSON
-header of name -> dtype, shape and byte range, padded with spaces; the tensors, row-major and without holes.
-Every tensor written here starts on a multiple of 64 bytes of the file, so that it can be used where it lies;
-as the format forbids holes, what is left between two tensors is a tensor too, `_pad.N`, hidden when read.
+A file (https://github.com/huggingface/safetensors#format) has 8 bytes with the length of the header, little-endian; a
+JSON header with dtype, shape and byte range of each tensor, padded with spaces; the tensors, row-major, without holes.
+Tensors written here start on a multiple of 64 bytes of the file, so that kernels can use the mapped memory. Because the
+format forbids holes, the bytes between two tensors are a tensor `_pad.N`, which reading hides.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from rwkv_npu.formats.files import replacing
 ALIGNMENT = 64
 _MAX_HEADER = 100_000_000  # bytes; the bound of the reference implementation
 _MAX_RANK = 8
-_MAX_SIZE = 2**56  # elements of one tensor: keeps NumPy's index arithmetic from overflowing
+_MAX_SIZE = 2**56  # elements of one tensor, so that NumPy's index arithmetic cannot overflow
 _NONBLOCK = getattr(
     os, "O_NONBLOCK", 0
-)  # opening a pipe does not wait for its writer; Windows has no such pipes
+)  # opening a pipe must not wait for its writer (Windows has no such pipes)
 _PAD = re.compile(r"_pad\.\d+")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -56,8 +56,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to write. `produce` returns it whole, or chunk by chunk: arrays that follow each other in its
-    row-major order. Its values are cast to `dtype`."""
+    """A tensor to write. Its values are cast to `dtype`.
+
+    produce: returns the whole tensor, or an iterable of arrays that follow each other in row-major order.
+    """
 
     name: str
     dtype: Any
@@ -66,7 +68,7 @@ class TensorPlan:
 
 
 def map_file(path: Path, error: Callable[[str], RwkvNpuError] = CheckpointError) -> mmap.mmap:
-    """The whole file, mapped read-only. Raises `error` if there is no regular, readable, non-empty file."""
+    """Map a whole file read-only. Raises `error` unless it is a regular, readable file that is not empty."""
     try:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | _NONBLOCK)) as file:
             status = os.fstat(file.fileno())
@@ -83,7 +85,7 @@ class TensorFile:
     """A safetensors file, mapped. Opening reads and checks the header only.
 
     names: tensors in the order of the file. metadata: its `__metadata__`.
-    Raises `error` (CheckpointError unless told otherwise) with one line for anything wrong with the file.
+    Raises `error` for anything wrong with the file.
     """
 
     def __init__(self, path: Path | str, *, error: Callable[[str], RwkvNpuError] = CheckpointError) -> None:
@@ -108,7 +110,7 @@ class TensorFile:
         return self._entries[name]
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of the mapped file, which lives as long as any view of it."""
+        """A tensor as a read-only view of the mapped file. The mapping lives as long as any view of it."""
         dtype, shape, offset, nbytes = self.entry(name)
         if self._map is None:
             raise ValueError(f"{self.path} is closed")
@@ -124,7 +126,7 @@ class TensorFile:
             self._map.madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)
 
     def close(self) -> None:
-        """Close the mapping, at once or with its last view."""
+        """Close the mapping now, or when its last view is gone."""
         mapped, self._map = self._map, None
         if mapped is not None:
             try:
@@ -140,7 +142,7 @@ class TensorFile:
 
 
 def _parse_header(data: mmap.mmap) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and entries in the order of the file. Raises ValueError saying what is wrong."""
+    """Metadata, and entries in the order of the file. Raises ValueError with the problem."""
     if len(data) < 8:
         raise ValueError("it is shorter than its header")
     (length,) = struct.unpack("<Q", data[:8])
@@ -210,7 +212,7 @@ def _natural_numbers(values: Any) -> bool:
 def replace_tensors(
     path: Path, tensors: Iterable[TensorPlan], metadata: dict[str, str] | None = None
 ) -> None:
-    """As `write_tensors`, but atomic: a reader sees the old file or the new one."""
+    """Like `write_tensors`, but atomic: a reader sees the old file or the new one."""
     with replacing(path) as aside:
         write_tensors(aside, tensors, metadata)
 
@@ -220,10 +222,10 @@ def write_tensors(
     tensors: Iterable[TensorPlan | tuple[str, Any, tuple[int, ...], Callable[[], Any]]],
     metadata: dict[str, str] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Writes a safetensors file, holding one tensor (or one chunk) in memory at a time, and syncs it.
+    """Write and sync a safetensors file, with one tensor or chunk in memory at a time.
 
-    Tensors of a multiple of 64 bytes come first, so that few need a filler. Returns name -> (offset in the
-    file, bytes). Raises OSError (a full disk; the unfinished file is removed) and whatever a producer raises.
+    Tensors whose size is a multiple of 64 bytes come first, so that few need padding. Returns the (offset, size) of
+    each tensor in the file. After an error, an OSError or one of a producer, the unfinished file is removed.
     """
     plans = [plan if isinstance(plan, TensorPlan) else TensorPlan(*plan) for plan in tensors]
     plans.sort(key=lambda plan: _nbytes(plan) % ALIGNMENT != 0)
@@ -243,7 +245,7 @@ def write_tensors(
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # never a device, or a pipe
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # not a device or a pipe
                 os.unlink(path)
             raise
     return places

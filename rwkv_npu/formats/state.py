@@ -39,9 +39,9 @@ EMPTY_Q = -1e30  # v4: the running maximum of an empty history
 
 @dataclass
 class State:
-    """`parts` maps each name of `spec.state_shapes` to (L, ...) fp32.
+    """A state. parts: fp32 arrays (L, ...), by the names of `spec.state_shapes`.
 
-    `logits` (V,) are those after the last token, None before the first. `tokens_seen` counts tokens.
+    logits: (V,) after the last token, None before the first. tokens_seen: number of tokens read.
     """
 
     spec: Spec
@@ -57,11 +57,10 @@ class State:
         return replace(self, parts={name: part.copy() for name, part in self.parts.items()})
 
     def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file, `blocks.N.PART` and `logits`, aside and then by one rename.
+        """Write the tensors `blocks.N.PART` and `logits` as safetensors, atomically.
 
-        notes: further metadata, which `read_notes` gives back.
-        Raises StateError when it cannot be written; a file that was there before is then still there. Raises
-        UsageError for a state that lacks a part.
+        notes: more metadata, which `read_notes` returns. Raises UsageError for a state that lacks a part, StateError if
+        the file cannot be written; an existing file then stays as it is.
         """
         from safetensors.numpy import save
 
@@ -108,7 +107,7 @@ def new_state(spec: Spec, fingerprint: str, initial: dict[int, np.ndarray]) -> S
 
 
 def is_tuned(path: Path) -> bool:
-    """True if a file's content is a tuned state, which is never overwritten. Raises StateError if it is no state."""
+    """True if a file holds a tuned state. Raises StateError if it holds no state."""
     return _is_zip(path) or _ours(path) is None
 
 
@@ -135,7 +134,7 @@ def load_state(
 
 
 def load_untrusted_state(path: str | os.PathLike[str], spec: Spec, fingerprint: str) -> State:
-    """Read a file of `State.save` that a client or another machine has sent.
+    """Read a file of `State.save` that came from a client or another machine.
 
     Raises StateError for any other file, for a state of other weights, and for numbers that are not finite.
     """
@@ -156,7 +155,7 @@ def _is_zip(path: Path) -> bool:
         raise StateError(f"cannot read the state {path}: it is not a regular file")
     try:
         return is_file(path) and zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # a damaged end of what looks like one
+    except zipfile.BadZipFile:  # it looks like a zip file with a damaged end
         return False
 
 
@@ -171,7 +170,7 @@ def _ours(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]] | None:
                 return metadata, {name: file.get_tensor(name) for name in names}
     except OSError as error:
         raise StateError(f"cannot read the state {path}: {os_reason(error)}") from error
-    except Exception as error:  # SafetensorError, and what NumPy says of a dtype that it does not have
+    except Exception as error:  # SafetensorError, or NumPy's error for an unknown dtype
         kind = first_line(error) if isinstance(error, SafetensorError) else type(error).__name__
         raise StateError(f"{path} is no state file, or is cut short ({kind})") from error
     if names and all(name.endswith(".time_state") for name in names):
@@ -201,7 +200,7 @@ def _checked(
 
 
 def _tuned(path: Path, spec: Spec, fingerprint: str, tensors: dict[str, Any], layout: str) -> State:
-    """The initial state with the tensors `blocks.N.att.time_state` (H, N, N) of a tuned state."""
+    """A state before the first token, from the tensors of a tuned state."""
     shape = state_shapes(spec).get("att.wkv")
     if shape is None:
         raise StateError(f"{path} is a tuned state, and RWKV-{spec.generation} has none")
@@ -227,7 +226,7 @@ def _tuned(path: Path, spec: Spec, fingerprint: str, tensors: dict[str, Any], la
 
 
 def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Metadata of a state file; {} for another file."""
+    """Metadata of a state file, {} for another file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,7 +1,7 @@
-"""Tuned states: what a fine-tuning of the state alone leaves, `blocks.N.att.time_state` (H, N, N) for each layer.
+"""Tuned states: the result of a fine-tuning that trains only the initial state, `blocks.N.att.time_state` (H, N, N).
 
-BlinkDL's programs keep them in a `.pth` in the order [value, key]; web-rwkv and ai00 in a `.st` file, transposed and in
-fp16. A state file of ours holds one as a state that has read no token.
+BlinkDL's programs write a `.pth`, with each matrix in the order [value, key]. web-rwkv and ai00 write a `.st` file,
+transposed and in fp16. In a state file of this project it is a state that has read no token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rwkv_npu.models.spec import Spec
 
 
 def set_initial_state(checkpoint: Checkpoint, path: Path, layout: str | None = None) -> str:
-    """Put the tuned state at `path` into a checkpoint, and return the digest of its values. Raises as `load_state`."""
+    """Put the tuned state at `path` into a checkpoint. Returns the digest of its values. Raises like `load_state`."""
     tuned = time_states(load_state(path, checkpoint.spec, checkpoint.fingerprint, layout), path)
     digest = hashlib.blake2b(tuned.tobytes(), digest_size=16).hexdigest()
     checkpoint.amend({_name(layer): partial(np.asarray, part) for layer, part in enumerate(tuned)}, digest)
@@ -33,7 +33,7 @@ def set_initial_state(checkpoint: Checkpoint, path: Path, layout: str | None = N
 
 
 def time_states(state: State, path: Path) -> np.ndarray:
-    """The tuned state (L, H, N, N) that a state holds. Raises StateError for the state of a text, which holds more."""
+    """The tuned state (L, H, N, N) in a state. Raises StateError for a state that has read tokens."""
     if "att.wkv" not in state.parts:
         raise StateError(f"{path} is a state of RWKV-4, which has no tuned ones")
     if state.tokens_seen or state.parts["att.shift"].any() or state.parts["ffn.shift"].any():
@@ -48,8 +48,8 @@ def time_states(state: State, path: Path) -> np.ndarray:
 def read_alone(path: Path, layout: str | None = None) -> State:
     """Read a state without its model. The dimensions come from the file: its metadata, or a tuned state's shapes.
 
-    The spec of a tuned state knows neither generation nor vocabulary: it says 7, whose shapes are those of 5 and 6.
-    Raises as `load_state`.
+    A tuned state does not tell its generation or vocabulary. Its spec says RWKV-7, which has the shapes of 5 and 6.
+    Raises like `load_state`.
     """
     if not is_file(path):
         raise StateError(f"{path} is no file")
@@ -75,9 +75,9 @@ def _shapes(path: Path) -> Spec:
 
 
 def save_tuned(path: Path, tuned: np.ndarray, layout: str) -> None:
-    """Write a tuned state (L, H, N, N) as BlinkDL's programs do, or web-rwkv's.
+    """Write a tuned state (L, H, N, N) in BlinkDL's or web-rwkv's layout.
 
-    Raises UsageError if the file exists, StateError for values that web-rwkv's fp16 cannot hold, or a failed write.
+    Raises UsageError if the file exists, StateError if the write fails or a value is beyond web-rwkv's fp16.
     """
     if path.exists() or path.is_symlink():
         raise UsageError(f"{path} exists: name another file, or remove it first")
