@@ -4,7 +4,7 @@ An error that the user can cause (a bad file, a flag out of range, a full disk) 
 was wrong, where, and what to do. Any other exception is a bug and keeps its traceback.
 """
 
-LONGEST = 200  # characters of another library's message in one of ours
+LONGEST = 200  # characters of another library's message that we quote
 _LONGEST_LINE = 1200  # characters of a whole message
 
 
@@ -21,7 +21,7 @@ def one_line(text: str) -> str:
 class RwkvNpuError(Exception):
     """Base of every error that the command line shows as one line, with exit status 1.
 
-    The message may quote file names and file contents: what no terminal should get is escaped here, once for all.
+    The message may quote file names and file contents. Characters that could harm a terminal are escaped here.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -53,7 +53,7 @@ class ToolkitError(RwkvNpuError):
 
 
 class UsageError(RwkvNpuError):
-    """An argument that makes no sense, given through the Python API or the command line."""
+    """An argument that makes no sense. The message names it as in Python; the command line shows its flag."""
 
 
 def first_line(error: BaseException) -> str:

@@ -36,8 +36,8 @@ from rwkv_npu.text.tokenizer import (
 class Model:
     """A loaded model. Make one with `rwkv_npu.load`.
 
-    spec: generation and dimensions. tokenizer: None if the vocabulary is unknown; ids still work. source: the weights.
-    reason: why these backends were chosen.
+    spec: generation and dimensions. tokenizer: None if the vocabulary is unknown; the model then reads ids only.
+    source: the weights. reason: of the choice of backends.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Model:
     ) -> tuple[np.ndarray, State]:
         """Read T tokens after `state` (None: the initial state).
 
-        Returns the logits after the last token, (V,) float32, or with `all_logits` after each, (T, V), and the new
-        state. inplace: updates `state` itself. progress: called with the number of tokens of each chunk.
+        Returns the logits after the last token (V,), or with `all_logits` after each token (T, V), and the new state.
+        inplace: update `state` itself. progress: called with the number of tokens of each chunk.
         Raises UsageError for no tokens, ids outside the vocabulary, or a state of another model; BackendError for
         logits that are not finite.
         """
@@ -132,14 +132,13 @@ class Model:
         banned: Iterable[int] = (),
         progress: Callable[[int], object] | None = None,
     ) -> Iterator[generation.Step]:
-        """Continue `prompt` (text, or ids) after `state`, one `Step` a token, as soon as it is sampled.
+        """Continue `prompt` (text or ids) after `state`. Yields a `Step` for each token, as soon as it is sampled.
 
-        Ends after `max_tokens` (None: not by number), at a stop string, or at the end-of-text token 0, a special token
-        of the vocabulary, the model's own end (config.json's eos_token_id) or one of `stop_ids`; closing the generator
-        stops it. Ids in `banned` are never sampled.
-        `state` is left as it was; `step.state` is the state after a step, and has read its token.
-        Raises UsageError for values out of range or an empty prompt without a state, TokenizerError for text
-        where the model has no tokenizer.
+        The text ends after `max_tokens` (None: no limit), at a stop string, or at one of these tokens: 0, a special
+        token of the vocabulary, config.json's eos_token_id, `stop_ids`. Closing the generator stops it too.
+        banned: ids that are never sampled. `state` stays unchanged; `step.state` is the state after a step.
+        Raises UsageError for values out of range and for an empty prompt without a state, TokenizerError for text if
+        the model has no tokenizer.
         """
         options = sampling.SamplingOptions(
             temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, penalty_decay
@@ -169,7 +168,7 @@ class Model:
         )
 
     def _banned_with(self, ids: list[int]) -> np.ndarray | None:
-        """(V,) bool: True for `ids` and for rows of the head without a token. Raises UsageError if all are banned."""
+        """(V,) bool: True for `ids` and for ids without text. Raises UsageError if every id is banned."""
         if not ids:
             return self._banned
         mask = np.zeros(self.spec.V, bool) if self._banned is None else self._banned.copy()
@@ -194,7 +193,7 @@ class Model:
         return self.tokenizer
 
     def load_state(self, path: str | os.PathLike[str], layout: str | None = None) -> State:
-        """Read a state file, or the `time_state` of a state-tuned file; `layout` as in `load`.
+        """Read a state file or a tuned state. layout: see `load`.
 
         Raises StateError if it is of another generation or shape, CheckpointError for a damaged `.pth`.
         """
@@ -202,7 +201,7 @@ class Model:
         return _load_state(path, self.spec, self.fingerprint, layout)
 
     def describe(self) -> str:
-        """Backends and fusion, for people."""
+        """Backends and fusion as text."""
         return self.engine.describe()
 
     def __repr__(self) -> str:
@@ -234,20 +233,21 @@ def load(
 ) -> Model:
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
-    backend: numpy, ort, torch, rknn-sim, rknn, rknn-matmul, or auto: what `rwkv-npu tune` measured to be fastest on
-        this machine; else numba where it is installed, or ort, with rknn for prompts where the NPU, its runtime and
-        artifacts are there and pass their self-test.
-    precision: that of the weights, where a bundle has a choice; a checkpoint runs in fp32. rknn-matmul makes fp16
-        (its default) and w8a8 of any.
-    fusion: layer or projection; None is the bundle's own.
+    backend: numba, numpy, ort, torch, rknn-sim, rknn, rknn-matmul, or auto. auto takes the plan that `rwkv-npu tune`
+        measured on this machine. Without one it takes numba, or ort if numba is not installed, and rknn for prompts if
+        the NPU, its runtime and artifacts are present and pass their self-test.
+    precision: of the weights, if a bundle has several. A checkpoint runs in fp32. rknn-matmul makes fp16 (its default)
+        and w8a8 of any weights.
+    fusion: layer or projection. None: the bundle's.
     plan: backends by use, group or both, as {"prefill": NAME, "head:decode": NAME} or "prefill=NAME,decode=NAME".
-    tokenizer: a vocabulary file (World format or tokenizer.json), or `world`, `pile`; None finds it.
-    threads: of numba, ort and torch, at most one a core; None is one a large core, and what torch chooses (NumPy's are
-        OPENBLAS_NUM_THREADS). Where they run is the caller's affair. ONNX Runtime's are one pool for the process, made
-        at the first load: other sessions in the process must set `SessionOptions.use_per_session_threads = False`.
-    npu_cores: of rknn and rknn-matmul, one of auto, 0, 1, 2, "0,1", "0,1,2".
-    layout: of a checkpoint that can be read in two ways, "blinkdl" or "web-rwkv" (RWKV-5's `.st` files); None tells it
-        from the tensors, and refuses where these do not tell.
+    tokenizer: a vocabulary file (World format or tokenizer.json), "world" or "pile". None: found beside the
+        model, or by the size of its head.
+    threads: of numba, ort and torch, at most one a core. None: one for each large core; torch chooses its own number.
+        NumPy obeys OPENBLAS_NUM_THREADS. ONNX Runtime has one pool for the process, made at the first load: other
+        sessions in the process must set `SessionOptions.use_per_session_threads = False`.
+    npu_cores: of rknn and rknn-matmul: auto, 0, 1, 2, "0,1" or "0,1,2".
+    layout: of a checkpoint that can be read in two ways, "blinkdl" or "web-rwkv" (RWKV-5's `.st` files). None: derived
+        from the tensors; an ambiguous checkpoint is refused.
     Raises RwkvNpuError (CheckpointError, BundleError, BackendError, ...) with one line that says what to do.
     """
     for name, value in (("backend", backend), ("npu_cores", npu_cores), ("precision", precision)):

@@ -111,7 +111,7 @@ def candidates(
 
 
 def beside(manifest: Manifest, artifacts: Collection[Artifact]) -> list[Artifact]:
-    """Existing artifacts of the same target, precision and fusion that stay in the bundle beside `artifacts`."""
+    """Existing artifacts that `artifacts` do not replace, of the same target, precision and fusion."""
     kinds = {(a.target, a.precision, a.fusion) for a in artifacts}
     slots = set(map(slot, artifacts))
     alike = [a for a in manifest.artifacts if (a.target, a.precision, a.fusion) in kinds]
@@ -129,7 +129,7 @@ def row_counts(artifacts: Iterable[Artifact]) -> list[int]:
 
 
 def _identity(key: str, names: Sequence[str]) -> str:
-    """A digest of an artifact's int8 projections and of the key of their parameters. "" without int8."""
+    """Digest of an artifact's int8 projections and of the key of their parameters. "" without int8."""
     return hashlib.blake2b(json.dumps([key, *names]).encode(), digest_size=8).hexdigest() if names else ""
 
 
@@ -164,7 +164,10 @@ def build_artifacts(
         if twin is not None and is_current(twin, artifact, environment, verify):
             finished.append(replace(twin, precision=artifact.precision))
     shared = set(map(slot, finished))
-    inputs = _verify_inputs(source, missing) if verify else {}
+    inputs: dict[tuple[str, int], GoldenVectors] = {}
+    if verify:
+        recorded = {rows: golden_vectors(source, rows) for rows in {a.rows for a in missing}}
+        inputs = {(a.group, a.rows): recorded[a.rows][a.group] for a in missing}
     groups = {group.name: group for group in source.program.groups}
     parameters = int8_parameters(source.bundle, missing[0].precision) if missing else {}
     builds = [
@@ -188,13 +191,6 @@ def _twin(artifact: Artifact, others: Iterable[Artifact]) -> Artifact | None:
 
 def _graph_key(artifact: Artifact) -> tuple[str, str, str, int]:
     return artifact.target, artifact.fusion, artifact.group, artifact.rows
-
-
-def _verify_inputs(
-    source: BundleSource, artifacts: Sequence[Artifact]
-) -> Mapping[tuple[str, int], GoldenVectors]:
-    recorded = {rows: golden_vectors(source, rows) for rows in {a.rows for a in artifacts}}
-    return {(a.group, a.rows): recorded[a.rows][a.group] for a in artifacts}
 
 
 @dataclass

@@ -39,13 +39,13 @@ ROWS = 256  # tokens of a step. Statistics do not depend on it; weights are wide
 SHORT, MEDIUM = (
     64,
     512,
-)  # tokens of a context; each kind gets a quarter of all tokens, one long context gets half
+)  # tokens of a context. Each kind gets a quarter of all tokens, one long context gets half
 SLICE = 512  # the chip adds products over K in slices of this width, and their sums are probably fp16
 
-TOKENS = 8192  # limit of the text; half of it is one context
-SAMPLED = 1024  # tokens that a model without a vocabulary generates itself, one pass for each
-SEQUENCES = 16  # to generate at a time
-LEAST = 8  # tokens of a text: a quarter is held out, and statistics need two rows
+TOKENS = 8192  # of the text at most; half of them are one context
+SAMPLED = 1024  # tokens to sample from a model without a vocabulary
+SEQUENCES = 16  # sampled at a time
+LEAST = 8  # tokens of a text. A quarter is held out, and statistics need two rows
 
 log = logging.getLogger("rwkv_npu")
 
@@ -55,9 +55,9 @@ class Statistics:
     """Activation statistics of `tokens` tokens, under the `Scaling` of the weights.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
-    absmax: of every intermediate that is not a projection's input. LABEL: of a projection's product and its partial
-        sums. NORM: of the residual that a norm reads; NORM.out: of its result. GROUP.INPUT: of a group's inputs. Also
-        of each layer's squares, and of the inputs of its sigmoids and tanhs.
+    absmax: by the name of an intermediate, which is not the input of a projection. LABEL: a projection's product, with
+        its partial sums. NORM: the residual that a norm reads; NORM.out: its result. GROUP.INPUT: an input of a group.
+        Also each layer's squares, and the inputs of its sigmoids and tanhs.
     """
 
     projections: dict[str, Samples]
@@ -119,7 +119,7 @@ class Reservoir:
 
 @dataclass
 class _Recorder:
-    """Collects statistics. Of the present step, the rows `kept` go into the `slots` of the sample."""
+    """Collects statistics. The rows `kept` of the present step go into the `slots` of the sample."""
 
     keep: int
     kept: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -289,8 +289,10 @@ def read_ids(files: Sequence[str], tokenizer: Tokenizer | None, spec: Spec) -> n
 
 
 def default_ids(tokenizer: Tokenizer | None, source: ModelSource) -> np.ndarray:
-    """Ids if the user names no text, (M,) int64: of the text in the package, or sampled from the model if its
-    vocabulary is unknown."""
+    """Ids for a user who names no text, (M,) int64.
+
+    They come from the text in the package, or are sampled from a model without a known vocabulary.
+    """
     if tokenizer is not None:
         ids = calibration_text(tokenizer.encode).ids[:TOKENS]
         return check_ids(ids, source.spec, at_least=LEAST)

@@ -46,10 +46,10 @@ INT8_BYTES = 4_500
 class Variant:
     """The artifacts of one precision. Their `weight_bytes` and `cycles` are estimates.
 
-    int8: share of the weights in int8; assumed: that share is an assumption. files: bytes of each `.rknn` by its path.
-    memory: of all artifacts, whether or not they fit. left: groups that do not fit the NPU and stay on the CPU, with
-    left_bytes bytes. speeds: by kind of DRAM and number of tokens (TIMED), tokens a second (slow, central, fast); empty
-    for a chip without measurements. board_bytes: memory of the process, without the NPU's.
+    int8: share of the weights in int8. assumed: True if this share is an assumption. files: bytes of each `.rknn` by
+    its path. memory: of all artifacts, even if they do not fit. left: groups that do not fit the NPU and stay on the
+    CPU. left_bytes: size of their weights. speeds: tokens a second (slow, central, fast), by kind of DRAM and number of
+    tokens (TIMED); empty for a chip without measurements. board_bytes: memory of the process, without the NPU's.
     """
 
     precision: str

@@ -21,7 +21,7 @@ from rwkv_npu.quant.ranges import Samples
 LARGEST = 65504.0  # of fp16
 LIMIT = LARGEST / 8  # leaves three bits for other texts
 
-# Tokens of the package's text that suffice for fp16: extremes appear early.
+# Tokens of the package's text to read for fp16. These suffice, because extremes appear early.
 TOKENS = 2048
 
 _ONCE = ("ffn.key.weight", "ffn.key.weight.in")  # divided by the channel mix's scale

@@ -19,7 +19,7 @@ from rwkv_npu.runtime.reference import read
 from rwkv_npu.runtime.weights import ModelSource, widened
 
 CHUNK = 256  # tokens of a step
-KEPT = 1 << 30  # limit of the bytes of kept reference outputs, from which a measurement can start
+KEPT = 1 << 30  # bytes of kept reference outputs at most. A measurement can start from them
 
 Outputs = Mapping[str, np.ndarray]
 

@@ -52,7 +52,7 @@ log = logging.getLogger("rwkv_npu")
 class Notes:
     """Results of finished stages, in the file `conversion` of the folder until the bundle is finished.
 
-    key: identifies everything that the whole folder depends on. Notes with another key are ignored.
+    key: identifies the inputs of the whole folder. Notes with another key are ignored.
     """
 
     def __init__(self, folder: Path, key: str):
@@ -66,7 +66,7 @@ class Notes:
             pass
 
     def get(self, stage: str, follows_from: Any) -> Any:
-        """The result of a stage. None if it is unknown or depends on something else."""
+        """The result of a stage, None if it is unknown or followed from other inputs."""
         source, result = self._stages.get(stage, (None, None))
         return result if source == json.loads(json.dumps(follows_from)) else None
 
@@ -167,7 +167,7 @@ def other_weights(out: Path) -> BundleError:
 
 
 def stamp(out: Path) -> bytes | None:
-    """The bytes of the manifest at `out`, None if `out` does not exist. A change means that somebody wrote to it."""
+    """The bytes of the manifest at `out`, None if `out` does not exist. If they change, somebody wrote to it."""
     try:
         return (out / MANIFEST).read_bytes()
     except OSError:
@@ -178,8 +178,8 @@ def stamp(out: Path) -> bytes | None:
 def workspace(out: Path, key: str, *, adding: bool, before: bytes | None) -> Iterator[tuple[Path, Notes]]:
     """The folder to write to, and its notes: OUT if it is extended, else OUT.partial, which becomes OUT at the end.
 
-    key: identifies everything that the folder depends on; an unfinished conversion with another key is deleted. before:
-    the `stamp` of OUT when it was checked. Raises BundleError if OUT has another stamp by now.
+    key: identifies the inputs of the folder. An unfinished conversion with another key is deleted. before: the `stamp`
+    of OUT when it was checked. Raises BundleError if OUT has another stamp now.
     After an error, OUT.partial stays for the next conversion. Only a CheckpointError deletes it, because such weights
     cannot be converted.
     """
@@ -219,7 +219,7 @@ def workspace(out: Path, key: str, *, adding: bool, before: bytes | None) -> Ite
 
 
 def keep_if(notes: Notes, folder: Path, what: str, follows_from: Any, *patterns: str) -> None:
-    """Delete files that an interrupted conversion made from something else: all that match `patterns`."""
+    """Delete the files that match `patterns` if an interrupted conversion made them from other inputs."""
     if notes.get(what, follows_from) is None:
         for path in [path for pattern in patterns for path in folder.rglob(pattern)]:
             if path.is_file() and path != folder / MARK:

@@ -6,7 +6,7 @@ Each file appears complete, by a rename. So an interrupted conversion can contin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from rwkv_npu.quant.cpu import SCALE, bits_of, pack, packed_shapes
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.text.tokenizer import Tokenizer
 
-STORAGE = {"fp16": np.float16, "fp32": np.float32}  # the CPU's precisions
+STORAGE = {"fp16": np.float16, "fp32": np.float32}  # precisions of weights that every backend reads
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -112,7 +112,15 @@ def _packed_plans(source: CheckpointSource, tensor: Tensor, bits: int, bar: Prog
 def write_graphs(bundle: Bundle) -> None:
     """Write the graphs of both fusions, unless they exist. M is symbolic; weights are referenced by file offset."""
     with TensorFile(bundle.path / WEIGHTS) as weights:
-        locate = _locator(weights)
+
+        def locate(constant: Constant) -> Entry:
+            entry = weights.entry(constant.name)
+            if constant.index is None:
+                return entry
+            count, *shape = entry.shape
+            size = entry.nbytes // count
+            return Entry(entry.dtype, tuple(shape), entry.offset + constant.index * size, size)
+
         for fusion in FUSIONS:
             program = Program(bundle.spec, fusion, bundle.manifest.scaling)
             for group in program.groups:
@@ -121,18 +129,6 @@ def write_graphs(bundle: Bundle) -> None:
                     trace = trace_group(program, group)
                     model = external_model(trace, group.name, bundle.tensor, Path(WEIGHTS).name, locate)
                     write_atomically(path, model.SerializeToString())
-
-
-def _locator(weights: TensorFile) -> Callable[[Constant], Entry]:
-    def locate(constant: Constant) -> Entry:
-        entry = weights.entry(constant.name)
-        if constant.index is None:
-            return entry
-        count, *shape = entry.shape
-        size = entry.nbytes // count
-        return Entry(entry.dtype, tuple(shape), entry.offset + constant.index * size, size)
-
-    return locate
 
 
 def describe_groups(spec: Spec) -> dict[str, list[dict[str, Any]]]:

@@ -34,8 +34,8 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class Lambada:
-    """The scores of a model. accuracy: share of the texts whose target was predicted. accuracy_error: its standard error,
-    None for one text. perplexity: per target. reference: the scores of a reference model.
+    """The scores of a model. accuracy: share of the texts whose target was predicted. accuracy_error: its standard
+    error, None for one text. perplexity: per target. reference: the scores of a reference model.
     """
 
     texts: int

@@ -25,9 +25,7 @@ Encode = Callable[[str], Sequence[int]]
 
 IDS = (".json", ".npy")  # suffixes of files with ids
 _MOST_AXES = 8
-_BYTEWISE = (
-    0.8  # tokens for each byte of a text, from which on the vocabulary is said to encode it byte by byte
-)
+_BYTEWISE = 0.8  # tokens a byte. A vocabulary that needs more encodes the text byte by byte
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,14 @@ class Tokens:
 
 
 def holds_ids(path: str) -> bool:
-    """True if the name is that of a file with ids, which needs no tokenizer."""
+    """True if the file's name says that it holds ids, which need no tokenizer."""
     return Path(path).suffix.lower() in IDS
 
 
 def read_tokens(path: str, encode: Encode, *, raw: bool = False) -> Tokens:
-    """The tokens of a file, or of stdin for `-`; `raw` as in `read_text`.
+    """The tokens of a file, or of stdin for `-`. raw: see `read_text`.
 
-    Raises UsageError for a file that is empty, or not what its name says, and what `encode` raises.
+    Raises UsageError for a file that is empty or does not hold what its name says, and any error of `encode`.
     """
     if holds_ids(path):
         return Tokens(_read_ids(path), None)
@@ -78,7 +76,7 @@ def calibration_text(encode: Encode) -> Tokens:
 
 
 def held_out_text(encode: Encode) -> Tokens:
-    """Prose of the package, on which the demo model was not trained."""
+    """A text of the package that the demo model has not seen in its training."""
     held_out = importlib.resources.files("rwkv_npu") / "data" / "demo" / "heldout.txt"
     with importlib.resources.as_file(held_out) as file:
         return read_tokens(str(file), encode)
@@ -136,13 +134,13 @@ def _parse_npy(data: bytes) -> np.ndarray:
         major, _ = np.lib.format.read_magic(file)
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
         shape, _, dtype = read_header(file)
-    except Exception:  # NumPy raises a dozen types for damaged headers, and advises to be less careful
+    except Exception:  # NumPy raises a dozen types for damaged headers
         raise damaged from None
     count, body = math.prod(shape), data[file.tell() :]
     if dtype.hasobject or dtype.itemsize == 0 or len(shape) > _MOST_AXES or min(shape, default=0) < 0:
         raise damaged
     if count * dtype.itemsize != len(body):
-        raise ValueError(f"its header makes {count * dtype.itemsize} bytes of numbers, it has {len(body)}")
+        raise ValueError(f"its header says {count * dtype.itemsize} bytes of numbers, but it has {len(body)}")
     return np.frombuffer(body, dtype).reshape(shape)
 
 

@@ -14,6 +14,7 @@ from rwkv_npu.arguments import check_text
 from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.runtime.engine import Engine
+from rwkv_npu.text.chat import overlap
 from rwkv_npu.text.sampling import Sampler
 from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -21,9 +22,9 @@ from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
 class Step:
     """One sampled token.
 
-    token, logprob: its id and its log-probability in the softmax of the unchanged logits.
-    text: the text that became certain with it, "" while a character or a stop string is incomplete.
-    held: text that may be the start of a stop string; a caller who ends the generation here appends it.
+    token: its id. logprob: its log-probability, before temperature, penalties and filters.
+    text: the text that became certain with it, "" while a character or a stop string may be incomplete.
+    held: text that may be the start of a stop string. A caller who stops the generation here appends it.
     finish_reason: None, "stop" (end of text or a stop string) or "length", on the last step only.
     """
 
@@ -35,9 +36,9 @@ class Step:
 
     @property
     def state(self) -> State:
-        """The state after this token. The model reads the token first, if it has not yet.
+        """The state after this token. If the model has not read the token yet, it does so now.
 
-        The next step changes the state: copy it to keep it.
+        The next step changes this state. Copy it to keep it.
         """
         return self._reader.read()
 
@@ -95,12 +96,11 @@ class TextStream:
         self.held += self._decoder.push(token)
         found = [(at + len(stop), at) for stop in self._stop if (at := self.held.find(stop)) >= 0]
         if found:
-            _, begin = min(found)  # the stop string that ends first, as if letters came one by one
+            _, begin = min(found)  # the stop string that is complete first
             text, self.held = self.held[:begin], ""
             self._decoder = None
             return text, True
-        keep = max((_overlap(self.held, stop) for stop in self._stop), default=0)
-        certain = len(self.held) - keep
+        certain = len(self.held) - overlap(self.held, self._stop)
         text, self.held = self.held[:certain], self.held[certain:]
         return text, False
 
@@ -109,12 +109,6 @@ class TextStream:
         rest = self._decoder.finish() if self._decoder else ""
         text, self.held = self.held + rest, ""
         return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
 
 
 def steps(

@@ -1,16 +1,16 @@
-"""Choose the next token of each sequence from its logits, as the rwkv package does.
+"""Choose the next token of each sequence from its logits, like the rwkv package.
 
 Source: `PIPELINE.sample_logits` and `PIPELINE.generate` in `rwkv/utils.py` (rwkv 0.8.32). Both work in this order:
 bans and penalties change the logits; top-p and top-k select tokens by their probability at temperature 1; the
 temperature then shapes the probabilities of the selected tokens. Deliberate differences:
 
-- temperature 0 is always the largest logit (there: chance among equals);
-- top-p 1 filters nothing (there: only the largest stays when the float32 sum falls short of 1);
-- of equal logits at top-k's cut the lowest ids stay (there: whichever the sort put last);
+- temperature 0 takes the largest logit (the package: one of several equal ones by chance);
+- top-p 1 filters nothing (the package: only the largest stays if the fp32 sum is below 1);
+- of equal logits at the cut of top-k the lowest ids stay (the package: those that its sort puts last);
 - min-p, which the package lacks, comes after top-k.
 
-`choose` is the reference, in NumPy. `kernels.sampling` is the same in compiled code and runs where numba is installed.
-Both choose by exponentials and sums in float64: in float32 a choice would depend on the order of the sums.
+`choose` is the reference, in NumPy. `kernels.sampling` is the same in compiled code, for systems with numba.
+Both use exponentials and sums in fp64: in fp32 a choice would depend on the order of the sums.
 Letters: B sequences, V vocabulary.
 """
 
@@ -36,7 +36,7 @@ THRESHOLDS = 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-6, 0.0
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose; the defaults are the rwkv package's, without its penalties.
+    """How to choose tokens. The defaults are those of the rwkv package, without its penalties.
 
     Raises UsageError for a value out of range.
     """
@@ -47,7 +47,7 @@ class SamplingOptions:
     min_p: float = 0.0  # 0 is off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    penalty_decay: float = 0.996  # of every token's count, at each step
+    penalty_decay: float = 0.996  # multiplies every token's count at each step
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0.0, math.inf)
@@ -60,24 +60,23 @@ class SamplingOptions:
 
 
 class Choice(NamedTuple):
-    """A chosen token. Log-probabilities are those of the softmax of the logits as given, before any change."""
+    """A chosen token. Log-probabilities are those of the unchanged logits."""
 
     token: int
     logprob: float
-    top: list[tuple[int, float]]  # (token, log-probability), the most likely first, as many as were asked for
+    top: list[tuple[int, float]]  # (token, log-probability) of the most likely tokens, best first
 
 
 class Sampler:
-    """Draws the tokens of one sequence and counts them, for the penalties.
+    """Draws the tokens of one sequence, and counts them for the penalties.
 
-    rng: the only source of chance; each draw takes one number from it. ids: a range that holds all ids whose logits
-    it changes.
+    rng: the only source of chance. Each draw takes one number from it. ids: a range that holds every id whose logit is
+    changed.
 
     Args:
-        seed: whole number >= 0, or a Generator to draw from; None for another sequence at each run.
-        banned: (V,) bool, True for ids that must never be drawn.
-        uncounted: whether repeats of a token are free (`Tokenizer.uncounted`: the package does not count
-            spaces and digits, whose presence is still penalised); by default all tokens count.
+        seed: a whole number >= 0, or a Generator. None: another sequence in each run.
+        banned: (V,) bool, True for ids that are never drawn.
+        uncounted: True for tokens whose repeats are free, such as `Tokenizer.uncounted`. None: all tokens count.
         logit_bias: amounts to add to the logits of some ids.
     """
 
@@ -100,19 +99,19 @@ class Sampler:
         amounts |= dict.fromkeys(() if banned is None else np.flatnonzero(banned).tolist(), -math.inf)
         self._fixed = np.array([*amounts.items()], np.float64).reshape(-1, 2)
         self._uncounted = uncounted or (lambda token: False)
-        # Tokens drawn so far and their decayed counts, (n, 2) with room for more; place: the row of a token.
+        # _drawn: tokens drawn so far and their decayed counts, (n, 2) with room for more. _place: the row of a token.
         self._drawn, self._place = np.empty((16, 2)), dict[int, int]()
         self.ids = range(min(amounts, default=0), max(amounts, default=0) + 1)
 
     @property
     def counts(self) -> dict[int, float]:
-        """{token: decayed number of draws}."""
+        """The decayed number of draws of each token."""
         return {int(token): count for token, count in self._drawn[: len(self._place)].tolist()}
 
     def sample(self, logits: np.ndarray) -> tuple[int, float]:
-        """(token, its log-probability in the softmax of `logits` as given); logits (V,), left as they are.
+        """Draw a token from logits (V,), which stay unchanged. Returns it and its log-probability in `logits`.
 
-        BackendError when the logits hold NaN or infinity, or nothing but -inf.
+        Raises BackendError if the logits hold NaN or infinity, or only -inf.
         """
         choice = sample(logits[None], [self])[0]
         if isinstance(choice, BackendError):
@@ -120,7 +119,7 @@ class Sampler:
         return choice.token, choice.logprob
 
     def changes(self) -> list[np.ndarray]:
-        """(n, 2) of ids and amounts to add to their logits, in this order: biases and bans, then penalties."""
+        """Arrays (n, 2) of ids and amounts to add to their logits: first biases and bans, then penalties."""
         if not self._place:
             return [self._fixed]
         penalties, options = self._drawn[: len(self._place)].copy(), self.options
@@ -128,7 +127,7 @@ class Sampler:
         return [self._fixed, penalties]
 
     def accept(self, token: int) -> None:
-        """Count a token as drawn, if there are penalties: all counts decay, then its own grows by 1."""
+        """Count a drawn token, if there are penalties. All counts decay, then its own grows by 1."""
         if self.options.presence_penalty == 0 and self.options.frequency_penalty == 0:
             return
         n = len(self._place)
@@ -149,16 +148,16 @@ def sample(
     allowed: Sequence[np.ndarray | None] | None = None,
     top: int = 0,
 ) -> list[Choice | BackendError]:
-    """Draw the next token of each sequence. A sequence's choice does not depend on the others.
+    """Draw the next token of each sequence. A choice does not depend on the other sequences.
 
-    A BackendError stands in place of the choice of a sequence whose logits hold NaN or infinity, or leave no token.
+    Returns a BackendError instead of a choice if the logits of a sequence hold NaN or infinity, or leave no token.
 
     Args:
-        logits: (B, V), left as they are.
-        samplers: one a sequence; each counts the token that it draws.
-        allowed: per sequence None, or the tokens that may be drawn as a bit mask, (ceil(V / 32),) uint32 or int32:
-            token t is bit t % 32 of word t // 32.
-        top: how many of the most likely tokens to return with each choice.
+        logits: (B, V), which stay unchanged.
+        samplers: one for each sequence. It counts the token that it draws.
+        allowed: for each sequence None, or a bit mask of the tokens that may be drawn, (ceil(V / 32),) uint32 or int32.
+            Token t is bit t % 32 of word t // 32.
+        top: number of most likely tokens to return with each choice.
     """
     logits = np.require(logits, np.float32, ["C", "A", "W"])  # compiled code takes no read-only array
     B, V = logits.shape
@@ -188,7 +187,7 @@ def sample(
 def choose(
     logits: np.ndarray, sampler: Sampler, number: float, allowed: np.ndarray | None = None, top: int = 0
 ) -> Choice:
-    """One token from logits (V,) float32, by a random number of [0, 1). See `sample`."""
+    """Choose a token from logits (V,) fp32, by a random number in [0, 1). See `sample`."""
     log_sum = _log_sum(logits)
     tokens, weights = candidates(adjusted(logits, sampler, allowed), sampler.options)
     sums = np.cumsum(weights)
@@ -199,7 +198,7 @@ def choose(
 
 
 def adjusted(logits: np.ndarray, sampler: Sampler, allowed: np.ndarray | None = None) -> np.ndarray:
-    """The logits with biases and penalties, and -inf where banned or not allowed; float32 (V,), a copy."""
+    """A copy (V,) of the logits with biases and penalties, and -inf for tokens that are banned or not allowed."""
     changed = np.array(logits, np.float32)
     for changes in sampler.changes():
         changed[changes[:, 0].astype(np.int64)] += changes[:, 1]
@@ -210,9 +209,9 @@ def adjusted(logits: np.ndarray, sampler: Sampler, allowed: np.ndarray | None = 
 
 
 def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, weights) to draw from: ids (n,) ascending and float64 (n,). Greedy leaves one.
+    """The tokens to draw from: their ids (n,), ascending, and their weights (n,) in fp64. Greedy leaves one token.
 
-    BackendError when the logits hold NaN or infinity, or nothing but -inf.
+    Raises BackendError if the logits hold NaN or infinity, or only -inf.
     """
     if not math.isfinite(logits.max()):
         raise BackendError(NOT_FINITE)
@@ -229,16 +228,16 @@ def candidates(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray
 
 
 def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
-    """Ids, ascending, of the fewest most likely tokens that hold `mass` of the probability; 1 keeps all.
+    """The ids, ascending, of the smallest set of most likely tokens with the probability `mass`. 1 keeps all.
 
-    All tokens as likely as the last of them stay.
+    Tokens that are as likely as the last one of the set stay too.
     """
     if mass >= 1:
         return np.flatnonzero(logits > -np.inf)
     peak = np.float64(logits.max())
     weights = np.exp(logits - peak)
     wanted = mass * weights.sum()
-    # Sort only the tokens above a threshold, the first at which they hold enough. The largest weight is 1.
+    # Sort only the tokens above the first threshold that leaves enough weight. The largest weight is 1.
     for threshold in THRESHOLDS:
         likely = np.flatnonzero(weights >= threshold)
         if weights[likely].sum() >= wanted:
@@ -250,7 +249,7 @@ def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
 
 
 def top_k(logits: np.ndarray, count: int) -> np.ndarray:
-    """Places, ascending, of the `count` largest of logits (n,); of equals at the cut the first ones."""
+    """Indices, ascending, of the `count` largest of logits (n,). Among equals at the cut the first ones stay."""
     if count >= len(logits):
         return np.arange(len(logits))
     cut = np.partition(logits, -count)[-count]
@@ -259,16 +258,16 @@ def top_k(logits: np.ndarray, count: int) -> np.ndarray:
 
 
 def min_p(logits: np.ndarray, ratio: float) -> np.ndarray:
-    """Places, ascending, of those of logits (n,) that are at least `ratio` times as likely as the largest."""
+    """Indices, ascending, of the logits (n,) that are at least `ratio` times as likely as the largest."""
     return np.flatnonzero(logits >= logits.max() + np.float32(math.log(ratio)))
 
 
 def _log_sum(logits: np.ndarray) -> float:
-    """log sum exp of logits (V,); BackendError when there is none."""
+    """log(sum(exp(logits))) of logits (V,). Raises BackendError if it is not finite."""
     peak = float(logits.max())
     if not math.isfinite(peak):
         raise BackendError(NOT_FINITE)
-    # float32 exponentials are several times faster, and right to 1e-7 here: log-probabilities choose nothing.
+    # Exponentials in fp32 are several times faster. An error of 1e-7 is harmless: log-probabilities choose nothing.
     return peak + math.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64))
 
 
@@ -277,7 +276,7 @@ def _log_sum(logits: np.ndarray) -> float:
 
 @functools.cache
 def _compiled() -> ModuleType | None:
-    """`kernels.sampling`; None where numba is not installed."""
+    """The module `kernels.sampling`, None without numba."""
     return kernels.load("sampling") if kernels.available() else None
 
 
@@ -289,7 +288,7 @@ def _choose_compiled(
     masks: Sequence[np.ndarray | None],
     top: int,
 ) -> list[Choice | BackendError]:
-    """`choose` for every row of logits (B, V) at once."""
+    """Like `choose`, for all rows of logits (B, V) at once."""
     B, V = logits.shape
     changes: list[np.ndarray] = []
     settings, end = [], 0
