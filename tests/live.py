@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.tiny import command
+
+
+def debian_program(name: str, package: str = "") -> str:
+    """Path of a program of Debian's, installed where that is allowed; otherwise the test is skipped."""
+    path = "/usr/sbin:/usr/bin:" + os.environ.get("PATH", "")
+    if not shutil.which(name, path=path) and os.geteuid() == 0:
+        subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", package or name], capture_output=True)
+    found = shutil.which(name, path=path)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
 
 
 class LiveServer:

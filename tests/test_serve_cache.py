@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +19,9 @@ import rwkv_npu
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.state import State
 from rwkv_npu.serve.cache import NEAR, SPACING, Checkpoint, Checkpoints, StateCache, size_of
-from rwkv_npu.serve.disk import StateFolder
+from rwkv_npu.serve.stores import RedisStates, StateFolder
 from rwkv_npu.text.tokenizer import builtin
+from tests.live import debian_program
 
 WORLD = builtin("world")
 CHAT = "User: Tell me a long story about the sea and its many fish, please\n\nAssistant: Once there was a fish.\n\n"
@@ -158,6 +164,67 @@ def test_the_folder_keeps_its_budget(model: rwkv_npu.Model, tmp_path: Path) -> N
         small.put(f"{i:032x}", state)
         small.flush()
     assert sorted(path.stem for path in tmp_path.iterdir()) == [f"{i:032x}" for i in range(2)]
+
+
+# -- Redis
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    """Debian's Redis on a free port, installed where that is allowed. `url` is its address."""
+    pytest.importorskip("redis")
+    program = debian_program("redis-server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program, "--port", str(port), "--save", "", "--dir", str(tmp_path_factory.mktemp("redis"))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process.url = f"redis://127.0.0.1:{port}"  # type: ignore[attr-defined]
+    for _ in range(500):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.debian
+def test_redis_gives_states_to_other_servers(
+    redis_server: Any, model: rwkv_npu.Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = state_after(model, [1, 2, 3])
+    one, other = RedisStates(redis_server.url, model), RedisStates(redis_server.url, model)
+    assert other.get(KEY) is None
+    one.put(KEY, state)
+    one.flush()
+    found = other.get(KEY)
+    assert found is not None and found.tokens_seen == 3
+    for name, part in state.parts.items():
+        np.testing.assert_array_equal(found.parts[name], part)
+    name = f"rwkv_npu:state:{KEY}"
+    one._client.set(name, one._client.get(name)[:-4] + b"\0\0\0\1")
+    assert other.get(KEY) is None and one._client.get(name) is None
+    assert "a state from Redis is unusable" in caplog.text and "damaged" in caplog.text
+
+
+@pytest.mark.debian
+def test_a_redis_that_is_gone_acts_like_an_empty_store(
+    redis_server: Any, model: rwkv_npu.Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RedisStates(redis_server.url, model)
+    redis_server.kill()
+    redis_server.wait()
+    begin = time.monotonic()
+    for _ in range(20):
+        assert store.get(KEY) is None
+        store.put(KEY, state_after(model, [1]))
+    store.flush()
+    assert time.monotonic() - begin < 5 and caplog.text.count("Redis does not answer") == 1
+    with pytest.raises(UsageError, match="no Redis answers at 127.0.0.1") as caught:
+        RedisStates(redis_server.url.replace("//", "//:secret@"), model)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_is_refused(model: rwkv_npu.Model, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from rwkv_npu.cli.common import add_model_flags, load_model, size
 from rwkv_npu.errors import UsageError
 
 if TYPE_CHECKING:
+    from rwkv_npu.serve.cache import Store
     from rwkv_npu.text.chat import Template
 
 
@@ -38,7 +39,12 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--cache-dir", metavar="DIR", help="folder that keeps cached states over restarts")
     p.add_argument(
-        "--cache-dir-size", type=float, default=4.0, metavar="GB", help="limit of this folder (default: 4)"
+        "--cache-dir-size", type=float, default=4.0, metavar="GB", help="limit of such a folder (default: 4)"
+    )
+    p.add_argument(
+        "--state-store",
+        metavar="WHERE",
+        help="folder or redis://HOST that several servers share, so that each continues any conversation",
     )
     p.add_argument(
         "--neutral-sampling",
@@ -63,17 +69,20 @@ def run(arguments: argparse.Namespace) -> int:
     socket = listen(arguments.host, arguments.port)
     host, port = socket.getsockname()[:2]
     from rwkv_npu.board.hardware import memory
-    from rwkv_npu.serve.disk import StateFolder
     from rwkv_npu.serve.service import Service
+    from rwkv_npu.serve.stores import RedisStates, StateFolder
 
     model = load_model(arguments, verbose=arguments.verbose)
     template = model_template(arguments.model, arguments.template, model.spec.V)
     budget = memory().get("MemTotal", 8 << 30) // 8
     if arguments.cache is not None:
         budget = int(arguments.cache * 1e9)
-    stores = []
-    if arguments.cache_dir:
-        stores.append(StateFolder(Path(arguments.cache_dir), int(arguments.cache_dir_size * 1e9), model))
+    stores: list[Store] = []
+    for where in filter(None, (arguments.cache_dir, arguments.state_store)):
+        if where.startswith(("redis://", "rediss://")):
+            stores.append(RedisStates(where, model))
+        else:
+            stores.append(StateFolder(Path(where), int(arguments.cache_dir_size * 1e9), model))
     service = Service(
         model,
         arguments.name or model_name(arguments.model),
