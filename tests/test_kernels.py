@@ -281,13 +281,13 @@ def test_decays_to_the_last_bit() -> None:
     """With one near 1 a state adds up its error over thousands of tokens."""
     from numba import njit
 
-    from rwkv_npu.kernels import parts
+    from rwkv_npu.kernels import common
 
     @njit
     def exponentials(x, y, z):  # type: ignore[no-untyped-def]
         for i in range(len(x)):
-            y[i] = parts.exp_of_decay(x[i])
-            z[i] = parts.exp(x[i])
+            y[i] = common.exp_of_decay(x[i])
+            z[i] = common.exp(x[i])
 
     x = -np.exp(np.random.default_rng(0).uniform(-20, 5.5, 200_000)).astype(np.float32)
     x[:4] = 0, -0.0, -1e30, -np.inf
@@ -435,8 +435,8 @@ def test_a_change_of_the_sources_is_another_folder(tmp_path: Path, monkeypatch: 
         shutil.copytree(package / name, tmp_path / name)
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "kernels" / "cache.py"))
     assert cache.key.__wrapped__() == before
-    parts = tmp_path / "kernels" / "parts.py"
-    parts.write_bytes(parts.read_bytes() + b"\n")
+    source = tmp_path / "kernels" / "common.py"
+    source.write_bytes(source.read_bytes() + b"\n")
     assert cache.key.__wrapped__() != before
 
 

@@ -1,6 +1,6 @@
 """CPU code that numba compiles on the machine it runs on (extra `fast`). No C compiler and no build step is needed.
 
-    recurrence.py      the recurrences; one file a generation: v4.py .. v7.py, with chunk.py for prompts and parts.py
+    recurrence.py      the recurrences; one file a generation: v4.py .. v7.py, with chunk.py for prompts and common.py
     sampling.py        the sampler
     halves.py          conversion between fp16 and fp32
     recorder.py        records groups, and the fused forward, as operations; program.py gives them memory,

@@ -6,12 +6,8 @@ them to threads; `run_piece` executes one piece.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
 from numba import carray, from_dtype, types
-from numba.extending import intrinsic
 
 from rwkv_npu.kernels.compiler import inner
 from rwkv_npu.kernels.instructions import (
@@ -40,17 +36,16 @@ from rwkv_npu.kernels.instructions import (
 )
 from rwkv_npu.kernels.products import GEMV_ROWS, quantise_rows
 from rwkv_npu.kernels.simd import (
-    ADDRESS,
     add,
     at_least,
-    call_code,
     floats,
     fma,
+    kernel_caller,
     load_float,
     load_floats,
     load_long,
     mul,
-    operation,
+    pointer_to,
     sigmoid,
     store_float,
     store_floats,
@@ -60,28 +55,14 @@ from rwkv_npu.kernels.simd import (
 )
 
 INSTRUCTION_BYTES = INSTRUCTION.itemsize
-_Instructions = types.CPointer(from_dtype(INSTRUCTION))
-
-
-@intrinsic
-def _instructions(_context: Any, address: Any) -> Any:
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(_Instructions))
-
-    return _Instructions(types.int64), code
+_instructions = pointer_to(from_dtype(INSTRUCTION))
+_call_product, _call_recurrence = kernel_caller(4), kernel_caller(3)
 
 
 @inner
 def instruction(program, i):  # type: ignore[no-untyped-def]
     """Instruction i of the program at an address."""
-    return carray(_instructions(program + i * INSTRUCTION_BYTES), (1,))[0]  # type: ignore[call-arg]
-
-
-@operation(types.void, ADDRESS, ADDRESS, types.int64, types.int64, ADDRESS)
-def call_product(b: Any, code: Any, op: Any, piece: Any, pieces: Any, scratch: Any) -> None:
-    """Call a kernel of linear.py."""
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
-    b.call(b.inttoptr(code, kind.as_pointer()), [op, piece, pieces, scratch])
+    return carray(_instructions(program + i * INSTRUCTION_BYTES), (1,))[0]
 
 
 @inner
@@ -243,7 +224,7 @@ def run_piece(program, begin, end, piece, pieces, scratch):  # type: ignore[no-u
     for i in range(begin, end):
         t = instruction(program, i)
         if t.op == LINEAR:
-            call_product(
+            _call_product(
                 t.gemv if t.rows <= GEMV_ROWS else t.gemm,
                 program + i * INSTRUCTION_BYTES,
                 piece,
@@ -256,7 +237,7 @@ def run_piece(program, begin, end, piece, pieces, scratch):  # type: ignore[no-u
                 _unit(table, t.n, work * piece // pieces),
                 _unit(table, t.n, work * (piece + 1) // pieces),
             )
-            call_code(t.weights, t.vector, first, last)
+            _call_recurrence(t.weights, t.vector, first, last)
         else:
             first, last = t.rows * piece // pieces, t.rows * (piece + 1) // pieces
             if t.op == QUANTISE:

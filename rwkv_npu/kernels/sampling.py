@@ -2,21 +2,21 @@
 
 All logits are read a few times. Work that needs an order is only done on the few tokens that top-p may keep.
 Exponentials and sums are float64, so that the choice does not depend on the order of additions.
+
+Loops go over elements: for one assignment of a slice, numba would compile hundreds of functions.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import numpy as np
 from numba import carray, types
-from numba.extending import intrinsic
 
-from rwkv_npu.kernels.compiler import Kernel, inner
-from rwkv_npu.kernels.parts import COMPILED, as_pointer, exp64, float32s
-from rwkv_npu.kernels.simd import at_least, largest, load_floats
+from rwkv_npu.kernels.common import called, exp64, float32s
+from rwkv_npu.kernels.compiler import Kernel
+from rwkv_npu.kernels.simd import at_least, largest, load_floats, pointer_to
 from rwkv_npu.quant.cpu import LANES
 
 BLOCK = 64  # logits that are skipped together if the largest of them is too small
@@ -30,23 +30,12 @@ REMAINDER = 1e-3
 CHOSEN = 2  # the columns of out for the chosen token; those of the most likely tokens follow
 LEAST = np.float32(-np.inf)
 
-TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings
+TEMPERATURE, TOP_P, TOP_K, LOG_MIN_P, NUMBER, END = range(6)  # columns of settings; NUMBER is a random number
 
-# Loops go over elements: for one assignment of a slice, numba compiles hundreds of functions.
-compiled: Any = functools.partial(inner, **COMPILED)
-
-
-@intrinsic
-def _float64s(_context: Any, address: Any) -> Any:
-    return as_pointer(types.CPointer(types.float64))
+_float64s, _uint32s = pointer_to(types.float64), pointer_to(types.uint32)
 
 
-@intrinsic
-def _uint32s(_context: Any, address: Any) -> Any:
-    return as_pointer(types.CPointer(types.uint32))
-
-
-@compiled
+@called
 def _block_max(x: Any, b: Any) -> Any:
     """The largest of block b of x; -inf if the block is empty, as the last one may be."""
     begin, end = b * BLOCK, min((b + 1) * BLOCK, len(x))
@@ -62,7 +51,7 @@ def _block_max(x: Any, b: Any) -> Any:
     return rest
 
 
-@compiled
+@called
 def _total(x: Any, peak: Any) -> Any:
     """Sum of exp(x - peak). It is NaN if x contains NaN or infinity, or only -inf."""
     total = 0.0
@@ -71,7 +60,7 @@ def _total(x: Any, peak: Any) -> Any:
     return total
 
 
-@compiled
+@called
 def _first(x: Any, tops: Any, value: Any) -> Any:
     """The first index of a value that x contains. tops: the largest of each block."""
     b = 0
@@ -83,7 +72,7 @@ def _first(x: Any, tops: Any, value: Any) -> Any:
     return j
 
 
-@compiled
+@called
 def _best(x: Any, tops: Any, log_sum: Any, out: Any, b: Any) -> None:
     """Write the largest of x to out[b] as (index, value - log_sum), in descending order, equal ones by index."""
     count, found, least = (out.shape[1] - CHOSEN) // 2, 0, LEAST
@@ -102,7 +91,7 @@ def _best(x: Any, tops: Any, log_sum: Any, out: Any, b: Any) -> None:
             least = x[int(out[b, CHOSEN + 2 * (found - 1)])]
 
 
-@compiled
+@called
 def _cut(values: Any, weights: Any, n: Any, wanted: Any, sums: Any) -> Any:
     """The largest c such that the weights of all values >= c add up to `wanted` or more; else the least of n values.
 
@@ -134,7 +123,7 @@ def _cut(values: Any, weights: Any, n: Any, wanted: Any, sums: Any) -> Any:
         n = kept
 
 
-@compiled
+@called
 def _collect(x: Any, tops: Any, least: Any, tokens: Any, values: Any) -> Any:
     """Write the indices and values of all x >= least, and return their number."""
     n = 0
@@ -146,7 +135,7 @@ def _collect(x: Any, tops: Any, least: Any, tokens: Any, values: Any) -> Any:
     return n
 
 
-@compiled
+@called
 def _keep(tokens: Any, values: Any, n: Any, cut: Any, equals: Any) -> Any:
     """Keep the tokens above the cut, and the first `equals` of those equal to it. Returns their number."""
     kept = 0
@@ -159,7 +148,7 @@ def _keep(tokens: Any, values: Any, n: Any, cut: Any, equals: Any) -> Any:
     return kept
 
 
-@compiled
+@called
 def _draw(
     x: Any,
     tops: Any,
@@ -218,7 +207,7 @@ def _draw(
     return tokens[i]
 
 
-@compiled
+@called
 def _change(x: Any, tops: Any, changes: Any, first: Any, end: Any, peak: Any, total: Any) -> Any:
     """Apply changes first .. end to x. total: the sum of exp(x - peak) before; returns the sum after."""
     for i in range(first, end):
@@ -233,7 +222,7 @@ def _change(x: Any, tops: Any, changes: Any, first: Any, end: Any, peak: Any, to
     return total
 
 
-@compiled
+@called
 def _mask(x: Any, tops: Any, words: Any) -> None:
     """Set x to -inf where the bit of the mask is 0."""
     for j in range(len(x)):
@@ -243,7 +232,7 @@ def _mask(x: Any, tops: Any, words: Any) -> None:
         tops[b] = _block_max(x, b)
 
 
-@compiled
+@called
 def _peak(tops: Any) -> Any:
     """The largest of all blocks; NaN is ignored."""
     peak = LEAST
@@ -272,7 +261,7 @@ def _choose_rows(
     x: Any, s: Any, c: Any, m: Any, o: Any, B: Any, V: Any, n: Any, M: Any, words: Any, top: Any
 ) -> None:
     """`choose` by the addresses and the shapes of its arrays."""
-    logits, masks = carray(float32s(x), (B, V)), carray(_uint32s(m), (M, words))  # type: ignore[call-arg]
+    logits, masks = carray(float32s(x), (B, V)), carray(_uint32s(m), (M, words))
     settings, changes = carray(_float64s(s), (B, 6)), carray(_float64s(c), (n, 2))
     _choose_each(logits, settings, changes, masks, carray(_float64s(o), (B, top)))
 
@@ -280,7 +269,7 @@ def _choose_rows(
 _choose = Kernel(_choose_rows, name="choose", error_model="numpy")
 
 
-@compiled
+@called
 def _choose_each(logits: Any, settings: Any, changes: Any, masks: Any, out: Any) -> None:
     B, V = logits.shape
     changed, tops = np.empty(V, np.float32), np.empty(V // BLOCK + 1, np.float32)

@@ -198,11 +198,6 @@ def store_float(b: Any, value: Any, address: Any) -> None:
     write(b, address, value)
 
 
-@operation(types.void, types.int32, ADDRESS)
-def store_int(b: Any, value: Any, address: Any) -> None:
-    write(b, address, value)
-
-
 @operation(types.int64, ADDRESS)
 def load_long(b: Any, address: Any) -> Any:
     return read(b, address, _I64)
@@ -352,14 +347,32 @@ def tanh(x):  # type: ignore[no-untyped-def]
     return sub(mul(sigmoid(mul(x, floats(2.0))), floats(2.0)), floats(1.0))
 
 
-# -- calls -------------------------------------------------------------------------------------------------
+# -- calls and arrays --------------------------------------------------------------------------------------
 
 
-@operation(types.void, ADDRESS, types.int64, types.int64, types.int64)
-def call_code(b: Any, address: Any, arguments: Any, begin: Any, end: Any) -> None:
-    """Call the kernel of a recurrence."""
-    kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
-    b.call(b.inttoptr(address, kind.as_pointer()), [arguments, begin, end])
+def kernel_caller(arguments: int) -> Any:
+    """Make an operation that calls the kernel at an address with this many arguments."""
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * arguments)
+
+    @operation(types.void, ADDRESS, *[types.int64] * arguments)
+    def call_kernel(b: Any, address: Any, *values: Any) -> None:
+        b.call(b.inttoptr(address, kind.as_pointer()), values)
+
+    return call_kernel
+
+
+def pointer_to(element: Any) -> Any:
+    """Make an operation that turns an address into a pointer to elements of a numba type, as `carray` takes it."""
+    kind = types.CPointer(element)
+
+    @intrinsic
+    def as_pointer(_context: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(kind))
+
+        return kind(types.int64), code
+
+    return as_pointer
 
 
 # -- threads -----------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_npu.kernels.instructions import A_H, A_N, A_STRIDE, A_TABLE, A_VALUES, A_Y
-from rwkv_npu.kernels.parts import (
+from rwkv_npu.kernels.common import (
     arguments,
     array,
     exp,
@@ -21,6 +20,7 @@ from rwkv_npu.kernels.parts import (
     sigmoid,
     state,
 )
+from rwkv_npu.kernels.instructions import A_H, A_N, A_STRIDE, A_TABLE, A_VALUES, A_Y
 from rwkv_npu.models.common import Arrays
 
 P_W, P_U = range(2)

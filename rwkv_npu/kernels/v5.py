@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_npu.kernels import chunk
-from rwkv_npu.kernels.instructions import A_N, A_VALUES, A_Y
-from rwkv_npu.kernels.parts import (
+from rwkv_npu.kernels.common import (
     ONE,
     ZERO,
     arguments,
@@ -27,6 +26,7 @@ from rwkv_npu.kernels.parts import (
     recurrence,
     write_output,
 )
+from rwkv_npu.kernels.instructions import A_N, A_VALUES, A_Y
 from rwkv_npu.kernels.simd import (
     at_most,
     div,

@@ -15,7 +15,6 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from rwkv_npu.kernels.compiler import PLAIN, Kernel, inner
 from rwkv_npu.kernels.instructions import (
@@ -41,6 +40,7 @@ from rwkv_npu.kernels.simd import (
     load_float,
     load_floats,
     operation,
+    pointer_to,
     store_float,
     sub,
     total,
@@ -74,54 +74,38 @@ def recurrence(run: Any) -> Kernel:
     return Kernel(run, **COMPILED)
 
 
-@intrinsic
-def _words(_context: Any, address: Any) -> Any:
-    return as_pointer(types.CPointer(types.int64))
-
-
-@intrinsic
-def float32s(_context: Any, address: Any) -> Any:
-    return as_pointer(types.CPointer(types.float32))
-
-
-def as_pointer(kind: Any) -> Any:
-    """The body of an intrinsic that makes a pointer of an address. kind: numba's type of the pointer."""
-
-    def code(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(kind))
-
-    return kind(types.int64), code
+_int64s, float32s = pointer_to(types.int64), pointer_to(types.float32)
 
 
 @inlined
 def arguments(address: Any) -> Any:
     """The arguments of a recurrence as an array (ARGUMENTS,) int64."""
-    return carray(_words(address), (ARGUMENTS,))  # type: ignore[call-arg]
+    return carray(_int64s(address), (ARGUMENTS,))
 
 
 @inlined
 def array(address: Any, shape: Any) -> Any:
     """The fp32 array at an address."""
-    return carray(float32s(address), shape)  # type: ignore[call-arg]
+    return carray(float32s(address), shape)
 
 
 @inlined
 def row_count(a: Any) -> Any:
     """M, the rows of all segments."""
-    return carray(_words(a[A_SEGMENTS]), (SEGMENT_WORDS,))[S_ROWS]  # type: ignore[call-arg]
+    return carray(_int64s(a[A_SEGMENTS]), (SEGMENT_WORDS,))[S_ROWS]
 
 
 @inlined
 def segment(a: Any, number: Any) -> Any:
     """The first row of a segment, and the row after its last."""
-    line = carray(_words(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))  # type: ignore[call-arg]
+    line = carray(_int64s(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))
     return line[S_FIRST], line[S_FIRST] + line[S_COUNT]
 
 
 @inlined
 def state(a: Any, number: Any, part: Any, shape: Any) -> Any:
     """A part of a segment's state, in the layer of the arguments. part: counted among those that recurrences update."""
-    line = carray(_words(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))  # type: ignore[call-arg]
+    line = carray(_int64s(a[A_SEGMENTS] + (1 + number) * SEGMENT_WORDS * 8), (SEGMENT_WORDS,))
     return array(line[S_RECURRENT + part] + a[A_LAYER], shape)
 
 
