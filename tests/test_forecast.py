@@ -33,12 +33,12 @@ from rwkv_npu.formats.bundle import (
     read_manifest,
 )
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.graphs.trace import compiler_trace
 from rwkv_npu.model import demo_model
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Spec, tensors
 from rwkv_npu.runtime.estimate import formula_cycles, weights
 from rwkv_npu.runtime.weights import CheckpointSource
+from tests.compiler_graphs import compiler_model
 from tests.emulated import GENERATIONS as ON_BOARD
 from tests.emulated import ROWS
 from tests.tiny import one_line, run_main, write_model

@@ -20,12 +20,13 @@ from rwkv_npu.backends.ort import share_threads
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs import trace
-from rwkv_npu.graphs.onnx import compiler_model, inline_model
+from rwkv_npu.graphs.onnx import inline_model
 from rwkv_npu.graphs.trace import Constant, trace_group
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group, Scaling, groups, tensors
 from rwkv_npu.runtime.weights import CheckpointSource
+from tests.compiler_graphs import compiler_model
 from tests.ragged import ragged_inputs
 from tools.make_checkpoint import make_checkpoint, make_spec
 

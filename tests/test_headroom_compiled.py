@@ -16,11 +16,11 @@ from rwkv_npu.conversion.fp16_range import LARGEST, LIMIT, choose_scaling
 from rwkv_npu.evaluation import evaluate
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.models.spec import Scaling
 from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import Environment, Simulator
+from tests.compiler_graphs import compiler_model
 from tests.fake_compiler import stand_in
 from tools.make_checkpoint import make_checkpoint
 

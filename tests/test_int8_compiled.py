@@ -18,7 +18,6 @@ from rwkv_npu.conversion.calibration import calibrate
 from rwkv_npu.conversion.quantise import sizes
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
-from rwkv_npu.graphs.onnx import compiler_model
 from rwkv_npu.graphs.trace import compiler_trace
 from rwkv_npu.model import demo_model, load
 from rwkv_npu.models.maths import log_softmax
@@ -29,6 +28,7 @@ from rwkv_npu.quant.smoothing import smoothings
 from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS, CompileOptions, compile_graph
+from tests.compiler_graphs import compiler_model
 from tests.tiny import run_main, write_model
 
 pytestmark = pytest.mark.compiler

@@ -16,7 +16,7 @@ from rwkv_npu.conversion.calibration import calibrate
 from rwkv_npu.conversion.quantise import sizes
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.graphs import trace as tracing
-from rwkv_npu.graphs.onnx import compiler_model, zeros_in
+from rwkv_npu.graphs.onnx import zeros_in
 from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS, Group
 from rwkv_npu.quant.npu import Int8Maths, Quantised
@@ -24,6 +24,7 @@ from rwkv_npu.quant.ranges import choose
 from rwkv_npu.runtime.selftest import golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.toolkit import CompileOptions, compile_graph
+from tests.compiler_graphs import compiler_model
 from tests.ragged import ragged_inputs
 from tests.tiny import V, write_model
 

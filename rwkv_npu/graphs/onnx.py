@@ -14,9 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from rwkv_npu.formats.safetensors import Entry
-from rwkv_npu.graphs.trace import Constant, Trace, compiler_trace
-from rwkv_npu.models.network import Program
-from rwkv_npu.models.spec import Group
+from rwkv_npu.graphs.trace import Constant, Trace
 from rwkv_npu.quant.cpu import BLOCK, Packed, numbers
 from rwkv_npu.quant.npu import Quantised
 
@@ -98,23 +96,6 @@ def _quantised_product(product: onnx.NodeProto, weight: Packed, data: str, scale
     )
 
 
-def compiler_model(
-    program: Program,
-    group: Group,
-    rows: int,
-    tensor: Tensors,
-    quantised: Mapping[str, Quantised] = MappingProxyType({}),
-) -> onnx.ModelProto:
-    """The graph for Rockchip's compiler: fixed rows, fp32 weights inside.
-
-    quantised: projections by label that become int8; their dequantised weights are in the graph. All-zero constants are
-    left out.
-    """
-    int8 = {label: q.params for label, q in quantised.items()}
-    trace = compiler_trace(program, group, rows, int8, zeros_in(tensor))
-    return traced_model(trace, group.name, tensor, quantised)
-
-
 def zeros_in(tensor: Tensors) -> Callable[[Constant], bool]:
     """A predicate: True for constants that are all zero in fp16, the compiler's precision."""
 
@@ -130,7 +111,10 @@ def zeros_in(tensor: Tensors) -> Callable[[Constant], bool]:
 def traced_model(
     trace: Trace, name: str, tensor: Tensors, quantised: Mapping[str, Quantised] = MappingProxyType({})
 ) -> onnx.ModelProto:
-    """As `compiler_model`, for a graph that is traced already."""
+    """The graph for Rockchip's compiler: a trace with fixed rows, and its weights inside in fp32.
+
+    quantised: projections by label that become int8. The graph has their dequantised weights.
+    """
 
     def values(constant: Constant) -> np.ndarray:
         whole = quantised.get(constant.whole.label)

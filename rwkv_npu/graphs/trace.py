@@ -63,8 +63,7 @@ class Value:
     names: of the tensors. A None is a part that is zero for every input.
     """
 
-    # Without this NumPy scalars would try to broadcast over a Value.
-    __array_ufunc__ = None
+    __array_ufunc__ = None  # otherwise a NumPy scalar on the left would try to broadcast over a Value
 
     def __init__(self, tracer: Tracer, names: Sequence[str | None], widths: Sequence[int]):
         self.tracer, self.names, self.widths = tracer, tuple(names), tuple(widths)
@@ -95,70 +94,57 @@ class Trace:
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Tracer:
-    """`maths.Maths` over `Value`s. shape_of(name): `used_shape` of a tensor.
+    """`maths.Maths` over `Value`s.
 
+    shape_of: `used_shape` of a tensor by name. rows: M, None if it is symbolic. split: widest matrix that is not cut,
+    None for no limit. int8: parameters of the projections in int8, by label.
     is_zero: True for all-zero constants, which Rockchip's compiler cannot build. The tracer leaves out their products,
     which are exactly zero, and the operations on those.
     rows_of: name and width of an input with one row a token. The tracer makes zeros from it where a graph needs some.
     """
 
-    def __init__(
-        self,
-        shape_of: Callable[[str], tuple[int, ...]],
-        *,
-        rows: int | None,
-        split: int | None = None,
-        int8: Mapping[str, ProjectionParams] = MappingProxyType({}),
-        is_zero: Callable[[Constant], bool] = lambda constant: False,
-        rows_of: tuple[str, int] = ("", 0),
-        trace: Trace | None = None,
-        prefix: str = "",
-    ):
-        self._shape_of, self._rows, self._split, self._prefix = shape_of, rows, split, prefix
-        self._int8, self._is_zero, self._rows_of = int8, is_zero, rows_of
-        self.trace = trace if trace is not None else Trace()
+    shape_of: Callable[[str], tuple[int, ...]]
+    rows: int | None
+    split: int | None
+    int8: Mapping[str, ProjectionParams]
+    is_zero: Callable[[Constant], bool]
+    rows_of: tuple[str, int]
+    trace: Trace = field(default_factory=Trace)
+    prefix: str = ""
 
     def block(self, layer: int) -> Tracer:
-        return Tracer(
-            self._shape_of,
-            rows=self._rows,
-            split=self._split,
-            int8=self._int8,
-            is_zero=self._is_zero,
-            rows_of=self._rows_of,
-            trace=self.trace,
-            prefix=f"blocks.{layer}.",
-        )
+        return replace(self, prefix=f"blocks.{layer}.")
 
     def vector(self, name: str) -> Constant:
-        return Constant(self._prefix + name)
+        return Constant(self.prefix + name)
 
     def linear(self, x: Value, name: str, index: int | None = None) -> Value:
-        full = self._prefix + name
-        K, N = self._shape_of(full)[-2:]
-        widths, ranges = self._part_widths(N), self._int8.get(Constant(full, index).label)
-        inputs = self._cut(x, int8_parts(K) if ranges else self._part_widths(K))
-        if ranges and ranges.smoothing is not None:
-            inputs = self._smoothed(inputs, ranges)
+        full = self.prefix + name
+        K, N = self.shape_of(full)[-2:]
+        widths, params = self._part_widths(N), self.int8.get(Constant(full, index).label)
+        inputs = self._cut(x, int8_parts(K) if params else self._part_widths(K))
+        if params and params.smoothing is not None:
+            inputs = self._smoothed(inputs, params)
         outputs: list[str | None] = []
         for columns in _spans(widths):
             products = []
             for part, (x_k, rows) in enumerate(zip(inputs.names, _spans(inputs.widths), strict=True)):
                 constant = Constant(full, index, rows, columns)
-                if x_k is None or self._is_zero(constant):
+                if x_k is None or self.is_zero(constant):
                     continue
                 products.append(self._product(x_k, constant))
-                if ranges:
-                    self.trace.int8[constant.label] = ranges.input, ranges.outputs[part]
+                if params:
+                    self.trace.int8[constant.label] = params.input, params.outputs[part]
             outputs.append(self._sum(products) if products else None)
         return Value(self, outputs, widths)
 
     def layer_norm(self, x: Value, name: str, eps: float = LAYER_NORM_EPS) -> Value:
-        label = self._prefix + name
+        label = self.prefix + name
         inputs = [
             self.whole(x),
-            *(self._constant(Constant(f"{label}.{part}")) for part in ("weight", "bias")),
+            *(self._use_vector(Constant(f"{label}.{part}")) for part in ("weight", "bias")),
         ]
         # The compiler fails without these two attributes, although they have their default values.
         return self._like(x, self.node("LayerNormalization", inputs, label, axis=-1, epsilon=eps))
@@ -173,14 +159,14 @@ class Tracer:
         return self._unary("Relu", x, zero_at_zero=True)
 
     def shift(self, h: Value, previous: Value, mask: Value) -> Value:
-        if self._rows == 1:
+        if self.rows == 1:
             return previous
         nothing = self._literal(np.zeros((1, sum(h.widths)), np.float32))
         joined = self.node("Concat", [nothing, self.whole(h)], axis=0)
-        if self._rows is None:
+        if self.rows is None:
             end = self.node("Shape", [self.whole(h)], start=0, end=1)
         else:
-            end = self._literal(np.array([self._rows], np.int64))
+            end = self._literal(np.array([self.rows], np.int64))
         zero = self._literal(np.array([0], np.int64))
         above = self.node("Slice", [joined, zero, end, zero])
         masked = self.node("Mul", [above, self.whole(mask)])
@@ -207,7 +193,7 @@ class Tracer:
             others = list(b.names)
         elif isinstance(b, Constant):
             parts = [replace(b, columns=columns) for columns in _spans(a.widths)]
-            others = [None if self._is_zero(part) else self._constant(part) for part in parts]
+            others = [None if self.is_zero(part) else self._use_vector(part) for part in parts]
         else:
             others = [self._literal(np.array([b], np.float32))] * len(a.names)
         names: list[str | None] = []
@@ -224,7 +210,7 @@ class Tracer:
 
     def _zeros(self, width: int) -> str:
         """A tensor of zeros (M, width): an input minus itself, which the compiler can build."""
-        return self.zeros_from(*self._rows_of, width)
+        return self.zeros_from(*self.rows_of, width)
 
     def zeros_from(self, rows: str, wide: int, width: int) -> str:
         """A tensor of zeros (M, width) made from the tensor `rows` (M, wide)."""
@@ -233,7 +219,8 @@ class Tracer:
         return zeros[0] if len(zeros) == 1 else self.node("Concat", zeros, axis=1)
 
     def node(self, op: str, inputs: list[str], label: str = "", **attributes: Any) -> str:
-        name = label or f"{self._prefix}{op.lower()}.{len(self.trace.nodes)}"
+        """Add a node with one output. Returns the output's name."""
+        name = label or f"{self.prefix}{op.lower()}.{len(self.trace.nodes)}"
         self.trace.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 
@@ -243,24 +230,26 @@ class Tracer:
         names = [self._zeros(width) if name is None else name for name, width in parts]
         return names[0] if len(names) == 1 else self.node("Concat", names, axis=1)
 
-    def _smoothed(self, x: Value, ranges: ProjectionParams) -> Value:
+    def _smoothed(self, x: Value, params: ProjectionParams) -> Value:
         """x times its SmoothQuant factors, clipped to the range of int8.
 
         Without the Clip the compiler would fold the factors into the weights and undo the smoothing. It does not fold
         across a Clip. Rounding to int8 clips anyway, so the Clip changes no result.
         """
-        assert ranges.smoothing is not None
-        factors = reciprocal(ranges.smoothing)
+        assert params.smoothing is not None
+        factors = reciprocal(params.smoothing)
         literals = [self._literal(factors[slice(*span)] if span else factors) for span in _spans(x.widths)]
-        bounds = [self._literal(np.array(bound, np.float32)) for bound in ranges.input.span]
+        bounds = [self._literal(np.array(bound, np.float32)) for bound in params.input.span]
         pairs = list(zip(x.names, literals, strict=True))
         smoothed = [name and self.node("Mul", [name, literal]) for name, literal in pairs]
         return Value(self, [name and self.node("Clip", [name, *bounds]) for name in smoothed], x.widths)
 
     def _like(self, x: Value, name: str) -> Value:
+        """The tensor `name`, which is as wide as x."""
         return Value(self, [name], [sum(x.widths)])
 
     def _unary(self, op: str, x: Value, *, zero_at_zero: bool) -> Value:
+        """An elementwise operation, part by part. zero_at_zero: its result is 0 for 0."""
         names: list[str | None] = []
         for name, width in zip(x.names, x.widths, strict=True):
             if name is None and not zero_at_zero:
@@ -272,6 +261,7 @@ class Tracer:
         return reduce(lambda total, name: self.node("Add", [total, name]), names)
 
     def _product(self, x: str, constant: Constant) -> str:
+        """Add the product of x and a projection, or a part of one."""
         self.trace.projections[constant.label] = constant
         label = constant.label.replace(".weight", "")
         # Node and weight need different names. Low-rank matrices have no suffix `.weight` to drop.
@@ -279,11 +269,13 @@ class Tracer:
             "MatMul", [x, constant.label], label if label != constant.label else f"{label}.product"
         )
 
-    def _constant(self, constant: Constant) -> str:
+    def _use_vector(self, constant: Constant) -> str:
+        """Add a vector to the graph's constants. Returns its name."""
         self.trace.vectors[constant.label] = constant
         return constant.label
 
     def _literal(self, array: np.ndarray) -> str:
+        """Add an array that is no tensor of the model to the graph's constants. Returns its name."""
         content = hashlib.blake2b(array.tobytes(), digest_size=4).hexdigest()
         name = f"literal.{array.dtype}.{'x'.join(map(str, array.shape))}.{content}"
         literals = self.trace.literals
@@ -294,7 +286,7 @@ class Tracer:
 
     def _part_widths(self, width: int) -> list[int]:
         """Widths of the parts of a tensor with `width` columns, each of which the NPU takes."""
-        return cut(width, self._split or width)
+        return cut(width, self.split or width)
 
     def _cut(self, x: Value, widths: Sequence[int]) -> Value:
         """x cut into parts of `widths`. Each new part must lie inside one of the old parts."""
@@ -310,12 +302,13 @@ class Tracer:
         return Value(self, names, widths)
 
     def _columns(self, x: str, start: int, stop: int) -> str:
+        """Columns start .. stop of the tensor x."""
         bounds = [self._literal(np.array([number], np.int64)) for number in (start, stop, 1)]
         return self.node("Slice", [x, *bounds])
 
 
 def _pieces(width: int, wide: int) -> list[int]:
-    """`width` as a sum of parts `wide` and a rest."""
+    """Split `width` into parts of `wide` and a rest."""
     return [wide] * (width // wide) + ([width % wide] if width % wide else [])
 
 
@@ -341,7 +334,7 @@ def trace_group(
     """
     rows_of = max(((port.name, port.width) for port in group.inputs), key=lambda port: port[1])
     tracer = Tracer(
-        _shapes(program.spec).__getitem__,
+        shape_of=_shapes(program.spec).__getitem__,
         rows=rows,
         split=split,
         int8=int8,
