@@ -23,8 +23,7 @@ from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.model import load
 from rwkv_npu.models.maths import log_softmax
 from rwkv_npu.models.spec import FUSIONS, GENERATIONS
-from rwkv_npu.quant.npu import Quantised
-from rwkv_npu.runtime.loading import _in_int8
+from rwkv_npu.quant.npu import PRECISIONS, Quantised
 from rwkv_npu.runtime.weights import BundleSource
 from tests.fake_compiler import Compiler, stand_in
 from tests.tiny import V, one_line, run_main, write_model
@@ -309,7 +308,7 @@ def test_the_self_test_of_a_board_allows_for_int8(
     monkeypatch.setattr(hardware, "soc", lambda: "rk3588")
     bundle = open_bundle(out)
     found = {
-        precision: _in_int8("rknn", BundleSource(bundle, precision=precision))
+        precision: BundleSource(bundle, precision=precision).precision_on("rknn") in PRECISIONS
         for precision in (None, "fp16", "mixed")
     }
     assert found == {None: True, "fp16": False, "mixed": True}

@@ -66,9 +66,9 @@ class Runner(Protocol):
     """A group opened for a number of rows.
 
     The backend owns `inputs`, (M, width) each. The caller fills them (see `fill`) and calls `run`. Arrays are fp32, or
-    fp16 in an NPU's memory. Outputs are valid until the next run of this runner. For several rows they are overwritten
-    earlier: layers after the first may share two sets of arrays, so the second next run of a group of the same role may
-    reuse them. Runners of one row and different groups may run at the same time.
+    fp16 in an NPU's memory. Outputs are valid until the next run of this runner. With several rows they may be
+    overwritten earlier, by the layer after the next one, since layers of one role may use two sets of arrays in turn.
+    Runners of one row and of different groups may run at the same time.
     """
 
     @property

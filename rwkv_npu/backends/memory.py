@@ -8,8 +8,8 @@ from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, Manifest
 
-DOMAIN_BYTES = 4 << 30  # an IOMMU domain; RKNNLite has one in each process
-BUDGET_BYTES = int(3.5 * (1 << 30))  # the part of it for a model; the driver and other buffers use the rest
+# RKNNLite has one IOMMU domain of 4 GiB in each process. The driver and other buffers use part of it.
+BUDGET_BYTES = int(3.5 * (1 << 30))
 MAX_CONTEXTS = 150  # the limit seen on boards; each artifact is a context
 
 INT8_COLUMN_BYTES = 8  # a bias and a scale, which each column of an int8 matrix has in addition

@@ -6,9 +6,11 @@
     Int8Maths          the reference forward, with some projections in int8
 
 Everything between the projections stays in floating point; the chip converts in both directions. Rounding is to
-nearest. Sums are exact: int32 on the chip, and here fp32 that holds integers below 2^24 (approximately, where a sum is
-larger). With the same inputs, this module computes the same as Rockchip's simulator. Inside a graph, inputs arrive in
-fp16, so that some round to the next int8 number, and the parts of a wide product are added in fp16.
+nearest. Sums are int32 on the chip; here they are fp32, which is exact for integers below 2^24.
+
+Given the same inputs, this module and Rockchip's simulator have the same results. Inside a graph they differ a little:
+inputs arrive in fp16, so some are rounded to a neighbouring int8 number, and the parts of a wide product are added in
+fp16.
 
 Letters: M rows, K width of the input, N of the output, P parts of K.
 """

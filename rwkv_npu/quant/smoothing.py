@@ -6,8 +6,8 @@ part of the error to the weights, which have per-channel scales.
 
 A rotation (Hadamard) would spread outliers over all channels, but it cannot be folded into another operation here: the
 token shift, LayerNorm's gain and the gate on y scale each channel by its own factor, and the channel mix squares each
-channel. As a product of its own it would cost what int8 saves. Only between a1 and a2, and v1 and v2, of v7 is there
-no such operation, and these inputs have no outliers.
+channel. As a separate product it would cost what int8 saves. The only inputs without such an operation are those of
+v7's a2 and v2, and these have no outliers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SMALLEST = 1e-5  # of the largest channel or row: a bound for the factor of a c
 def smoothings(weight: np.ndarray, samples: Samples) -> list[np.ndarray | None]:
     """Candidate factors of a projection (K, N): None, and one array (K,) for each of ALPHAS.
 
-    They come from the fitted rows alone. So the held-out rows show the error of a channel that is 0 in one text only.
+    Only the fitted rows are used, so that the held-out rows show the error of a channel that is 0 in the fitted ones.
     """
     fitted, _ = samples.halves()
     absmax = np.abs(fitted).max(0)

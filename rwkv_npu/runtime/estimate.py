@@ -329,10 +329,10 @@ def for_bundle(
 def sequences_for_npu(
     spec: Spec, artifacts: Sequence[Artifact], cpu: str, dram: str = rk3588.DRAMS[0], terms: Terms = TERMS
 ) -> int | None:
-    """The fewest sequences whose next tokens the NPU reads sooner than the CPU does, in precision `cpu`.
+    """The fewest sequences whose next tokens the NPU reads faster than the CPU in precision `cpu`.
 
-    artifacts: those of one fusion and precision. The head and the choice of tokens are the CPU's either way, and so is
-    the recurrence. None where the CPU is faster for as many sequences as the artifacts have rows, or nothing is known.
+    artifacts: of one fusion and precision. Head, sampling and recurrence are not compared: the CPU runs them either
+    way. None if the CPU is faster for every number of sequences that the artifacts have rows for, or nothing is known.
     """
     layers = [artifact for artifact in artifacts if artifact.group != "head"]
     if not layers or any(a.target != rk3588.NAME or not a.cycles for a in layers):

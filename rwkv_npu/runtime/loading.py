@@ -44,7 +44,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     Raises RwkvNpuError, with nothing left open.
     """
     groups = source.program.groups
-    if not _serves(plan, source):
+    if not _offers_precision(plan, source):
         raise UsageError(
             f"{', '.join(plan.backends(groups))} cannot multiply in {source.precision}: backend='numpy' computes it, "
             f"and {NPU_BACKEND} and {SIMULATOR} run artifacts that were converted with precision={source.precision!r}"
@@ -55,14 +55,14 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     advice = _advice(source)
 
     def cpu() -> Backend:
-        """A CPU backend for the fallback alone: one of the plan may multiply in fewer bits than the NPU did."""
+        """Open a CPU backend for fallbacks only. A CPU backend of the plan may have fewer bits than the NPU."""
         return open_backend(CPU_BACKEND, source.unquantised(), threads=options.threads)
 
     with contextlib.ExitStack() as on_failure:
         for name in plan.backends(groups):
             if name in NPU_BACKENDS:
                 made = open_backend(name, source, threads=options.threads, cores=options.npu_cores)
-                bound = INT8_BOUND if _in_int8(name, source) else FP16_BOUND
+                bound = INT8_BOUND if source.precision_on(name) in INT8_PRECISIONS else FP16_BOUND
                 fallbacks.append(
                     Fallback(cast(NpuBackend, made), recorded, cpu, faults, bound=bound, advice=advice)
                 )
@@ -79,7 +79,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
             faults=faults,
             fused=fused,
             batch=plan.batch,
-            # The NumPy backend alone is the reference, with NumPy's recurrence too.
+            # The NumPy backend alone is the reference. Its recurrence is NumPy's too.
             recurrence=None if opened.keys() == {"numpy"} else compiled(source.spec, options.threads),
         )
         for fallback in fallbacks:
@@ -88,35 +88,30 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     return engine
 
 
-def _serves(plan: Plan, source: ModelSource) -> bool:
-    """True if a backend of the plan multiplies in the requested precision."""
+def _offers_precision(plan: Plan, source: ModelSource) -> bool:
+    """False if an int8 precision of artifacts is requested, and no backend of the plan computes in it."""
     precisions = {source.precision_on(name) for name in plan.backends(source.program.groups)}
     return source.precision not in INT8_PRECISIONS or source.precision in precisions
 
 
-def _in_int8(backend: str, source: ModelSource) -> bool:
-    """True if a backend multiplies in int8, by the requested precision or by its artifacts."""
-    return source.precision_on(backend) in INT8_PRECISIONS
-
-
 def _advice(source: ModelSource) -> str:
-    """Advice for the case that an NPU's results are wrong."""
+    """Advice for messages about wrong results of an NPU."""
     if source.program.fusion == "layer":
         return "; where the residual leaves fp16's range, fusion='projection' keeps it on the CPU"
     return "; rwkv-npu doctor compares the versions of compiler, runtime and driver"
 
 
 def open_automatically(source: ModelSource, options: Options, measured: Plan | None) -> tuple[Engine, str]:
-    """The engine on the fastest backend that works here, and the reason for the choice.
+    """Open an engine on the fastest backends that work here. Returns it and the reason for the choice.
 
-    It is the plan that was measured on this machine; else the NPU for prompts and the CPU for tokens, if runtime and
-    artifacts are present and pass their self-test; else the CPU. An NPU that is present and does not work causes a
-    warning.
+    The first of these that is possible: the plan that was measured on this machine; the NPU for prompts and the CPU for
+    tokens, if runtime and artifacts are present and pass their self-test; the CPU. Warns if there is an NPU that does
+    not work.
     """
     absent, on_cpu = why_absent(NPU_BACKEND, source), Plan(CPU_BACKEND)
-    if measured and _serves(measured, source):
+    if measured and _offers_precision(measured, source):
         plan, reason = measured, f"measured by rwkv-npu tune on this machine: {measured.note}"
-    elif absent and not _serves(on_cpu, source):
+    elif absent and not _offers_precision(on_cpu, source):
         plan = Plan("numpy")
         reason = f"numpy, which computes {source.precision} as an NPU does, and slowly, since {absent}"
     elif absent:
@@ -129,13 +124,15 @@ def open_automatically(source: ModelSource, options: Options, measured: Plan | N
         if plan.names.isdisjoint(NPU_BACKENDS):
             raise
         warnings.warn(f"the NPU is not used: {error}", stacklevel=3)
-        steps_in = source if _serves(on_cpu, source) else source.unquantised()
-        return open_engine(steps_in, on_cpu, options), f"{CPU_BACKEND}, since the NPU: {first_line(error)}"
+        for_cpu = source if _offers_precision(on_cpu, source) else source.unquantised()
+        return open_engine(for_cpu, on_cpu, options), f"{CPU_BACKEND}, since the NPU: {first_line(error)}"
 
 
 def _unmeasured(source: ModelSource) -> tuple[Plan, str]:
-    """The plan for a board that was not measured, and its explanation: the NPU reads prompts and the CPU writes. The
-    estimate tells from how many sequences on the NPU reads their tokens too."""
+    """The plan for a board that was not measured, and the reason: the NPU reads prompts, and the CPU writes.
+
+    With many sequences the NPU reads their tokens too, if the estimate says that this is faster.
+    """
     fitting = [a for a in source.artifacts() if a.target == hardware.soc() and a.group != "head"]
     used = [artifact for artifact in fitting if artifact.precision == fitting[0].precision]
     if source.precision in INT8_PRECISIONS:
@@ -150,9 +147,9 @@ def _unmeasured(source: ModelSource) -> tuple[Plan, str]:
 
 
 def measured_plan(bundle: Bundle) -> Plan | None:
-    """The plan that `rwkv-npu tune` made on this machine, None if there is none."""
+    """The plan that `rwkv-npu tune` made on this machine. None if there is none, or it cannot be used here (warns)."""
     plan = tuned(bundle.path, machine_key(), artifacts_digest(bundle.manifest))
-    if plan is None or not plan.names <= BACKENDS.keys():  # of another version, with other backends
+    if plan is None or not plan.names <= BACKENDS.keys():  # another version wrote it, with other backends
         return None
     packages = {name: PACKAGES[name] for name in sorted(plan.names & PACKAGES.keys())}
     missing = [name for name in packages.values() if importlib.util.find_spec(name) is None]
@@ -167,14 +164,14 @@ def measured_plan(bundle: Bundle) -> Plan | None:
 
 
 def machine_key() -> str:
-    """Machines with the same key are equally fast."""
+    """The key of this machine's plan: chip, cores and runtime. Machines with the same key are equally fast."""
     library = hardware.runtime_library()
     runtime = f", librknnrt {hardware.runtime_version(library)}" if library else ""
     return f"{hardware.soc() or 'no NPU'}, {hardware.cpu_model()} x {len(hardware.core_numbers())}{runtime}"
 
 
 def why_absent(backend: str, source: ModelSource) -> str | None:
-    """The reason why an NPU backend cannot be tried here; None if it can. The NPU is not touched."""
+    """The reason why an NPU backend cannot work here; None if it may. The NPU itself is not used."""
     chip = hardware.soc()
     if chip is None:
         return "this machine has no Rockchip NPU"

@@ -1,7 +1,8 @@
-"""Placement: a few rules from keys to backends, and the plans that were measured for machines.
+"""Placement: which backend runs which group, and the plans that `rwkv-npu tune` measured.
 
-A key is a use (`decode`: one row a sequence, `prefill`: more), a group (its name `mid.3`, or its role `mid`), or both
-(`head:decode`). The most particular rule that fits wins: a name before a role before a use.
+A plan is a default backend and rules, KEY=BACKEND. A key is a use (`decode`: one row of each sequence; `prefill`: more
+rows), a group by name (`mid.3`) or by role (`mid`), or a group and a use (`head:decode`). If several rules match, the
+most specific one counts: a name comes before a role, and a role before a use.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from rwkv_npu.formats.files import write_atomically
 from rwkv_npu.models.spec import Group
 
 USES = ("decode", "prefill")
-TUNED = "tuned.json"  # in a bundle, and not in its manifest: it belongs to machines
+TUNED = "tuned.json"  # in a bundle, but not in its manifest: a plan belongs to a machine
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`default` runs the groups that no rule names. `fusion`, `note`: of a measured plan, the fusion that it is for and
-    its speeds. `batch`: from this many sequences on, their next tokens are read as prompts are; None: never."""
+    """A default backend, and rules (key, backend).
+
+    fusion, note: the fusion and the speeds of a measured plan. batch: the fewest sequences whose next tokens are read
+    by the prefill backends; None: never.
+    """
 
     default: str
     rules: tuple[tuple[str, str], ...] = ()
@@ -35,21 +39,23 @@ class Plan:
     batch: int | None = None
 
     def backend(self, group: Group, decode: bool) -> str:
+        """The backend that runs a group."""
         use, rules = USES[0 if decode else 1], dict(self.rules)
         keys = (f"{group.name}:{use}", group.name, f"{group.role}:{use}", group.role, use)
         return next((rules[key] for key in keys if key in rules), self.default)
 
     @property
     def names(self) -> set[str]:
+        """The backends that the plan names."""
         return {self.default, *(name for _, name in self.rules)}
 
     def text(self) -> str:
-        """As `parse` reads it."""
+        """The plan as text that `parse` reads."""
         rules = self.rules or [(use, self.default) for use in USES]
         return ",".join(f"{key}={name}" for key, name in rules)
 
     def backends(self, groups: Iterable[Group]) -> list[str]:
-        """The backends that run some group, without repetitions; those of decode first."""
+        """The backends that run these groups, without duplicates. Those that decode come first."""
         groups = list(groups)
         return list(
             dict.fromkeys(self.backend(group, decode) for decode in (True, False) for group in groups)
@@ -59,7 +65,10 @@ class Plan:
 def parse(
     plan: str | Mapping[str, str] | None, default: str, known: Iterable[str], groups: list[Group]
 ) -> Plan:
-    """A plan of "prefill=rknn,decode=ort" or {"prefill": "rknn", ...}. Raises UsageError for unknown keys and names."""
+    """Make a plan from "prefill=rknn,decode=ort" or {"prefill": "rknn", ...}.
+
+    known: names of backends. Raises UsageError for unknown keys and names.
+    """
     if isinstance(plan, str):
         parts = [part.partition("=") for part in plan.split(",")]
         pairs = [(key.strip(), name.strip()) for key, _, name in parts]
@@ -82,24 +91,24 @@ def parse(
 
 
 def tuned(folder: Path, machine: str, artifacts: str) -> Plan | None:
-    """The plan measured on `machine` with these artifacts, None if there is none. Raises BundleError if it is damaged.
+    """The plan measured on `machine` with these artifacts, or None. Raises BundleError if the file is damaged.
 
-    A plan of other artifacts is none: they may lack what it uses.
+    A plan that was measured with other artifacts is ignored, because it may need those.
     """
-    found = _read(folder).get(machine)
-    if found is None or found["artifacts"] != artifacts:
+    entry = _read(folder).get(machine)
+    if entry is None or entry["artifacts"] != artifacts:
         return None
     try:
-        rules = tuple((str(key), str(name)) for key, name in found["rules"].items())
-        batch = found.get("batch")
+        rules = tuple((str(key), str(name)) for key, name in entry["rules"].items())
+        batch = entry.get("batch")
         batch = None if batch is None else int(batch)
-        return Plan(str(found["default"]), rules, str(found["fusion"]), str(found["note"]), batch)
+        return Plan(str(entry["default"]), rules, str(entry["fusion"]), str(entry["note"]), batch)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _Damaged(folder, error) from error
 
 
 def save_tuned(folder: Path, machine: str, artifacts: str, plan: Plan, measured: Mapping[str, Any]) -> Path:
-    """Keep a measured plan beside those of other machines; a damaged file is replaced. Raises BundleError."""
+    """Add a measured plan to those of other machines. A damaged file is replaced. Raises BundleError."""
     path = folder / TUNED
     entry = {
         "artifacts": artifacts,
@@ -122,7 +131,7 @@ def save_tuned(folder: Path, machine: str, artifacts: str, plan: Plan, measured:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """Plans by machine; none of a file of another format, which another version has written."""
+    """The stored plans by machine; {} if the file is missing, or another version wrote it in another format."""
     try:
         data = json.loads((folder / TUNED).read_text(encoding="utf-8"))
         machines: dict[str, Any] = data["machines"] if data["format"] == FORMAT else {}

@@ -20,7 +20,7 @@ def read(
 
     A chunk has ids of every sequence; its rows are the sequences end to end. run: computes a group.
     last_row: compute the head for the last row only, (1, V).
-    Chunks are taken one at a time, so that a generator may make the next from the logits of the last.
+    Chunks are taken one at a time: a generator may make a chunk from the logits of the chunk before it.
     """
     network = Network(source.program, source.tensor)
     states: list[Arrays] = []

@@ -15,9 +15,8 @@ NAME = "rk3588"
 NPU_CORES = 3
 NPU_HZ = 1e9
 NPU_FLOPS = {16: 1.024e12, 8: 2.048e12}  # operations a second of one core, by bits of an operand
-NPU_TABLE_GB_PER_S = (
-    23.63  # memory bandwidth of a core in the compiler's cycle table; boards reach half of it
-)
+# A core's memory bandwidth in the compiler's cycle table. Boards reach half of it.
+NPU_TABLE_GB_PER_S = 23.63
 
 # CPU: the four Cortex-A76; the Cortex-A55 beside them are not used.
 CPU_NAME = "RK3588 CPU, 4 x Cortex-A76"

@@ -81,11 +81,13 @@ def measure(source: BundleSource, backend: str, options: Options, chunk: int | N
             raise BackendError(f"{backend} fails at {', '.join(faults)}")
     finally:
         engine.close()
-    calls, host = ({use: result[i] for use, result in results.items()} for i in (0, 1))
-    return Measured(source.program.fusion, backend, chunk, calls, host, fused)  # type: ignore[arg-type]
+    calls = {use: by_role for use, (by_role, _) in results.items()}
+    host = {use: seconds for use, (_, seconds) in results.items()}
+    return Measured(source.program.fusion, backend, chunk, calls, host, fused)
 
 
 def _uses(engine: Engine, ids: np.ndarray) -> dict[str, tuple[dict[str, float], float]]:
+    """`_passes` of each use: prefill reads all `ids`, decode reads one."""
     return {use: _passes(engine, ids if use == "prefill" else ids[:1]) for use in USES}
 
 
@@ -197,9 +199,8 @@ def _own_head(measurements: Sequence[Measured], use: str) -> tuple[float, list[t
     """
     body = min(measurements, key=lambda measured: measured.seconds(use) - measured.head(use))
     head = min(measurements, key=lambda measured: measured.head(use))
-    host = max(
-        head.host[use] - body.host[use], 0.0
-    )  # the waiting threads of the head's backend slow the host too
+    # The waiting threads of the head's backend slow the host too.
+    host = max(head.host[use] - body.host[use], 0.0)
     seconds = body.seconds(use) - body.head(use) + head.head(use) + host
     return seconds, [(use, body.backend), (f"head:{use}", head.backend)]
 

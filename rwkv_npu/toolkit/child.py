@@ -91,9 +91,8 @@ class Graph:
         else:
             dataset = _write_dataset(self.inputs, calibration)
             _check("build", self.rknn.build(do_quantization=dataset is not None, dataset=dataset))
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # frees half of the build's memory; the simulator keeps this process alive
+        # Frees half of the build's memory. The process may live on, for the simulator.
+        ctypes.CDLL(None).malloc_trim(0)
         if request["out"]:
             # A failed export leaves a truncated file. The scratch folder is on the same disk as the target.
             _check("export_rknn", self.rknn.export_rknn("graph.rknn"))
@@ -121,9 +120,8 @@ class Graph:
     def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Simulate once. Takes inputs by name, returns outputs by name as float32."""
         if not self.started:
-            _check(
-                "init_runtime", self.rknn.init_runtime()
-            )  # no target means the simulator; a target starts adb
+            # Without a target this is the simulator. With one it would start adb.
+            _check("init_runtime", self.rknn.init_runtime())
             self.started = True
         rows = []
         for name, shape, dtype in zip(self.inputs, self.shapes, self.dtypes, strict=True):
@@ -206,6 +204,7 @@ def _rewrite_mask(graph: Any) -> bool:
 
 
 def _printed() -> str:
+    """What the compiler has printed during this build."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open("../log", errors="replace") as file:
@@ -219,10 +218,8 @@ def _enter_new_folder(scratch: str, number: int) -> None:
     os.mkdir(f"build{number}")
     os.chdir(f"build{number}")
     os.environ["TMPDIR"] = tempfile.tempdir = os.getcwd()
-    for name in (
-        "check0_base_optimize",
-        "check3_fuse_ops",
-    ):  # a verbose build writes copies of the weights here
+    # A verbose build writes copies of the weights to these two files.
+    for name in ("check0_base_optimize", "check3_fuse_ops"):
         os.symlink(os.devnull, f"{name}.onnx")
     os.truncate("../log", 0)
     with open("/proc/self/clear_refs", "w") as file:
@@ -264,10 +261,12 @@ def _build_hybrid(rknn: Any, dataset: str | None, products: dict[str, Any], verb
     with open(settings) as file:
         config = json.load(file)
     tensors = config["quantize_parameters"]
-    rounded = _rounded(graph, products)
-    for name, (low, high) in [*_inputs(graph, products), *rounded.items()]:
+    convolutions = _convolutions(graph, products)
+    outputs = _output_ranges(graph, convolutions)
+    inputs = [(node.input[0], ranges["input"]) for node, ranges in convolutions]
+    for name, (low, high) in [*inputs, *outputs.items()]:
         tensors[name].update(min=[low], max=[high])
-    kept = {*rounded, *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    kept = {*outputs, *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
     # Conversions that the compiler inserts at the ends of the graph have the suffix "_int8".
     floats = [name for name in tensors if name not in kept and not name.endswith("_int8")]
     config["custom_quantize_layers"] = dict.fromkeys(floats, "float16")
@@ -289,15 +288,11 @@ def _convolutions(graph: Any, products: dict[str, Any]) -> list[tuple[Any, dict[
     return [(made[weight], ranges) for weight, ranges in products.items()]
 
 
-def _inputs(graph: Any, products: dict[str, Any]) -> list[tuple[str, list[float]]]:
-    return [(node.input[0], ranges["input"]) for node, ranges in _convolutions(graph, products)]
-
-
-def _rounded(graph: Any, products: dict[str, Any]) -> dict[str, list[float]]:
-    """Ranges of the int8 tensors: the outputs of the products, and of a Relu that the compiler fuses with one."""
-    rounded = {node.output[0]: ranges["output"] for node, ranges in _convolutions(graph, products)}
+def _output_ranges(graph: Any, convolutions: list[tuple[Any, dict[str, Any]]]) -> dict[str, list[float]]:
+    """Ranges of the outputs of the products, and of the Relus that the compiler fuses with them, by tensor name."""
+    outputs = {node.output[0]: ranges["output"] for node, ranges in convolutions}
     relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
-    return {**rounded, **{relus[name]: span for name, span in rounded.items() if name in relus}}
+    return {**outputs, **{relus[name]: span for name, span in outputs.items() if name in relus}}
 
 
 def _json_for_yaml() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_npu.board.hardware import numbers
 from rwkv_npu.errors import ToolkitError
 from rwkv_npu.formats.files import cache_dir
 
@@ -47,11 +46,6 @@ class Environment:
     python: Path
     version: str
     private: bool
-
-    @property
-    def mixes_int8(self) -> bool:
-        """True if this version can build int8 products into an fp16 graph."""
-        return numbers(self.version) >= numbers(OLDEST_INT8)
 
     def command(self, script: Path, *arguments: str) -> list[str]:
         """The command line that runs `script` in this environment."""
