@@ -36,7 +36,7 @@ def convert(checkpoint: Path, **options: Any) -> Path:
     return rwkv_npu.convert(checkpoint, checkpoint.parent / "out.rwkv", **{"rows": "1,16", **options})
 
 
-def test_a_failed_build_loses_none_that_was_finished(checkpoint: Path, compiler: Compiler) -> None:
+def test_a_failed_build_keeps_the_finished_artifacts(checkpoint: Path, compiler: Compiler) -> None:
     compiler.fail_at = 4
     with pytest.raises(ToolkitError):
         convert(checkpoint)
@@ -47,7 +47,7 @@ def test_a_failed_build_loses_none_that_was_finished(checkpoint: Path, compiler:
     assert not list(bundle.path.glob("rknn/*/*.json"))
 
 
-def test_an_interruption_after_the_last_build_loses_none(
+def test_an_interruption_after_the_last_build_keeps_all_artifacts(
     checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -61,7 +61,7 @@ def test_an_interruption_after_the_last_build_loses_none(
     assert len(compiler.built) == built
 
 
-def test_notes_vouch_for_no_file_of_another_conversion(
+def test_notes_of_another_conversion_are_not_trusted(
     checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the compiler's file and our notes of it, as while the simulator runs."""
@@ -126,7 +126,7 @@ def test_row_counts_add_up_over_conversions(
     assert {a.rows for a in open_bundle(checkpoint.parent / "out.rwkv").manifest.artifacts} == {1, 16}
 
 
-def test_what_ends_together_with_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifacts_that_end_together_with_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_one(environment: Environment, job: Job, workers: object) -> str:
         if job.weight_bytes == 2:
             raise ToolkitError("this one")
@@ -149,7 +149,7 @@ def test_what_ends_together_with_a_failure_is_kept(monkeypatch: pytest.MonkeyPat
     assert sorted(kept) == ["1.rknn", "3.rknn"]
 
 
-def test_what_an_interrupted_conversion_left_does_not_stay(checkpoint: Path, compiler: Compiler) -> None:
+def test_leftovers_of_an_interrupted_conversion_are_removed(checkpoint: Path, compiler: Compiler) -> None:
     """An artifact of another precision, whose conversion was not finished."""
     compiler.fail_at = 3
     with pytest.raises(ToolkitError):
@@ -174,7 +174,7 @@ def ids(tmp_path: Path) -> Path:
     return tmp_path / "ids.npy"
 
 
-def test_another_choice_leaves_no_artifacts_of_the_first_at_other_row_counts(
+def test_another_int8_choice_removes_old_artifacts_of_all_row_counts(
     checkpoint: Path, compiler: Compiler, ids: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "rwkv_npu")
@@ -212,7 +212,7 @@ def test_mixed_that_equals_w8a8_is_stored_once(checkpoint: Path, compiler: Compi
     assert len(compiler.built) == 3 * len(built) - 1  # but for the head
 
 
-def test_the_default_precision_does_not_hang_on_order(
+def test_the_default_precision_does_not_depend_on_list_order(
     checkpoint: Path, compiler: Compiler, ids: Path
 ) -> None:
     convert(checkpoint, rows="16")

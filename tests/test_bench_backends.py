@@ -139,7 +139,7 @@ def test_the_machine_describes_itself() -> None:
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_of_disturbed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     now = {"time": 0.0, "work": 0.0, "own": 0.0, "probe": 1.0, "clocks": {"cpu_mhz": "1800/2400"}}
     monkeypatch.setattr(machine.time, "monotonic", lambda: now["time"])
     monkeypatch.setattr(machine, "_busy_seconds", lambda: now["work"])
@@ -161,13 +161,13 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(probe=0.9) == "throttled"
 
 
-def test_the_roof() -> None:
+def test_peaks_take_the_fastest_row_of_each_dtype() -> None:
     rows = [square(64, gflops=80.0), square(64, gflops=900.0, dtype="bf16"), square(64, 1e-9, estimated=True)]
     assert machine.peaks({"peak_fp32_gflops": 100.0}, rows) == {"fp32": 100.0, "bf16": 900.0}
     assert machine.peaks({}, rows)["fp32"] == 80.0
 
 
-def test_the_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roofline_measures_bandwidth_and_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(machine, "PEAK_SIZE", 32)
     found = ask({"task": "roofline", "threads": 2})
@@ -177,7 +177,7 @@ def test_the_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- backends, each in its process
 
 
-def test_the_kernels_are_named_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blas_kernels_are_named_if_threadpoolctl_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.NumpyBackend("fp32", 1, "cpu").versions.endswith(" kernels)")
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     assert "kernels" not in backends.NumpyBackend("fp32", 1, "cpu").versions
@@ -271,7 +271,7 @@ def test_int8_does_not_saturate_on_any_processor() -> None:
     assert largest.error(operation.result()) < 1e-6
 
 
-def test_bytes_are_those_of_the_operands() -> None:
+def test_moved_bytes_are_those_of_the_operands() -> None:
     for dtype, bytes_of_b in (("int8", 1.0), ("fp32", 4.0)):
         opened = Measured(Series("ort", dtype), 1, QUICK)
         try:
@@ -457,14 +457,14 @@ def test_a_board_is_measured() -> None:
 
 @pytest.mark.usefixtures("board")
 @pytest.mark.parametrize("code", [-3, (-3, 0)])
-def test_a_run_that_fails_on_a_board(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_on_a_board_is_an_error(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLite, "code", code)
     operation = backends.RknnBackend("fp16", 1, "cpu").prepare(PRODUCT)
     with pytest.raises(BackendError, match="rknn_run returned -3"):
         products.time_calls(operation.stages, operation.submit, QUICK)
 
 
-def test_a_disturbed_timing_is_taken_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_timing_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "faulty", Faulty)
     effort = {"repeats": 1, "precision": 1.0, "seconds": 0.0}
     server = measure.ProductServer(

@@ -40,7 +40,7 @@ def model_seconds(m: int, k: int, n: int, rate: int, size: int) -> float:
     ("dtype", "rate", "size", "worst"),
     [("fp16", 512, 2, 1e-3), ("bf16", 512, 2, 1e-2), ("int8", 1024, 1, 5e-2)],
 )
-def test_an_estimate(dtype: str, rate: int, size: int, worst: float) -> None:
+def test_an_estimate_has_time_range_error_and_tiles(dtype: str, rate: int, size: int, worst: float) -> None:
     found = row(dtype, 256, 256, 256)
     assert found.estimated and "estimate" in found.device and found.series.endswith("(estimate)")
     assert found.time_s == pytest.approx(model_seconds(256, 256, 256, rate, size), rel=0.02)
@@ -67,7 +67,7 @@ def test_wide_sums_are_cut_into_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row("fp16", 16, 2048, 64).npu_ops != 1
 
 
-def test_what_the_npu_cannot_do_is_flagged() -> None:
+def test_layers_on_the_cpu_are_flagged() -> None:
     assert row("fp16", 16, 63, 63).flags == "cpu-fallback"
 
 

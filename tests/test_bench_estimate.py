@@ -169,7 +169,7 @@ def test_operators_and_ports_of_many_rows_take_time_by_the_element() -> None:
 MID = count_operators(official_spec("v7-1.5b"), "layer", 64)
 
 
-def test_estimates_meet_published_measurements() -> None:
+def test_estimates_agree_with_published_measurements() -> None:
     """RKLLM on three cores, RWKV-7 1.5B in w8a8: 13.8 tokens/s written; llama.cpp's CPU rates for larger models."""
     spec = official_spec("v7-1.5b")
     slow, central, fast = estimate.on_three_cores(spec, "w8a8", 1, LP5).speeds(1)
@@ -178,7 +178,7 @@ def test_estimates_meet_published_measurements() -> None:
     assert slow < 3.62 < fast
 
 
-def test_three_cores_read_faster_than_one_and_step_more_often(checkpoint: Path) -> None:
+def test_three_cores_read_faster_than_one_with_more_calls(checkpoint: Path) -> None:
     spec = official_spec("v7-1.5b")
     found = estimate.on_three_cores(spec, "w8a8", 1, LP5)
     assert found.npu_calls == 3 * spec.L + 1
@@ -305,7 +305,7 @@ def test_tables_fit_a_terminal(name: str) -> None:
     assert sum("LPDDR" in line and line.startswith("|") for line in lines) == 14
 
 
-def test_of_other_chips_nothing_is_known(checkpoint: Path) -> None:
+def test_other_chips_have_no_estimate(checkpoint: Path) -> None:
     subject = open_subject(checkpoint)
     assert estimates(replace(subject, artifacts=artifacts("rk3576")), [], Assumptions()) == []
     assert estimate.for_bundle(subject.spec, artifacts("rk3576"), 1) is None

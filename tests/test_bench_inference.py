@@ -62,7 +62,7 @@ def test_the_parts_of_a_token_add_up_and_change_nothing(checkpoint: Path, fusion
     assert sum(parts.values()) == pytest.approx(total, rel=PRECISE)
 
 
-def test_a_meter_reads_what_its_engine_did(checkpoint: Path) -> None:
+def test_parts_of_a_case_read_the_engines_counters(checkpoint: Path) -> None:
     with rwkv_npu.load(checkpoint, backend="numpy") as model:
         case = Case(model, {}, lambda message: None)
         model.forward([1])
@@ -77,7 +77,7 @@ def test_a_meter_reads_what_its_engine_did(checkpoint: Path) -> None:
 # -- measured rows ---------------------------------------------------------------------------------------
 
 
-def test_rows_hold_what_they_say(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+def test_row_fields_are_consistent(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     found = run_json(capsys, "-m", checkpoint, "--backends", "numpy,ort", *QUICK)
     assert found["machine"]["bandwidth_gb_per_s"] > 0 and found["machine"]["cpu"]
     assert str(checkpoint.parent) not in json.dumps(found)
@@ -163,7 +163,7 @@ def test_a_backend_that_fails_in_the_middle(
     assert status == 1 and "failed: numpy" in out and "numpy failed" in err  # nothing else was asked for
 
 
-def test_interrupted_and_gone_on_with(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_interrupted_benchmark_resumes(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     flags = ["bench", "inference", "-m", checkpoint, "--resume", file, "-o", "json", "-t", "1"]
     slow = command(*flags, "--backends", "ort,numpy", "-r", "100000", "--seconds", "1.5")
@@ -199,7 +199,7 @@ def processes() -> list[str]:
     return found
 
 
-def test_an_interrupted_row_is_kept_and_says_so(
+def test_an_interrupted_row_is_kept_and_flagged(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
 ) -> None:
     def measure(row: ModelRow, request: dict[str, Any]) -> Iterator[str]:
@@ -219,7 +219,7 @@ def test_an_interrupted_row_is_kept_and_says_so(
     assert Document.load(file, ModelRow).results[0].load_s == 3.0
 
 
-def test_rows_that_others_disturbed_are_measured_again(
+def test_redo_measures_disturbed_rows_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
 ) -> None:
     flags = iter(["busy", "", "busy", "interrupted", ""])
@@ -242,7 +242,7 @@ def test_rows_that_others_disturbed_are_measured_again(
     assert times == [("numpy", 5.0), ("ort", 1.0), ("ort", 4.0), ("torch", 2.0)]
 
 
-def test_files_come_back_as_they_were(tmp_path: Path) -> None:
+def test_a_saved_document_loads_unchanged(tmp_path: Path) -> None:
     row = ModelRow("m", "f", "7", 5, "ort", decode_ms={"head": 1.0}, flags="busy", decode_tps=2.0)
     document = Document(ModelRow, {"cpu": "x"}, "command", [row], ["a note"])
     document.save(tmp_path / "x.json")
@@ -309,7 +309,7 @@ def test_nothing_is_measured_for_bad_flags(
         ),
     ],
 )
-def test_a_file_of_something_else_is_left_alone(
+def test_a_file_of_another_format_is_refused_and_kept(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, content: str, words: str
 ) -> None:
     file = tmp_path / "rows.json"

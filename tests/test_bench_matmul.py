@@ -58,13 +58,13 @@ def test_shapes_come_in_order_of_work() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "a", "5:1", "1:5:0", "1:2:3:4", "-4", "4096:99999999:1", "1.5"])
-def test_senseless_sizes(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--sizes"):
         products.parse_sizes(text)
 
 
 @pytest.mark.parametrize("text", ["", "4x4", "4x4x0", "axbxc", "1x2x3x4", "1x2x99999999"])
-def test_senseless_shapes(text: str) -> None:
+def test_invalid_shapes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--shapes"):
         products.parse_shapes(text)
 
@@ -160,7 +160,7 @@ def test_a_backend_that_fails_in_the_middle() -> None:
     assert sum(count for _, count, _ in stage.steps) == stage.sweep.total == 6
 
 
-def test_what_fails_for_good_ends_its_series() -> None:
+def test_a_fatal_failure_ends_its_series() -> None:
     stage = Stage({"numpy": {16: Failed("not enough memory", True)}, "ort": {}})
     assert [(row.backend, row.n) for row in stage.run()] == [
         ("numpy", 8),
@@ -189,7 +189,7 @@ def test_a_series_ends_after_a_run_of_20_seconds() -> None:
     assert stage.said == ["numpy fp32 ends at 16x16x16: a run took 21 s"] == stage.sweep.document.notes
 
 
-def test_resuming(tmp_path: Path) -> None:
+def test_a_sweep_resumes_from_its_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     first = Stage({"numpy": {8: "busy", 16: Failed("it broke", False), 24: KeyboardInterrupt()}}, file)
     with pytest.raises(KeyboardInterrupt):
@@ -221,7 +221,7 @@ def test_a_series_that_was_too_slow_is_not_resumed(tmp_path: Path) -> None:
     assert again.log == []
 
 
-def test_resuming_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stage({"numpy": {}}, tmp_path / "rows.json").run()
     with pytest.raises(UsageError, match="with 2 threads, not 1: name another file, or give -t 2"):
         Stage({"numpy": {}}, tmp_path / "rows.json", threads=1)
@@ -239,14 +239,14 @@ def test_resuming_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ('{"format": 1, "command": "", "machine": {}, "results": [{"m": 1}]}', "does not hold results"),
     ],
 )
-def test_files_that_are_something_else(tmp_path: Path, content: str, message: str) -> None:
+def test_files_of_another_format_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(UsageError, match=message):
         Stage({"numpy": {}}, tmp_path / "rows.json")
     assert (tmp_path / "rows.json").read_text() == content
 
 
-def test_the_plan() -> None:
+def test_plan_selects_the_series_that_can_run() -> None:
     said: list[str] = []
     settings = matmul.Settings([(1, 1, 1)], log=said.append)
     names = [series.name for series in matmul.plan(settings)]
@@ -345,7 +345,7 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert {one["model"] for one in json.loads(out)["fits"]} == {"exponential", "power"}
 
 
-def test_nothing_to_measure_with(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_backend_to_measure_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run_main(capsys, "bench", "matmul", "--backends", "rknn-matmul", "--sizes", "8")
     assert (status, out) == (1, "")
     assert err.splitlines() == [
@@ -415,7 +415,7 @@ def read_terminal(terminal: int) -> bytes:
         return b""
 
 
-def test_help_says_what_the_pictures_are_called(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run_main(capsys, "bench", "matmul", "--help")
     assert status == 0 and "FILE-time.png" in " ".join(out.split())
 
@@ -441,7 +441,7 @@ def test_estimates_and_published_rows_need_no_process() -> None:
     assert not row.estimated and not row.is_measured_here and row.series == "rknn-matmul fp16 (published)"
 
 
-def test_estimates_are_made_anew(tmp_path: Path) -> None:
+def test_estimates_are_computed_again_on_resume(tmp_path: Path) -> None:
     """A file of an older version keeps its measured rows; its estimates are replaced."""
     file = tmp_path / "rows.json"
     Stage({"numpy": {}, "rknn": {}}, file).run()

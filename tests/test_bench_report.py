@@ -49,7 +49,7 @@ def test_tilings() -> None:
     assert line in " ".join(table.split()) and analysis.tilings(rows[:2]) == []
 
 
-def test_the_fields_that_were_promised() -> None:
+def test_rows_have_the_documented_fields() -> None:
     promised = "backend device dtype m k n time_s time_p10_s time_p90_s gflops gb_per_s"
     promised += " max_rel_error estimated threads versions"
     (row,) = json.loads(Document(ProductRow, {}, "", [square(8)]).to_json())["results"]
@@ -181,7 +181,7 @@ def test_errors_do_not_depend_on_the_unit() -> None:
         assert scaled[1] == pytest.approx(factor * scaled[0], rel=1e-2)
 
 
-def test_a_cubic_passes_for_the_article() -> None:
+def test_a_cubic_fits_as_the_article_does() -> None:
     n = np.arange(256, 4097, 128).astype(float)
     twin = analysis.cubic_twin(n)
     one = analysis.fit("x", "exponential", "equal", n, twin.a * n**3 + twin.t0, np.ones_like(n))
@@ -249,7 +249,7 @@ def texts(figure: Any) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
-def test_what_the_pictures_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_in_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     said: dict[str, str] = {}

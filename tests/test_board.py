@@ -12,7 +12,7 @@ from rwkv_npu.board import hardware
 from tests.boards import plant
 
 
-def test_a_board_is_read(tmp_path: Path) -> None:
+def test_properties_of_a_board(tmp_path: Path) -> None:
     root = plant(tmp_path)
     assert hardware.soc(root) == "rk3588"
     assert hardware.model(root) == "Radxa ROCK 5B"

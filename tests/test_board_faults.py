@@ -95,7 +95,7 @@ def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
         ("rknn-matmul", "no-dynamic,fds=100", "generated 10 tokens"),
     ],
 )
-def test_the_text_stays(
+def test_faults_do_not_change_the_text(
     emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], backend: str, faults: str, said: str
 ) -> None:
     words = arguments(bundle, backend=backend)
@@ -106,7 +106,7 @@ def test_the_text_stays(
 
 
 @pytest.mark.parametrize(("backend", "at"), [("rknn", 30), ("rknn-matmul", 70)])
-def test_a_hang_is_left_behind(
+def test_a_hang_is_abandoned(
     emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], backend: str, at: int
 ) -> None:
     words = "python", "-c", IMPATIENT, *arguments(bundle, backend=backend)
@@ -146,7 +146,7 @@ def test_a_hang_is_left_behind(
         ),
     ],
 )
-def test_what_cannot_be_mended_is_one_line(
+def test_a_permanent_fault_is_one_line(
     emulated_board: EmulatedBoard, bundle: Path, backend: str, faults: str, more: list[str], said: str
 ) -> None:
     words = arguments(bundle, *more, backend=backend)
@@ -180,7 +180,7 @@ def test_one_client_at_a_time(emulated_board: EmulatedBoard, bundle: Path) -> No
         owner.communicate("\n")
 
 
-def test_a_kill_leaves_nothing_in_the_way(
+def test_a_killed_process_blocks_nobody(
     emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
     """Killed within a token: what was written is the start of the text, its state is not, and the next run works."""

@@ -127,7 +127,7 @@ def test_an_exported_bundle_runs_on_its_npu(ended: dict[str, Ended]) -> None:
     assert "backend: as asked" in ended["exported"].err and "failed" not in ended["exported"].err
 
 
-def test_nothing_that_rockchip_prints_is_seen(ended: dict[str, Ended]) -> None:
+def test_prints_of_rockchips_libraries_are_hidden(ended: dict[str, Ended]) -> None:
     for name, one in ended.items():
         assert one.status == int(ORDINARY and name == "doctor")
         lines = (one.out + one.err).splitlines()

@@ -238,7 +238,7 @@ def test_refused_graphs(
     assert "\n" not in str(caught.value) and out.read_text() == "an earlier one"
 
 
-def test_weights_are_never_made_up(
+def test_missing_weights_are_an_error(
     toolkit_environment: toolkit.Environment, case: Case, tmp_path: Path
 ) -> None:
     # The compiler only warns about external data that it cannot read, and goes on with random numbers.

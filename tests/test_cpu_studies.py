@@ -42,7 +42,7 @@ def test_start(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.count("|") == 4 + len(cpu_start.STAGES) + 1
 
 
-def test_what_was_copied_leaves_memory(tmp_path: Path) -> None:
+def test_copied_weights_are_released(tmp_path: Path) -> None:
     """Float weights are packed anew: the pages of the file that they were read from are given back."""
     write_model(tmp_path / "m" / "model.pth", D=512, L=2, N=64)
     path = rwkv_npu.convert(tmp_path / "m" / "model.pth", tmp_path / "out", target="none", cpu="fp16")

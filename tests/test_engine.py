@@ -329,7 +329,7 @@ def test_nothing_is_opened_that_the_fused_forward_does(folder: Path) -> None:
     engine.close()
 
 
-def test_tokens_and_prompts_of_two_backends_go_apart(folder: Path) -> None:
+def test_tokens_and_prompts_on_two_backends_run_in_separate_forwards(folder: Path) -> None:
     """A token's numbers must not depend on whether somebody else's prompt comes along."""
     source = source_of(folder, "7")
     decode, prefill = FixedRows(source, (1, 4)), FixedRows(source, (8,))
@@ -387,7 +387,7 @@ def test_all_logits_on_fixed_rows(source: CheckpointSource) -> None:
     assert_same(fixed.forward(TOKENS[:37], all_logits=True), plain.forward(TOKENS[:37], all_logits=True))
 
 
-def test_progress_tells_the_tokens_of_every_chunk(folder: Path) -> None:
+def test_progress_gets_the_tokens_of_every_chunk(folder: Path) -> None:
     source = source_of(folder, "7")
     told: list[int] = []
     engine_of(source, FixedRows(source)).forward(TOKENS[:37], progress=told.append)
@@ -432,7 +432,7 @@ def backend(request: pytest.FixtureRequest, source: CheckpointSource) -> Iterato
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_what_runners_promise(source: CheckpointSource, backend: Backend, rows: int) -> None:
+def test_runners_keep_their_contract(source: CheckpointSource, backend: Backend, rows: int) -> None:
     """Shapes, and outputs that live until the next run of the same runner, whatever else is run."""
     rng = np.random.default_rng(1)
     opened = [(group, backend.open(group, rows)) for group in source.program.groups]
@@ -467,7 +467,7 @@ def test_what_runners_promise(source: CheckpointSource, backend: Backend, rows: 
     [[], np.zeros(0, np.int64), [1.0, 2.0], [True, False], ["1"], [[1, 2]], 3, None, [10**30]],
     ids=str,
 )
-def test_tokens_that_are_none(tokens: object, folder: Path) -> None:
+def test_invalid_tokens_are_refused(tokens: object, folder: Path) -> None:
     with pytest.raises(UsageError, match="non-empty sequence of integer ids"):
         engine_of(source_of(folder, "7")).forward(tokens)  # type: ignore[arg-type]
 
@@ -536,14 +536,14 @@ def test_threads_may_share_a_model(backend: str, folder: Path) -> None:
                 np.testing.assert_array_equal(found, want)
 
 
-def test_a_closed_model_says_so(folder: Path) -> None:
+def test_a_closed_model_raises_an_error(folder: Path) -> None:
     model = rwkv_npu.load(folder / "7.pth", backend="numpy")
     model.close()
     with pytest.raises(UsageError, match="closed"):
         model.forward([1])
 
 
-def test_a_state_that_is_none_is_refused(folder: Path) -> None:
+def test_a_state_of_another_type_is_refused(folder: Path) -> None:
     with (
         rwkv_npu.load(folder / "7.pth", backend="numpy") as model,
         pytest.raises(UsageError, match="not a dict"),

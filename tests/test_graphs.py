@@ -111,7 +111,7 @@ def test_graphs_are_valid_and_old_enough(
 
 
 @pytest.mark.parametrize("rows", [None, 1, 4])
-def test_ends_are_those_of_the_table(source: CheckpointSource, rows: int | None) -> None:
+def test_inputs_and_outputs_are_those_of_the_group_table(source: CheckpointSource, rows: int | None) -> None:
     """The same names in the same order, (M, width). A single row needs no mask."""
     for group in groups(source.spec, source.program.fusion):
         graph = graph_of(source, group, rows).graph
@@ -272,7 +272,7 @@ def test_the_compiler_gets_one_row_whole_and_many_split(tmp_path: Path) -> None:
         assert_same(run(model, inputs), by_the_maths(source, group, inputs))
 
 
-def test_two_literals_of_one_digest_are_two(
+def test_literals_with_equal_digests_stay_separate(
     source: CheckpointSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short names may collide, as all of a shape do here."""
@@ -282,7 +282,7 @@ def test_two_literals_of_one_digest_are_two(
         assert_same(run(graph_of(source, group, 4, SPLIT), inputs), by_the_maths(source, group, inputs))
 
 
-def test_constants_cut_what_they_say() -> None:
+def test_constants_cut_their_rows_and_columns() -> None:
     stack = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     cut = Constant("a", index=1, rows=(1, 3), columns=(0, 2))
     assert (cut.of(stack) == stack[1, 1:3, 0:2]).all()

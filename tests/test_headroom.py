@@ -78,7 +78,7 @@ def check(path: Path, factors: dict[str, float]) -> Scaling:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_nothing_passes_the_limit(folder: Path, generation: str) -> None:
+def test_scaled_activations_stay_below_the_limit(folder: Path, generation: str) -> None:
     factors = {"ffn.key.weight": 400.0, "ffn.value.weight": 0.3, "att.output.weight": 3e4, "ln0.weight": 3e4}
     loud = Louder(folder / f"{generation}.pth", "layer", factors)
     before = too_large(magnitudes(loud.spec, calibrate(loud, IDS, rows=16, keep=2), Scaling()))
@@ -88,19 +88,21 @@ def test_nothing_passes_the_limit(folder: Path, generation: str) -> None:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_quiet_model_is_left_alone(folder: Path, generation: str) -> None:
+def test_a_model_of_small_activations_is_not_scaled(folder: Path, generation: str) -> None:
     assert check(folder / f"{generation}.pth", {}) == Scaling(layers=((1.0, 1.0),) * 3)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(-3, 3), st.floats(-3, 4), st.floats(-3, 5))
-def test_the_limit_holds_whatever_is_loud(folder: Path, key: float, value: float, output: float) -> None:
+def test_the_limit_holds_for_any_large_activation(
+    folder: Path, key: float, value: float, output: float
+) -> None:
     factors = {"ffn.key.weight": 10**key, "ffn.value.weight": 10**value, "att.output.weight": 10**output}
     check(folder / "6.pth", factors)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_magnitudes_under_a_scaling_are_foretold(folder: Path, generation: str) -> None:
+def test_magnitudes_under_a_scaling_are_predicted(folder: Path, generation: str) -> None:
     """As a pass under it finds them, all of them."""
     path, scaling = folder / f"{generation}.pth", Scaling(layers=((2.0, 0.5), (1.0, 2.0), (8.0, 0.125)))
     plain = Louder(path, "layer", {})

@@ -71,7 +71,7 @@ def test_a_column_of_weights_uses_all_its_numbers(weight: np.ndarray) -> None:
     np.testing.assert_allclose(same, steps, rtol=1e-6)
 
 
-def test_products_are_those_of_integers() -> None:
+def test_products_equal_integer_products() -> None:
     weight, x = normal(96, 40), normal(7, 96)
     numbers, (steps,) = round_weight(weight)
     given_, made = QuantParams.covering(-2.5, 3.0), QuantParams.covering(-20.0, 25.0)
@@ -88,7 +88,7 @@ def test_products_are_those_of_integers() -> None:
 @given(arrays(np.float32, 400, elements=st.floats(-50, 50, width=32)))
 @example(np.full(400, -1e-34, np.float32))
 @example(np.full(400, -5e-18, np.float32))
-def test_every_range_lies_in_what_was_seen(algorithm: str, x: np.ndarray) -> None:
+def test_ranges_lie_within_the_sampled_values(algorithm: str, x: np.ndarray) -> None:
     low, high = float(x.min()), float(x.max())
     whole, found = QuantParams.covering(low, high), ALGORITHMS[algorithm](Histogram.of(x, low, high))
     assert found.scale <= whole.scale * 1.0001
@@ -97,7 +97,7 @@ def test_every_range_lies_in_what_was_seen(algorithm: str, x: np.ndarray) -> Non
         assert error[1] <= error[0] + whole.scale / 32
 
 
-def test_what_is_rare_is_clipped_where_that_helps() -> None:
+def test_mse_clips_rare_values_where_that_helps() -> None:
     x = np.concatenate([normal(100_000), np.float32([-40.0, 40.0])])
     seen = Histogram.of(x, -40.0, 40.0)
     whole = ALGORITHMS["normal"](seen)
@@ -120,7 +120,7 @@ def test_the_smallest_held_out_error_is_taken() -> None:
     assert best.params.smoothing is not None and best.error < 0.7 * plain.error
 
 
-def test_the_head_is_judged_by_what_it_predicts() -> None:
+def test_the_head_is_compared_by_kl() -> None:
     """A token that is certain now and then has a logit far from all others: to clip it costs little in squares, and
     much of what is predicted."""
     rows, weight = normal(600, 64), normal(64, 400)
@@ -134,7 +134,7 @@ def test_the_head_is_judged_by_what_it_predicts() -> None:
     assert divergence(exact, head.linear(held)).mean() < divergence(exact, other.linear(held)).mean()
 
 
-def test_behind_a_relu_only_what_is_positive_has_numbers() -> None:
+def test_outputs_before_a_relu_use_no_negative_numbers() -> None:
     weight, rows = normal(64, 32), normal(400, 64)
     samples = samples_of(rows, weight)
     key, both = (choose(f"blocks.0.{name}.weight", weight, samples).params for name in ("ffn.key", "att.key"))
@@ -162,7 +162,7 @@ def test_wide_products_are_sums_of_parts() -> None:
     assert error < 0.02**2
 
 
-def test_channels_and_columns_that_are_silent_do_no_harm() -> None:
+def test_all_zero_channels_and_columns() -> None:
     rows, weight = normal(64, 16), normal(16, 8)
     rows[:, 3], weight[:, 2] = 0, 0
     samples = samples_of(rows, weight)
@@ -175,7 +175,7 @@ def test_channels_and_columns_that_are_silent_do_no_harm() -> None:
     assert not Quantised.of(nothing, silent).linear(rows).any()
 
 
-def test_only_what_is_chosen_is_rounded() -> None:
+def test_only_chosen_projections_are_rounded() -> None:
     weights = {"blocks.0.a": normal(8, 8), "blocks.0.b": normal(8, 8), "blocks.0.s": normal(2, 8, 8)}
     weight = weights["blocks.0.a"]
     quantised = Quantised.of(choose("a", weight, samples_of(normal(64, 8), weight)).params, weight)
@@ -186,7 +186,7 @@ def test_only_what_is_chosen_is_rounded() -> None:
     np.testing.assert_array_equal(f.linear(x, "s", 1), x @ weights["blocks.0.s"][1])
 
 
-def test_smoothing_has_to_be_worth_its_operations() -> None:
+def test_smoothing_is_used_only_if_it_helps_enough() -> None:
     weight = normal(48, 32)
     samples = samples_of(normal(400, 48), weight)
     assert choose("w", weight, samples, smoothings(weight, samples)).params.smoothing is None

@@ -97,7 +97,7 @@ def simulated(
         ("mid.1", "blocks.1.ffn.value.weight", "x_out"),
     ],
 )
-def test_a_product_is_the_simulators(
+def test_a_product_equals_the_simulators(
     group: str,
     name: str,
     output: str,

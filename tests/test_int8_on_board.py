@@ -132,7 +132,7 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def test_int8_costs_on_the_board_what_it_costs_in_numpy(forced: Forced) -> None:
+def test_int8_error_on_the_board_equals_numpys(forced: Forced) -> None:
     exact = forced.numpy["fp16"]
     expected, found = (divergence(exact, logits["mixed"]) for logits in (forced.numpy, forced.board))
     assert expected / 2 < found < expected * 2

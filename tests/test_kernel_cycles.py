@@ -56,7 +56,7 @@ def test_loops() -> None:
 
 
 @pytest.mark.skipif(shutil.which(study.MCA) is None, reason=f"{study.MCA} is not installed")
-def test_the_study() -> None:
+def test_the_study_measures_and_prints_a_kernel() -> None:
     processor = next(p for p in study.PROCESSORS if p.name == "Cortex-A76")
     one = next(one for one in SETS if one.name == processor.set)
     row = study.cycles(Kernel(one, 8, True, 4), processor)

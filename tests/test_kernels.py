@@ -149,7 +149,7 @@ def enlarged(bound: float, raw: np.ndarray, weight: np.ndarray, gate: np.ndarray
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, decay=st.sampled_from(sorted(DECAYS)), seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_equals_numpy(
+def test_recurrences_equal_numpys(
     generation: str, shape: tuple[int, ...], decay: str, seed: int, kernels: Callable[[Spec], Compiled]
 ) -> None:
     """Layers 0 and 1 over all tokens at once, and over the same in two pieces."""
@@ -199,7 +199,9 @@ def test_equals_numpy(
                 assert_close(ours_states[i][name], part, name)
 
 
-def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_are_divided_among_threads(
+    kernels: Callable[[Spec], Compiled], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or the tests above would see one thread alone."""
     layer = Layer("7", 3, 64, np.random.default_rng(0))
     compiled = kernels(layer.spec)
@@ -217,7 +219,7 @@ def test_heads_are_shared_out(kernels: Callable[[Spec], Compiled], monkeypatch: 
 
 @pytest.mark.parametrize("T", [1, 15, 16, 43])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_same_bits_alone_and_among_others(
+def test_a_sequence_has_the_same_bits_alone_and_among_others(
     generation: str, T: int, kernels: Callable[[Spec], Compiled]
 ) -> None:
     """A sequence's y and state, whatever else is in the call: chunks are counted from its own first row."""
@@ -238,7 +240,7 @@ def test_same_bits_alone_and_among_others(
 @pytest.mark.parametrize("T", [1, 20])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_nan_and_infinity_are_not_hidden(
+def test_nan_and_infinity_reach_the_output(
     generation: str, bad: float, T: int, kernels: Callable[[Spec], Compiled]
 ) -> None:
     """Where the reference has a number there is one, and where it has none there is none."""
@@ -262,7 +264,7 @@ def test_nan_and_infinity_are_not_hidden(
     assert np.isfinite(ours[..., 64:])[clean].all()
 
 
-def test_arrays_of_any_kind_are_taken(kernels: Callable[[Spec], Compiled]) -> None:
+def test_arrays_of_any_order_and_type_are_accepted(kernels: Callable[[Spec], Compiled]) -> None:
     """A simulator's outputs may be read-only, or not lie row after row."""
     layer = Layer("6", 2, 16, np.random.default_rng(2))
     compiled = kernels(layer.spec)
@@ -277,7 +279,7 @@ def test_arrays_of_any_kind_are_taken(kernels: Callable[[Spec], Compiled]) -> No
     assert (compiled.time_mix(table, rows, Rows([range(4)], [parts]), 1, {}) == expected[:, 0]).all()
 
 
-def test_decays_to_the_last_bit() -> None:
+def test_the_exponential_of_decays_is_correctly_rounded() -> None:
     """With one near 1 a state adds up its error over thousands of tokens."""
     from numba import njit
 
@@ -303,7 +305,7 @@ def test_decays_to_the_last_bit() -> None:
         assert np.isnan(y[0]) and np.isnan(z[0])
 
 
-def test_vectors_of_exponentials() -> None:
+def test_vector_exponentials_are_accurate() -> None:
     from rwkv_npu.kernels import compiler, simd
     from rwkv_npu.kernels.compiler import Kernel
     from rwkv_npu.quant.cpu import LANES
@@ -382,7 +384,7 @@ def outcome(process: subprocess.Popen[str]) -> tuple[str, str]:
     return " ".join(out.split()), err
 
 
-def test_what_is_compiled_is_kept(tmp_path: Path) -> None:
+def test_compiled_kernels_are_cached(tmp_path: Path) -> None:
     """Two processes that start at once compile once; a damaged file is compiled anew."""
     both = [outcome(process) for process in (loaded(tmp_path), loaded(tmp_path))]
     assert sorted(out for out, _ in both) == ["called", "compiled called"]
@@ -394,7 +396,7 @@ def test_what_is_compiled_is_kept(tmp_path: Path) -> None:
     assert outcome(loaded(tmp_path)) == ("called", "")
 
 
-def test_folders_of_the_cache(tmp_path: Path) -> None:
+def test_several_cache_folders(tmp_path: Path) -> None:
     """Shipped kernels are read where nothing can be written; kernels for another processor are not."""
     blocked, shipped = tmp_path / "a file", tmp_path / "shipped"
     blocked.write_bytes(b"")
@@ -407,7 +409,7 @@ def test_folders_of_the_cache(tmp_path: Path) -> None:
     assert len(list((shipped / "kernels").iterdir())) == 2
 
 
-def test_the_cache_is_filled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+def test_kernels_build_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     from rwkv_npu.kernels import build
 
     names = {kernel.name for kernel in build.every_kernel()}
@@ -426,7 +428,7 @@ def test_the_cache_is_filled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run("kernels", "build", "--all")[1:] == (out, "")
 
 
-def test_a_change_of_the_sources_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_depends_on_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rwkv_npu.kernels import cache
 
     before = cache.key()
@@ -440,6 +442,6 @@ def test_a_change_of_the_sources_is_another_folder(tmp_path: Path, monkeypatch: 
     assert cache.key.__wrapped__() != before
 
 
-def test_without_numba_numpy_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_there_is_no_compiled_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     assert recurrence.compiled(make_spec("7", D=64, L=2, V=8)) is None

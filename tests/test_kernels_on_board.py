@@ -81,7 +81,7 @@ def test_the_processor_is_that_of_an_rk3588(python: Path) -> None:
     assert {"asimddp", "asimdhp"} <= set(features.split()) and "i8mm" not in features
 
 
-def test_products_of_bytes_use_sdot(python: Path) -> None:
+def test_int8_products_use_sdot(python: Path) -> None:
     """Of tokens (gemv) and of prompts (gemm), in both formats."""
     found: dict[str, dict[str, Any]] = {}
     for process in [start(python, PRODUCTS, kernel) for kernel in ("gemv", "gemm")]:

@@ -31,7 +31,7 @@ def plan(size: str, rows: tuple[int, ...] | None = None):
 
 
 @pytest.mark.parametrize(("size", "rows"), [("0.19B", {1, 64}), ("0.45B", {1, 64}), ("1.5B", {32})])
-def test_auto_holds_weights_twice_only_where_they_fit(size: str, rows: set[int]) -> None:
+def test_auto_loads_weights_twice_only_if_they_fit(size: str, rows: set[int]) -> None:
     artifacts = plan(size)
     assert {a.rows for a in artifacts if a.group != "head"} == rows
     assert [a.rows for a in artifacts if a.group == "head"] == [1]
@@ -50,7 +50,7 @@ def test_weights_are_counted_to_the_byte() -> None:
     assert twice.contexts == 2 * (len(groups(spec, "layer")) - 1) + 1
 
 
-def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
+def test_artifacts_that_do_not_fit_are_refused_with_the_sum() -> None:
     with pytest.raises(UsageError, match=r"rk3588 at fp16 with rows 32: 34 contexts .* GB .*target='none'"):
         plan("2.9B")
     with pytest.raises(UsageError, match="rows 1,64"):

@@ -33,7 +33,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_owner_is_named_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_the_owner_is_named_and_a_killed_owner_blocks_nobody(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     with holder(tmp_path) as process:
         with pytest.raises(BackendError, match=f"in use by process {process.pid}, .*use backend auto"):
@@ -45,7 +45,7 @@ def test_the_owner_is_named_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -
     lock.release()
 
 
-def test_a_process_has_it_as_often_as_it_likes(tmp_path: Path) -> None:
+def test_one_process_may_take_the_lock_several_times(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     lock.acquire()
     lock.acquire()
@@ -58,7 +58,7 @@ def test_a_process_has_it_as_often_as_it_likes(tmp_path: Path) -> None:
     other.release()
 
 
-def test_children_do_not_keep_it(tmp_path: Path) -> None:
+def test_child_processes_do_not_hold_the_lock(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     lock.acquire()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
@@ -68,7 +68,7 @@ def test_children_do_not_keep_it(tmp_path: Path) -> None:
         child.communicate(b"\n")
 
 
-def test_any_user_may_be_the_next_owner(tmp_path: Path) -> None:
+def test_any_user_may_take_the_lock_next(tmp_path: Path) -> None:
     mask = os.umask(0o077)
     try:
         lock = Lock(tmp_path)
@@ -99,7 +99,7 @@ def test_more_files_may_be_opened() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_what_is_printed_is_captured(capfd: pytest.CaptureFixture[str]) -> None:
+def test_prints_are_captured(capfd: pytest.CaptureFixture[str]) -> None:
     with npu.captured() as printed:
         os.write(1, b"raw, ")
         ctypes.CDLL(None).puts(b"from C, in a buffer")
@@ -109,7 +109,7 @@ def test_what_is_printed_is_captured(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("later\n", "")
 
 
-def test_a_failure_within_is_not_swallowed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_passes_through_the_capture(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError), npu.captured() as printed:
         os.write(2, b"before\n")
         1 / 0  # noqa: B018

@@ -61,7 +61,9 @@ class QuantisedMaths(NumpyMaths):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_groups_are_what_quantised_products_make_of_them(bundle: Path, fusion: str, precision: str) -> None:
+def test_groups_equal_the_reference_with_quantised_products(
+    bundle: Path, fusion: str, precision: str
+) -> None:
     source = BundleSource(open_bundle(bundle), fusion, precision)
     backend = NumbaBackend(source, threads=2)
     for group in source.program.groups:
@@ -116,7 +118,7 @@ def test_any_order_of_pieces_gives_the_same_bits(bundle: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_program_is_in_order(bundle: Path, fusion: str) -> None:
+def test_operations_have_a_safe_order_and_memory(bundle: Path, fusion: str) -> None:
     """Nothing is read before it is written, nor written within the stage in which another thread may read it, and no
     two values that are alive at a time lie in the same place."""
     source = BundleSource(open_bundle(bundle), fusion)
@@ -162,7 +164,7 @@ def test_a_program_is_in_order(bundle: Path, fusion: str) -> None:
                     assert apart or other_died < born or died < other_born
 
 
-def test_a_product_that_is_read_twice_is_not_fused_away() -> None:
+def test_a_product_with_two_readers_is_not_fused() -> None:
     """a + x * vector is one pass, unless x * vector is read elsewhere as well, or is an output."""
     mul, add, mix = instructions.MUL_VECTOR, instructions.ADD, instructions.MIX
     for expected in ([mix], [mul, add, add], [mul, add]):
@@ -194,7 +196,7 @@ def read_all_ways(model: rwkv_npu.Model) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_row_is_the_same_bits_alone_and_among_others(bundle: Path, precision: str, fusion: str) -> None:
+def test_a_token_has_the_same_bits_alone_and_among_others(bundle: Path, precision: str, fusion: str) -> None:
     """Few rows or many, tokens beside prompts: seeded answers and cached states rest on it."""
     rng = np.random.default_rng(0)
     with rwkv_npu.load(bundle, backend="numba", precision=precision, fusion=fusion, threads=2) as model:
@@ -223,7 +225,7 @@ WIDTHS = {
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("generation", WIDTHS)
-def test_the_fused_forward_is_all_groups(
+def test_the_fused_forward_equals_group_by_group(
     generation: str, fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows and heads of any width, in fp32, against one group after the other with the recurrence between."""
@@ -253,7 +255,7 @@ def _compare(path: Path, fusion: str, monkeypatch: pytest.MonkeyPatch, exact: bo
         assert np.abs(one - other).max() <= bound
 
 
-def test_memory_may_hold_anything(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_padding_or_old_memory(tmp_path: Path) -> None:
     """Between the numbers that count, and before the first use: in all formats of matrices, of odd sizes."""
     path = tmp_path / "m" / "model.pth"
     ranks = {"w": 5, "a": 6, "v": 7, "g": 9}
@@ -276,7 +278,7 @@ def test_memory_may_hold_anything(tmp_path: Path) -> None:
                 assert (one == other).all(), precision
 
 
-def test_states_that_cannot_be_updated_where_they_lie(bundle: Path) -> None:
+def test_states_that_cannot_be_updated_in_place_are_refused(bundle: Path) -> None:
     with rwkv_npu.load(bundle, backend="numba") as model:
         for change in (lambda part: part.astype(np.float64), lambda part: part[:, :1], np.asfortranarray):
             state = model.new_state()
@@ -286,7 +288,7 @@ def test_states_that_cannot_be_updated_where_they_lie(bundle: Path) -> None:
                 model.forward([1], state, inplace=True)
 
 
-def test_what_is_no_number_stays_none(bundle: Path) -> None:
+def test_nan_reaches_the_output(bundle: Path) -> None:
     source = BundleSource(open_bundle(bundle), "layer")
     backend = NumbaBackend(source, threads=2)
     group = source.program.groups[-1]
@@ -300,7 +302,7 @@ def test_what_is_no_number_stays_none(bundle: Path) -> None:
         assert np.isfinite(runner.run()["logits"]).all()
 
 
-def test_memory_is_kept_for_few_numbers_of_rows(bundle: Path) -> None:
+def test_memory_is_shared_by_row_counts_of_one_capacity(bundle: Path) -> None:
     with rwkv_npu.load(bundle, backend="numba") as model:
         backend = model.engine._dispatcher._assigned["head", True][0]
         for length in range(2, 30):
@@ -308,7 +310,7 @@ def test_memory_is_kept_for_few_numbers_of_rows(bundle: Path) -> None:
         assert sorted(backend._shared) == [1, 2, 4, 8, 16, 32]
 
 
-def test_a_closed_backend_keeps_nothing(bundle: Path) -> None:
+def test_a_closed_backend_frees_its_memory(bundle: Path) -> None:
     """Neither addresses of memory that is gone, nor, until a garbage collection, the files that were mapped."""
 
     def mapped() -> int:

@@ -29,7 +29,7 @@ def block_peaks(weight: np.ndarray) -> np.ndarray:
 
 @given(SHAPES, st.integers(0, 1000), st.sampled_from([1e-3, 1.0, 300.0]))
 @settings(max_examples=50, deadline=None)
-def test_eight_bits_are_half_a_step_away_at_most(shape: tuple[int, int], seed: int, scale: float) -> None:
+def test_int8_is_at_most_half_a_step_off(shape: tuple[int, int], seed: int, scale: float) -> None:
     weight = matrix(shape, seed, scale)
     packed = pack(weight, 8)
     assert (packed.data.shape, packed.scales.shape) == packed_shapes(*shape, 8)
@@ -40,7 +40,7 @@ def test_eight_bits_are_half_a_step_away_at_most(shape: tuple[int, int], seed: i
 
 @given(SHAPES, st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
-def test_four_bits(shape: tuple[int, int], seed: int) -> None:
+def test_int4_errors_are_bounded(shape: tuple[int, int], seed: int) -> None:
     weight = matrix(shape, seed)
     packed = pack(weight, 4)
     assert (packed.data.shape, packed.scales.shape) == packed_shapes(*shape, 4)
@@ -60,7 +60,7 @@ def test_scales_are_chosen_for_the_least_error() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_can_be_said_exactly_is(bits: int) -> None:
+def test_representable_values_are_exact(bits: int) -> None:
     half = 1 << (bits - 1)
     q = np.random.default_rng(0).integers(1 - half, half, (150, 70))
     q[::BLOCK] = -half if bits == 4 else half - 1  # of every block, so that a step is one
@@ -98,7 +98,7 @@ def test_float_strips(shape: tuple[int, int], dtype: type, transposed: bool) -> 
 
 
 @pytest.mark.parametrize("generation", RANKS)
-def test_what_feeds_the_state_keeps_eight_bits(generation: str) -> None:
+def test_projections_that_feed_the_state_keep_eight_bits(generation: str) -> None:
     spec = Spec(generation, D=64, L=2, H=4, N=16, A=64, F=256, V=100, ranks=RANKS[generation])
     projections = [tensor for tensor in tensors(spec) if tensor.kind.is_projection]
     assert {bits_of("int8", tensor) for tensor in projections} == {8}

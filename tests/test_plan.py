@@ -69,7 +69,7 @@ def test_a_name_wins_over_a_role_and_a_role_over_a_use(bundle: Path) -> None:
         ":decode=ort",
     ],
 )
-def test_what_is_not_there_is_refused(bundle: Path, text: str) -> None:
+def test_unknown_keys_and_backends_are_refused(bundle: Path, text: str) -> None:
     with pytest.raises(UsageError, match="plan .* is unknown: write KEY=NAME"):
         served(text)
 
@@ -84,7 +84,7 @@ def test_a_key_has_one_rule(bundle: Path) -> None:
         st.sampled_from((*USES, "mid", "head:decode", "mid.1:prefill")), st.sampled_from(("ort", "numpy"))
     )
 )
-def test_a_plan_says_itself(rules: dict[str, str]) -> None:
+def test_a_plan_as_text_parses_to_the_same_plan(rules: dict[str, str]) -> None:
     made = parse(rules, "ort", BACKENDS, SPEC_GROUPS)
     again = parse(made.text(), "ort", BACKENDS, SPEC_GROUPS)
     for group in SPEC_GROUPS:
@@ -96,7 +96,7 @@ def test_a_plan_says_itself(rules: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "text", ["head=numpy,mid=ort", "mid.0:prefill=numpy,mid.1:decode=numpy", "decode=numpy"]
 )
-def test_the_text_does_not_depend_on_the_plan(bundle: Path, text: str) -> None:
+def test_generated_text_does_not_depend_on_the_plan(bundle: Path, text: str) -> None:
     ids = np.random.default_rng(1).integers(1, 200, 30)
     with rwkv_npu.load(bundle, backend="numpy") as model:
         expected, expected_state = model.forward(ids)
@@ -136,7 +136,7 @@ def test_a_mixture_has_to_be_worth_it() -> None:
     assert best_plan([slow_head, no_better])[1].text() == "decode=rknn,prefill=rknn"
 
 
-def test_fast_calls_do_not_hide_what_they_cost_the_host() -> None:
+def test_host_time_of_a_backend_counts() -> None:
     spinning = measured("ort", {"mid": 2.0, "head": 1.0}, {"mid": 20.0}, host=9.0)
     quiet = measured("numba", {"mid": 3.0, "head": 2.0}, {"mid": 30.0})
     assert best_plan([spinning, quiet])[1] == Plan(
@@ -204,7 +204,7 @@ def keep(bundle: Path, rules: Plan, machine: str | None = None) -> None:
     save_tuned(bundle, machine or machine_key(), artifacts_digest(open_bundle(bundle).manifest), rules, {})
 
 
-def test_whoever_asks_for_something_gets_it(bundle: Path) -> None:
+def test_explicit_options_override_a_measured_plan(bundle: Path) -> None:
     keep(bundle, Plan("numpy", (), "projection", "fast"))
     expectations = {
         ("auto", None, None): ("numpy", "projection"),
@@ -219,7 +219,9 @@ def test_whoever_asks_for_something_gets_it(bundle: Path) -> None:
     (bundle / TUNED).unlink()
 
 
-def test_plans_of_others_are_not_ours(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_of_other_machines_and_artifacts_are_ignored(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep(bundle, Plan("numpy", (), "layer", "fast"), machine="another")
     keep(bundle, Plan("numpy", (), "layer", "fast"))
     assert json.loads((bundle / TUNED).read_text())["machines"].keys() == {"another", machine_key()}
@@ -272,7 +274,7 @@ def test_a_plan_whose_backend_is_not_installed_is_warned_of_and_not_used(
     (bundle / TUNED).unlink()
 
 
-def test_tune_wants_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_refuses_a_checkpoint(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, said = run_main(capsys, "tune", "-m", bundle.parent / "model.pth")
     assert status == 1 and "model.pth is no bundle: rwkv-npu convert makes one" in said
 
@@ -293,7 +295,7 @@ def test_an_interrupted_tune_leaves_the_plan_that_was_there(
     (bundle / TUNED).unlink()
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(
+def test_a_read_only_folder_is_reported_before_measuring(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rwkv_npu.cli.tune.os.access", lambda *_: False)
@@ -302,7 +304,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_measured(
     assert status == 1 and "cannot be written to, and the plan is kept in it: tune a copy of your own" in said
 
 
-def test_a_plan_that_cannot_be_kept_is_said(bundle: Path) -> None:
+def test_a_plan_that_cannot_be_saved_is_reported(bundle: Path) -> None:
     with pytest.raises(BundleError, match="cannot write .*tuned.json"):
         save_tuned(bundle / "nowhere", "m", "a", Plan("ort"), {})
 

@@ -34,11 +34,11 @@ def test_features_of_an_arm_processor() -> None:
         ("riscv64", "v", "plain code"),
     ],
 )
-def test_the_best_set_is_taken(architecture: str, features: str, name: str) -> None:
+def test_the_best_instruction_set_is_selected(architecture: str, features: str, name: str) -> None:
     assert select(architecture, frozenset(features.split())).name == name
 
 
-def test_there_is_one_for_any_processor() -> None:
+def test_any_processor_has_an_instruction_set() -> None:
     assert not SETS[-1].features and not SETS[-1].architecture
     assert instruction_sets.describe() == f"int8 products: {instruction_sets.current().name}"
 
@@ -61,7 +61,7 @@ def test_a_forced_feature_that_is_missing_is_refused() -> None:
     assert "compiling" not in done.stderr
 
 
-def test_a_forced_list_chooses_the_set_and_the_cache() -> None:
+def test_forced_features_select_instruction_set_and_cache() -> None:
     code = (
         "from rwkv_npu.kernels import cache, instruction_sets\n"
         "print(cache.key(), instruction_sets.current().name)"

@@ -148,7 +148,7 @@ def test_sums_are_exact(bits: int, data: st.DataObject) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("weight", ["lowest", "highest"])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_the_largest_sums(bits: int, weight: str, sign: int) -> None:
+def test_the_largest_sums_do_not_overflow(bits: int, weight: str, sign: int) -> None:
     value = {"lowest": -(1 << (bits - 1)), "highest": (1 << (bits - 1)) - 1}[weight]
     product = Product(
         packed(np.full((BLOCK, PANEL), value), bits), np.full((5, BLOCK), 127.0 * sign, np.float32)
@@ -170,7 +170,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(bits: int, seed: int, ro
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_products_are_those_of_the_numbers_that_are_stored(bits: int) -> None:
+def test_quantised_products_equal_those_of_the_stored_numbers(bits: int) -> None:
     random = np.random.default_rng(0)
     x = random.standard_normal((7, 200), np.float32)
     matrix = pack(random.standard_normal((200, 70), np.float32), bits)
@@ -185,7 +185,7 @@ OTHERS = [s for s in SETS if s.architecture in ("", machine()) and s.features <=
 
 
 @pytest.mark.parametrize("name", [s.name for s in OTHERS if s is not current()])
-def test_every_set_that_this_processor_has(name: str) -> None:
+def test_every_instruction_set_of_this_processor_is_exact(name: str) -> None:
     """The tests above in a process of its own, which is forced to it."""
     features = ",".join(f"+{f}" for f in next(s.features for s in OTHERS if s.name == name))
     tests = "the_set or largest or same_bits or stored"
@@ -199,5 +199,5 @@ def test_every_set_that_this_processor_has(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_set_is_the_one_that_is_tested() -> None:
+def test_the_instruction_set_is_the_expected_one() -> None:
     assert current().name == os.environ.get("EXPECTED_SET", current().name)

@@ -59,7 +59,7 @@ def manifest_of(out: Path) -> Manifest:
     ),
     st.floats(0, 3),
 )
-def test_what_costs_least_for_its_bytes_comes_first(
+def test_projections_with_the_least_kl_for_their_bytes_come_first(
     found: dict[str, tuple[float, int]], limit: float
 ) -> None:
     costs = {name: cost for name, (cost, _) in found.items()}
@@ -77,7 +77,7 @@ def test_what_costs_least_for_its_bytes_comes_first(
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_what_comes_before_a_projection_is_not_computed_again(
+def test_groups_before_a_projection_are_not_computed_again(
     generation: str, fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     write_model(tmp_path / "model.pth", generation, vocabulary=False)
@@ -103,7 +103,7 @@ def test_what_comes_before_a_projection_is_not_computed_again(
 # -- maps ------------------------------------------------------------------------------------------------
 
 
-def test_later_patterns_count(checkpoint: Path) -> None:
+def test_the_last_matching_pattern_counts(checkpoint: Path) -> None:
     spec = open_checkpoint(checkpoint).spec
     given_map = {"mid.*": "w8a8", "blocks.*.att.output.weight": "fp16", "head": "w8a8", "ffn.1": "w8a8"}
     assert set(resolve(given_map, spec, sizes(spec), "m")) == {
@@ -158,7 +158,7 @@ def test_a_wrong_map_is_refused(
         (("--precision", "w8a8", "--max-kl", "0.1"), "--max-kl is for --precision mixed without a map"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_done(
+def test_impossible_requests_are_refused_before_any_work(
     options: tuple[str, ...], says: str, checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
     status, _, err = convert(capsys, checkpoint, tmp_path / "o", ids, *options)
@@ -208,7 +208,7 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
     assert weights < sum(artifact.weight_bytes for artifact in manifest.artifacts) < 1.3 * weights
 
 
-def test_what_a_choice_of_mixed_does_not_fit(
+def test_mixed_that_exceeds_the_npus_memory(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A map's is known before any work; one that is measured only after it. Both are told what could help."""
@@ -242,9 +242,7 @@ def test_a_bundle_has_one_choice_for_all_chips(
     assert run_main(capsys, "info", out, "--check")[0] == 0 and not list(out.glob("rknn/rk3588/*"))
 
 
-def test_what_goes_with_damaged_ranges_is_said(
-    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_damaged_ranges_are_reported(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
     """The message names artifacts that this conversion does not make again, even if it makes the parameters again."""
     out = tmp_path / "o"
     for precision, fusion in (("w8a8", "layer"), ("w8a8", "projection"), ("fp16", "layer")):
@@ -259,7 +257,7 @@ def test_what_goes_with_damaged_ranges_is_said(
     assert run_main(capsys, "info", out, "--check")[0] == 0
 
 
-def test_another_text_makes_all_of_int8_anew(
+def test_another_text_replaces_all_int8_parameters(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
     out = tmp_path / "o"
@@ -279,7 +277,7 @@ def test_another_text_makes_all_of_int8_anew(
     ]
 
 
-def test_an_interrupted_measurement_goes_on(
+def test_an_interrupted_measurement_resumes(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, measured = tmp_path / "o", KLEvaluator.alone
@@ -299,7 +297,7 @@ def test_an_interrupted_measurement_goes_on(
     assert len(labels) == len(sizes(manifest_of(out).spec)) + 1
 
 
-def test_the_self_test_of_a_board_allows_for_int8(
+def test_artifacts_in_int8_get_the_bound_of_int8(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "o"
@@ -314,7 +312,7 @@ def test_the_self_test_of_a_board_allows_for_int8(
     assert found == {None: True, "fp16": False, "mixed": True}
 
 
-def test_a_board_runs_what_there_is_for_its_chip(
+def test_a_board_runs_the_artifacts_for_its_chip(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "o"
@@ -335,7 +333,9 @@ def test_a_map_is_followed(checkpoint: Path, ids: Path, tmp_path: Path, capsys: 
     assert chosen.projections == ("head.weight",) and chosen.kl > 0 and chosen.max_kl is None
 
 
-def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
+def test_numpy_computes_the_chosen_projections_in_int8(
+    checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "o"
     assert convert(capsys, checkpoint, out, ids, "--precision", "w8a8", "--target", "none")[0] == 0
     tokens = np.load(ids)[:40]
@@ -351,7 +351,7 @@ def test_numpy_computes_what_is_chosen(checkpoint: Path, ids: Path, tmp_path: Pa
     assert (np.exp(p) * (p - q)).sum(-1).mean() == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_has_no_int8_is_not_taken_for_it(
+def test_backends_without_int8_refuse_an_int8_precision(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """It would multiply in the CPU's own precision, and be measured as if it were the NPU."""

@@ -46,7 +46,7 @@ def test_every_artifact_is_there_runs_on_the_npu_and_agrees_with_numpy(bundle) -
     assert max(manifest.graph_errors.values()) < 1e-5
 
 
-def test_a_file_says_what_it_is(bundle) -> None:
+def test_metadata_of_an_artifact(bundle) -> None:
     artifact = bundle.manifest.artifacts[0]
     group = next(g for g in groups(bundle.spec, artifact.fusion) if g.name == artifact.group)
     info = rknn_info(bundle.path / artifact.path)

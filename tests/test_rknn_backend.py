@@ -59,7 +59,7 @@ def refused(bundle: Path, message: str, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("fusion", ["layer", "projection"])
-def test_it_computes_what_numpy_computes(bundle: Path, fusion: str) -> None:
+def test_results_equal_numpys(bundle: Path, fusion: str) -> None:
     with load(bundle, fusion=fusion) as model, rwkv_npu.load(bundle, backend="numpy", fusion=fusion) as other:
         logits, state = model.forward(IDS)
         expected, expected_state = other.forward(IDS)
@@ -68,7 +68,7 @@ def test_it_computes_what_numpy_computes(bundle: Path, fusion: str) -> None:
         assert np.abs(logits - other.forward([7], expected_state)[0]).max() < 1e-4
 
 
-def test_each_artifact_is_opened_once_and_given_back(bundle: Path) -> None:
+def test_each_artifact_is_opened_once_and_released(bundle: Path) -> None:
     with load(bundle) as model:
         model.forward(IDS)
         assert len(FakeLite.opened) == 2 * 3 + 1
@@ -122,15 +122,13 @@ def test_unknown_cores_are_named(bundle: Path) -> None:
     refused(bundle, "NPU cores '5' are unknown: use one of auto 0 1 2 0,1 0,1,2", npu_cores="5")
 
 
-def test_nothing_that_rockchip_prints_reaches_the_user(
-    bundle: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_of_rockchips_libraries_are_hidden(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load(bundle).close()
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("call", ["set", "run", "get", "fewer", "short"])
-def test_codes_are_looked_at(bundle: Path, call: str) -> None:
+def test_return_codes_are_checked(bundle: Path, call: str) -> None:
     backend = RknnBackend(BundleSource(open_bundle(bundle)))
     runner = backend.open(BundleSource(open_bundle(bundle)).program.groups[0], 1)
     FakeRuntime.codes[call] = [-3]
@@ -146,7 +144,7 @@ def test_codes_are_looked_at(bundle: Path, call: str) -> None:
     backend.close()
 
 
-def test_a_library_that_is_kept_elsewhere_goes_unchecked(
+def test_output_sizes_are_unchecked_if_the_library_is_elsewhere(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Hidden:
@@ -166,7 +164,7 @@ def test_faults_while_it_runs_do_not_change_the_text(bundle: Path) -> None:
         assert model.engine.counters.faults.calls == 4 and len(model.engine.counters.faults.groups) == 1
 
 
-def test_what_steps_in_is_as_precise_as_the_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_is_as_precise_as_the_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the CPU's default are eight bits, a group that ran in fp16 does not end there."""
     bundle = fake_bundle(monkeypatch, tmp_path / "m.pth", write_model(tmp_path / "m.pth", "7"), cpu="int8")
     become_a_board(monkeypatch, tmp_path)
@@ -327,9 +325,7 @@ def test_artifacts_of_one_row_run_whole(tmp_path: Path, monkeypatch: pytest.Monk
         assert model.reason == "rknn, whose artifacts have one row; rwkv-npu tune measures"
 
 
-def test_many_sequences_at_once_go_where_the_estimate_says(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_estimate_decides_where_many_sequences_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "sequences_for_npu", lambda *_: 3)
     with load(bundle, backend="auto") as model, rwkv_npu.load(bundle, backend="numpy") as other:
         said = f"rknn reads prompts and 3 or more sequences at once, {CPU_BACKEND} writes: estimated"
@@ -396,9 +392,7 @@ def test_auto_warns_and_takes_the_cpu_if_the_npu_fails(
         load(bundle)
 
 
-def test_auto_is_quiet_about_what_is_not_there(
-    made: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_does_not_warn_without_an_npu(made: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "runtime_library", lambda: None)
     with load(bundle, backend="auto") as model:
         assert model.reason == f"{CPU_BACKEND}, since librknnrt.so is not in /usr/lib"

@@ -49,12 +49,12 @@ def test_parts_cover_a_matrix_and_are_aligned(K: int, N: int, kind, cores: int) 
 @pytest.mark.parametrize(
     ("K", "N", "parts"), [(768, 768, 1), (1024, 1024, 2), (768, 3072, 3), (2048, 2048, 3), (10240, 20, 1)]
 )
-def test_only_what_takes_longer_than_a_thread_is_shared_out(K: int, N: int, parts: int) -> None:
+def test_only_large_products_are_split_over_the_cores(K: int, N: int, parts: int) -> None:
     assert len(cut(K, N, FP16, 3).widths) == parts
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([FP16, INT8]))
-def test_packing_puts_every_element_where_the_layout_has_it(K: int, N: int, kind) -> None:
+def test_packing_follows_the_native_layout(K: int, N: int, kind) -> None:
     matrix = (np.arange(K * N).reshape(K, N) % 251 - 125).astype(np.float32)
     depth, width = sum(cut(K, N, kind, 1).depths), sum(cut(K, N, kind, 1).widths)
     packed = np.ones(depth * width, kind.operand)
@@ -77,7 +77,7 @@ def test_official_models_stay_below_the_limit_of_contexts(name: str, dynamic: bo
     assert 2 * parameters <= plan.weights < 2.05 * parameters
 
 
-def test_a_model_that_cannot_fit_is_seen_before_anything_is_loaded() -> None:
+def test_a_model_that_cannot_fit_is_refused_before_loading() -> None:
     plan, _ = _plan(official_spec("v7-2.9b"), FP16, 3, dynamic=True)
     assert not plan.fits and "contexts (of 150)" in plan.arithmetic()
     assert _plan(official_spec("v7-2.9b"), INT8, 3, dynamic=True)[0].fits
@@ -167,7 +167,9 @@ def test_fp16_operands_and_fp32_sums_are_exact(products: Products) -> None:
 @on_the_stand_in
 @pytest.mark.parametrize("faults", ["", "no-dynamic"])
 @pytest.mark.parametrize("own", [True, False])
-def test_weights_and_rows_in_turns(stand_in: Path, tmp_path: Path, faults: str, own: bool, run_alone) -> None:
+def test_weights_and_row_counts_may_alternate(
+    stand_in: Path, tmp_path: Path, faults: str, own: bool, run_alone
+) -> None:
     """Weights of one shape, row counts in any order: what is bound is what is multiplied."""
     log = tmp_path / "log"
     run_alone(
@@ -242,7 +244,7 @@ def test_one_core_is_enough(library: Library, tmp_path: Path) -> None:
         ("core-mask", "refused"),
     ],
 )
-def test_codes_are_looked_at(stand_in: Path, run_alone, faults: str, said: str) -> None:
+def test_return_codes_are_checked(stand_in: Path, run_alone, faults: str, said: str) -> None:
     code = """
         import numpy as np
         from rwkv_npu.backends.npu_matmul import Products
@@ -260,7 +262,7 @@ def test_codes_are_looked_at(stand_in: Path, run_alone, faults: str, said: str) 
 
 
 @on_the_stand_in
-def test_file_descriptors_that_run_out_are_said(stand_in: Path, run_alone) -> None:
+def test_running_out_of_file_descriptors_is_reported(stand_in: Path, run_alone) -> None:
     code = """
         import numpy as np
         import resource
@@ -298,7 +300,7 @@ def test_eight_bits_are_the_users_choice(library: Library, tmp_path: Path) -> No
 @on_the_stand_in
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(("dtype", "worst"), [("fp16", 1e-3), ("int8", 0.05)])
-def test_the_sweeps_products(
+def test_products_of_the_matmul_benchmark(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, worst: float
 ) -> None:
     """`bench matmul` has columns on every core, and gets out what NumPy does."""

@@ -54,7 +54,7 @@ def test_folding_changes_no_bit(absmax: np.ndarray, weight: np.ndarray, alpha: f
         )
 
 
-def test_silence_is_no_reason_to_shout() -> None:
+def test_all_zero_channels_get_bounded_factors() -> None:
     rows = normal(50, 8)
     rows[:, 3] = 0
     for scale in smoothings(normal(8, 5), samples_of(rows))[1:]:
@@ -62,7 +62,7 @@ def test_silence_is_no_reason_to_shout() -> None:
     assert (smoothing(np.zeros(8), np.zeros((8, 5)), 0.5) == 1).all()
 
 
-def test_channels_that_stand_out_are_helped() -> None:
+def test_outlier_channels_get_more_int8_numbers() -> None:
     """6 of 256 channels fifty times as large: the error falls to less than half."""
     rows, weight = normal(400, 256), normal(256, 64)
     rows[:, :6] *= 50

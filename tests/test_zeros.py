@@ -176,7 +176,7 @@ def test_a_model_without_zeros_is_traced_as_before(models: Callable[[str], Path]
 @pytest.mark.compiler
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_the_compiler_builds_it(
+def test_the_compiler_builds_graphs_with_zeros(
     generation: str,
     rows: int,
     models: Callable[[str], Path],
@@ -204,7 +204,7 @@ def test_the_compiler_builds_it(
 @pytest.mark.compiler
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("generation", ["4", "6", "7"])
-def test_the_compiler_builds_it_in_int8(
+def test_the_compiler_builds_int8_graphs_with_zeros(
     generation: str,
     rows: int,
     models: Callable[[str], Path],
