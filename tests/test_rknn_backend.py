@@ -267,7 +267,7 @@ def test_on_a_pc_the_error_names_the_board(made: Path) -> None:
 def test_another_chip(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "soc", lambda: "rk3576")
     refused(bundle, r"no artifacts .* rk3576, layer fusion \(there are: rk3588\).*convert --target rk3576")
-    refused(bundle, r"no artifacts .* rk3576, layer fusion, int8 \(there are: none", precision="int8")
+    refused(bundle, r"no artifacts .* rk3576, layer fusion, fp16 \(there are: rk3588", precision="fp16")
 
 
 def test_a_board_without_rknnlite(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{service.scheduler.slots} slots, {size(budget)} for states",
         file=sys.stderr,
     )
+    socket.listen()  # who reads the address may connect at once
     print(f"http://{shown}:{port}", flush=True)
     serve(service, socket, key=arguments.api_key, verbose=arguments.verbose)
     model.close()

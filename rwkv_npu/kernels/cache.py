@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.files import cache_dirs, write_atomically
 from rwkv_npu.kernels import processor
 
@@ -71,7 +72,7 @@ def write(folder: Path, name: str, code: bytes) -> None:
 def writable_folder() -> Path:
     """Return the first writable one of `folders()`, creating it if it is missing.
 
-    If there is none, create a temporary folder and print a warning.
+    If there is none, create a temporary folder and print a warning. Raises BackendError if that is not possible either.
     """
     problem: OSError | None = None
     for folder in folders():
@@ -84,12 +85,17 @@ def writable_folder() -> Path:
             problem = problem or error
         else:
             return folder
+    advice = "set RWKV_NPU_CACHE to a folder that can be written, or add one that `rwkv-npu kernels build` has filled"
+    try:
+        _temporary.append(tempfile.mkdtemp(prefix="rwkv_npu-"))
+    except OSError:
+        raise BackendError(
+            f"numba has no folder for compiled kernels, not even a temporary one: {problem}; {advice}, or use ort"
+        ) from problem
     print(
-        f"compiled kernels cannot be kept, every start compiles them anew: {problem}\n"
-        "set RWKV_NPU_CACHE to a folder that can be written, or add one that `rwkv-npu kernels build` has filled",
+        f"compiled kernels cannot be kept, every start compiles them anew: {problem}\n{advice}",
         file=sys.stderr,
     )
-    _temporary.append(tempfile.mkdtemp(prefix="rwkv_npu-"))
     atexit.register(shutil.rmtree, _temporary[0], ignore_errors=True)
     folder = folders()[-1]
     folder.mkdir(parents=True)
