@@ -473,7 +473,7 @@ def test_the_artifacts_of_the_first_version_are_refused_in_one_line(
             logits, _ = model.forward_batch(states, [model.new_state(), model.new_state()])
             found.append(np.asarray(logits))
     assert all(np.abs(logits - found[0]).max() < 0.1 for logits in found)
-    line = "bundle of format 1.1 .* run rwkv-npu convert with the checkpoint and --force$"
+    line = "bundle of format 1.1 .* convert the checkpoint again with force=True$"
     become_a_board(monkeypatch, tmp_path)
     for backend in ("rknn", "rknn-sim"):
         with pytest.raises(BackendError, match=line):

@@ -468,7 +468,7 @@ def test_runners_keep_their_contract(source: CheckpointSource, backend: Backend,
     ids=str,
 )
 def test_invalid_tokens_are_refused(tokens: object, folder: Path) -> None:
-    with pytest.raises(UsageError, match="non-empty sequence of integer ids"):
+    with pytest.raises(UsageError, match="non-empty sequence of integer ids|tokens holds 1"):
         engine_of(source_of(folder, "7")).forward(tokens)  # type: ignore[arg-type]
 
 

@@ -62,7 +62,7 @@ COMMANDS = (
 
 STDOUT = "<stdout>"
 LINUX_ONLY = {"fcntl", "resource", "termios"}  # modules of Python that other systems may lack
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        sys.stdout.flush()  # so that a pipe that was closed is noticed in `main`, not when Python exits
+        sys.stdout.flush()  # `main` must notice a closed pipe, before Python exits
         super().exit(status, message)
 
 
@@ -108,7 +108,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except RwkvNpuError as error:
         print(f"rwkv-npu: error: {as_flags(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # the reader of our output has ended
         _give_up_stdout()
         return 0
     except OSError as error:
@@ -134,7 +134,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _give_up_stdout() -> None:
-    """Point stdout at nothing, since Python would report the same error once more when it closes it."""
+    """Redirect stdout to /dev/null. Otherwise Python would report the same error again when it closes stdout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -148,12 +148,12 @@ def entry() -> NoReturn:
             setattr(sys, name, open(os.devnull, mode))
     _keep_stdout()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # letters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     sys.exit(main())
 
 
 def _keep_stdout() -> None:
-    """Send to stderr what C libraries print to stdout, as Rockchip's do: stdout is for the result alone."""
+    """Send to stderr what C libraries print to stdout, such as Rockchip's. stdout is for results only."""
     with contextlib.suppress(OSError, ValueError):  # closed by the shell
         ours = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), 1)
@@ -162,7 +162,7 @@ def _keep_stdout() -> None:
 
 
 class _Stdout(io.FileIO):
-    """stdout. Its errors bear its name, which tells them from those of other files."""
+    """stdout. Its errors hold its name, so that they can be told from errors of other files."""
 
     def write(self, data: Any) -> int:
         try:

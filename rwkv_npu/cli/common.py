@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rwkv_npu.model import Model
 
 BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
-BACKENDS_HELP = f"what runs the matrix products: {', '.join(BACKENDS)} (default: auto)"
+BACKENDS_HELP = f"backend of the matrix products: {', '.join(BACKENDS)} (default: auto)"
 NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
 NPU_CORES_HELP = "of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
 
@@ -64,8 +64,8 @@ def add_adapter_flags(p: argparse.ArgumentParser) -> None:
 def use_big_cores(threads: int | None) -> str:
     """Keep this process and its children on the large cores of a machine that has small ones too.
 
-    Threads that share a product wait for the slowest of them. Returns a line for -v; "" where nothing was done: all
-    cores are alike, or more threads are asked for than there are large cores.
+    Threads that share a product wait for the slowest thread. Returns a line for -v. Does nothing and returns "" if all
+    cores are alike, or if the user asks for more threads than there are large cores.
     """
     big = hardware.big_cores()
     if (
@@ -81,7 +81,7 @@ def use_big_cores(threads: int | None) -> str:
 
 
 def bundle_at(path: str) -> Bundle:
-    """Open the bundle at `path`. Raises UsageError if it is none, BundleError if it is damaged."""
+    """Open the bundle at `path`. Raises UsageError if there is no bundle, BundleError if it is damaged."""
     from rwkv_npu.formats.bundle import is_bundle, open_bundle
 
     if not is_bundle(Path(path)):
@@ -132,7 +132,7 @@ class _Stderr(logging.Handler):
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Show what the package logs, a line for each stage of long work."""
+    """Print the package's log to stderr: a line for each stage of long work."""
     logger, handler = logging.getLogger("rwkv_npu"), _Stderr()
     level = logger.level
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""`rwkv-npu completion`: a script by which a shell completes commands, flags and file names."""
+"""`rwkv-npu completion`: print a script for a shell that completes commands, flags and file names."""
 
 from __future__ import annotations
 

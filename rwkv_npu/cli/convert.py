@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
         default="fp16",
         help="of the NPU's artifacts: fp16 (default), mixed (as much in int8 as --max-kl allows), w8a8, or bf16",
     )
-    p.add_argument("--precision-map", metavar="FILE", help="JSON: what mixed has in int8, by name or pattern")
+    p.add_argument(
+        "--precision-map", metavar="FILE", help="JSON file that names the int8 projections of mixed"
+    )
     p.add_argument(
         "--max-kl", type=float, default=0.005, metavar="X", help="for mixed, nats a token (default: 0.005)"
     )
@@ -48,14 +50,14 @@ def add(commands: Any) -> None:
     )
     add_layout_flag(p)
     p.add_argument(
-        "--adapter", metavar="FILE", help="of a fine-tuning: a .pth of RWKV-PEFT, or a folder of PEFT"
+        "--adapter", metavar="FILE", help="adapter to merge: a .pth of RWKV-PEFT, or a folder of PEFT"
     )
     add_adapter_flags(p)
     p.add_argument("--initial-state", metavar="FILE", help="a tuned state from which every text begins")
-    texts = "texts, or ids as .json or .npy, to find the ranges of numbers with (default: a text of ours)"
+    texts = "texts for calibration, or ids as .json or .npy (default: a text in the package)"
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace the bundle at the output")
-    dry = "say what it would make in each precision: sizes, memory, estimated speed; nothing is compiled or written"
+    dry = "print sizes, memory and estimated speed in each precision; nothing is compiled or written"
     p.add_argument("--dry-run", action="store_true", help=dry)
     p.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
     p.add_argument(

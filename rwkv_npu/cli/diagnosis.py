@@ -24,14 +24,14 @@ from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 
 OK, NOTE, BAD = "ok", "note", "bad"
 LITE = "rknn-toolkit-lite2"
-PYTHONS = ((3, 10), (3, 12))  # that it has wheels for
+PYTHONS = ((3, 10), (3, 12))  # oldest and newest with wheels of LITE
 SMALL_CMA = 16 << 20
 FEW_FILES = 4096
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One result. `level`: ok, note (harmless, or slower than it could be) or bad. `mend`: a command, or what to do."""
+    """One result. level: ok, note (harmless, but perhaps slow) or bad. mend: a command, or advice in words."""
 
     level: str
     what: str
@@ -203,7 +203,7 @@ def _memory(root: Path) -> Iterator[Finding]:
 
 
 def _npu_memory(root: Path) -> Iterator[Finding]:
-    """The memory that the NPU can have, for any model; `_room` compares it with that of a bundle."""
+    """The memory that the NPU can use. `_room` compares it with the needs of a bundle."""
     free = hardware.memory(root).get("MemAvailable")
     if free is not None:
         most = BUDGET_BYTES / 1e9
@@ -212,7 +212,7 @@ def _npu_memory(root: Path) -> Iterator[Finding]:
 
 
 def _files() -> Finding:
-    """The driver takes a file descriptor a buffer. Opening the NPU raises the soft limit up to the hard one."""
+    """The driver needs a file descriptor for each buffer. Opening the NPU raises the soft limit to the hard limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit == resource.RLIM_INFINITY or limit >= FEW_FILES:
         return Finding(OK, "open files", "enough")
@@ -293,7 +293,7 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
 
 
 def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
-    """Compare the board's librknnrt with the compiler that wrote the artifacts: it reads its own version and older."""
+    """Compare the board's librknnrt with the artifacts' compiler. It reads artifacts of its version and older ones."""
     library = hardware.runtime_library(root)
     runtime = hardware.runtime_version(library) if library else None
     if runtime is None or not toolkit:

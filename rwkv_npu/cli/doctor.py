@@ -1,4 +1,4 @@
-"""`rwkv-npu doctor`: what a board lacks, as a table. Exit status 1 on a board whose NPU cannot be used."""
+"""`rwkv-npu doctor`: print what a board lacks. Exit status 1 on a board whose NPU cannot be used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(findings: Sequence[Finding]) -> str:
-    """One finding a row, wrapped to 80 columns. Words wrap; what is one word, such as a path, stays whole."""
+    """Format one finding a row, wrapped to 80 columns. A long word, such as a path, stays whole."""
     from rwkv_npu.cli.diagnosis import BAD, NOTE, OK
 
     marks = {OK: "ok", NOTE: "note", BAD: "BAD"}
@@ -64,7 +64,7 @@ def _table(findings: Sequence[Finding]) -> str:
     for finding in findings:
         lines += wrap(finding.found, f"{marks[finding.level]:<5}{finding.what:<{width}}  ")
         if finding.mend.startswith(("sudo ", "echo ", "strings ", "pip ", "rwkv-npu ")):
-            lines.append(f"{indent}-> {finding.mend}")  # a command, to be copied
+            lines.append(f"{indent}-> {finding.mend}")  # a command stays on one line, to be copied
         elif finding.mend:
             lines += wrap(finding.mend, f"{indent}-> ")
     if hardware.soc() is None:

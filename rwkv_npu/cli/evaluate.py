@@ -1,4 +1,4 @@
-"""`rwkv-npu eval`: how well a model predicts a text; figures to stdout, as lines or as JSON."""
+"""`rwkv-npu eval`: measure how well a model predicts a text. Prints figures, or JSON."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--context", type=int, metavar="N", help="begin anew after every N tokens (default: never)"
     )
-    p.add_argument("-n", "--max-tokens", type=int, metavar="N", help="read no more than so many tokens")
-    same = "(default: the model itself, where one of the other two is given)"
+    p.add_argument("-n", "--max-tokens", type=int, metavar="N", help="read at most N tokens")
+    same = "(default: the model itself, if one of the next two flags is given)"
     p.add_argument("--against", metavar="PATH", help=f"bundle or checkpoint to compare with {same}")
     p.add_argument(
         "--against-backend", metavar="NAME", choices=BACKENDS, help="of the reference (default: numba or ort)"
     )
     p.add_argument("--against-precision", metavar="P", help="of the reference (default: not quantised)")
-    resume = "keep in this file what is done; if it exists, go on from there"
+    resume = "save scores in this file; if it exists, continue from it"
     p.add_argument("--resume", metavar="FILE", help=resume)
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     p.set_defaults(run=run)
@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{flag} {value}: it must be at least 1")
         if value is not None and arguments.lambada:
-            raise UsageError(f"--{flag} is for --text: of --lambada every text is read whole")
+            raise UsageError(f"--{flag} is for --text: with --lambada every text is read whole")
     if arguments.text and arguments.lambada:
         raise UsageError("give --text or --lambada, not both")
 
@@ -92,7 +92,7 @@ def _measure_text(
     def encode(text: str) -> list[int]:
         return models()[0].encode(text)
 
-    # A file of ids needs no model: an error in it is reported before one is loaded.
+    # A file of ids needs no model. So an error in the file is reported before a model is loaded.
     text = arguments.text
     tokens = held_out_text(encode) if text is None else read_tokens(text, encode, raw=arguments.raw)
     model, reference = models()

@@ -1,4 +1,4 @@
-"""`rwkv-npu generate`: text to stdout as it comes, statistics to stderr."""
+"""`rwkv-npu generate`: print text as it is generated to stdout, and statistics to stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rwkv-npu merge`: writes a base model and its adapter as one checkpoint, and prints its path."""
+"""`rwkv-npu merge`: write a base model and its adapter as one checkpoint, and print its path."""
 
 from __future__ import annotations
 

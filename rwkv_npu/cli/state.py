@@ -1,4 +1,4 @@
-"""`rwkv-npu state`: lists, shows, copies and deletes states, and converts tuned ones between several programs."""
+"""`rwkv-npu state`: list, show, copy and delete states, and convert tuned states between programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     fork.add_argument("-o", "--out", required=True, metavar="FILE", help="a file that does not exist")
     delete = actions.add_parser("delete", help="delete states, and no other files")
     delete.add_argument("files", nargs="+", metavar="FILE", help="states of ours")
-    show = actions.add_parser("show", help="say what a state is")
+    show = actions.add_parser("show", help="describe a state")
     show.add_argument("file", help="a state of ours, or a tuned one (.pth, .st)")
     add_layout_flag(show)
     convert = actions.add_parser("convert", help="write a tuned state for another program")
@@ -76,7 +76,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _notes(path: Path) -> dict[str, str]:
-    """The metadata of a state of ours; {} for any other file."""
+    """The metadata of a state of rwkv_npu, {} for any other file."""
     from rwkv_npu.formats.state import FORMAT, read_notes
 
     notes = read_notes(path)

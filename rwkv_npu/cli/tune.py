@@ -1,4 +1,4 @@
-"""`rwkv-npu tune`: measures every backend, and keeps the fastest plan for this machine in the bundle."""
+"""`rwkv-npu tune`: measure every backend, and keep the fastest plan for this machine in the bundle."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _milliseconds(measured: Measured, use: str) -> dict[str, Any]:
-    """Milliseconds of a pass over `rows` tokens, by role of group (calls included), and the host's part."""
+    """Milliseconds of a forward over `rows` tokens: by role of group with its calls, and of the host."""
     taken = {**measured.calls[use], "host": measured.host[use]}
     return {
         "rows": measured.rows(use),
@@ -79,9 +79,9 @@ def _table(facts: dict[str, Any]) -> str:
             if of == fusion
             for taken in uses.values()
         ]
-        columns = list(rows[0]) if rows else []  # of decoding, which has every role
+        columns = list(rows[0]) if rows else []  # the row of decoding has every role
         lines += [_line(row, columns) for row in ({name: name for name in columns}, *rows) if row]
-    lines.append("Milliseconds of a pass over so many rows; the last column is for one token.")
+    lines.append("Milliseconds of a forward over so many rows; the last column is for one token.")
     lines += [f"plan         {facts['plan']}, {facts['fusion']} fusion", f"machine      {facts['machine']}"]
     if facts["batch"]:
         lines.append(f"batch        {facts['batch']} or more sequences at once are read as prompts are")
