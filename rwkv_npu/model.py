@@ -15,6 +15,7 @@ from rwkv_npu.backends import BACKENDS, MADE_PRECISIONS
 from rwkv_npu.errors import BackendError, TokenizerError, UsageError
 from rwkv_npu.formats.bundle import Bundle, is_bundle, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
+from rwkv_npu.formats.hub import resolve
 from rwkv_npu.formats.state import State
 from rwkv_npu.formats.state import load_state as _load_state
 from rwkv_npu.models.spec import Spec, check_fusion
@@ -233,6 +234,7 @@ def load(
 ) -> Model:
     """Load a bundle, a checkpoint file or folder, or (None) the demo model that ships with the package.
 
+    path: also `hf:OWNER/NAME/FILE`, a file of the Hugging Face Hub, downloaded if the cache does not have it.
     backend: numba, numpy, ort, torch, rknn-sim, rknn, rknn-matmul, or auto. auto takes the plan that `rwkv-npu tune`
         measured on this machine. Without one it takes numba, or ort if numba is not installed, and rknn for prompts if
         the NPU, its runtime and artifacts are present and pass their self-test.
@@ -263,7 +265,7 @@ def load(
     if threads is not None:
         check_number("threads", threads, 1, whole=True)
         threads = min(threads, os.cpu_count() or 1)  # more threads than cores only wait for each other
-    where = Path(path) if path is not None else demo_model()
+    where = demo_model() if path is None else Path(resolve(os.fspath(path)))
     measured: Plan | None = None
     no_text = ""
     stop_ids: Sequence[int]

@@ -46,6 +46,7 @@ HOMES = {
     "tokenizers": {"text"},
     "safetensors": {"formats"},
     "gguf": {"formats"},
+    "huggingface_hub": {"formats"},
     "numba": {"kernels", "backends"},
     "llvmlite": {"kernels"},
     "starlette": {"serve", "cli"},

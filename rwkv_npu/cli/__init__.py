@@ -31,6 +31,7 @@ from rwkv_npu.cli import (
     kernels,
     merge,
     models,
+    pull,
     serve,
     state,
     toolkit,
@@ -42,6 +43,7 @@ from rwkv_npu.errors import RwkvNpuError
 # In the order of --help. Each has `add`, its flags and help, and `run`, which imports what it needs when it is called.
 COMMANDS = (
     models,
+    pull,
     convert,
     export,
     merge,
@@ -61,6 +63,7 @@ COMMANDS = (
 )
 
 STDOUT = "<stdout>"
+TEXTS = ("prompt", "system", "stop", "hub_file")  # arguments that may be empty, and are no files here
 LINUX_ONLY = {"fcntl", "resource", "termios"}  # modules of Python that other systems may lack
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
@@ -97,11 +100,16 @@ def _run(argv: Sequence[str] | None) -> int:
         top = parser()
         arguments = top.parse_args(argv)
         for name, value in vars(arguments).items():
-            # A shell leaves such a word where a variable is not set: "$MODEL".
-            if name not in ("prompt", "system", "stop") and "" in (
-                value if isinstance(value, list) else [value]
-            ):
+            words = value if isinstance(value, list) else [value]
+            if name in TEXTS:
+                continue
+            if "" in words:  # a shell leaves such a word where a variable is not set: "$MODEL"
                 top.error(f"{name.replace('_', '-')} is empty: give a value, or leave it out")
+            if any(isinstance(word, str) and word.startswith("hf:") for word in words):
+                from rwkv_npu.formats.hub import resolve
+
+                paths = [resolve(word) if isinstance(word, str) else word for word in words]
+                setattr(arguments, name, paths if isinstance(value, list) else paths[0])
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status

@@ -172,7 +172,7 @@ def _generation(path: Path, reader: Any) -> str:
             f"{path} is a GGUF file of {architecture!r:.40}{hybrid}: rwkv6 and rwkv7 are read"
         )
     if (_number(reader, _SPLIT) or 1) > 1:
-        raise CheckpointError(f"{path} is one of several files: join them with llama-gguf-split --merge")
+        raise CheckpointError(f"{path} is one of several files: join them with llama.cpp's llama-gguf-split")
     eps = _number(reader, f"{architecture}.attention.layer_norm_epsilon")
     shifts = _number(reader, f"{architecture}.token_shift_count")
     if (eps is not None and abs(eps - NORM_EPS) > 1e-8) or shifts not in (None, 2):
