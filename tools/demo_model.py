@@ -1,7 +1,7 @@
 """RWKV-7 in PyTorch for training the demo model: official names and shapes, differentiable, batched.
 
-Knows nothing of text or files. The maths is written once; only the recurrence has two forms, `chunked` (whole
-sequences, for training) and `stepwise` (token after token, for sampling and as the check on the other).
+This module knows no text and no files. Only the recurrence has two forms: `chunked` reads whole sequences, for
+training. `stepwise` reads token after token, for sampling and as the reference for `chunked`.
 
 Letters: B batch, T tokens, D embedding, H heads, N head size, F ffn size, V vocabulary, C tokens of a chunk.
 """
@@ -58,7 +58,7 @@ def stepwise(
 def chunked(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same as `stepwise`, a chunk at once; only one (N,N) product per chunk is sequential.
+    """The same as `stepwise`, a chunk at a time. Only one (N,N) product a chunk is sequential.
 
     Within a chunk, with g = cumprod(w), alpha = -g/w kappa, beta = kappa a / g, and U the values that the
     removals write: U = (I - tril(alpha beta^T, -1))^-1 (alpha S^T + tril(alpha k^T, -1) V). This is affine
@@ -67,7 +67,7 @@ def chunked(
     batch, length, heads, size = r.shape
     count = -(-length // CHUNK)
 
-    def cut(x: Tensor) -> Tensor:  # (B,T,H,N) -> (B,H,count,C,N); zeros after the end leave S as it is
+    def cut(x: Tensor) -> Tensor:  # (B,T,H,N) -> (B,H,count,C,N); zeros after the end do not change S
         x = F.pad(x, (0, 0, 0, 0, 0, count * CHUNK - length))
         return x.view(batch, count, CHUNK, heads, size).permute(0, 3, 1, 2, 4)
 
@@ -101,7 +101,7 @@ def chunked(
 
 
 class Projection(nn.Module):
-    """x W^T, in training optionally in bf16, which CPUs that have it multiply eight times faster."""
+    """x W^T, optionally in bf16 while training. CPUs with bf16 multiply eight times as fast in it."""
 
     def __init__(self, inputs: int, outputs: int, bound: float):
         super().__init__()
@@ -220,7 +220,7 @@ class DemoModel(nn.Module):
         self.head = Projection(size.embedding, size.vocabulary, 0.5 / math.sqrt(size.embedding))
 
     def multiply_in_bf16(self, wanted: bool) -> None:
-        """True if training multiplies by the large matrices in bf16; evaluation never does."""
+        """Choose whether training multiplies by the large matrices in bf16. Evaluation never does."""
         for module in self.modules():
             if isinstance(module, Projection):
                 module.in_bf16 = wanted

@@ -1,7 +1,7 @@
-"""The shipped files of the demo model, and PROVENANCE.md with its figures beside those of plain compressors.
+"""Write the shipped files of the demo model, and PROVENANCE.md, which compares the model with plain compressors.
 
-All figures are bits per byte of the same held-out text. Documents are joined by one zero byte (for the model,
-id 0); everyone pays for these and nobody counts them as bytes.
+All figures are bits per byte of the same held-out text. Documents are joined by one zero byte, for the model by id 0.
+Each method encodes these bytes, but they do not count in the length of the text.
 """
 
 import csv
@@ -37,7 +37,7 @@ def sample(
     top_p: float = 0.85,
     seed: int = 7,
 ) -> str:
-    """The prompt and up to `count` tokens after it; stops at id 0."""
+    """Continue a prompt by up to `count` tokens, until id 0. Returns the prompt and its continuation."""
     torch.manual_seed(seed)
     ids = vocabulary.encode(prompt) or [0]
     given = len(ids) if prompt else 0
@@ -59,14 +59,18 @@ def joined(texts: Sequence[str]) -> bytes:
 
 
 def ngram_bits(training: bytes, text: bytes, order: int = ORDER) -> float:
-    """Bits of all of `text` under a byte n-gram model: Witten-Bell interpolation down to uniform."""
-    uses: list[dict[bytes, int]] = [{} for _ in range(order + 1)]  # by length: how often these bytes occur
+    """Bits that a byte n-gram model needs for `text`, with Witten-Bell interpolation down to a uniform distribution."""
+    uses: list[dict[bytes, int]] = [
+        {} for _ in range(order + 1)
+    ]  # by length: number of occurrences of these bytes
     for length in range(order + 1):
         counts = uses[length]
         for end in range(length, len(training) + 1):
             piece = training[end - length : end]
             counts[piece] = counts.get(piece, 0) + 1
-    followers: list[dict[bytes, int]] = [{} for _ in range(order)]  # by length: how many bytes can follow
+    followers: list[dict[bytes, int]] = [
+        {} for _ in range(order)
+    ]  # by length: number of different bytes that follow
     for length in range(order):
         for piece in uses[length + 1]:
             followers[length][piece[:-1]] = followers[length].get(piece[:-1], 0) + 1
@@ -111,14 +115,14 @@ def loss_curve(path: Path) -> str:
 
 
 def command_line(start: dict[str, Any]) -> str:
-    """One start of the run as a shell line; a resumed run has several."""
+    """The shell command of one start of the run. A resumed run has several starts."""
     arguments = {name: value for name, value in start["arguments"].items() if name != "corpus"}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in arguments.items())
     return f"python tools/train_demo.py train --out RUN --corpus ... {flags}    # from step {start['step']}"
 
 
 def ship(source: Path, target: Path) -> None:
-    """Copy, so that `target` is whole at every moment."""
+    """Copy a file atomically."""
     partial = target.with_name(target.name + ".partial")
     shutil.copyfile(source, partial)
     os.replace(partial, target)
@@ -160,7 +164,7 @@ def write(run: Path, data: Path, training: Sequence[str], held_out: Sequence[str
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write, so that `target` is whole at every moment."""
+    """Write a file atomically."""
     partial = target.with_name(target.name + ".partial")
     partial.write_text(text, "utf-8")
     os.replace(partial, target)

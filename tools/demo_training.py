@@ -1,8 +1,8 @@
 """The training run of the demo model: batches, optimiser, schedule, evaluation, and the run's folder.
 
-It holds `vocab.txt`, `arguments.json`, `checkpoint.pt` (all that is needed to go on), `best.pth` (official
-layout, bf16, the best held-out loss so far) and `loss.csv`. Progress is measured by the clock, so that a run
-always ends after --minutes of training; evaluation is not counted.
+The folder holds `vocab.txt`, `arguments.json`, `checkpoint.pt` (to continue), `best.pth` (official layout, bf16, the
+best held-out loss so far) and `loss.csv`. Progress is measured by the clock: a run ends after --minutes of training,
+without the time of evaluations.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 WARM_UP = 0.02  # of the whole run
 LAST_RATE = 0.02  # of the highest learning rate
-NEAR = 64  # a row that would begin this close before a document's start begins there instead
+NEAR = 64  # tokens; a row that would begin at most this far before a document begins with the document
 EVAL_ROW = 1024
 # layer 0 has no v1
 RANKS = [("decay_rank", 0, "w1"), ("rate_rank", 0, "a1"), ("value_rank", 1, "v1"), ("gate_rank", 0, "g1")]
@@ -50,7 +50,7 @@ class Progress:
 
 
 def read_documents(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts, of the given collections or else of the running Python."""
+    """Read training and held-out texts: from these files, or from the running Python if there are none."""
     try:
         documents = demo_corpus.read_jsonl(paths) if paths else list(demo_corpus.collect())
     except (OSError, ValueError, TypeError) as error:
@@ -62,9 +62,9 @@ def read_documents(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
 
 
 def epoch_batches(documents: list[list[int]], batch: int, context: int, seed: str) -> Iterator[torch.Tensor]:
-    """(batch, context + 1) ids; documents in a new order, each ended by id 0.
+    """Yield batches (batch, context + 1) of ids, with the documents in a new order, each ended by id 0.
 
-    Most rows begin at a document's start, as prompts do, the others within a long document.
+    Most rows begin with a document, like prompts. The others begin within a long document.
     """
     chance = random.Random(seed)
     stream: list[int] = []
@@ -86,9 +86,9 @@ def epoch_batches(documents: list[list[int]], batch: int, context: int, seed: st
 
 
 def cut_tokens(document: list[int], vocabulary: Vocabulary, part: float, chance: random.Random) -> list[int]:
-    """The same text with this part of the tokens encoded in two pieces, as a prompt that ends there would be.
+    """Encode this part of the tokens in two pieces, like a prompt that ends within a token.
 
-    Half of the cuts are after a leading space: without them the model has never seen "Return the " go on.
+    Half of the cuts are after a leading space. Without them the model could not continue "Return the ".
     """
     pieces: list[int] = []
     for number in document:
@@ -102,9 +102,9 @@ def cut_tokens(document: list[int], vocabulary: Vocabulary, part: float, chance:
 
 
 def held_out_bits(model: DemoModel, documents: list[list[int]], size_in_bytes: int) -> float:
-    """Bits per byte of the held-out texts, the ends of documents paid for and not counted as bytes.
+    """Bits per byte of the held-out texts, in rows of 1,024 tokens, each from an empty state.
 
-    Rows of 1,024 tokens, each from an empty state.
+    Bits for the ends of documents count, but the ends do not count as bytes.
     """
     stream = [0] + [number for document in documents for number in [*document, 0]]
     device = model.emb.weight.device
@@ -126,7 +126,7 @@ def _nats(model: DemoModel, rows: torch.Tensor, reduction: str = "sum") -> torch
 
 
 def new_optimizer(model: DemoModel, rate: float, decay: float) -> torch.optim.AdamW:
-    """Weight decay on the large matrices only; the decays of the state learn twice as fast."""
+    """AdamW with weight decay on the large matrices only. The state's decays have twice the learning rate."""
     groups: dict[str, list[torch.nn.Parameter]] = {"decayed": [], "plain": [], "fast": []}
     for name, parameter in model.named_parameters():
         large = name.endswith(".weight") and parameter.ndim == 2 and not name.startswith("emb")
@@ -142,7 +142,7 @@ def new_optimizer(model: DemoModel, rate: float, decay: float) -> torch.optim.Ad
 
 
 def rate_at(progress: float, highest: float) -> float:
-    """Linear warm-up, then a cosine; `progress` is 0 .. 1."""
+    """The learning rate at `progress` (0 .. 1): a linear warm-up, then a cosine."""
     if progress < WARM_UP:
         return highest * (0.02 + 0.98 * progress / WARM_UP)
     fraction = min(1.0, (progress - WARM_UP) / (1 - WARM_UP))
@@ -150,7 +150,7 @@ def rate_at(progress: float, highest: float) -> float:
 
 
 def replace_file(path: Path, content: Any) -> None:
-    """`torch.save`, so that `path` is whole at every moment."""
+    """`torch.save`, atomically."""
     partial = path.with_name(path.name + ".partial")
     torch.save(content, partial)
     os.replace(partial, path)
@@ -185,7 +185,7 @@ class Run:
         self._record_arguments()
 
     def _record_arguments(self) -> None:
-        """For the report: what each start of this run asked for, without this machine's folders."""
+        """Record the arguments of this start for the report, without folders of this machine."""
         path = self.out / "arguments.json"
         asked = {k: v for k, v in vars(self.args).items() if k not in ("command", "out", "corpus")}
         asked["corpus"] = [path.name for path in self.args.corpus] or "the running Python"
@@ -257,7 +257,7 @@ class Run:
         return value
 
     def record(self, losses: list[float]) -> None:
-        """Evaluate, save, and add a line to the table; empties `losses`."""
+        """Evaluate, save, and add a line to the table. Empties `losses`."""
         at = self.progress
         bits = held_out_bits(self.model, self.held_out, self.held_out_bytes)
         mean = sum(losses) / max(1, len(losses))
@@ -285,7 +285,7 @@ def official_weights(model: DemoModel) -> "OrderedDict[str, torch.Tensor]":
 
 
 def load_weights(path: Path) -> DemoModel:
-    """A model in fp32 from an official-layout file, every size read from its shapes."""
+    """Load a model in fp32 from a file in the official layout. The shapes give its sizes."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -1,8 +1,8 @@
 """A vocabulary for the demo model, in the World file format: `id repr(token) bytelen` a line.
 
-Ids count from 1, byte b is id b+1, id 0 ends a text and is not in the file; text is encoded by greedy longest
-match over UTF-8 bytes. The tokens are learnt as byte-pair merges, which know nothing of greedy matching, so
-more are learnt than needed and those that greedy matching uses least are dropped.
+Ids count from 1. Byte b is id b + 1. Id 0 ends a text and is not in the file. Text is encoded by the longest match over
+UTF-8 bytes. The tokens are learnt as byte-pair merges, which do not consider this way of encoding. So more are learnt
+than needed, and those that the encoding uses least are dropped.
 """
 
 import ast
@@ -16,7 +16,7 @@ SPLIT = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\n+ *|\s+"
 
 
 class Vocabulary:
-    """Greedy longest match over `tokens`, whose first is id 1."""
+    """Encodes by the longest match over `tokens`. The first token has id 1."""
 
     def __init__(self, tokens: Sequence[bytes]):
         self.tokens = list(tokens)
@@ -26,7 +26,7 @@ class Vocabulary:
             self._longest[token[:2]] = max(self._longest.get(token[:2], 1), len(token))
 
     def __len__(self) -> int:
-        """How many ids there are, id 0 included."""
+        """The number of ids, with id 0."""
         return len(self.tokens) + 1
 
     def encode(self, text: str | bytes) -> list[int]:
@@ -67,12 +67,12 @@ class Vocabulary:
 
 
 def learn(texts: Sequence[str], learnt: int = LEARNT) -> Vocabulary:
-    """All bytes, then `learnt` tokens by length and bytes, as the World file has them."""
+    """Learn a vocabulary: all bytes, then `learnt` tokens, ordered by length and bytes like the World vocabulary."""
     bytewise = [bytes([byte]) for byte in range(256)]
     candidates = set(_merged_pieces(texts, int(learnt * SURPLUS)))
     while len(candidates) > learnt:
         uses = Counter(_greedy_pieces(texts, Vocabulary(bytewise + sorted(candidates))))
-        # A few at a time: without one token, greedy matching uses others more.
+        # Drop a few at a time, because the encoding then uses other tokens more.
         surplus = min(len(candidates) - learnt, max(1, len(candidates) // 8))
         worth = {token: uses[token] * (len(token) - 1) for token in candidates}
         candidates -= set(sorted(candidates, key=lambda token: (worth[token], token))[:surplus])
@@ -97,7 +97,7 @@ def _merged_pieces(texts: Sequence[str], count: int) -> list[bytes]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Undoes the byte-level alphabet: printable Latin-1 stands for itself, other bytes follow from U+0100."""
+    """The byte of each character in byte-level BPE. Printable Latin-1 is itself; other bytes are U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}

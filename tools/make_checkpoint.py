@@ -62,23 +62,23 @@ def make_spec(
     H, N = (1, A) if generation == "4" else (A // N, N)
     ranks = default_ranks(generation, D) | (ranks or {})
     if L == 1 and "v" in ranks:
-        ranks["v"] = 0  # nothing to mix with
+        ranks["v"] = 0  # there is no earlier value to mix with
     return Spec(generation, D=D, L=L, H=H, N=N, A=A, F=F, V=V, ranks=ranks)
 
 
 # -- values ----------------------------------------------------------------------------------------------
 
 
-# Vectors: mean and deviation by the end of the name; the first that fits counts. Decays are drawn apart.
+# Vectors: mean and deviation, by the end of the name. The first ending that fits counts. Decays are below.
 _VECTORS = """
 ln_x.weight 0.8 0.1 | .weight 1 0.1 | .bias 0 0.05 | att.time_first -1.2 0.4 | att.time_faaaa 0.3 0.2
 att.time_state 0 0.1 | att.a0 0 0.3 | att.v0 0.3 0.3 | att.k_k 0.85 0.1 | att.k_a 1 0.1 | att.r_k -0.02 0.08
 ffn.s0 1 0.1
 """
-# First and last of a ramp over the channels, or over v5's heads.
+# First and last value of a ramp over the channels, in v5 over the heads.
 _DECAYS = {"4": (-5.0, 3.0), "7": (-6.0, 1.0), "7a": (-6.0, 1.0)}
 
-# Matrices: gain over 1/sqrt(inputs), which would keep a unit variance. g2 follows a sigmoid without a bias.
+# Matrices: gain relative to 1/sqrt(inputs), which keeps a variance of 1. g2 follows a sigmoid without a bias.
 _GAINS = """
 att.time_maa_w1 0.6 | att.time_maa_w2 0.3 | att.time_decay_w2 0.4 | att.w2 0.5 | att.a2 0.6 | att.v2 0.6
 att.g2 1.8 | att.output.weight 0.5 | ffn.value.weight 0.35 | ffn.s_emb_x.weight 0.15 | ffn.s2 0.3
@@ -241,12 +241,11 @@ def make_checkpoint(
     stacked_mixes: bool = False,
     shards: int = 1,
 ) -> Spec:
-    """Writes a random checkpoint and returns its spec.
+    """Write a random checkpoint and return its spec. The same arguments give the same bytes.
 
-    path: `.pth` or `.bin` (as torch.save writes it, without torch), anything else safetensors; with `hf` a
-    folder, made if need be, that holds config.json and model.safetensors (or that many shards).
-    time_first: store v5's and v6's bonus as its logarithm (default for 5.0 and 5.1, as in official files).
-    stacked_mixes: fla's older form of the mixes. Same arguments, same bytes.
+    path: `.pth` or `.bin` for torch.save's format, anything else for safetensors. hf: `path` is a folder that gets
+    config.json and model.safetensors, or this number of `shards`. time_first: store the bonus of v5 and v6 as its
+    logarithm; None does so for 5.0 and 5.1, like official files. stacked_mixes: fla's older form of the mixes.
     """
     path = Path(path)
     spec = make_spec(generation, D=D, L=L, V=V, N=N, F=F, A=A, ranks=ranks)

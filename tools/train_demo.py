@@ -5,8 +5,8 @@
     python tools/train_demo.py sample --out run --prompt "Return the "
     python tools/train_demo.py report --out run --data rwkv_npu/data/demo
 
-`train` continues what it finds in --out. The schedule follows the clock, so it always ends after --minutes of
-training, however fast the machine is. `report` writes the shipped files and the baselines beside them.
+`train` continues the run in --out if there is one. The schedule follows the clock: training ends after --minutes on any
+machine. `report` writes the shipped files, and compares the model with baselines.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python tools/tune_demo.py text.txt rwkv-0.pth
     rwkv-npu convert rwkv_npu/data/demo/model.pth --adapter rwkv-0.pth --adapter-scale 2
 
-The file is as RWKV-PEFT writes it: lora_A and lora_B of every large matrix, and no alpha.
+The file has RWKV-PEFT's form: lora_A and lora_B of every large matrix, and no alpha.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Lora(nn.Module):
 
 
 def tune(model: DemoModel, ids: list[int], *, rank: int, scale: float, steps: int) -> dict[str, Tensor]:
-    """Train a LoRA of `model`, in place, to continue as `ids` do. Returns the adapter's tensors."""
+    """Train a LoRA of `model`, in place, on `ids`. Returns the adapter's tensors."""
     torch.manual_seed(1)
     model.requires_grad_(False)
     adapters = {}

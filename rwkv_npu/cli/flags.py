@@ -11,7 +11,7 @@ import re
 _NAMED_ALIKE = (
     "adapter adapter_blocks adapter_init adapter_scale backend calibrate context cpu force frequency_penalty fusion "
     "host initial_state jobs layout max_kl max_tokens min_p npu_cores out penalty_decay plan port precision "
-    "precision_map presence_penalty python raw remedies resume rows seed state target threads template "
+    "precision_map presence_penalty python raw remedies resume rows seed state state_store target threads template "
     "tokenizer toolkit top_k top_p verify"
 )
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMED_ALIKE.split()} | {"temperature": "--temp"}

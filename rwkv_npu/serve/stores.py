@@ -146,7 +146,7 @@ class RedisStates(_Store):
             import redis
         except ImportError:
             raise UsageError(
-                "--state-store redis:// needs its client: pip install '.[redis]' in the clone"
+                "state_store=redis:// needs its client: pip install '.[redis]' in the clone"
             ) from None
         self._error: type[Exception] = redis.RedisError
         self._wait_until = 0.0
@@ -158,7 +158,7 @@ class RedisStates(_Store):
             self._client.ping()
         except (redis.RedisError, ValueError) as error:
             raise UsageError(
-                f"no Redis answers at {where} ({type(error).__name__}): check --state-store"
+                f"no Redis answers at {where} ({type(error).__name__}): check state_store="
             ) from None
         super().__init__(model)
 
