@@ -117,8 +117,9 @@ def test_foreign_folders(tmp_path: Path) -> None:
     refused(tmp_path, "not an RWKV checkpoint: it has tensors such as 'model.embed_tokens.weight'")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     refused(tmp_path, "config.json says 'llama'")
-    save_file({"model.layers.0.attn.x_proj.0.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
-    refused(tmp_path / "model.safetensors", "flash-linear-attention")
+    for name in ("attn.q_proj.weight", "self_attn.time_mixer.w0", "self_attn.time_maa_x"):
+        save_file({f"model.layers.1.{name}": torch.zeros(4)}, tmp_path / "model.safetensors")
+        refused(tmp_path / "model.safetensors", "a hybrid of RWKV with attention")
     make_checkpoint(tmp_path / "hf", generation="7", hf=True, **SMALL)
     for text, message in (
         ("nope", "JSON"),

@@ -20,6 +20,8 @@ from rwkv_npu.formats.detect import detect, refuse_unsupported, validate
 from rwkv_npu.formats.files import is_folder
 from rwkv_npu.formats.gguf import MAGIC, read_gguf
 from rwkv_npu.formats.huggingface import (
+    FLA6_VALUES,
+    is_fla6,
     is_huggingface,
     looks_rescaled,
     read_config,
@@ -180,6 +182,12 @@ def _open(path: Path, stored: dict[str, Any], layout: str | None) -> Checkpoint:
     pickled = any(_is_zip(file) for file in weight_files(path))
     arrays, logarithmic = _canonical(arrays, BLINKDL if foreign and layout is None else layout, pickled)
     checkpoint = Checkpoint(path, arrays, logarithmic)
+    if is_fla6(stored):
+        values = [name for name in checkpoint.names if name.endswith("att.value.weight")]
+        larger = {
+            name: partial(np.multiply, arrays[name], FLA6_VALUES, dtype=arrays[name].dtype) for name in values
+        }
+        checkpoint.amend(larger, "fla's epsilon")
     checkpoint.stop_ids = _stop_ids(config.get("eos_token_id"), checkpoint.spec.V)
     every = config.get("rescale_every", 6)
     if foreign and checkpoint.spec.generation[0] in "456" and type(every) is int:

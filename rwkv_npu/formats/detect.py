@@ -34,14 +34,17 @@ _UNSUPPORTED = (
     ),
     (r".*rosa.*", f"is an RWKV model with ROSA (RWKV-8), which is not supported: {_USE}"),
     (r"blocks\.\d+\.ffn\.enn\..*", f"is a release candidate of RWKV-8, which is not supported: {_USE}"),
-    (r"blocks\.\d+\.qkv\..*", f"is RWKV-7b (DeepEmbed attention), which is not supported: {_USE}"),
+    (
+        r"blocks\.\d+\.qkv\..*",
+        f"is RWKV-7b, whose DeepEmbed attention needs a cache that grows with the text, which is not supported: {_USE}",
+    ),
     (
         r".*\.att\.(gate_w1|gate_w2|time_maa_rkvw_w[12])",
         "is an experimental variant of RWKV-6, which is not supported: use a release (x060)",
     ),
     (
-        r"model\.layers\.\d+\.attn\.(x_proj\..*|bonus)",
-        "is RWKV-6 in flash-linear-attention's form, which is not supported: use the original .pth",
+        r"model\.layers\.\d+\.(attn\.q_proj\..*|self_attn\.(time_maa_.*|time_mixer\..*))",
+        f"is a hybrid of RWKV with attention, or with another model's layers, which is not supported: {_USE}",
     ),
 )
 

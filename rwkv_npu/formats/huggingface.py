@@ -2,13 +2,15 @@
 
 Three forms are common. transformers has RWKV-4 (`RwkvForCausalLM`). Files of RWKV-5 and -6 look alike, but their last
 names are BlinkDL's. flash-linear-attention, fla for short, has RWKV-7 (`RWKV7ForCausalLM`): its low-rank matrices are
-transposed, and its older files have the six mixes in one tensor.
+transposed, and its older files have the six mixes in one tensor. Its RWKV-6 (`RWKV6ForCausalLM`) has another order of
+the mixes, and another epsilon in the norm of the heads.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         if config.get(key, supported[0]) not in supported:
             shown = " or ".join(map(repr, supported))
             raise CheckpointError(f"{path} sets {key} to {config[key]!r:.20}: only {shown} is supported")
+    if config.get("attn"):
+        raise CheckpointError(
+            f"{path} sets attn: a hybrid, whose layers with attention need a cache that grows with the text"
+        )
     if "rwkv7" in kind.lower():
         # The epsilon of the group norm is head_dim * norm_eps in fla, and always 64e-5 in BlinkDL's models.
         head = config.get("head_dim", 64)
@@ -146,6 +152,8 @@ _MATHS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("sqrelu", "relu2", "squared_relu"),
     "norm_bias": (True,),
     "norm_first": (True,),
+    "expand_k": (1,),
+    "expand_v": (1,),
 }
 
 
@@ -154,7 +162,7 @@ _MATHS: dict[str, tuple[Any, ...]] = {
 _STYLE_RWKV = re.compile(
     r"(?:rwkv\d?\.|model\.)?(blocks\.\d+\.(?:attention|feed_forward|pre_ln)\.|embeddings\.)"
 )
-_STYLE_FLA = re.compile(r"model\.layers\.\d+\.attn\.(?:[rkvo]_proj\.weight|w_lora\.lora\.0\.weight)")
+_STYLE_FLA = re.compile(r"model\.layers\.\d+\.attn\.(?:[rkvo]_proj\.weight|w_lora\.lora\.0\.weight|bonus)")
 _PARTS_RWKV = {"attention": "att", "feed_forward": "ffn", "pre_ln": "ln0"}
 _LEAVES_RWKV = {f"time_mix_{word}": f"time_mix_{word[0]}" for word in ("key", "value", "receptance", "gate")}
 _PARTS_FLA = {"attn": "att", "ffn": "ffn", "pre_norm": "ln0", "attn_norm": "ln1", "ffn_norm": "ln2"}
@@ -171,11 +179,28 @@ _MODULES_FLA = {
     "o_proj": "output",
     "g_norm": "ln_x",
 }
+_MIXES_FLA6 = "rwkvg"  # the order in fla's RWKV-6; BlinkDL's is wkvrg
+_ORDER_6 = [_MIXES_FLA6.index(mix) for mix in "wkvrg"]
+_VECTORS_FLA6 = {
+    "att.x_proj.0.mu": "att.time_maa_x",
+    "att.bonus": "att.time_faaaa",
+    "att.w_proj.linear.lora.2.bias": "att.time_decay",
+    "ffn.key.mu": "ffn.time_maa_k",
+    "ffn.receptance.mu": "ffn.time_maa_r",
+}
+# fla's RWKV-6 adds 1e-5 to the variance of a head, BlinkDL's 64e-5. Heads are linear in the values, so that values 8
+# times as large have the same effect, exactly.
+FLA6_VALUES = 8
 _LOW_RANKS_FLA = {"0.weight": "1", "2.weight": "2", "2.bias": "0"}
 
 
 def is_huggingface(names: list[str]) -> bool:
     return any(_STYLE_RWKV.match(name) or _STYLE_FLA.match(name) for name in names)
+
+
+def is_fla6(names: Iterable[str]) -> bool:
+    """True for RWKV-6 of flash-linear-attention."""
+    return any(re.fullmatch(r"model\.layers\.\d+\.attn\.bonus", name) for name in names)
 
 
 def blinkdl_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -233,6 +258,20 @@ def _from_fla(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
         return [(_TOP_FLA.get(name, name), array)]
     part, leaf = _PARTS_FLA[match[2]], match[3]
     prefix = f"blocks.{match[1]}.{part}."
+    if (vector := _VECTORS_FLA6.get(f"{part}.{leaf}")) is not None:
+        return [(f"blocks.{match[1]}.{vector}", array)]
+    if part in ("att", "ffn") and leaf.endswith(".linear.weight") and not leaf.startswith("x_proj"):
+        leaf = leaf.replace("g_proj", "gate").replace(".linear", "")
+    if leaf == "x_bias" and array.ndim and len(array) == len(_MIXES_FLA6):
+        return [(f"{prefix}time_maa_{mix}", array[i]) for i, mix in enumerate(_MIXES_FLA6)]
+    if leaf == "x_proj.0.linear.weight" and array.ndim == 2 and len(array) % len(_MIXES_FLA6) == 0:
+        by_mix = array.reshape(len(_MIXES_FLA6), -1, array.shape[1])[_ORDER_6]  # (5, M, D)
+        return [(f"{prefix}time_maa_w1", by_mix.reshape(array.shape).T)]
+    if leaf == "x_proj.2.weight" and array.ndim == 2 and array.shape[1] % len(_MIXES_FLA6) == 0:
+        by_mix = array.reshape(len(array), len(_MIXES_FLA6), -1).transpose(1, 2, 0)  # (5, M, D)
+        return [(f"{prefix}time_maa_w2", by_mix[_ORDER_6])]
+    if low_rank := re.fullmatch(r"w_proj\.linear\.lora\.([02])\.weight", leaf):
+        return [(f"{prefix}time_decay_w{1 if low_rank[1] == '0' else 2}", array.T)]
     if part != "att":
         return [(prefix + leaf, array)]
     if leaf == "x_x" and array.ndim and len(array) == len(_MIXES):
