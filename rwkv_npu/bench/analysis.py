@@ -372,7 +372,8 @@ def _in_seconds(
 class CubicTwin:
     """The curve a N^3 + t0 whose exponential fit with equal weights has exactly the article's two parameters.
 
-    `chi2` is that of this fit. If the article's times were exponential, its chi2 would be noise and unrelated to this.
+    chi2: of this fit. The article's is similar. If the article's times were exponential, its chi2 would be noise, of
+    any size.
     """
 
     a: float
@@ -383,10 +384,10 @@ class CubicTwin:
 
 
 def cubic_twin(n: Sequence[float] | np.ndarray) -> CubicTwin:
-    """Compute the curve over the sizes `n`. The conditions of least squares are linear in a and t0."""
+    """Compute the curve over the sizes `n`, by solving two equations that are linear in a and t0."""
     n = np.asarray(n, float)
     e = ARTICLE.time(n)
-    # Gradient of sum (t - e)^2 by c and s is zero: sum e (t - e) = 0 and sum n e (t - e) = 0.
+    # At the best fit, the derivatives of sum (t - e)^2 by c and s are 0: sum e (t - e) = 0 and sum n e (t - e) = 0.
     matrix = np.array([[np.sum(e * n**3), np.sum(e)], [np.sum(n * e * n**3), np.sum(n * e)]])
     a, t0 = np.linalg.solve(matrix, [np.sum(e * e), np.sum(n * e * e)])
     chi2 = float(np.sum((a * n**3 + t0 - e) ** 2))

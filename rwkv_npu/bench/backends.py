@@ -75,8 +75,10 @@ class NumpyBackend:
 
 
 def _kernels() -> str:
-    """The processor type of the BLAS kernels, if threadpoolctl is installed. Kernels for an older processor can halve
-    the speed."""
+    """The processor type of the BLAS kernels, "" if threadpoolctl is not installed.
+
+    Kernels for an older processor can halve the speed.
+    """
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
@@ -118,9 +120,7 @@ class TinygradBackend:
         self._name = {"cpu": "CPU", "opencl": "CL"}[device]
         try:
             opened: Any = Device[self._name]
-        except (
-            Exception
-        ) as error:  # AttributeError for a missing library, FileNotFoundError for a missing clang
+        except Exception as error:  # AttributeError without the library, FileNotFoundError without clang
             raise BackendError(f"tinygrad cannot open {device}: {first_line(error)}") from error
         chip = getattr(opened, "device_name", None)
         self.device = f"OpenCL ({chip})" if device == "opencl" else f"CPU ({cpu_model()})"

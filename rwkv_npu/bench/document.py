@@ -252,8 +252,23 @@ class Document(Generic[Row]):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} does not hold results of `{kind.COMMAND}` ({error})") from error
 
-    def check_same_machine(self, path: Path, here: dict[str, Any], threads: int) -> None:
-        """Raises UsageError if the rows of `path` come from another machine or another number of threads."""
+    @classmethod
+    def resume(
+        cls, path: Path | None, kind: type[Row], here: dict[str, Any], threads: int, command: str
+    ) -> Document[Row]:
+        """The document in a file, to be continued by `command`, or an empty one if there is no such file.
+
+        here: the facts of this machine. Raises UsageError if another machine or number of threads wrote the file.
+        """
+        if not (path and path.exists() and path.stat().st_size):
+            return Document(kind, here, command)
+        document = Document.load(path, kind)
+        document._check_same_machine(path, here, threads)
+        if command not in document.command:
+            document.command = f"{document.command}; {command}".strip("; ")
+        return document
+
+    def _check_same_machine(self, path: Path, here: dict[str, Any], threads: int) -> None:
         for key in ("cpu", "cores", "board"):
             stored = self.machine.get(key)
             if stored != here.get(key):

@@ -130,15 +130,11 @@ class Study:
         self.settings = settings
         self.subjects = [open_subject(path) for path in settings.models]
         self.threads = settings.threads or len(hardware.usable_cores())
-        here = machine.describe()
-        self.document = Document(ModelRow, here, settings.command)
-        if settings.file and settings.file.exists() and settings.file.stat().st_size:
-            self.document = Document.load(settings.file, ModelRow)
-            self.document.check_same_machine(settings.file, here, self.threads)
-            if settings.command not in self.document.command:
-                self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
-            # Failed and interrupted rows are dropped, to be measured again.
-            self.document.results = [row for row in self.document.results if row.is_whole]
+        self.document = Document.resume(
+            settings.file, ModelRow, machine.describe(), self.threads, settings.command
+        )
+        # Failed and interrupted rows are dropped, to be measured again.
+        self.document.results = [row for row in self.document.results if row.is_whole]
 
     @property
     def total(self) -> int:

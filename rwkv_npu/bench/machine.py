@@ -36,7 +36,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "board": hardware.soc(),
-        "virtual": _is_virtual() or None,
+        "virtual": " hypervisor" in (hardware.read(Path("/proc/cpuinfo")) or "") or None,
         "load_average": os.getloadavg()[0],
         **clocks(),
     }
@@ -79,15 +79,11 @@ def clocks(root: Path = hardware.ROOT) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def _is_virtual() -> bool:
-    return " hypervisor" in (hardware.read(Path("/proc/cpuinfo")) or "")
-
-
 @dataclass
 class Watch:
     """Compares the machine before and after a row. `flags` names disturbances in between.
 
-    The probe is a fixed loop in Python. It detects falling clocks that cannot be read.
+    best_probe: the shortest time of `probe` so far. A longer one shows that a clock fell, even if no clock can be read.
     """
 
     best_probe: float = field(default_factory=lambda: probe())

@@ -300,13 +300,9 @@ class Sweep:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.plan = settings, plan(settings)
-        here = machine.describe()
-        self.document = Document(ProductRow, here, settings.command)
-        if settings.file and settings.file.exists() and settings.file.stat().st_size:
-            self.document = Document.load(settings.file, ProductRow)
-            self.document.check_same_machine(settings.file, here, settings.threads)
-            if settings.command not in self.document.command:
-                self.document.command = f"{self.document.command}; {settings.command}".strip("; ")
+        self.document = Document.resume(
+            settings.file, ProductRow, machine.describe(), settings.threads, settings.command
+        )
         disturbed = {"busy", "throttled"} if settings.redo else set()
         # Failed rows and estimates are computed again. Old rows stay until new ones replace them.
         self._known = {

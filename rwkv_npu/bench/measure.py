@@ -256,7 +256,8 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
     source, spec = model.source, model.spec
     # Graphs for the NPU hold fp16; of an exported bundle the projections are there in no other form.
     dtype = np.dtype(np.float16) if backend in NPU_BACKENDS else source.weight("head.weight").dtype
-    stored, size = _short(dtype), sum(weights(spec).values()) * dtype.itemsize
+    stored = dtype.name.replace("bfloat", "bf").replace("float", "fp")  # fp32, fp16 or bf16
+    size = sum(weights(spec).values()) * dtype.itemsize
     held = stored
     if backend in ("ort", "numba") and source.packed("head.weight"):
         stored = held = source.cpu_precision
@@ -265,10 +266,7 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
             for tensor in tensors(spec)
             if tensor.kind.is_projection and not tensor.optional
         )
-    elif backend in (
-        "ort",
-        "torch",
-    ):  # they convert all weights to fp32 at once; NumPy converts a block at a time
+    elif backend in ("ort", "torch"):  # convert all weights to fp32 at once; NumPy converts a block at a time
         held, size = "fp32", size * 4 // dtype.itemsize
     packages = dict.fromkeys((MODEL_BACKENDS[backend][2], "numpy"))
     return {
@@ -279,11 +277,6 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
         "bytes_per_token": size + state_bytes(spec),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     }
-
-
-def _short(dtype: np.dtype) -> str:
-    """fp32, fp16, bf16."""
-    return dtype.name.replace("bfloat", "bf").replace("float", "fp")
 
 
 # -- profile ---------------------------------------------------------------------------------------------

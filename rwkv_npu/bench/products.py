@@ -109,7 +109,8 @@ class Problem:
         if result.shape != (self.m, self.n):
             raise ValueError(f"the result has shape {result.shape}, not {(self.m, self.n)}")
         b = self.b.astype(np.float64)
-        rows = self._checked_rows()
+        count = min(self.m, max(16, int(CHECKED / (2 * self.k * self.n))))
+        rows = np.linspace(0, self.m - 1, count).astype(int)
         worst = largest = 0.0
         for start in range(0, len(rows), 256):  # in blocks, because all rows at once would double the memory
             block = rows[start : start + 256]
@@ -119,10 +120,6 @@ class Problem:
                 return float("inf")
             worst, largest = max(worst, float(difference)), max(largest, float(np.abs(exact).max()))
         return worst / largest
-
-    def _checked_rows(self) -> np.ndarray:
-        count = max(16, int(CHECKED / (2 * self.k * self.n)))
-        return np.arange(self.m) if count >= self.m else np.linspace(0, self.m - 1, count).astype(int)
 
     def moved(self, a: float, b: float, c: float) -> float:
         """Bytes of A, B and C together. a, b, c: bytes of an element."""
@@ -154,8 +151,9 @@ Stage = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """When to stop: after `repeats` calls (fewer if they take LONG_S), once the median is known to a relative
-    `precision` or `seconds` have passed."""
+    """When to stop calling: after at least `repeats` calls (fewer if they take LONG_S), as soon as the median is known
+    to a relative `precision`, or `seconds` have passed.
+    """
 
     repeats: int = 7
     precision: float = 0.005
