@@ -1,21 +1,22 @@
 """Matrix products on the NPU: x (M, K) fp32 times a weight packed in NPU memory, its columns split over the cores.
 
-    Context   one shape on one core: buffers for A and C, and the B that is bound
-    Weight    a matrix, padded, cut into parts along K and N, packed once
+    Context   products of one shape (K, N) on one core
+    Weight    a matrix, padded, cut into parts along K and N, and packed in the NPU's layout
     Products  opens contexts, packs weights, multiplies
 
-Callers see no layouts, padding or types. A K that is wider than the NPU takes is cut, and the parts are added in fp32.
-N is cut into one part for each core, and each core is driven by a thread of its own.
+Callers see no layouts, padding or types. If K is too wide for the NPU, it is cut into parts, whose products are added
+in fp32. N is cut into one part for each core, and a thread drives each core.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_uint64
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -39,11 +40,11 @@ from rwkv_npu.backends.rknn_api import (
 )
 from rwkv_npu.quant.npu import spans
 
-# A block of the native layouts of A and C as one element of 16 bytes: 8 fp16 or 16 int8 operands, or 4 sums. Copying
-# whole blocks is several times faster than copying their elements.
+# The native layouts of A and C consist of blocks of 16 bytes: 8 fp16 or 16 int8 operands, or 4 sums. Copying a block as
+# one element is several times faster than copying its numbers.
 BLOCK = np.dtype(np.complex128)
-# Smallest part in bytes of weights that is worth a thread. One NPU core was seen to read 10 GB/s: 0.1 ms for this part.
-# Starting work in a thread takes 0.04 to 0.2 ms (bench/results/board-dispatch-*).
+# The smallest part, in bytes of weights, that gets a core of its own. An NPU core was seen to read 10 GB/s: 0.1 ms for
+# this part. To start work in a thread takes 0.04 to 0.2 ms (bench/results/board-dispatch-*).
 MIN_PART = 1 << 20
 _LARGEST_INT8 = 127
 
@@ -64,20 +65,21 @@ class Cut:
 
 
 def cut(K: int, N: int, kind: Kind, cores: int) -> Cut:
-    """Cut a matrix into parts as equal as alignment allows: N over the cores if the parts are large, K above MAX_K."""
-    depths = _parts(K, K_BLOCK, ceil(K / MAX_K))
-    worth = depths[0] * N * kind.operand.itemsize // MIN_PART
-    return Cut(K, N, depths, _parts(N, kind.b_block, max(1, min(cores, worth, N // kind.b_block))))
+    """Cut a matrix: K if it is above MAX_K, and N over the cores, but into no parts smaller than MIN_PART."""
+    depths = _equal_parts(K, K_BLOCK, ceil(K / MAX_K))
+    most = depths[0] * N * kind.operand.itemsize // MIN_PART
+    return Cut(K, N, depths, _equal_parts(N, kind.b_block, max(1, min(cores, most, N // kind.b_block))))
 
 
-def _parts(length: int, block: int, count: int) -> tuple[int, ...]:
+def _equal_parts(length: int, block: int, count: int) -> tuple[int, ...]:
+    """Split a length into `count` whole numbers of blocks, as equal as possible."""
     blocks = ceil(length / block)
     return tuple(block * (blocks * (i + 1) // count - blocks * i // count) for i in range(count))
 
 
 @dataclass
-class _Shaped:
-    """Buffers of a context for one M. a (M, K / k) and c (M, N / 4) are blocks in row order: views of the buffers."""
+class _Buffers:
+    """The buffers of a context for one M. a (M, K / a_block), c (M, N / 4): the same buffers as arrays of BLOCKs."""
 
     handle: int
     shape: Shape
@@ -91,16 +93,16 @@ class _Shaped:
 class Context:
     """Products (M, K) @ (K, N) for each M in `rows`, on one core.
 
-    It is one context of librknnrt if that supports dynamic shapes, otherwise one for each M.
+    In librknnrt this is one context if it supports dynamic shapes, otherwise one for each M.
     """
 
     def __init__(self, library: Library, kind: Kind, rows: Sequence[int], K: int, N: int, core_mask: int):
         self._library, self._kind = library, kind
         self._handles: list[int] = []
         self._memories: list[Memory] = []
-        self._shaped: dict[int, _Shaped] = {}
-        self._ready: set[int] = set()  # every M whose buffers are bound
-        self._bound: dict[int, Memory] = {}  # the bound B by handle
+        self._buffers: dict[int, _Buffers] = {}  # by M
+        self._ready: set[int] = set()  # every M whose buffers are bound to its handle
+        self._bound: dict[int, Memory] = {}  # handle -> the B that is bound to it
         try:
             attrs = self._create(rows, K, N)
             for handle in self._handles:
@@ -108,12 +110,13 @@ class Context:
                 check("rknn_matmul_set_core_mask", code, "choose other NPU cores")
             for number, M in enumerate(rows):
                 handle = self._handles[0 if self.dynamic else number]
-                self._shaped[M] = self._shape(handle, M, K, N, attrs[number])
+                self._buffers[M] = self._allocate(handle, M, K, N, attrs[number])
         except BaseException:
             self.close()
             raise
 
     def _create(self, rows: Sequence[int], K: int, N: int) -> ctypes.Array[IoAttr]:
+        """Create the contexts of librknnrt. Returns the attributes of A, B and C for each M."""
         library = self._library
         info = MatmulInfo(K=K, N=N, type=self._kind.code, B_layout=NATIVE, AC_layout=NATIVE)
         attrs, handle = (IoAttr * len(rows))(), c_uint64()
@@ -132,43 +135,41 @@ class Context:
             self._handles.append(handle.value)
         return attrs
 
-    def _shape(self, handle: int, M: int, K: int, N: int, attr: IoAttr) -> _Shaped:
-        block = self._kind.a_block
-        a, c = self.memory(attr.A.size, handle), self.memory(attr.C.size, handle)
-        return _Shaped(
-            handle, Shape(M, K, N), attr, a, c,
-            a.bytes.view(BLOCK).reshape(K // block, M).T,
-            c.bytes.view(BLOCK).reshape(N // C_BLOCK, M).T,
-        )  # fmt: skip
+    def _allocate(self, handle: int, M: int, K: int, N: int, attr: IoAttr) -> _Buffers:
+        a_memory, c_memory = self.memory(attr.A.size, handle), self.memory(attr.C.size, handle)
+        a = a_memory.bytes.view(BLOCK).reshape(K // self._kind.a_block, M).T
+        c = c_memory.bytes.view(BLOCK).reshape(N // C_BLOCK, M).T
+        return _Buffers(handle, Shape(M, K, N), attr, a_memory, c_memory, a, c)
 
     def memory(self, size: int, handle: int | None = None) -> Memory:
-        """A new buffer, which lives as long as the context."""
+        """Allocate a buffer, which lives as long as the context."""
         memory = Memory(self._library, self._handles[0] if handle is None else handle, size)
         self._memories.append(memory)
         return memory
 
     def multiply(self, a: np.ndarray, b: Memory) -> np.ndarray:
-        """a (M, K) of the operand type times packed b -> (M, N / 4) blocks of sums, valid until the next call."""
-        s = self._shaped[len(a)]
+        """a (M, K) of the operand type times packed b -> (M, N / 4) BLOCKs of sums, valid until the next call."""
+        buffers = self._buffers[len(a)]
         if len(a) not in self._ready:
-            self._set_shape(s)
-        if self._bound.get(s.handle) is not b:
-            self._bind(s.handle, b, s.attr.B)
-            self._bound[s.handle] = b
-        s.a[...] = a.view(BLOCK)
-        s.a_memory.sync(TO_DEVICE)
-        check("rknn_matmul_run", self._library.run(s.handle))
-        s.c_memory.sync(FROM_DEVICE)
-        return s.c
+            self._set_shape(buffers)
+        if self._bound.get(buffers.handle) is not b:
+            self._bind(buffers.handle, b, buffers.attr.B)
+            self._bound[buffers.handle] = b
+        buffers.a[...] = a.view(BLOCK)
+        buffers.a_memory.sync(TO_DEVICE)
+        check("rknn_matmul_run", self._library.run(buffers.handle))
+        buffers.c_memory.sync(FROM_DEVICE)
+        return buffers.c
 
-    def _set_shape(self, s: _Shaped) -> None:
-        """Set the M of the next products. Buffers belong to a shape, so they are bound after it is set."""
+    def _set_shape(self, buffers: _Buffers) -> None:
+        """Set the M of the next products and bind its buffers, which librknnrt forgets when another M is set."""
+        handle = buffers.handle
         if self.dynamic:
             self._ready.clear()
-            check("rknn_matmul_set_dynamic_shape", self._library.set_shape(s.handle, byref(s.shape)))
-        self._bind(s.handle, s.a_memory, s.attr.A)
-        self._bind(s.handle, s.c_memory, s.attr.C)
-        self._ready.add(s.shape.M)
+            check("rknn_matmul_set_dynamic_shape", self._library.set_shape(handle, byref(buffers.shape)))
+        self._bind(handle, buffers.a_memory, buffers.attr.A)
+        self._bind(handle, buffers.c_memory, buffers.attr.C)
+        self._ready.add(buffers.shape.M)
 
     def _bind(self, handle: int, memory: Memory, attr: TensorAttr) -> None:
         check("rknn_matmul_set_io_mem", self._library.set_io_mem(handle, memory.pointer, byref(attr)))
@@ -182,7 +183,7 @@ class Context:
 
 @dataclass
 class Weight:
-    """A packed matrix. parts[i][j]: context and memory of part i along K and j along N. scale: (N,) fp32, int8 only."""
+    """A packed matrix. parts[i][j]: context and memory of part i of K and part j of N. scale: (N,) fp32, int8 only."""
 
     cut: Cut
     parts: list[list[tuple[Context, Memory]]]
@@ -192,8 +193,8 @@ class Weight:
 class Products:
     """Contexts and weights of a model.
 
-    cores: masks of the cores that columns are split over. own: each weight has contexts of its own, so that a call
-    binds nothing; otherwise all weights of a shape share a context.
+    cores: masks of the cores to use. own: each weight has contexts of its own, so that no call binds another weight;
+    otherwise all weights of a shape share a context.
     """
 
     def __init__(self, library: Library, kind: Kind, cores: Sequence[int], *, own: bool):
@@ -206,22 +207,22 @@ class Products:
     def weight(self, name: str, matrix: np.ndarray, rows: Sequence[int]) -> Weight:
         """Pack a matrix (K, N) of any float type for products with the given row counts.
 
-        Raises BackendError if there are no more memory or contexts.
+        Raises BackendError if librknnrt has no more memory or contexts.
         """
         K, N = matrix.shape
-        how = cut(K, N, self._kind, len(self._cores))
+        parts_of = cut(K, N, self._kind, len(self._cores))
         scale = column_scale(matrix) if self._kind is INT8 else None
         parts: list[list[tuple[Context, Memory]]] = []
-        for depth, k in zip(how.depths, _slices(how.depths), strict=True):
+        for depth, k in zip(parts_of.depths, _slices(parts_of.depths), strict=True):
             parts.append([])
-            for core, (width, n) in enumerate(zip(how.widths, _slices(how.widths), strict=True)):
+            for core, (width, n) in enumerate(zip(parts_of.widths, _slices(parts_of.widths), strict=True)):
                 context = self._context(name, rows, depth, width, core)
                 memory = context.memory(depth * width * self._kind.operand.itemsize)
                 part_scale = None if scale is None else scale[n]
                 pack(matrix[k, n], part_scale, memory.bytes.view(self._kind.operand), depth, self._kind)
                 memory.sync(TO_DEVICE)
                 parts[-1].append((context, memory))
-        return Weight(how, parts, scale)
+        return Weight(parts_of, parts, scale)
 
     def _context(self, name: str, rows: Sequence[int], K: int, N: int, core: int) -> Context:
         key = (tuple(rows), K, N, core, *([name] if self._own else []))
@@ -232,50 +233,47 @@ class Products:
     def multiply(self, x: np.ndarray, weight: Weight) -> np.ndarray:
         """x (M, K) fp32 times a weight -> (M, N) fp32, a new array. M is one of its row counts. Raises BackendError."""
         a, scale = (x, None) if weight.scale is None else quantized_rows(x)
-        depths = sum(weight.cut.depths)
-        if depths > a.shape[1]:
-            a = np.pad(a, ((0, 0), (0, depths - a.shape[1])))
+        padding = sum(weight.cut.depths) - a.shape[1]
+        if padding:
+            a = np.pad(a, ((0, 0), (0, padding)))
         with np.errstate(over="ignore", invalid="ignore"):  # the fallback detects infinity and NaN
             a = np.ascontiguousarray(a, self._kind.operand)
         result = np.empty((len(x), sum(weight.cut.widths)), np.float32)
         with self._lock:
             for number, rows in enumerate(_slices(weight.cut.depths)):
-                self._all_cores(a[:, rows], weight.parts[number], result, weight.cut.widths, add=number > 0)
+                targets = [result[:, columns] for columns in _slices(weight.cut.widths)]
+                self._on_all_cores(a[:, rows], weight.parts[number], targets, add=number > 0)
         result = result[:, : weight.cut.N]
         return result if weight.scale is None else result * (scale * weight.scale)
 
-    def _all_cores(
-        self,
-        a: np.ndarray,
-        parts: list[tuple[Context, Memory]],
-        result: np.ndarray,
-        widths: Sequence[int],
-        add: bool,
+    def _on_all_cores(
+        self, a: np.ndarray, parts: list[tuple[Context, Memory]], targets: list[np.ndarray], add: bool
     ) -> None:
-        def work(part: tuple[Context, Memory], columns: slice) -> Callable[[], None]:
-            def multiply() -> None:
-                c, target = part[0].multiply(a, part[1]), result[:, columns]
-                direct = not add and self._kind.sum == target.dtype
-                sums = target if direct else np.empty(target.shape, self._kind.sum)
-                sums.view(BLOCK)[...] = c
-                if add:
-                    target += sums
-                elif not direct:
-                    target[...] = sums
-
-            return multiply
-
-        first, *others = [work(part, columns) for part, columns in zip(parts, _slices(widths), strict=True)]
+        """Run `_on_one_core` for each part and its target at the same time."""
+        first, *others = [
+            partial(self._on_one_core, a, *part, target, add)
+            for part, target in zip(parts, targets, strict=True)
+        ]
         futures = [self._threads.submit(other) for other in others]
         try:
             first()
         finally:
-            errors = [
-                future.exception() for future in futures
-            ]  # waits: none may run after the lock is released
+            # Wait for all: none may run on when the lock is released.
+            errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
                 raise error
+
+    def _on_one_core(self, a: np.ndarray, context: Context, b: Memory, target: np.ndarray, add: bool) -> None:
+        """Write a (M, K) times b to target (M, N) fp32, or add it."""
+        c = context.multiply(a, b)
+        direct = not add and self._kind.sum == target.dtype
+        sums = target if direct else np.empty(target.shape, self._kind.sum)
+        sums.view(BLOCK)[...] = c
+        if add:
+            target += sums
+        elif not direct:
+            target[...] = sums
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -302,7 +300,7 @@ def quantized_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pack(matrix: np.ndarray, scale: np.ndarray | None, target: np.ndarray, depth: int, kind: Kind) -> None:
     """Write a matrix (K, N), divided by the scales of its columns, to `target` in the native layout (N/n, K/32, n, 32).
 
-    depth: K with its padding. One block of columns at a time, so that there is never a second copy of the matrix.
+    depth: K with its padding. Works on one block of columns at a time, to need no second copy of the matrix.
     """
     n, (K, N) = kind.b_block, matrix.shape
     blocks = target.reshape(-1, depth // K_BLOCK, n, K_BLOCK)

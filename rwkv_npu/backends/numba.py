@@ -34,7 +34,7 @@ from rwkv_npu.quant.cpu import LANES, Packed, pack_floats, padded
 
 FORMATS = {"float16": instructions.FP16, "bfloat16": instructions.BF16, "float32": instructions.FP32}
 
-FUSED = "fused forward"  # its key beside the names of groups
+FUSED = "fused forward"  # the key of its program, beside the names of groups
 
 Ports = dict[str, np.ndarray]
 
@@ -97,8 +97,8 @@ class NumbaFused:
 class Shared:
     """Memory that programs of one capacity share.
 
-    Layers of the same role use two sets of inputs and outputs alternately. All programs use one arena for the values
-    between inputs and outputs.
+    Layers of one role use two sets of inputs and outputs in turn. All programs use one arena, which holds the values
+    that are neither inputs nor outputs.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class NumbaBackend:
         if group.name not in self._recordings:
             weights = Weights(self._source)
             self._hold(group.name, record(self._source.program, group, weights), weights)
-        # Layer 0 shares no memory: later layers read its values.
+        # Layer 0 shares no memory: v7's later layers read its outputs.
         shared = rows > 1 and group.layer > 0
         kind = (group.role, group.layer % 2) if shared else (group.name, 0)
         bound = self._bound(group.name, kind, group.inputs, group.outputs, rows)
@@ -209,7 +209,10 @@ class NumbaBackend:
         self._prepare({self._matrices[matrix].format for matrix in weights})
 
     def _prepare(self, formats: set[int]) -> None:
-        """Compile the kernels for matrices of these formats together, with the sampler's: a text needs all of them."""
+        """Compile the kernels that generating text needs: for these matrix formats, the recurrence and the sampler.
+
+        Compiled together, they take as many processes as there are cores.
+        """
         pool, linear, compiler = (kernels.load(name) for name in ("pool", "linear", "compiler"))
         kernels.load("sampling")
         products = [table[format_] for format_ in sorted(formats) for table in (linear.GEMV, linear.GEMM)]

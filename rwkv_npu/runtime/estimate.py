@@ -87,11 +87,11 @@ def formula_cycles(k: int, n: int, rows: int, bits: int) -> tuple[float, float, 
     """
     size, narrowest, columns = (2, 64, 16) if bits == 16 else (1, 128, 32)
     ddr = (size * rows * (k + n) + matrix_bytes(k, n, bits)) / rk3588.NPU_TABLE_GB_PER_S
-    npu = _whole(rows, 16) * max(k, narrowest) * _whole(n, columns) / (8192 / bits)
+    npu = _round_up(rows, 16) * max(k, narrowest) * _round_up(n, columns) / (8192 / bits)
     return ddr, npu, max(ddr, npu)
 
 
-def _whole(count: int, unit: int) -> int:
+def _round_up(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
@@ -186,8 +186,12 @@ def cpu_product_ms(
 # -- the board's CPU beside the products -----------------------------------------------------------------
 
 
-def host_ms(spec: Spec, tokens: int, dram: str, terms: Terms, bound: str) -> dict[str, float]:
-    """Milliseconds by part: recurrence, sampling of one token, and the Python code around a pass."""
+def _host_ms(
+    spec: Spec, tokens: int, dram: str, terms: Terms, bound: str, given: Milliseconds | None
+) -> Milliseconds:
+    """Milliseconds by part: recurrence, sampling of one token, and the Python code around a pass. given: measured."""
+    if given is not None:
+        return given
     return {
         "recurrence": _recurrence_ms(spec, tokens, dram, terms, bound),
         "sampling": spec.V * terms["sampling_entry"].at(bound) * terms["host_kernels"].at(bound) / 1e6,
@@ -235,7 +239,7 @@ def on_npu(
             found["operators"] += times * operators
             found["io"] += times * port_ms(group.ports, artifact.rows, terms, bound)[1]
         found["calls"] = calls * terms["rknnlite_call"].at(bound) / 1e3
-        return {**found, **_host(spec, tokens, dram, terms, bound, host)}
+        return {**found, **_host_ms(spec, tokens, dram, terms, bound, host)}
 
     return _estimate(ms, calls)
 
@@ -263,7 +267,7 @@ def on_three_cores(
         cores = terms["npu_three_cores"].at(bound)
         memory = matrix_bytes(k, n, bits) / (terms[f"npu_read_{dram.lower()}"].at(bound) * 1e9)
         peak = rk3588.NPU_FLOPS[bits] * matmul_share(k, bits, terms, bound)
-        time = max(memory, 2 * _whole(rows, 16) * k * n / peak if rows > 1 else 0.0) / cores
+        time = max(memory, 2 * _round_up(rows, 16) * k * n / peak if rows > 1 else 0.0) / cores
         return time * 1e3, rows * (k + n) * terms["conversion_element"].at(bound) / 1e6
 
     def ms(bound: str) -> dict[str, float]:
@@ -276,7 +280,7 @@ def on_three_cores(
             "head": head,
             "calls": (chunks * steps + 1) * step,
             "io": chunks * sum(io for _, io in layers) + head_io,
-            **_host(spec, tokens, dram, terms, bound, host),
+            **_host_ms(spec, tokens, dram, terms, bound, host),
         }
 
     return _estimate(ms, chunks * steps + 1)
@@ -298,15 +302,9 @@ def on_cpu(
             return cpu_product_ms(size[name], rows * count[name], precision, rows, dram, terms, bound)
 
         products = {"projections": part("projections", tokens), "head": part("head", 1)}
-        return {**products, **_host(spec, tokens, dram, terms, bound, host)}
+        return {**products, **_host_ms(spec, tokens, dram, terms, bound, host)}
 
     return _estimate(ms)
-
-
-def _host(
-    spec: Spec, tokens: int, dram: str, terms: Terms, bound: str, given: Milliseconds | None
-) -> Mapping[str, float]:
-    return given if given is not None else host_ms(spec, tokens, dram, terms, bound)
 
 
 def _estimate(ms: Callable[[str], Mapping[str, float]], calls: int = 0) -> Estimate:
