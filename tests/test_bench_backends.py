@@ -228,7 +228,7 @@ def test_tinygrad(device: str, where: str, dtype: str, worst: float) -> None:
 
 
 def check_series(series: Series, worst: float, sums: str, version: str, where: str) -> ProductRow:
-    """Times a product of a shape that divides by nothing; a row vector too."""
+    """Time a product whose sizes are odd, and one of a single row."""
     opened = Measured(series, 1, QUICK)
     try:
         row, vector = opened.row((33, 96, 40)), opened.row((1, 64, 32))
@@ -337,7 +337,7 @@ time.sleep(60)
 
 
 class Faulty:
-    """A backend that fails as told by the number of rows."""
+    """A backend that fails in the way that the number of rows selects."""
 
     dtype, device, accumulate, versions = "fp32", "CPU (x)", "fp32", "faulty 1"
 
@@ -377,7 +377,7 @@ def test_answers_of_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """A task in this process: its fields, or its failure."""
+    """Run a task in this process. Returns its fields, or its failure."""
     messages: list[dict[str, Any]] = []
     child.answer(request, messages.append)
     found = {}
@@ -390,7 +390,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class FakeLite:
-    """RKNNLite as far as it is used; `code` is what rknn_run returns."""
+    """The part of RKNNLite that is used. code: the return code of rknn_run."""
 
     NPU_CORE_0 = 1
     code: Any = 0

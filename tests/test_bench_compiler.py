@@ -58,7 +58,7 @@ def test_one_row_is_bound_by_memory() -> None:
 
 
 def test_wide_sums_are_cut_into_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the newest compiler; 2.3.2 leaves them whole."""
+    """Only the newest compiler cuts them; 2.3.2 does not."""
     newest = toolkit.find(toolkit.VERSIONS[0])
     if newest is None:
         pytest.skip(f"rwkv-npu toolkit install --version {toolkit.VERSIONS[0]} installs it")

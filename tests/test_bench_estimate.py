@@ -33,7 +33,7 @@ LP5, LP4X = rk3588.DRAMS
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With artifacts of both fusions that nobody compiled: empty files, which nothing here opens."""
+    """A bundle whose artifacts of both fusions are empty files. Nothing here opens them."""
     path = rwkv_npu.convert(checkpoint, tmp_path_factory.mktemp("bundle") / "tiny.rwkv", target="none")
     manifest = read_manifest(path)
     layer = artifacts(total=2_000_000, ddr=1_800_000, npu=40_000)
@@ -89,7 +89,7 @@ def test_an_estimate_counts_the_calls_that_the_engine_makes(checkpoint: Path, to
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_operators_are_those_of_the_graph(tmp_path: Path, generation: str) -> None:
-    """As many as the tracer records besides products, with the elements that they write."""
+    """The counts equal the nodes that the tracer records besides products, and the elements that these write."""
     from rwkv_npu.graphs.trace import trace_group
     from rwkv_npu.models.network import Program
 
@@ -109,7 +109,7 @@ def test_operators_are_those_of_the_graph(tmp_path: Path, generation: str) -> No
 
 
 def test_sequences_go_to_the_npu_where_it_is_faster(checkpoint: Path) -> None:
-    """On a CPU that takes 0.1 ms for each sequence, against an NPU that takes the same time for up to 64 rows."""
+    """The CPU takes 0.1 ms for each sequence. The NPU takes the same time for any number of rows up to 64."""
     spec, some = open_checkpoint(checkpoint).spec, artifacts()
     layers = [artifact for artifact in some if artifact.group != "head"]
     rate = estimate.weights(spec)["projections"] / (rk3588.CPU_CORES * rk3588.CPU_HZ * 1e-4)
@@ -286,7 +286,7 @@ def test_info_and_bench_agree(bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["v7-0.1b", "v7-2.9b"])
 def test_tables_fit_a_terminal(name: str) -> None:
-    """80 columns for models of real sizes, in both partitionings and precisions."""
+    """At most 80 columns, for models of real sizes with both fusions and precisions."""
     spec = official_spec(name)
     kinds = [("w8a8", "projection"), ("fp16", "layer")]
     made = [

@@ -1,4 +1,4 @@
-"""`rwkv-npu bench inference`: what it measures adds up, and little is lost when it fails."""
+"""`rwkv-npu bench inference`: parts add up to the whole, and a failure loses few results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRECISE = 1e-9
 
 @pytest.fixture(autouse=True)
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweep's tests measure it; a second each time is too much here."""
+    """No roofline is measured here: it takes a second, and the sweep's tests cover it."""
     monkeypatch.setattr(inference, "measure_roofline", lambda threads: {"bandwidth_gb_per_s": 10.0 * threads})
 
 
@@ -106,7 +106,7 @@ def test_row_fields_are_consistent(capsys: pytest.CaptureFixture[str], checkpoin
 
 
 def test_memory_is_that_of_the_child(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
-    """A large parent does not show in its rows."""
+    """Memory of the parent does not count in the rows."""
     ballast = np.ones(60_000_000)
     row = run_json(capsys, "-m", checkpoint, "--backends", "numpy", *QUICK)["results"][0]
     assert row["peak_bytes"] < ballast.nbytes
@@ -141,7 +141,7 @@ def test_a_backend_that_fails_in_the_middle(
     how: str,
     reason: str,
 ) -> None:
-    """It breaks after it has read its first prompts: its row says so and keeps them, the others go on."""
+    """A backend that breaks after its first prompts: its row keeps these and the reason; other rows are measured."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if sys.orig_argv[-1].startswith('numpy '):\n"
@@ -253,7 +253,7 @@ def test_a_saved_document_loads_unchanged(tmp_path: Path) -> None:
 
 
 def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    """Rows had `terms` then; what this version does not know is left out."""
+    """Rows of earlier versions have `terms`. Fields that this version does not know are ignored."""
     row = {"model": "m", "fingerprint": "f", "generation": "7", "parameters": 5, "backend": "rknn"}
     row |= {"device": "RK3588 NPU, 1 core, compiler's table", "estimated": True, "terms": {"cores": 1}}
     old = {"format": "inference 1", "command": "c", "machine": {"cpu": "x"}, "notes": [], "results": [row]}

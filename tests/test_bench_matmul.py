@@ -1,4 +1,4 @@
-"""`rwkv-npu bench matmul`: what is asked for, the sweep, and the command. Nothing depends on the machine's speed."""
+"""`rwkv-npu bench matmul`: arguments, the sweep, and the command. No test depends on the machine's speed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Scripted:
 
 
 class Stage:
-    """A sweep over scripted series, with what it said and did."""
+    """A sweep over scripted series. said: its messages. log: what the series were asked for."""
 
     def __init__(self, scripts: dict[str, Any], file: Path | None = None, **settings: Any) -> None:
         self.said: list[str] = []
@@ -429,7 +429,7 @@ def test_the_command_that_is_recorded_names_no_file() -> None:
 
 
 def test_estimates_and_published_rows_need_no_process() -> None:
-    """The board's CPU by static cycles and memory's rate; figures of others at their sizes."""
+    """The board's CPU is estimated from static cycles and memory's rate; published rows have published sizes."""
     cpu = matmul.EstimatedCpu(Series("rk3588-cpu", "fp16", estimated=True))
     many, one = cpu.row((1024, 1024, 1024)), cpu.row((1, 1024, 1024))
     assert many.time_s == pytest.approx(1024**3 / (5.6 * 4 * 2.3e9))

@@ -1,4 +1,4 @@
-"""Rockchip's real compiler and simulator, on a graph of the kind that sits between two recurrences."""
+"""Rockchip's real compiler and simulator, on a graph like those between two recurrences."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_returned_logits_belong_to_the_caller(engine: Engine) -> None:
 
 
 def test_results_outlive_later_calls(source: CheckpointSource) -> None:
-    """Whatever buffers the backend uses again."""
+    """Returned arrays are not the backend's buffers, which it reuses."""
     engine = engine_of(source, FixedRows(source))
     one, state = engine.forward(TOKENS[:1])
     every, _ = engine.forward(TOKENS[1:2], state, all_logits=True)
@@ -194,7 +194,7 @@ def test_a_prompt_may_be_cut_anywhere(generation: str, cuts: list[int], folder: 
 
 
 class Whole:
-    """Engines, and what they make of all TOKENS at once; computed once a generation."""
+    """Engines, and their logits and states after all TOKENS at once; computed once a generation."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -275,7 +275,7 @@ def test_sequences_join_and_leave_in_place(source: CheckpointSource, backend: st
 def test_fixed_rows_serve_any_sequences(
     source: CheckpointSource, lengths: tuple[int, ...], counts: tuple[int, ...]
 ) -> None:
-    """Chunks, tokens of several sequences, and both at once, padded to the rows that there are."""
+    """Chunks, tokens of several sequences, and both at once, padded to the artifacts' rows."""
     backend = FixedRows(source, counts)
     engine, plain = engine_of(source, backend), engine_of(source)
     tokens = [TOKENS[7 * b : 7 * b + length] for b, length in enumerate(lengths)]
@@ -293,7 +293,7 @@ def test_fixed_rows_serve_any_sequences(
 def test_where_a_prompt_is_cut_depends_on_its_tokens_alone(
     lengths: list[int], chunk: int, folder: Path
 ) -> None:
-    """Not on the other sequences; every token is read once and in order, and no forward has too many rows."""
+    """Other sequences do not change it. Every token is read once and in order, and no forward has too many rows."""
     source = source_of(folder, "7")
     engine = engine_of(source, FixedRows(source, (1, chunk)) if chunk > 1 else FixedRows(source, (1,)))
     waves = list(engine._waves([np.zeros(length, np.int64) for length in lengths]))
@@ -305,7 +305,7 @@ def test_where_a_prompt_is_cut_depends_on_its_tokens_alone(
 
 
 def test_numpy_quantises_a_matrix_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The maths keeps the matrices that it has quantised: it must outlive the runners, made anew for every chunk."""
+    """The object that caches quantised matrices must outlive the runners, which are new for every chunk."""
     source, made = source_of(folder, "7"), []
     plain = source.maths
     monkeypatch.setattr(source, "maths", lambda: made.append(1) or plain())
@@ -330,7 +330,7 @@ def test_nothing_is_opened_that_the_fused_forward_does(folder: Path) -> None:
 
 
 def test_tokens_and_prompts_on_two_backends_run_in_separate_forwards(folder: Path) -> None:
-    """A token's numbers must not depend on whether somebody else's prompt comes along."""
+    """The logits of a token must not depend on another sequence's prompt in the same forward."""
     source = source_of(folder, "7")
     decode, prefill = FixedRows(source, (1, 4)), FixedRows(source, (8,))
     engine, plain = engine_of(source, decode, prefill), engine_of(source)
@@ -347,7 +347,7 @@ def test_tokens_and_prompts_on_two_backends_run_in_separate_forwards(folder: Pat
 
 @pytest.mark.parametrize("counts", [(1, 16), (16,), (1,), (1, 4, 16)], ids=str)
 def test_padding_changes_nothing(source: CheckpointSource, counts: tuple[int, ...]) -> None:
-    """Nor do buffers that are used again: see ReusedBuffers."""
+    """Reused buffers change nothing either: see ReusedBuffers."""
     plain, backend = engine_of(source), FixedRows(source, counts)
     engine = engine_of(source, backend)
     state, expected = None, None
@@ -433,7 +433,7 @@ def backend(request: pytest.FixtureRequest, source: CheckpointSource) -> Iterato
 
 @pytest.mark.parametrize("rows", [1, 6])
 def test_runners_keep_their_contract(source: CheckpointSource, backend: Backend, rows: int) -> None:
-    """Shapes, and outputs that live until the next run of the same runner, whatever else is run."""
+    """Shapes are right, and outputs stay valid until the next run of the same runner, whatever else runs."""
     rng = np.random.default_rng(1)
     opened = [(group, backend.open(group, rows)) for group in source.program.groups]
     kept = []
@@ -521,7 +521,7 @@ def test_a_batch_with_an_empty_sequence_or_a_state_twice(folder: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "ort", "numba"])
 def test_threads_may_share_a_model(backend: str, folder: Path) -> None:
-    """Each with a state of its own: the buffers of the backend are one thread's at a time."""
+    """Each thread has its own state. Only one thread at a time uses the backend's buffers."""
     with rwkv_npu.load(folder / "7.pth", backend=backend) as model:
 
         def decode(seed: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def expected(source: CheckpointSource) -> tuple[np.ndarray, State]:
 
 
 def read(engine: Engine) -> tuple[np.ndarray, State]:
-    """Logits of the steps after a prompt, and the state after them."""
+    """Logits of the steps after a prompt, and the final state."""
     _, state = engine.forward(IDS)
     return np.stack([engine.forward([token], state, inplace=True)[0] for token in range(1, STEPS + 1)]), state
 

@@ -223,14 +223,14 @@ def test_fixed_graphs_compute_the_maths(
 
 @pytest.mark.parametrize("split", [32, 64, 96, 128])
 def test_any_split_computes_the_same(source: CheckpointSource, split: int) -> None:
-    """Inputs and outputs of a matrix in as many parts as it takes, even and uneven."""
+    """Matrices are split into equal and unequal parts, along inputs and outputs."""
     for group in source.program.groups:
         inputs = inputs_of(group, 2)
         assert_same(run(graph_of(source, group, 2, split), inputs), by_the_maths(source, group, inputs))
 
 
 def test_rows_do_not_see_later_ones(source: CheckpointSource) -> None:
-    """So that a call may be padded at its end."""
+    """Padding at the end of a call must not change the other rows."""
     for group in source.program.groups:
         inputs = inputs_of(group, 4)
         changed = {name: array.copy() for name, array in inputs.items()}
@@ -243,7 +243,7 @@ def test_rows_do_not_see_later_ones(source: CheckpointSource) -> None:
 
 
 def test_weights_in_fp16_are_widened(source: CheckpointSource) -> None:
-    """As bundles keep them: the arithmetic stays in fp32."""
+    """Bundles store weights in fp16; the arithmetic stays in fp32."""
 
     def rounded(name: str) -> np.ndarray:
         tensor = source.tensor(name)

@@ -1,4 +1,4 @@
-"""Scales chosen so that nothing passes an eighth of fp16's largest number, and that change no result."""
+"""fp16 range scaling: no value exceeds an eighth of fp16's largest number, and no result changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = np.random.default_rng(2).integers(0, V, 64)
 
 
 class Louder(CheckpointSource):
-    """A model with some of its tensors made larger, by the ends of their names."""
+    """A model in which the tensors whose names have these ends are multiplied."""
 
     def __init__(self, path: Path, fusion: str, factors: dict[str, float]):
         super().__init__(open_checkpoint(path), fusion)
@@ -59,7 +59,7 @@ def logits(source: CheckpointSource) -> np.ndarray:
 
 
 def in_the_graphs(source: CheckpointSource) -> dict[str, float]:
-    """Magnitudes as a pass under the source's own scaling has them."""
+    """The magnitudes of a pass with the source's own scaling."""
     seen = calibrate(source, IDS, rows=16, keep=2)
     return {**seen.absmax, **{f"{label}.in": float(s.absmax.max()) for label, s in seen.projections.items()}}
 
@@ -103,7 +103,7 @@ def test_the_limit_holds_for_any_large_activation(
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_magnitudes_under_a_scaling_are_predicted(folder: Path, generation: str) -> None:
-    """As a pass under it finds them, all of them."""
+    """The prediction equals the magnitudes of a pass with this scaling."""
     path, scaling = folder / f"{generation}.pth", Scaling(layers=((2.0, 0.5), (1.0, 2.0), (8.0, 0.125)))
     plain = Louder(path, "layer", {})
     foretold = magnitudes(plain.spec, calibrate(plain, IDS, rows=16, keep=2), scaling)

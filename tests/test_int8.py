@@ -1,4 +1,4 @@
-"""int8 as the NPU computes it: rounding, sums, ranges, and which of several ways is taken."""
+"""int8 as the NPU computes it: rounding, sums, ranges, and the choice of calibration method and smoothing."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_outputs_before_a_relu_use_no_negative_numbers() -> None:
 
 
 def test_wide_products_are_sums_of_parts() -> None:
-    """Each with ranges of its own; behind a Relu too what is negative counts, since it is added."""
+    """Each part has its own range. Negative products count even before a Relu, since the parts are added first."""
     K = INT8_WIDTH + 64
     weight, rows = normal(K, 8), normal(300, K)
     samples = samples_of(rows, weight)

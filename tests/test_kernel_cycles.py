@@ -1,4 +1,4 @@
-"""The code of every instruction set, compiled for processors that this one need not be."""
+"""The machine code of every instruction set, also for other processors than this one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("one", SETS, ids=lambda one: one.name)
 def test_every_product_is_made_of_the_instruction_of_its_set(one: InstructionSet) -> None:
-    """LLVM takes the name of an unknown intrinsic for that of a function, in silence."""
+    """LLVM silently calls an external function if it does not know the name of an intrinsic."""
     for kernel in kernels(one):
         text = assembly(kernel, *PROCESSORS[one.name])
         instruction = "sdot" if one.instruction == "smmla" and not kernel.gemm else one.instruction

@@ -56,7 +56,7 @@ DECAYS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] 
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Callable[[Spec], Compiled]]:
-    """Compiled recurrences; with three threads, each of which takes whatever heads there are."""
+    """Makes compiled recurrences that use three threads."""
     made: list[Compiled] = []
 
     def make(spec: Spec) -> Compiled:
@@ -74,7 +74,7 @@ def threads_for_anything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Layer:
-    """A layer of random weights, of which time_mix reads what it needs."""
+    """A layer of random weights for any generation."""
 
     def __init__(self, generation: str, H: int, N: int, rng: np.random.Generator, decay: str = "trained"):
         spec = make_spec(generation, D=H * N, L=2, V=8, N=N)
@@ -152,7 +152,7 @@ def enlarged(bound: float, raw: np.ndarray, weight: np.ndarray, gate: np.ndarray
 def test_recurrences_equal_numpys(
     generation: str, shape: tuple[int, ...], decay: str, seed: int, kernels: Callable[[Spec], Compiled]
 ) -> None:
-    """Layers 0 and 1 over all tokens at once, and over the same in two pieces."""
+    """Layers 0 and 1, over all tokens at once and in two pieces."""
     T, B, H, N = shape
     layer = Layer(generation, H, N, np.random.default_rng(seed), decay)
     reference, compiled = MODULES[generation], kernels(layer.spec)
@@ -202,7 +202,7 @@ def test_recurrences_equal_numpys(
 def test_heads_are_divided_among_threads(
     kernels: Callable[[Spec], Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or the tests above would see one thread alone."""
+    """The tests above need this: otherwise they would run on one thread."""
     layer = Layer("7", 3, 64, np.random.default_rng(0))
     compiled = kernels(layer.spec)
     kernel, shares = compiled._kernel.run.ctypes, []
@@ -243,7 +243,7 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others(
 def test_nan_and_infinity_reach_the_output(
     generation: str, bad: float, T: int, kernels: Callable[[Spec], Compiled]
 ) -> None:
-    """Where the reference has a number there is one, and where it has none there is none."""
+    """The output is finite exactly where the reference is."""
     rng = np.random.default_rng(1)
     layer = Layer(generation, 2, 64, rng)
     reference, compiled = MODULES[generation], kernels(layer.spec)
@@ -280,7 +280,7 @@ def test_arrays_of_any_order_and_type_are_accepted(kernels: Callable[[Spec], Com
 
 
 def test_the_exponential_of_decays_is_correctly_rounded() -> None:
-    """With one near 1 a state adds up its error over thousands of tokens."""
+    """For a decay near 1, a state accumulates its error over thousands of tokens."""
     from numba import njit
 
     from rwkv_npu.kernels import common
@@ -337,7 +337,7 @@ def test_vector_exponentials_are_accurate() -> None:
 
 
 def test_exponentials_are_vector_code() -> None:
-    """LLVM makes scalar code of some operations on vectors without a word."""
+    """LLVM silently emits scalar code for some operations on vectors."""
     from rwkv_npu.kernels import simd
     from rwkv_npu.kernels.compiler import Kernel
 
@@ -385,7 +385,7 @@ def outcome(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def test_compiled_kernels_are_cached(tmp_path: Path) -> None:
-    """Two processes that start at once compile once; a damaged file is compiled anew."""
+    """Two processes that start together compile a kernel once; a damaged file is compiled again."""
     both = [outcome(process) for process in (loaded(tmp_path), loaded(tmp_path))]
     assert sorted(out for out, _ in both) == ["called", "compiled called"]
     assert any("compiling a kernel for this processor: some seconds, this once" in err for _, err in both)
@@ -397,7 +397,7 @@ def test_compiled_kernels_are_cached(tmp_path: Path) -> None:
 
 
 def test_several_cache_folders(tmp_path: Path) -> None:
-    """Shipped kernels are read where nothing can be written; kernels for another processor are not."""
+    """Kernels are read from a read-only folder, but not kernels for another processor."""
     blocked, shipped = tmp_path / "a file", tmp_path / "shipped"
     blocked.write_bytes(b"")
     out, err = outcome(loaded(blocked))

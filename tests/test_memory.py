@@ -1,4 +1,4 @@
-"""What fits the NPU: row counts are chosen by the one place that adds up memory."""
+"""NPU memory: sums, limits, and the row counts that are chosen by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process at a time has the NPU, and what its libraries print stays with us."""
+"""The lock of the NPU, the limit of open files, and the capture of prints."""
 
 from __future__ import annotations
 

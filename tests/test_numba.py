@@ -35,7 +35,7 @@ ROWS = (1, 2, 5, 8, 67)
 
 @pytest.fixture(scope="module", params=GENERATIONS)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In int8 and int4, of a width that is no multiple of anything."""
+    """Bundles in int8 and int4, of odd widths."""
     folder = tmp_path_factory.mktemp("numba")
     write_model(folder / "m" / "model.pth", request.param, D=80, N=16, ranks=RANKS[request.param])
     for cpu in ("int8", "int4"):
@@ -44,7 +44,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 class QuantisedMaths(NumpyMaths):
-    """Products as they are meant: rows in blocks of int8 with a scale each, times what the packed numbers stand for."""
+    """Reference products: rows rounded to int8 in blocks, times the dequantised weights."""
 
     def block(self, layer: int) -> NumpyMaths:
         return QuantisedMaths(self._weight, f"blocks.{layer}.")
@@ -94,7 +94,7 @@ def test_all_threads_compute_the_same(bundle: Path) -> None:
 
 
 def test_any_order_of_pieces_gives_the_same_bits(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More threads than cores take pieces in any order; a helper that never runs holds nothing up."""
+    """With more threads than cores, pieces run in any order. A helper that never runs delays nothing."""
     source = BundleSource(open_bundle(bundle), "layer")
     backend = NumbaBackend(source, threads=1)
     pools = [pool.Pool(1), pool.Pool(5), pool.Pool(3)]
@@ -165,7 +165,7 @@ def test_operations_have_a_safe_order_and_memory(bundle: Path, fusion: str) -> N
 
 
 def test_a_product_with_two_readers_is_not_fused() -> None:
-    """a + x * vector is one pass, unless x * vector is read elsewhere as well, or is an output."""
+    """a + x * vector becomes one MIX, unless x * vector has another reader, or is an output."""
     mul, add, mix = instructions.MUL_VECTOR, instructions.ADD, instructions.MIX
     for expected in ([mix], [mul, add, add], [mul, add]):
         recorder = Recorder({})
@@ -197,7 +197,7 @@ def read_all_ways(model: rwkv_npu.Model) -> list[np.ndarray]:
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_token_has_the_same_bits_alone_and_among_others(bundle: Path, precision: str, fusion: str) -> None:
-    """Few rows or many, tokens beside prompts: seeded answers and cached states rest on it."""
+    """Few rows or many, tokens beside prompts: seeded sampling and cached states need this."""
     rng = np.random.default_rng(0)
     with rwkv_npu.load(bundle, backend="numba", precision=precision, fusion=fusion, threads=2) as model:
         tokens = [rng.integers(1, 40, length) for length in (1, 3, 1, 40, 1, 7)]
@@ -228,7 +228,7 @@ WIDTHS = {
 def test_the_fused_forward_equals_group_by_group(
     generation: str, fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows and heads of any width, in fp32, against one group after the other with the recurrence between."""
+    """Rows and heads of any width, in fp32."""
     path = tmp_path / "m" / "model.pth"
     write_model(path, generation, vocabulary=False, L=3, **WIDTHS[generation])
     _compare(path, fusion, monkeypatch, exact=fusion == "layer")
@@ -256,7 +256,7 @@ def _compare(path: Path, fusion: str, monkeypatch: pytest.MonkeyPatch, exact: bo
 
 
 def test_results_do_not_depend_on_padding_or_old_memory(tmp_path: Path) -> None:
-    """Between the numbers that count, and before the first use: in all formats of matrices, of odd sizes."""
+    """Padding and unused memory are filled with NaN, in all formats of matrices, of odd sizes."""
     path = tmp_path / "m" / "model.pth"
     ranks = {"w": 5, "a": 6, "v": 7, "g": 9}
     write_model(path, "7", vocabulary=False, L=3, D=60, N=20, ranks=ranks)
@@ -311,7 +311,7 @@ def test_memory_is_shared_by_row_counts_of_one_capacity(bundle: Path) -> None:
 
 
 def test_a_closed_backend_frees_its_memory(bundle: Path) -> None:
-    """Neither addresses of memory that is gone, nor, until a garbage collection, the files that were mapped."""
+    """It keeps no address of freed memory, and unmaps files without waiting for a garbage collection."""
 
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count(str(bundle))
@@ -390,7 +390,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 def test_the_second_start_compiles_nothing() -> None:
-    """A cache that is looked for in the wrong place would be filled anew at every start, in silence."""
+    """A cache at a wrong path would silently be filled again at every start."""
     script = "import rwkv_npu; rwkv_npu.load(backend='numba', threads=2).forward([1, 2, 3])"
 
     def start() -> tuple[dict[Path, int], str]:
@@ -408,7 +408,7 @@ def test_the_second_start_compiles_nothing() -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_row_has_the_same_bits_alone_and_among_others(bundle: Path, precision: str) -> None:
-    """Of several sequences, by gemv and by gemm: what a server answers does not depend on who else asks."""
+    """A row among other sequences, by gemv and by gemm: a server's answer must not depend on other clients."""
     source = BundleSource(open_bundle(bundle), "layer", precision)
     backend = NumbaBackend(source, threads=2)
     for group in source.program.groups:

@@ -1,4 +1,4 @@
-"""Quantised matrices: how far the numbers are from what they stand for, and that their order can be undone."""
+"""Quantised matrices: rounding errors, and packing and unpacking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def matrix(shape: tuple[int, int], seed: int = 0, scale: float = 1.0) -> np.ndar
 
 
 def block_peaks(weight: np.ndarray) -> np.ndarray:
-    """The largest value of the block that each element lies in, (K, N)."""
+    """(K, N): for each element, the largest magnitude in its block."""
     K, N = weight.shape
     whole = np.zeros((-(-K // BLOCK) * BLOCK, N), np.float32)
     whole[:K] = np.abs(weight)
@@ -50,7 +50,7 @@ def test_int4_errors_are_bounded(shape: tuple[int, int], seed: int) -> None:
 
 
 def test_scales_are_chosen_for_the_least_error() -> None:
-    """Against the plain rule: the largest value gets the last step."""
+    """The error is smaller than with the simple rule, scale = largest / -8."""
     weight = matrix((BLOCK, 512))
     extreme = np.take_along_axis(weight, np.abs(weight).argmax(0)[None], 0)
     scale = extreme / -8

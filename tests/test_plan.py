@@ -1,4 +1,4 @@
-"""Plans: rules, what they serve, measured ones and where they are kept."""
+"""Plans: their rules, tuning, and the file of measured plans."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def served(text: str) -> dict[str, tuple[str, str]]:
-    """By group, the backends for tokens and for prompts; the default is numpy."""
+    """The backends of each group for tokens and for prompts; the default is numpy."""
     rules = parse(text, "numpy", BACKENDS, SPEC_GROUPS)
     return {group.name: (rules.backend(group, True), rules.backend(group, False)) for group in SPEC_GROUPS}
 
@@ -145,7 +145,7 @@ def test_host_time_of_a_backend_counts() -> None:
 
 
 def test_a_mixture_is_not_promised_the_speed_of_the_fused_forward() -> None:
-    """Within it a layer takes 2 here, and 5 as a group of its own: ONNX Runtime's faster `first` is not worth that."""
+    """A layer takes 2 ms in the fused forward, and 5 ms as a group: a faster `first` on ONNX Runtime does not pay."""
     numba = Measured(
         "layer",
         "numba",

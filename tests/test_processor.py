@@ -1,4 +1,4 @@
-"""Which instruction set kernels are compiled for: read from the hardware, or forced."""
+"""The instruction set that kernels are compiled for: detected, or forced."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def child(code: str, features: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_forced_feature_that_is_missing_is_refused() -> None:
-    """Before anything is compiled or run."""
+    """It is refused before anything is compiled or run."""
     code = "from rwkv_npu import kernels; kernels.load('pool').work.address"
     done = child(code, "+sse2,+a-feature-of-no-processor")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Products of bytes: exact for every value, the same bits for a row alone and among others."""
+"""int8 and int4 products: exact for every value, and a row has the same bits alone and among others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 class Product:
-    """x (rows, K) fp32 times a packed matrix, by either kernel."""
+    """x (rows, K) fp32 times a packed matrix, by gemv or gemm."""
 
     def __init__(self, packed: Packed, x: np.ndarray):
         self.packed, self.K, self.N = packed, packed.padded_k, len(packed.data) * LANES
@@ -100,7 +100,7 @@ class Product:
 
 
 def packed(q: np.ndarray, bits: int) -> Packed:
-    """Numbers (K, N) as they would be stored with scales of 1: all that bytes and nibbles can hold."""
+    """Stored numbers (K, N) for scales of 1: every value that 8 or 4 bits can hold."""
     K, N = q.shape
     q = (q + ZERO[bits]).astype(np.uint8)
     rows = 4 * 8 // bits
@@ -111,7 +111,7 @@ def packed(q: np.ndarray, bits: int) -> Packed:
 
 
 def fill(draw: Any, values: st.SearchStrategy[int], shape: tuple[int, int]) -> np.ndarray:
-    """All alike, by column or row, or any."""
+    """Numbers that are all equal, equal in a row or column, or random."""
     K, N = shape
     kind = draw(st.sampled_from(["one", "columns", "rows", "any"]))
     if kind == "any":
@@ -124,7 +124,7 @@ def fill(draw: Any, values: st.SearchStrategy[int], shape: tuple[int, int]) -> n
 
 @st.composite
 def operands(draw: Any, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of a matrix (K, N), and rows of whole numbers that are quantised as they are: each block has a 127."""
+    """A matrix (K, N) of stored numbers, and rows of whole numbers with a 127 in each block: quantising keeps them."""
     K, rows = BLOCK * draw(st.integers(1, 3)), draw(st.integers(1, 9))
     weights = fill(draw, EXTREMES[bits], (K, PANEL))
     x = fill(draw, st.sampled_from([-127, 127]) | st.integers(-127, 127), (rows, K)).copy()
@@ -136,7 +136,7 @@ def operands(draw: Any, bits: int) -> tuple[np.ndarray, np.ndarray]:
 @given(data=st.data())
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sums_are_exact(bits: int, data: st.DataObject) -> None:
-    """int32 sums of a block are below 2^24, and so are those of three blocks: fp32 holds them."""
+    """Sums of a block, and of three blocks, are below 2^24, so that fp32 represents them exactly."""
     weights, x = data.draw(operands(bits))
     product = Product(packed(weights, bits), x.astype(np.float32))
     assert (product.q[: len(x)] == x).all() and (product.scales[: len(x)] == 1).all()
@@ -186,7 +186,7 @@ OTHERS = [s for s in SETS if s.architecture in ("", machine()) and s.features <=
 
 @pytest.mark.parametrize("name", [s.name for s in OTHERS if s is not current()])
 def test_every_instruction_set_of_this_processor_is_exact(name: str) -> None:
-    """The tests above in a process of its own, which is forced to it."""
+    """Run the tests above in a process in which this instruction set is forced."""
     features = ",".join(f"+{f}" for f in next(s.features for s in OTHERS if s.name == name))
     tests = "the_set or largest or same_bits or stored"
     done = subprocess.run(

@@ -211,7 +211,7 @@ def test_another_choice_is_compiled_again(checkpoint: Path, ids: Path, tmp_path:
 def test_mixed_that_exceeds_the_npus_memory(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map's is known before any work; one that is measured only after it. Both are told what could help."""
+    """For a map this is known before any work, for a measured choice only afterwards. Both messages give advice."""
     mixed = ("--precision", "mixed")
     assert convert(capsys, checkpoint, tmp_path / "all", ids, *mixed, "--max-kl", "10")[0] == 0
     total = plan_memory(manifest_of(tmp_path / "all")).total
@@ -230,7 +230,7 @@ def test_mixed_that_exceeds_the_npus_memory(
 def test_a_bundle_has_one_choice_for_all_chips(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """The simulator builds artifacts anew, by the choice that the manifest has."""
+    """The simulator builds the artifacts again, with the manifest's choice."""
     out, targets = tmp_path / "o", ("rk3588", "rk3576")
     for target, content in zip(targets, ('{"head": "w8a8"}', '{"*.ffn.*": "w8a8"}'), strict=True):
         (tmp_path / "map.json").write_text(content)
@@ -243,7 +243,7 @@ def test_a_bundle_has_one_choice_for_all_chips(
 
 
 def test_damaged_ranges_are_reported(checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any) -> None:
-    """The message names artifacts that this conversion does not make again, even if it makes the parameters again."""
+    """The message names artifacts that this conversion does not replace, although it replaces the parameters."""
     out = tmp_path / "o"
     for precision, fusion in (("w8a8", "layer"), ("w8a8", "projection"), ("fp16", "layer")):
         assert convert(capsys, checkpoint, out, ids, "--precision", precision, "--fusion", fusion)[0] == 0
@@ -354,7 +354,7 @@ def test_numpy_computes_the_chosen_projections_in_int8(
 def test_backends_without_int8_refuse_an_int8_precision(
     checkpoint: Path, ids: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """It would multiply in the CPU's own precision, and be measured as if it were the NPU."""
+    """Otherwise the CPU's own precision would be measured as if it were the NPU's."""
     out = tmp_path / "o"
     assert convert(capsys, checkpoint, out, ids, "--precision", "w8a8", "--target", "none")[0] == 0
     for backend in ("numba", "ort", "torch"):

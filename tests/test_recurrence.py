@@ -23,7 +23,7 @@ BOUND = 1e-5
 
 @pytest.fixture(autouse=True)
 def no_silent_overflow() -> Iterator[None]:
-    """Underflow is how a decay forgets; everything else would be a bug, warned about or not."""
+    """Underflow of decays is expected; any other floating-point warning is an error."""
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         yield
 
@@ -102,7 +102,7 @@ def test_v5_and_v6(shape: tuple[int, int, int, int], decay: str, cuts: list[int]
 
 
 def test_chunks_are_as_long_as_the_decay_allows() -> None:
-    """Or the tests above would not see a chunk at all."""
+    """The tests above need this: otherwise they would compute no chunk."""
     gentle, harsh = np.full((100, 1, 1, 2), -1e-3, np.float32), np.full((100, 1, 1, 2), -1e4, np.float32)
     assert common._safe_chunk(gentle, 0) == common.CHUNK
     assert common._safe_chunk(gentle, 90) == 100
@@ -195,7 +195,7 @@ def test_v7_without_a_key_removes_nothing() -> None:
 @settings(max_examples=50, deadline=None)
 @given(T=st.integers(1, 40), B=st.integers(1, 3), scale=st.sampled_from([1.0, 80.0, 1e4]), seed=seeds)
 def test_v4(T: int, B: int, scale: float, seed: int) -> None:
-    """As a softmax over all tokens so far, which float64 can write down where keys are not too large."""
+    """The reference is a softmax over all tokens so far, in float64."""
     A = 5
     rng = np.random.default_rng(seed)
     p = {"w": -np.exp(drawn(rng, A)), "u": drawn(rng, A)}

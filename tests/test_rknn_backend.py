@@ -1,4 +1,4 @@
-"""The backend that drives the NPU, on a fake of RKNNLite: what it feeds, checks, says and gives back."""
+"""The backend `rknn` on a fake of RKNNLite: inputs, checks, messages, and release of contexts."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_faults_while_it_runs_do_not_change_the_text(bundle: Path) -> None:
 
 
 def test_the_fallback_is_as_precise_as_the_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the CPU's default are eight bits, a group that ran in fp16 does not end there."""
+    """If the CPU's default precision is int8, the fallback of an fp16 group still computes in fp16."""
     bundle = fake_bundle(monkeypatch, tmp_path / "m.pth", write_model(tmp_path / "m.pth", "7"), cpu="int8")
     become_a_board(monkeypatch, tmp_path)
 

@@ -94,7 +94,7 @@ def test_without_a_board_it_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_old_runtime_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first call: products of 2.2 were seen to be all zero."""
+    """The warning comes before the first call: products of version 2.2 were seen to be all zero."""
     library = SimpleNamespace(path=tmp_path / "librknnrt.so", create_dynamic=None)
     library.path.write_bytes(b"librknnrt version: 2.2.0 (x)")
     monkeypatch.setattr(rknn_matmul, "Library", lambda: library)
@@ -118,7 +118,7 @@ def library(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The columns of small matrices too are worth a core of their own."""
+    """Split the columns of small matrices over the cores too."""
     monkeypatch.setattr(npu_matmul, "MIN_PART", SMALL_PART)
 
 
@@ -154,7 +154,7 @@ def test_products_of_any_shape(stand_in: Path, M: int, K: int, N: int, int8: boo
 
 @on_the_stand_in
 def test_fp16_operands_and_fp32_sums_are_exact(products: Products) -> None:
-    """A K that is cut, more rows than one, columns for three cores: to the last bits of fp32."""
+    """K is cut, there are several rows, and columns for three cores: exact to the last bits of fp32."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((16, MAX_K + 96)).astype(np.float16).astype(np.float32)
     matrix = rng.standard_normal((MAX_K + 96, 768)).astype(np.float16)
@@ -170,7 +170,7 @@ def test_fp16_operands_and_fp32_sums_are_exact(products: Products) -> None:
 def test_weights_and_row_counts_may_alternate(
     stand_in: Path, tmp_path: Path, faults: str, own: bool, run_alone
 ) -> None:
-    """Weights of one shape, row counts in any order: what is bound is what is multiplied."""
+    """Weights of one shape and row counts in any order: the right weight is bound in each call."""
     log = tmp_path / "log"
     run_alone(
         f"""
@@ -303,7 +303,7 @@ def test_eight_bits_are_the_users_choice(library: Library, tmp_path: Path) -> No
 def test_products_of_the_matmul_benchmark(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, worst: float
 ) -> None:
-    """`bench matmul` has columns on every core, and gets out what NumPy does."""
+    """`bench matmul` splits columns over all cores, and its results equal NumPy's."""
     monkeypatch.setattr(bench_backends, "LOCK", Lock(tmp_path))
     backend, problem = bench_backends.RknnMatmulBackend(dtype, 1, "cpu"), make_problem(16, 100, 768)
     assert "stand-in" in backend.versions and backend.device.endswith("NPU, 3 cores")

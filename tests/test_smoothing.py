@@ -1,4 +1,4 @@
-"""Smoothing changes no number that it is folded around, and helps where channels stand out."""
+"""SmoothQuant: folding it changes no result, and it helps with outlier channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def rounded(x: np.ndarray, axis: int | None) -> np.ndarray:
-    """To 255 steps, of all of x or of each column."""
+    """Round to 255 steps, with one scale for x or one for each column."""
     step = np.maximum(np.abs(x).max(axis), 1e-30) / 127
     return np.rint(x / step) * step
 

@@ -1,4 +1,4 @@
-"""The processes that compile and simulate, with a fake child: its "graph" says what it does."""
+"""The processes that compile and simulate, with a fake child that does what its "graph" says."""
 
 from __future__ import annotations
 

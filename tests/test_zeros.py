@@ -1,4 +1,4 @@
-"""Constants of zeros, which Rockchip's compiler cannot build, are left out of its graphs: exactly."""
+"""All-zero constants, which Rockchip's compiler cannot build, are left out of its graphs. Results stay exact."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CASES = {
 
 
 class Silent(CheckpointSource):
-    """A model some of whose tensors are `value`, in layer 1 and outside of layers."""
+    """A model in which some tensors are `value` everywhere, in layer 1 and outside of layers."""
 
     def __init__(self, path: Path, fusion: str, ends: tuple[str, ...], value: float = 0.0):
         super().__init__(open_checkpoint(path), fusion)
@@ -93,7 +93,7 @@ def rows_for(group: Group, rows: int) -> dict[str, np.ndarray]:
 
 
 def check(source: CheckpointSource, group: Group, rows: int) -> onnx.ModelProto:
-    """The graph computes what NumPy does, holds no zeros but a norm's, and reads every input."""
+    """The graph computes what NumPy computes. Only norms are all zero in it, and it reads every input."""
     model = compiler_model(source.program, group, rows, source.tensor)
     onnx.checker.check_model(model, full_check=True)
     given = rows_for(group, rows)
@@ -132,7 +132,7 @@ def test_every_matrix_but_the_head_may_be_zero(models: Callable[[str], Path]) ->
 def test_a_part_of_a_wide_matrix_is_left_out(
     models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By columns in the key, by rows in the value, and all parts but one of both."""
+    """Parts of the key's columns and of the value's rows are zero, and then all parts of both but one."""
     monkeypatch.setattr(tracing, "NPU_WIDTH", 64)
     source = CheckpointSource(open_checkpoint(models("7")), "projection")
     whole = source.tensor
@@ -183,7 +183,7 @@ def test_the_compiler_builds_graphs_with_zeros(
     tmp_path: Path,
     toolkit_environment: toolkit.Environment,
 ) -> None:
-    """In fp16, as the trained model has it that could not be converted, and with whole outputs of zeros."""
+    """In fp16: the zeros of a trained model, and outputs that are all zero."""
     cases = CASES["unused"], CASES["attention"] + CASES["output"]
     for number, ends in enumerate(cases):
         source = Silent(models(generation), "layer", ends)
@@ -211,7 +211,7 @@ def test_the_compiler_builds_int8_graphs_with_zeros(
     tmp_path: Path,
     toolkit_environment: toolkit.Environment,
 ) -> None:
-    """Every large projection in int8, those of zeros too, and what they leave of the others."""
+    """Every large projection is in int8, the all-zero ones too."""
     source = Silent(models(generation), "layer", CASES["unused"] + ("att.key.weight", "ffn.value.weight"))
     samples = calibrate(source, np.random.default_rng(0).integers(1, V, 128), rows=32).projections
     chosen = {}
