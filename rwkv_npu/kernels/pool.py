@@ -241,7 +241,7 @@ def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-u
     if is_helper:
         _note_times(mine, scratch)
     while True:
-        if late:
+        if late:  # this helper was without a core
             _stay_away(control, scratch)
             _note_times(mine, scratch)
             late, looks = False, 0
@@ -255,6 +255,7 @@ def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-u
                 if add_atomically(control + _DONE, 1) + 1 == pieces:
                     _advance(control, end, threads, scratch)
                 if is_helper and read_atomically(control + _WAITED) != waited:
+                    # Another thread fell asleep meanwhile, perhaps waiting for this one, which was without a core.
                     late = _lost(mine, scratch) > LATE_NS
                     _note_times(mine, scratch)
                 looks = 0
@@ -264,7 +265,7 @@ def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-u
             pause()
             if looks % LOOKS == 0:
                 now = _time(_MONOTONIC, scratch)
-                between = load_long(control + _CLOCK) == 0
+                between = load_long(control + _CLOCK) == 0  # no program runs
                 if looks == 0:
                     since = before = now
                 late = is_helper and now - before > LATE_NS
@@ -275,7 +276,7 @@ def _take_pieces(control, thread, threads, ended, scratch):  # type: ignore[no-u
                     _sleep(control, thread, ended)
                     if is_helper:
                         _note_times(mine, scratch)
-                        woken = load_long(mine + _WOKEN)  # before `now`: nobody had to wake it
+                        woken = load_long(mine + _WOKEN)  # earlier than `now` if nobody has woken it
                         late = woken > now and load_long(mine + _WALL) - woken > LATE_NS
                     looks = -1
             looks += 1

@@ -158,10 +158,11 @@ def run(where: Any, begin: Any, end: Any) -> None:
     """Write y and update the states of units `begin` to `end`, which are heads of segments."""
     a = arguments(where)
     N = a[A_N]
-    given = INPUTS if a[A_VALUES + X_G] else X_G
-    c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    given = INPUTS if a[A_VALUES + X_G] else X_G  # 5.0 has no gate
+    scratch, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    at, memory, row = np.int64(scratch.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
+    # Addresses of a token's inputs and of a head's parameters; the own scores of a chunk's tokens.
     x, p, own = np.zeros(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
-    at, memory, row = np.int64(c.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
     for unit in range(begin, end):
         first, stride, count, h, state = head_at(a, unit)
         read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)
@@ -170,7 +171,7 @@ def run(where: Any, begin: Any, end: Any) -> None:
             _chunks(a, given, x, p, at, memory, own, first, stride, count)
             chunk.transpose_state(memory, state)
             continue
-        S, w, y = array(state, (N, N)), array(p[P_W], (N,)), c[Y]
+        S, w, y = array(state, (N, N)), array(p[P_W], (N,)), scratch[Y]
         for t in range(count):
             read_inputs(a, given, first + t * stride, x, at)
             step(S, array(x[X_R], (N,)), w, array(x[X_K], (N,)), array(x[X_V], (N,)), y)
@@ -178,4 +179,4 @@ def run(where: Any, begin: Any, end: Any) -> None:
             finish(at + Y * row, score, x[X_V], p[P_WEIGHT], p[P_BIAS], x[X_G], N, at + Y * row)
             write_output(at + Y * row, a[A_Y] + first + t * stride, N)
     # numba frees an array after its last use by name. Without these, `at` and `memory` would point to freed memory.
-    c[0, 0] = m[0, 0] = ZERO
+    scratch[0, 0] = m[0, 0] = ZERO

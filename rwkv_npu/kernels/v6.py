@@ -94,9 +94,10 @@ def run(where: Any, begin: Any, end: Any) -> None:
     """Write y and update the states of units `begin` to `end`, which are heads of segments."""
     a = arguments(where)
     N = a[A_N]
-    c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    scratch, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    at, memory, row = np.int64(scratch.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
+    # Addresses of a token's inputs and of a head's parameters; the own scores of a chunk's tokens.
     x, p, own = np.empty(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
-    at, memory, row = np.int64(c.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
     for unit in range(begin, end):
         first, stride, count, h, state = head_at(a, unit)
         read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)
@@ -105,7 +106,7 @@ def run(where: Any, begin: Any, end: Any) -> None:
             _chunks(a, x, p, at, memory, own, first, stride, count)
             chunk.transpose_state(memory, state)
             continue
-        S, w, y = array(state, (N, N)), c[W], c[Y]
+        S, w, y = array(state, (N, N)), scratch[W], scratch[Y]
         for t in range(count):
             read_inputs(a, INPUTS, first + t * stride, x, at)
             _decay(x[X_W], p[P_DECAY], at + W * row, row)
@@ -114,4 +115,4 @@ def run(where: Any, begin: Any, end: Any) -> None:
             finish(at + Y * row, score, x[X_V], p[P_WEIGHT], p[P_BIAS], x[X_G], N, at + Y * row)
             write_output(at + Y * row, a[A_Y] + first + t * stride, N)
     # numba frees an array after its last use by name. Without these, `at` and `memory` would point to freed memory.
-    c[0, 0] = m[0, 0] = ZERO
+    scratch[0, 0] = m[0, 0] = ZERO

@@ -157,9 +157,10 @@ def run(where: Any, begin: Any, end: Any) -> None:
     """Write y and update the states of units `begin` to `end`, which are heads of segments."""
     a = arguments(where)
     N = a[A_N]
-    c, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    scratch, m = np.zeros((SCRATCH, padded(N)), np.float32), np.empty((chunk.ROWS, chunk.N), np.float32)
+    at, memory, row = np.int64(scratch.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
+    # Addresses of a token's inputs and of a head's parameters; the bonuses of a chunk's tokens.
     x, p, bonuses = np.empty(INPUTS, np.int64), np.empty(PARAMETERS, np.int64), np.empty(chunk.C, np.float32)
-    at, memory, row = np.int64(c.ctypes.data), np.int64(m.ctypes.data), 4 * padded(N)
     for unit in range(begin, end):
         first, step, count, h, state = head_at(a, unit)
         read_parameters(a, PARAMETERS, h, p, at + INPUTS * row)
@@ -172,11 +173,11 @@ def run(where: Any, begin: Any, end: Any) -> None:
         for t in range(count):
             read_inputs(a, INPUTS, first + t * step, x, at)
             bonus, r = _prepare(x, p, at, row), array(x[X_R], (N,))
-            if N == 64:
-                _update(S, c, r, 64)
+            if N == 64:  # LLVM compiles this call for the usual head size
+                _update(S, scratch, r, 64)
             else:
-                _update(S, c, r, N)
+                _update(S, scratch, r, N)
             _finish(at + Y * row, at + V * row, bonus, x[X_G], p, N, at + Y * row)
             write_output(at + Y * row, a[A_Y] + first + t * step, N)
     # numba frees an array after its last use by name. Without these, `at` and `memory` would point to freed memory.
-    c[0, 0] = m[0, 0] = ZERO
+    scratch[0, 0] = m[0, 0] = ZERO
