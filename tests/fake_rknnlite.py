@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from rwkv_npu.models.maths import NumpyMaths
 from rwkv_npu.models.spec import FUSIONS, Group, Spec, groups
 from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.toolkit import Cycles, Environment, Job
+from tools.board.files import write_rknn
 
 TRACEBACK = "E Catch exception when init runtime!\nE Traceback (most recent call last):\n  File x, line 1\n"
 
@@ -122,33 +122,6 @@ class FakeLite:
 
     def release(self) -> None:
         self.released = True
-
-
-def write_rknn(path: Path, group: Group, rows: int, payload: dict[str, str]) -> None:
-    """A file whose trailer describes the group, with its inputs in the reverse order.
-
-    payload: its custom string, by which FakeLite and the stand-in know what to compute.
-    """
-    text = json.dumps(payload).encode()
-    body = struct.pack("<I", len(text)) + text + b"\0"
-    ports = [("input", n, port) for n, port in enumerate(group.fixed_inputs(rows)[::-1])]
-    ports += [("output", n, port) for n, port in enumerate(group.outputs)]
-    trailer = {
-        "version": "2.5.0",
-        "target_platform": ["rk3588"],
-        "norm_tensor": [
-            {"tensor_id": n, "url": port.name, "size": [rows, port.width]}
-            for n, (_, _, port) in enumerate(ports)
-        ],
-        "graph": [
-            {"left": kind, "left_tensor_id": position, "right_tensor_id": n}
-            for n, (kind, position, _) in enumerate(ports)
-        ],
-    }
-    text = json.dumps(trailer).encode()
-    path.write_bytes(
-        struct.pack("<4s4xQQ40x", b"RKNN", 6, len(body)) + body + struct.pack("<Q", len(text)) + text
-    )
 
 
 def fake_bundle(patch: pytest.MonkeyPatch, checkpoint: Path, spec: Spec, **options: Any) -> Path:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from rwkv_npu.backends import NPU_BACKENDS
 from tests.emulated import EmulatedBoard
+from tools.board.calls import read_calls
 
 pytestmark = pytest.mark.board
 
@@ -113,6 +116,66 @@ def test_a_hang_is_abandoned(
     result = emulated_board.run(*words, faults=f"hang@{at}", timeout=60)
     assert result.returncode == 0 and "no answer within 3 s): the CPU runs everything" in result.stderr
     assert result.stdout == texts[backend] and "| 1 calls to the NPU failed" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def waves(emulated_board: EmulatedBoard, board_bundles: dict[str, Path]) -> tuple[list[object], str]:
+    """A command whose prompt is three chunks, which are on their way through four layers together, and its text."""
+    arguments = ["generate", "-m", board_bundles["7"], "--ids", "-p", ",".join(map(str, range(5, 45)))]
+    arguments += ["-n", 4, "--temp", 0, "-t", 1, "--backend", "rknn"]
+    result = emulated_board.run("rwkv-npu", *arguments)
+    assert result.returncode == 0 and len(result.stdout.split()) == 4, result.stderr
+    return arguments, result.stdout
+
+
+# 13 runs are self-tests. Then there are 18 of the prompt.
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ("run-fails/6", "calls to the NPU failed"),
+        ("nan@16,zeros@19,wrong-size@22", "| 3 calls to the NPU failed\n"),
+        ("nan@4+:mid.0,run-fails@3+:mid.2,zeros@3+:first", "on the CPU: "),
+        ("core-mask", "warning: one call at a time, on a core that the runtime chooses"),
+    ],
+)
+def test_the_text_stays_with_waves_in_flight(
+    emulated_board: EmulatedBoard, waves: tuple[list[object], str], faults: str, said: str
+) -> None:
+    arguments, text = waves
+    result = emulated_board.run("rwkv-npu", *arguments, faults=faults)
+    assert result.returncode == 0 and said in result.stderr, result.stderr
+    assert result.stdout == text
+
+
+def test_a_hang_with_waves_in_flight(emulated_board: EmulatedBoard, waves: tuple[list[object], str]) -> None:
+    arguments, text = waves
+    result = emulated_board.run("python", "-c", IMPATIENT, *arguments, faults="hang@20", timeout=60)
+    assert result.returncode == 0 and "the CPU runs all groups of its thread" in result.stderr, result.stderr
+    assert result.stdout == text and "| 1 calls to the NPU failed" in result.stderr
+
+
+def test_sigterm_lets_running_calls_end_and_releases_the_npu(
+    emulated_board: EmulatedBoard, waves: tuple[list[object], str], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    variables = emulated_board.variables(faults="hang@20,hang-seconds=3", log=log)
+    command = emulated_board.command("rwkv-npu", *waves[0])
+    with subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while (
+            not (hangs := [c for c in read_calls(log) if c.name == "fault"]) and time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM and process.stdout and not process.stdout.read()
+    calls = read_calls(log)
+    names = [call.name for call in calls]
+    (hang,) = hangs
+    ended = [
+        n for n, call in enumerate(calls) if call.name == "outputs_get" and call["group"] == hang["group"]
+    ]
+    assert ended[-1] > names.index("fault") and names.count("destroy") == names.count("init")
+    assert names.index("destroy") > ended[-1]
 
 
 @pytest.mark.parametrize(

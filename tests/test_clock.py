@@ -12,9 +12,9 @@ from rwkv_npu.conversion.request import Request
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import Group, Port
 from rwkv_npu.runtime.estimate import on_npu
-from tests.fake_rknnlite import write_rknn
 from tools.board.calls import count, read_calls
 from tools.board.clock import table, times
+from tools.board.files import write_rknn
 
 pytestmark = pytest.mark.board
 

@@ -197,13 +197,13 @@ def assert_close(found, expected) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 7, 20])
-def test_a_hang_costs_one_core(source, recorded, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other calls are not disturbed: those of other cores go on there, those behind it run on the CPU."""
+def test_a_hang_costs_one_thread(source, recorded, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other calls are not disturbed: those of other threads go on there, those behind it run on the CPU."""
     monkeypatch.setattr(fallback_module, "CALL_SECONDS", 0.3)
     npu = TimedNpu(source, [1], faults=[""] * at + ["hang"])
     engine, fallback = engine_with_fallback(source, npu, recorded)
     with pytest.warns(
-        UserWarning, match=r"no answer within 0\.3 s.*CPU runs all groups of its core"
+        UserWarning, match=r"no answer within 0\.3 s.*CPU runs all groups of its thread"
     ) as warned:
         found = read(engine, [IDS], True, overlap=True)
     assert len(warned) == 1 and fallback.faults.calls == 1
@@ -211,7 +211,7 @@ def test_a_hang_costs_one_core(source, recorded, at: int, monkeypatch: pytest.Mo
     assert set(fallback.faults.groups) == {g.name for g in source.program.groups if npu.queue(g) == hung}
     calls = npu.calls
     assert_close(found, read(engine, [IDS], True, overlap=True))
-    assert npu.calls > calls  # on the other cores
+    assert npu.calls > calls  # in the other threads
     engine.close()
     assert not npu.closed  # closing it would hang too
     npu.never.set()

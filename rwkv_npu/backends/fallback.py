@@ -273,7 +273,7 @@ class Fallback:
         self._warned = True
         left = "it"
         if self.worker(group) is None:
-            left = "all groups of its core" if any(self._workers.values()) else "everything"
+            left = "all groups of its thread" if any(self._workers.values()) else "everything"
         warnings.warn(
             f"{self.name} failed at {group.name} ({fault}): the CPU runs {left} from now on; further faults are "
             f"counted, not reported{advice}",

@@ -35,6 +35,8 @@ from rwkv_npu.toolkit import VERSIONS, rknn_info
 CORES = {"0": (1,), "1": (2,), "2": (4,), "0,1": (1, 2), "0,1,2": (1, 2, 4)}
 CHIP_CORES = {"rk3588": "0,1,2", "rk3576": "0,1"}  # chips with several cores
 ANY_CORE = 0  # the mask by which the runtime chooses a core
+# While a core computes a call, other threads convert the inputs of its next call and the outputs of its last one.
+THREADS_A_CORE = 3
 PACKAGE = "rknn-toolkit-lite2"
 DEFAULT_CORES = "auto"
 API, LITE = "RWKV_NPU_API", "rknnlite"  # environment variable, and its value that asks for RKNNLite
@@ -160,7 +162,7 @@ class RknnBackend:
         return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
 
     def queue(self, group: Group) -> int:
-        return group.layer % len(self._masks)
+        return group.layer % (len(self._masks) * (1 if self._masks == (ANY_CORE,) else THREADS_A_CORE))
 
     def open(self, group: Group, rows: int) -> Runner:
         key = group.name, rows
@@ -182,7 +184,7 @@ class RknnBackend:
     def _open_context(self, path: Path, artifact: Artifact, group: Group) -> Any:
         """A context on the core of its group. With `auto`, a runtime that refuses cores chooses them by itself."""
         try:
-            return self._open_on(path, artifact, self._masks[self.queue(group)])
+            return self._open_on(path, artifact, self._masks[group.layer % len(self._masks)])
         except CoreRefused as refused:
             if not self._auto:
                 raise BackendError(f"{refused}: use auto") from refused

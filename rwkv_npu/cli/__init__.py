@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -154,6 +155,8 @@ def entry() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell: <&- >&-
             setattr(sys, name, open(os.devnull, mode))
+    # As an exception, so that running calls of the NPU end and its contexts are released: a kill may wedge the driver.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     _keep_stdout()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks

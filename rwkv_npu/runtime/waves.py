@@ -2,7 +2,7 @@
 
 A wave is a forward of some rows, in steps (`models.network.Steps`): the CPU computes a step, which ends with the call
 of a group; the next step takes the outputs of the call. All steps run in the caller's thread. Calls run in the threads
-of their queues, one for each core of the NPU. Nothing waits in a loop: a thread without work sleeps.
+of their queues, some for each core of the NPU. Nothing waits in a loop: a thread without work sleeps.
 
     a wave on its way            core 0   first       mid.2       mid.5
     (contexts dealt by layer,    core 1         mid.0       mid.3

@@ -3,6 +3,7 @@
     build     a root folder from Debian's arm64 packages and PyPI's aarch64 wheels, for qemu-user: no chroot, no binfmt
     chip      the files by which such a root looks like an RK3588
     standin/  librknnrt.so in C: it reads real .rknn files and hands the rows to a process on the host
+    files     files that the stand-in opens, without the compiler
     compute   that process: NumPy with every operation rounded to fp16, products to int8 where artifacts have them so
               (half), or any backend of this project
     calls     the stand-in's log of calls, read
