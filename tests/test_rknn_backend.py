@@ -430,4 +430,4 @@ def test_the_names_of_the_command_line_are_those_of_the_backends() -> None:
     from rwkv_npu.cli import common
 
     assert (*common.BACKENDS,) == ("auto", *backends.BACKENDS)
-    assert (*common.NPU_CORES,) == (*rknn.CORES,)
+    assert (*common.NPU_CORES,) == (rknn.DEFAULT_CORES, *rknn.CORES)

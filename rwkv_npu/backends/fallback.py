@@ -160,17 +160,19 @@ class FallbackRunner:
         call, self._call = self._call, None
         if call and call.ended and call.error:
             raise call.error
+        reason = UNUSED, ""
         if call and not call.ended:  # it is the one that hangs, or it waits behind that one
             self._fallback.abandon(self._group)
+            reason = _no_answer(CALL_SECONDS), ""
             if call.began:
-                self._faults.append((_no_answer(CALL_SECONDS), ""))
+                self._faults.append(reason)
         self._fallback.faults.calls += len(self._faults)
         if call and call.result is not None:
             self.npu_seconds = getattr(self._npu, "npu_seconds", 0.0)
             return call.result, call.seconds
         self.npu_seconds = 0.0
         if self._group.name not in self._fallback.faults.groups:
-            self._fallback.leave_to_cpu(self._group, *(self._faults or [(UNUSED, "")])[-1])
+            self._fallback.leave_to_cpu(self._group, *(self._faults or [reason])[-1])
         begin = time.perf_counter()
         self._cpu = self._cpu or self._fallback.open_cpu(self._group, self._rows)
         kept = getattr(self._npu, "kept", self.inputs)
