@@ -96,8 +96,8 @@ def fill(runner: Runner, inputs: Mapping[str, np.ndarray]) -> None:
 def copy_rows(inputs: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray]) -> None:
     """Copy inputs (R, width) into arrays (M, width), M >= R.
 
-    A row depends only on rows above it, so padding is at the end. It repeats the last row: norms of zeros may fail on a
-    chip.
+    Padding is at the end, since a row depends only on rows before it. It repeats the last row, because norms of zeros
+    may fail on a chip.
     """
     for name, source in inputs.items():
         target, rows = targets[name], len(source)
@@ -135,9 +135,9 @@ class NpuBackend(Backend, Protocol):
 
 
 class QueuedRunner(Runner, Protocol):
-    """A runner whose runs take place in the thread of its queue, one after the other, while the caller does other work.
+    """A runner that runs in the thread of its queue, while the caller does other work.
 
-    Its outputs are its own: they stay valid until its next run.
+    Its outputs stay valid until its own next run, whatever else runs.
     """
 
     def start(self, done: Callable[[], object]) -> None:

@@ -99,11 +99,11 @@ class Worker:
         return call.result
 
     def extend(self) -> None:
-        """Begin the time limit of the call that runs anew. For its `work` to call."""
+        """Restart the time limit of the call that runs. Its `work` calls this."""
         self._began = time.monotonic()
 
     def deadline(self, seconds: float) -> float:
-        """The end of the time limit of the call that runs, by `time.monotonic`. With no call, that of a new one."""
+        """The time, by `time.monotonic`, at which the call that runs (if none, one that begins now) is too late."""
         return (self._began or time.monotonic()) + seconds
 
     def stop(self) -> None:
@@ -115,7 +115,7 @@ def _no_answer(seconds: float) -> str:
 
 
 class FallbackRunner:
-    """`QueuedRunner` on the NPU, or on the CPU once its group is left to the CPU. `npu`: None starts on the CPU."""
+    """A `QueuedRunner` that runs a group on the NPU until that fails, and then on the CPU. npu: None is CPU only."""
 
     def __init__(self, fallback: Fallback, group: Group, rows: int, npu: Runner | None):
         self._fallback, self._group, self._rows, self._npu = fallback, group, rows, npu
@@ -161,7 +161,7 @@ class FallbackRunner:
         if call and call.ended and call.error:
             raise call.error
         reason = UNUSED, ""
-        if call and not call.ended:  # it is the one that hangs, or it waits behind that one
+        if call and not call.ended:  # it hangs, or waits behind a call that hangs
             self._fallback.abandon(self._group)
             reason = _no_answer(CALL_SECONDS), ""
             if call.began:
@@ -292,7 +292,7 @@ class Fallback:
         workers = [worker for worker in self._workers.values() if worker]
         hung, self._workers = len(workers) < len(self._workers), dict.fromkeys(self._workers)
         try:
-            for worker in workers:  # calls that an interruption left behind end first
+            for worker in workers:  # wait for calls that an interruption left behind
                 worker.call(lambda: None, OPEN_SECONDS)
             if workers and not hung:
                 workers[0].call(self._npu.close, OPEN_SECONDS)

@@ -97,7 +97,7 @@ class RknnRunner:
         self._runtime, self._group, self._rows = lite.rknn_runtime, group, rows
         self.inputs = allocate_inputs(group, rows)
         self._given, self._sizes = [self.inputs[name] for name in order], _Sizes(lite.rknn_runtime)
-        # RKNNLite can reuse the arrays that it returns from 2.5.0 on. Older versions leave them in reference cycles,
+        # From 2.5.0 on, RKNNLite can reuse the arrays that it returns. Older versions leave them in reference cycles,
         # and Python's garbage collector then runs about every twenty calls.
         reuses = "reuse_outputs" in inspect.signature(self._runtime.get_outputs).parameters
         self._options = {"reuse_outputs": True} if reuses else {}
@@ -182,7 +182,7 @@ class RknnBackend:
         return RknnRunner(context, group, rows, order)
 
     def _open_context(self, path: Path, artifact: Artifact, group: Group) -> Any:
-        """A context on the core of its group. With `auto`, a runtime that refuses cores chooses them by itself."""
+        """Open a context on the core of its group. With `auto`, a runtime that refuses a core chooses it itself."""
         try:
             return self._open_on(path, artifact, self._masks[group.layer % len(self._masks)])
         except CoreRefused as refused:
@@ -195,7 +195,7 @@ class RknnBackend:
             return self._open_on(path, artifact, ANY_CORE)
 
     def _open_on(self, path: Path, artifact: Artifact, mask: int) -> Any:
-        """A context on the cores of a mask, through RKNNLite if memory of ours is refused at the first one."""
+        """Open a context on the cores of a mask. RKNNLite is used if librknnrt refuses our memory at the first one."""
         if self._networks is not None:
             try:
                 return _open_network(self._networks, path, artifact, mask)

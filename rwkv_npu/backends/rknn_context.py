@@ -1,7 +1,7 @@
-"""A network on the NPU through librknnrt's own interface, with NPU memory of the caller's for inputs and outputs.
+"""A network on the NPU through librknnrt's own interface, with inputs and outputs in NPU memory that we allocate.
 
-Inputs and outputs are fp16 arrays over that memory: the runtime copies and converts nothing. RKNNLite copies every
-array, and has no such memory. Caches are flushed here: of inputs before a run, and of outputs after it.
+Inputs and outputs are fp16 arrays over this memory, so the runtime copies and converts nothing. RKNNLite cannot do
+this: it copies every array. CPU caches are flushed here, for inputs before a run and for outputs after it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LARGEST = 65504.0  # of fp16
 
 
 class Refused(BackendError):
-    """librknnrt refuses memory of the caller's. RKNNLite may work."""
+    """librknnrt refuses our memory for inputs or outputs. RKNNLite may still work."""
 
 
 class Context:

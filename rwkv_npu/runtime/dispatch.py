@@ -26,7 +26,7 @@ class Counters:
     """Calls and seconds since the engine was opened.
 
     calls: calls to backends, for groups or the fused forward. run_s: seconds in backends, by role of group.
-    npu_s: the part of it that an NPU worked, as it reports.
+    npu_s: the part of run_s in which an NPU worked, as it reports.
     recurrence_s: seconds in recurrences. dispatch_s: seconds to select runners and fill their inputs.
     queue_s: seconds of calls by queue. The calls of several queues, and the CPU's work, take place at the same time.
     waited_s: seconds in which the CPU had no work, because all forwards waited for calls.
@@ -54,8 +54,8 @@ class Counters:
 class Call:
     """A call that was started.
 
-    queued: the runner, if its run takes place in the thread of `queue`; None if it has ended already, with `outputs`.
-    rows: rows in use, of the runner's.
+    queued: the runner, if it runs in the thread of `queue`; None if the run has ended already, with `outputs`.
+    rows: the number of the runner's rows that are used.
     """
 
     def __init__(self, counters: Counters, group: Group, rows: int):

@@ -4,14 +4,15 @@ A wave is a forward of some rows, in steps (`models.network.Steps`): the CPU com
 of a group; the next step takes the outputs of the call. All steps run in the caller's thread. Calls run in the threads
 of their queues, some for each core of the NPU. Nothing waits in a loop: a thread without work sleeps.
 
-    a wave on its way            core 0   first       mid.2       mid.5
-    (contexts dealt by layer,    core 1         mid.0       mid.3
-    three cores)                 core 2            mid.1       mid.4
+    one wave; the groups'        core 0   first       mid.2       mid.5
+    contexts are distributed     core 1         mid.0       mid.3
+    over three cores             core 2            mid.1       mid.4
                                  CPU         s1    s2 s3    s4 s5
 
-Waves keep their order in every layer: a wave begins the step before a group when the wave before has entered the group
-after it. Then that one has left the layer: its states are written, and its outputs of the group are no longer used, so
-that another wave may overwrite them. So results are those of waves that run one after the other, bit for bit.
+Waves keep their order in every layer: a wave begins the step that leads to a group only when the wave before it has
+entered the group after that one. By then the earlier wave has written its states of this layer, and it no longer reads
+its outputs of the group, so they may be overwritten. So the results have the same bits as those of waves that run one
+after the other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Start = Callable[[Group, Arrays, Callable[[Call], object]], Call]
 
 @dataclass(eq=False)
 class Wave:
-    """A forward of some rows. start: starts the call of a group for it. result: of its steps, when they have ended."""
+    """A forward of some rows. start: starts the call of a group. result: what its steps return at their end."""
 
     steps: Steps
     start: Start
@@ -68,7 +69,8 @@ def run_waves(
 ) -> Generator[Wave, None, None]:
     """Run `waves`, at most `most` at a time (None: any number). Yields each when it and all before it have ended.
 
-    A wave is taken from the iterable when it can begin. After an exception, Ctrl-C among them, calls in progress end.
+    A wave is taken from the iterable when it can begin. After an exception, such as Ctrl-C, this waits for the calls in
+    progress.
     """
     waves, exhausted = iter(waves), False
     running: deque[Wave] = deque()  # in order
@@ -111,7 +113,7 @@ def _wait(running: Iterable[Wave], ended: queue.SimpleQueue[Call], counters: Cou
     if not found:
         found = [call for call in calls if call.deadline() <= time.monotonic()]
     for call in found:
-        if call in calls:  # not one that was given up before it ended
+        if call in calls:  # otherwise the call was given up before it ended
             calls[call].outputs, calls[call].call = call.finish(), None
 
 
@@ -121,7 +123,7 @@ def _stop(running: Iterable[Wave], ended: queue.SimpleQueue[Call]) -> None:
     for call in calls:
         call.cancel()
     with contextlib.suppress(queue.Empty):
-        # By their flags: an interruption of `_wait` may have lost what it got from the queue.
+        # Check the flags of the calls: an interrupted `_wait` may have lost calls that it took from the queue.
         while calls := [call for call in calls if not call.ended]:
             limit = min(call.deadline() for call in calls)
             ended.get(timeout=max(0.0, limit - time.monotonic()))
