@@ -9,7 +9,7 @@ from rwkv_npu.bench.document import ProductRow, with_rates
 
 
 def square(n: int, seconds: float | None = None, **fields: Any) -> ProductRow:
-    """A row of an invented series, as fast as 1 GFLOP/s unless told otherwise."""
+    """A row of an invented series, with 1 GFLOP/s unless a time is given."""
     seconds = 2e-9 * n**3 if seconds is None else seconds
     common = {"backend": "numpy", "device": "CPU (x)", "dtype": "fp32", "accumulate": "fp32", "threads": 2}
     spread = {"time_p10_s": 0.9 * seconds, "time_p90_s": 1.2 * seconds, "time_error_s": 0.01 * seconds}

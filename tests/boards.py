@@ -1,4 +1,4 @@
-"""Trees of files as an RK3588 board shows them, for whatever reads below a root."""
+"""Trees of files like those of an RK3588 board, for code that reads files below a root."""
 
 from __future__ import annotations
 

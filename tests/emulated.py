@@ -1,4 +1,4 @@
-"""The emulated board for tests: commands run in it, what its stand-in was asked, and bundles for it."""
+"""The emulated board for tests: running commands in it, the log of its stand-in, and bundles for it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ print(lite.__class__.__name__)
 
 
 class EmulatedBoard:
-    """`folder` is what tools/board makes, `socket` where the process listens that computes for the stand-in."""
+    """folder: made by tools/board. socket: of the process that computes for the stand-in."""
 
     def __init__(self, folder: Path, socket: Path):
         self._folder, self._socket = folder, socket
@@ -110,7 +110,7 @@ class EmulatedBoard:
 
 
 def convert_for_board(folder: Path, generation: str) -> Path:
-    """A bundle with artifacts of both fusions: of the demo model for 7, else of a random one of two layers."""
+    """A bundle with artifacts of both fusions: the demo model for generation 7, else a random model of two layers."""
     checkpoint = demo_model()
     if generation != "7":
         checkpoint = folder / f"v{generation}.pth"

@@ -1,4 +1,4 @@
-"""What the tests of evaluations read, and how they are interrupted."""
+"""Texts for the tests of evaluations, and a progress that interrupts them."""
 
 from __future__ import annotations
 

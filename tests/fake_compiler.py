@@ -1,4 +1,4 @@
-"""Stand-ins for Rockchip's compiler: what it prints, programs in place of its own, and one for conversions."""
+"""Stand-ins for Rockchip's compiler: its output, fake programs, and a compiler for conversions."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Compiler:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """A compiler for conversions, which looks installed in whatever version is asked for."""
+    """A compiler for conversions. Every version looks installed."""
     compiler = Compiler()
     monkeypatch.setattr(artifacts, "compile_many", compiler)
     monkeypatch.setattr(

@@ -29,7 +29,7 @@ TRACEBACK = "E Catch exception when init runtime!\nE Traceback (most recent call
 
 
 class FakeLibrary:
-    """A ctypes library as far as its `rknn_outputs_get` is looked at."""
+    """The part of a ctypes library that the tests use: `rknn_outputs_get`."""
 
     def __init__(self) -> None:
         self.rknn_outputs_get = SimpleNamespace(errcheck=lambda code, function, arguments: code)
@@ -42,7 +42,7 @@ class FakeLibrary:
 
 
 class FakeRuntime:
-    """`rknn_runtime` of an RKNNLite, as 2.5.0 has it. Codes are the class's to set, one for each call."""
+    """`rknn_runtime` of RKNNLite 2.5.0. Return codes are set on the class, one for each call."""
 
     versions = "2.5.0 (c949ad889d@2026)", "0.9.8"
     codes: dict[str, list[int]] = {}
@@ -88,7 +88,7 @@ class FakeRuntime:
 
 
 class FakeLite:
-    """`says` is what init_runtime logs; with `fails`, or a mask in `refused`, it returns -1."""
+    """says: the log of init_runtime. It returns -1 if `fails`, or for a mask in `refused`."""
 
     says, fails = "W Query dynamic range failed.\n", False
     opened: list[FakeLite] = []
@@ -150,7 +150,7 @@ def fake_bundle(patch: pytest.MonkeyPatch, checkpoint: Path, spec: Spec, **optio
 
 
 def become_a_board(monkeypatch: pytest.MonkeyPatch, folder: Path, runtime: str = "2.3.2") -> None:
-    """This machine is an RK3588 with RKNNLite and librknnrt, until the test ends."""
+    """Until the test ends, this machine looks like an RK3588 with RKNNLite and librknnrt."""
     package, api = ModuleType("rknnlite"), ModuleType("rknnlite.api")
     package.__path__ = []
     package.__spec__ = SimpleNamespace(name="rknnlite")  # type: ignore[assignment]

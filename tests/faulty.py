@@ -21,7 +21,7 @@ KINDS = ("code", "nan", "inf", "zeros", "rows", "missing")
 
 
 class FaultyRunner:
-    """Computes with NumPy, and then makes the next fault. Its next run reuses the outputs' buffers."""
+    """Computes with NumPy, then applies the next fault. Its next run reuses the outputs' buffers."""
 
     def __init__(self, npu: FaultyNpu, group: Group, runner: Runner):
         self._npu, self._group, self._runner = npu, group, runner

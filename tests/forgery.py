@@ -26,7 +26,7 @@ def sign(bundle: Path, change: Callable[[dict[str, Any]], object] = lambda manif
 
 
 def rewrite_tensors(bundle: Path, file: str, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    """Write a file of tensors anew, after `change` to name -> array, and sign the bundle."""
+    """Apply `change` to the tensors of a file (name -> array), write it, and correct the bundle's digests."""
     with TensorFile(bundle / file) as opened:
         arrays = {name: np.array(opened.array(name)) for name in opened.names}
     change(arrays)

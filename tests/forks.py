@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def ended(child: int, seconds: float) -> int:
-    """The exit status of a process, which is killed if it takes longer."""
+    """The exit status of a process. It is killed if it takes longer than that."""
     deadline = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -56,7 +56,7 @@ def ended(child: int, seconds: float) -> int:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Be the command, in this process, to its end."""
+    """Run the command in this process."""
     files = (os.devnull, os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_CREAT) for name in ("out", "err"))
     for number, (path, flags) in enumerate(files):
         file = os.open(path, flags)

@@ -1,4 +1,4 @@
-"""What fp16 may do to logits, stated once for the simulator and the emulated board."""
+"""The error of logits that fp16 may cause, for the simulator and the emulated board."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import rwkv_npu
 
 
 def bound(logits: np.ndarray) -> float:
-    """On the largest deviation from these logits, NumPy's in fp32."""
+    """The bound of the largest deviation from these logits, which are NumPy's in fp32."""
     return float(0.02 * logits.std() + 0.02)
 
 
 def check_logits(found: np.ndarray, expected: np.ndarray) -> None:
-    """(T, V) within the bound, and the most likely token the same wherever it is clear which that is."""
+    """Logits (T, V) are within the bound, and the most likely token is the same unless two are nearly equal."""
     limit = bound(expected)
     assert np.abs(found - expected).max() < limit
     top = np.sort(expected, axis=-1)[:, -2:]
@@ -32,7 +32,7 @@ def check_state(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 def forced(
     bundle: Path, ids: list[int], prompt: int, **options: object
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Reads `prompt` of the ids in one go and the others one by one: logits after each, and the state in the end."""
+    """Read the first `prompt` ids together and the others one by one. Returns logits after each, and the last state."""
     with rwkv_npu.load(bundle, **options) as model:  # type: ignore[arg-type]
         logits, state = model.forward(ids[:prompt])
         rows = [logits]

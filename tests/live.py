@@ -38,7 +38,7 @@ class LiveServer:
 
 @contextmanager
 def live_server(*arguments: object, log: Path) -> Iterator[LiveServer]:
-    """`rwkv-npu serve` with these flags; what it says goes to `log`."""
+    """Start `rwkv-npu serve` with these flags. Its stderr goes to `log`."""
     with log.open("w") as file:
         process = subprocess.Popen(
             command("serve", "--port", 0, *arguments), stdout=subprocess.PIPE, stderr=file, text=True

@@ -12,7 +12,7 @@ from rwkv_npu.models.spec import Group
 def ragged_inputs(
     group: Group, rows: int, begins: Sequence[int], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Random (rows, width) each; a sequence begins at each of the rows `begins`, of which 0 is one."""
+    """Random inputs (rows, width). A sequence begins at each of the rows `begins`, which include 0."""
     inputs = {port.name: rng.standard_normal((rows, port.width)).astype(np.float32) for port in group.inputs}
     if "mask" in inputs:
         inputs["mask"][:] = 1

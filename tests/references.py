@@ -36,7 +36,7 @@ _ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint for the package to read: arguments of `make_checkpoint` and a name."""
+    """A checkpoint that the package can read: a name, and arguments of `make_checkpoint`."""
 
     name: str
     generation: str
@@ -117,11 +117,11 @@ class References:
         return self._folder / f"{case.name}.pth"
 
     def package(self, case: Case, way: str) -> Reference:
-        """What the package computes, read token by token (`one`) or as a sequence (`seq`)."""
+        """The package's results, read token by token (`one`) or as a sequence (`seq`)."""
         return self._reference(case.worker, f"{case.name}/{way}")
 
     def transformers(self, name: str) -> tuple[Path, Reference]:
-        """A folder that transformers saved, and what it computes from it. Without a state where it has none."""
+        """A folder that transformers saved, and its results, without a state if it has none."""
         return self._folder / f"hf-{name}", self._reference("transformers", name)
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ def _run_package(folder: Path, case: Case) -> dict[str, np.ndarray]:
 
 
 def _with_faaaa(path: Path) -> Path:
-    """A v6 checkpoint with `time_first` again, with `time_faaaa`: the package counts v6's heads by that name."""
+    """Write a v6 checkpoint with `time_faaaa` for `time_first`: the package counts v6's heads by that name."""
     import torch
 
     new = path.with_name(f"{path.stem}-faaaa.pth")
@@ -238,7 +238,7 @@ def _run_transformers(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def _randomise(name: str, values: Any) -> None:
-    """Values of a healthy model where transformers' own initial ones give logits near 0."""
+    """Realistic weights where those of transformers would give logits near 0."""
     if name.endswith(("ln1.weight", "ln2.weight", "ln_out.weight", "pre_ln.weight")):
         values.normal_(1.0, 0.1)
     elif name.endswith(".bias"):

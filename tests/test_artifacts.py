@@ -1,4 +1,4 @@
-"""Artifacts survive whatever interrupts a conversion: a stand-in for the compiler counts what it is asked for."""
+"""Artifacts survive an interrupted conversion. A stand-in for the compiler counts its builds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_interruption_after_the_last_build_keeps_all_artifacts(
 def test_notes_of_another_conversion_are_not_trusted(
     checkpoint: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the compiler's file and our notes of it, as while the simulator runs."""
+    """The conversion is killed after the compiler wrote a file, and before it is noted."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What is read of a board, from trees of files such as boards show."""
+"""Properties of a board, read from trees of files like those of real boards."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_outdated_warns_of_old_versions(versions: tuple[str | None, ...], expect
 
 
 def cores_of(root: Path, *, parts: str = "", capacities: str = "", mhz: str = "") -> Path:
-    """A machine whose cores are told by one letter or number each; "" shows nothing."""
+    """A machine with a letter or number for each core, its kind; "" shows no kinds."""
     count = max(len(parts), len(capacities.split()), len(mhz.split()))
     lines = [f"processor : {n}\n" + (f"CPU part : {parts[n]}\n" if parts else "") for n in range(count)]
     files = {"proc/cpuinfo": "\n".join(lines)}

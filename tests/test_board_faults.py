@@ -54,7 +54,7 @@ def arguments(bundle: Path, *more: object, backend: str = "rknn") -> list[object
 
 @pytest.fixture(scope="module")
 def texts(emulated_board: EmulatedBoard, bundle: Path) -> dict[str, str]:
-    """What the NPU writes when nothing is wrong, by backend."""
+    """The text that each NPU backend writes without faults."""
     found = {}
     for backend in WAYS:
         words = arguments(bundle, backend=backend)
@@ -246,7 +246,7 @@ def test_one_client_at_a_time(emulated_board: EmulatedBoard, bundle: Path) -> No
 def test_a_killed_process_blocks_nobody(
     emulated_board: EmulatedBoard, bundle: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
-    """Killed within a token: what was written is the start of the text, its state is not, and the next run works."""
+    """Killed within a token: the output is the start of the text, no state is saved, and the next run works."""
     state, text = tmp_path / "state", texts["rknn"]
     result = emulated_board.run("rwkv-npu", *arguments(bundle, "--state", state), faults="killed@40")
     assert result.returncode in (-9, 137) and text.startswith(result.stdout) and result.stdout != text

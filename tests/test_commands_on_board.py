@@ -1,4 +1,4 @@
-"""The commands that look at a machine, on the emulated board: doctor, info, tune, and what generate makes of a plan."""
+"""Commands about the machine, on the emulated board: doctor, info, tune, and generate with a plan."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def bundle(board_bundles: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One to which a plan may be added."""
+    """A bundle to which a test may add a plan."""
     return Path(shutil.copytree(board_bundles["4"], tmp_path_factory.mktemp("commands") / "model.rwkv"))
 
 

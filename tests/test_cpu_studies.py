@@ -1,4 +1,4 @@
-"""The studies of the CPU in `bench/`: that they run, and what their tables say."""
+"""The studies of the CPU in `bench/`: they run, and print tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_start(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_copied_weights_are_released(tmp_path: Path) -> None:
-    """Float weights are packed anew: the pages of the file that they were read from are given back."""
+    """Float weights are copied into packed form, and the pages of their file are released."""
     write_model(tmp_path / "m" / "model.pth", D=512, L=2, N=64)
     path = rwkv_npu.convert(tmp_path / "m" / "model.pth", tmp_path / "out", target="none", cpu="fp16")
     weights = str(path / "graphs/weights.safetensors")

@@ -29,7 +29,7 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 def test_the_oldest_rknnlite_that_may_be_installed(emulated_board: EmulatedBoard, board_bundles) -> None:
-    """The same text, faults looked at in the same way."""
+    """The oldest RKNNLite writes the same text, and faults are handled in the same way."""
     wanted = re.search(r"rknn-toolkit-lite2>=([\d.]+)", (build.REPOSITORY / "pyproject.toml").read_text())
     assert wanted
     lite = build.make_lite(wanted[1], lambda line: print(line, file=sys.stderr))

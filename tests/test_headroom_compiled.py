@@ -1,4 +1,4 @@
-"""Loud models in Rockchip's simulator, over a long context: what overflows without scales does not with them."""
+"""Models of large activations in Rockchip's simulator, over a long context: only without scales do they overflow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def checkpoint(
 
 
 def test_chosen_scales_hold_over_a_long_context(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scales were chosen by a different text."""
+    """The scales were chosen with another text."""
     stand_in(monkeypatch)  # the simulator compiles by itself
     out = rwkv_npu.convert(checkpoint, checkpoint.with_suffix(".rwkv"), rows=ROWS, cpu="fp16")
     manifest = open_bundle(out).manifest
@@ -70,7 +70,7 @@ def test_chosen_scales_hold_over_a_long_context(checkpoint: Path, monkeypatch: p
 def test_each_of_the_scales_is_needed(
     checkpoint: Path, missing: str, toolkit_environment: Environment, tmp_path: Path
 ) -> None:
-    """The end of the model with all of them is what NumPy has, and without those of one kind it is not."""
+    """With all scales the last group equals NumPy's, and without the scales of one kind it does not."""
     source = CheckpointSource(open_checkpoint(checkpoint))
     scaling = choose_scaling(source.spec, calibrate(source, IDS, rows=ROWS, keep=2))
     pairs = [

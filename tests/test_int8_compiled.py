@@ -41,7 +41,7 @@ def source() -> CheckpointSource:
 
 @pytest.fixture(scope="module")
 def quantised(source: CheckpointSource) -> dict[str, Quantised]:
-    """All that may be in int8, smoothed, on a few random tokens: the arithmetic is the same for any ranges."""
+    """All projections that can be int8, smoothed, with parameters from a few random tokens."""
     ids = np.random.default_rng(0).integers(1, source.spec.V, 256)
     seen = calibrate(source, ids, rows=64).projections
     found = {}
@@ -129,7 +129,7 @@ def test_other_chips_and_compilers(
     toolkit_environment: toolkit.Environment,
     tmp_path: Path,
 ) -> None:
-    """All products of a layer, at one row: of more the RK3566 and RK3568 leave transposes to the CPU, in fp16 too."""
+    """All products of a layer, at one row: with more, RK3566 and RK3568 leave transposes to the CPU, in fp16 too."""
     environment = toolkit_environment if version == toolkit.DEFAULT_VERSION else toolkit.find(version)
     if environment is None:
         pytest.skip(f"rwkv-npu toolkit install --version {version} installs it")
@@ -143,7 +143,7 @@ def test_other_chips_and_compilers(
 def test_wide_products_are_sums_of_parts(
     rows: int, toolkit_environment: toolkit.Environment, tmp_path: Path
 ) -> None:
-    """Wider than the compiler takes in int8, and at several rows than the NPU takes at all."""
+    """Wider than the compiler's limit for int8 and, at several rows, wider than the NPU's limit."""
     write_model(tmp_path / "m" / "model.pth", F=NPU_WIDTH + 256)
     source = CheckpointSource(open_checkpoint(tmp_path / "m" / "model.pth"))
     name = "blocks.0.ffn.value.weight"
@@ -158,7 +158,7 @@ def test_wide_products_are_sums_of_parts(
 def test_a_model_in_the_simulator_predicts_as_it_does_in_numpy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All large matrices of the demo model in int8, and next to nothing of its predictions lost."""
+    """All large matrices of the demo model are int8, and its predictions hardly change."""
     out = tmp_path / "o"
     options = ("--precision", "mixed", "--rows", "1,64", "--cpu", "fp16", "--verify")
     status, _, err = run_main(capsys, "convert", demo_model(), "-o", out, *options)

@@ -92,7 +92,7 @@ def prose() -> list[int]:
 
 @pytest.fixture(scope="module")
 def socket(bundle: Path) -> Iterator[Path]:
-    """The address of the process that computes this bundle."""
+    """The socket of the process that computes this bundle's groups."""
     with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
         path = Path(folder) / "socket"
         with Server(path, Bundles([bundle])):
@@ -183,7 +183,7 @@ def test_the_self_test_allows_for_int8(emulated_board: EmulatedBoard, bundle: Pa
 
 
 def test_the_command_line_in_int8(emulated_board: EmulatedBoard, bundle: Path, socket: Path) -> None:
-    """Each token that it writes is to NumPy the most likely one, or as likely as rounding may make of it."""
+    """Each token written is NumPy's most likely one, or within the rounding error of it."""
     prompt, tokens = prose()[-PROMPT:], 12
     words = [
         "generate",

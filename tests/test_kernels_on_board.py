@@ -1,4 +1,4 @@
-"""numba on the emulated board: the instructions of an RK3588 in its machine code, and NumPy's numbers."""
+"""numba on the emulated board: its machine code has an RK3588's instructions, and results equal NumPy's."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_processor_is_that_of_an_rk3588(python: Path) -> None:
 
 
 def test_int8_products_use_sdot(python: Path) -> None:
-    """Of tokens (gemv) and of prompts (gemm), in both formats."""
+    """For tokens (gemv) and prompts (gemm), in int8 and int4."""
     found: dict[str, dict[str, Any]] = {}
     for process in [start(python, PRODUCTS, kernel) for kernel in ("gemv", "gemm")]:
         result = json.loads(end(process))
@@ -96,7 +96,7 @@ def test_int8_products_use_sdot(python: Path) -> None:
 @pytest.mark.skipif("RWKV_CAMPAIGN" not in os.environ, reason="make campaign: kernels compile for an hour")
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_generation_and_format(generation: str, python: Path, tmp_path: Path) -> None:
-    """The board's numba against this machine's, which the tests compare with NumPy's."""
+    """The board's results equal this machine's, which other tests compare with NumPy's."""
     write_model(tmp_path / "model.pth", generation)
     for cpu in ("int8", "int4", "fp16", "fp32"):
         bundle = rwkv_npu.convert(tmp_path / "model.pth", tmp_path / f"{cpu}.rwkv", target="none", cpu=cpu)

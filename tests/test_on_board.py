@@ -1,4 +1,4 @@
-"""Models on the emulated board, from the project's own wheel: the NPU's backends, held to NumPy."""
+"""Models on the emulated board, run from the project's wheel: the NPU's backends compared with NumPy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def ids_of(bundle: Path) -> list[int]:
 def texts(
     request: pytest.FixtureRequest, emulated_board: EmulatedBoard, board_bundles, tmp_path_factory
 ) -> tuple[Path, dict[tuple[str, str], Forced]]:
-    """A bundle, and what the board makes of a text on every backend."""
+    """A bundle, and the board's results for a text on every backend."""
     bundle, folder = board_bundles[request.param], tmp_path_factory.mktemp("texts")
     pairs = [f"{backend}/{fusion}" for backend, fusion in ON_BOARD]
     log = folder / "log"
@@ -101,7 +101,7 @@ def test_a_text_on_the_board(texts, pair: tuple[str, str]) -> None:
 
 
 def check_rknn_calls(calls: Sequence[Call], bundle: Path, fusion: str) -> None:
-    """A context an artifact, opened once; of one row, a run a group and token and one for the self-test."""
+    """Each artifact is opened once. With one row, each group runs once a token, and once for the self-test."""
     opened = open_bundle(bundle)
     spec, artifacts = opened.spec, [a for a in opened.manifest.artifacts if a.fusion == fusion]
     assert count(calls, "init").total() == len(artifacts)
@@ -127,7 +127,7 @@ def check_matmul_calls(calls: Sequence[Call], bundle: Path, fusion: str) -> None
 
 
 def test_the_shipped_model_in_the_simulator(board_bundles) -> None:
-    """Token by token through what Rockchip says that the chip computes; other generations: test_rknn.py."""
+    """The demo model, token by token, in Rockchip's simulator; test_rknn.py has the other generations."""
     bundle, ids = board_bundles["7"], ids_of(board_bundles["7"])
     expected, expected_state = forced(bundle, ids, PROMPT, backend="numpy")
     plan = {"prefill": "numpy", "decode": "rknn-sim"}  # graphs of one row: half of what would be built
@@ -137,7 +137,7 @@ def test_the_shipped_model_in_the_simulator(board_bundles) -> None:
 
 
 def test_the_command_line_on_the_board(emulated_board: EmulatedBoard, board_bundles) -> None:
-    """The same text as on this machine, without a draw of lots."""
+    """The greedy text is the same as on this machine."""
     prompt, tokens = "Return the ", 12
     with rwkv_npu.load(board_bundles["7"], backend="ort") as model:
         steps = model.generate(prompt, max_tokens=tokens, temperature=0)
@@ -184,14 +184,14 @@ def test_nothing_leaks_through_rknnlite(emulated_board: EmulatedBoard, board_bun
 
 
 def test_nothing_leaks_through_the_matmul_interface(run_alone, board_bundles, tmp_path: Path) -> None:
-    """On this machine, which is quicker: the calls are the same."""
+    """On this machine, which is faster; the calls are the same as on the board."""
     log = tmp_path / "log"
     output = run_alone(HELD, board_bundles["4"], "rknn-matmul", "projection", 2000, RKNN_STANDIN_LOG=str(log))
     check_held(output, read_calls(log))
 
 
 def test_the_matmul_sweep_runs_on_the_board(emulated_board: EmulatedBoard, tmp_path: Path) -> None:
-    """Its products are checked against float64, so that what ran was what was asked for."""
+    """The sweep compares its products with float64."""
     file, log = tmp_path / "rows.json", tmp_path / "log"
     arguments = ["--shapes", "16x96x64", "--backends", "rknn,rknn-matmul", "-r", 1, "-t", 1, "--resume", file]
     result = emulated_board.run("rwkv-npu", "bench", "matmul", *arguments, log=log)
@@ -207,7 +207,7 @@ def test_the_matmul_sweep_runs_on_the_board(emulated_board: EmulatedBoard, tmp_p
 
 
 def test_info_runs_on_the_board(emulated_board: EmulatedBoard, board_bundles) -> None:
-    """It says there what it says here."""
+    """`info` prints the same on the board as here."""
     found = emulated_board.run("rwkv-npu", "info", board_bundles["7"], "--json")
     assert found.returncode == 0, found.stderr[-2000:]
     here = [sys.executable, "-m", "rwkv_npu", "info", str(board_bundles["7"]), "--json"]

@@ -46,7 +46,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[References]
 
 
 def read(engine: Engine | Model, lengths: list[int]) -> Reference:
-    """All logits and the last state, of TOKENS read in calls of these lengths."""
+    """All logits, and the last state, after reading TOKENS in calls of these lengths."""
     logits, state, start = [], None, 0
     for length in lengths:
         some, state = engine.forward(TOKENS[start : start + length], state, all_logits=True)
@@ -94,7 +94,7 @@ def test_equals_the_package(model: tuple[Case, Model], cut: str, references: Ref
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_package_agrees_with_itself(case: Case, references: References) -> None:
-    """What is measured with is finer than what is measured."""
+    """The package agrees with itself better than the tolerance of these tests."""
     one, seq = references.package(case, "one"), references.package(case, "seq")
     assert np.abs(one.logits - seq.logits).max() < LOGITS_BOUND / 4
     for name, part in one.state.items():
@@ -128,7 +128,7 @@ def _spec(path: Path) -> rwkv_npu.Spec:
 
 
 class Recorder(NumpyMaths):
-    """Remembers what projections and norms were given."""
+    """Records the inputs of projections and norms."""
 
     def __init__(self, weight, prefix="", seen=None):  # type: ignore[no-untyped-def]
         super().__init__(weight, prefix)

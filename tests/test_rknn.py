@@ -56,7 +56,7 @@ def test_metadata_of_an_artifact(bundle) -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_simulator_follows_numpy_through_a_text(bundle, fusion: str) -> None:
-    """A prompt by a call of 16 rows and one padded to 16, then 64 tokens."""
+    """A prompt in a call of 16 rows and one padded to 16 rows, then 64 tokens."""
     ids = np.random.default_rng(0).integers(1, bundle.spec.V, 20 + 64).tolist()
     expected, expected_state = forced(bundle.path, ids, 20, backend="numpy", fusion=fusion)
     found, state = forced(bundle.path, ids, 20, backend="rknn-sim", fusion=fusion)
