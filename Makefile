@@ -9,7 +9,7 @@
 # JOBS processes run the tests; the default suits 2 cores and 8 GB.
 
 JOBS ?= 2
-PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell command -v $(v))))
+PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell $(v) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 TORCH ?= torch==2.13.0
 PARALLEL = -n $(JOBS) --dist loadgroup
 PIP = -m pip install --quiet --disable-pip-version-check

@@ -183,10 +183,17 @@ def test_places_that_cannot_be_written_to(
 # -- what is there already -------------------------------------------------------------------------------
 
 
-def test_same_weights_again_changes_nothing(checkpoint: Path, whole: Path, out: Path) -> None:
+def test_same_weights_again_changes_nothing(
+    checkpoint: Path, whole: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(whole, out)
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != MANIFEST}
-    assert convert(checkpoint, out) == out
+    with caplog.at_level("INFO", "rwkv_npu"):
+        assert convert(checkpoint, out) == out
+        assert caplog.messages[-1].startswith("nothing to do")
+        convert(checkpoint, out, cpu="fp16")
+        convert(checkpoint, out, cpu="int8")
+        assert sum("nothing" in message for message in caplog.messages) == 1  # the default was another
     assert contents(out) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in stamps if path.is_file()} == {
         path: stamp for path, stamp in stamps.items() if path.is_file()

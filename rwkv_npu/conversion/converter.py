@@ -38,7 +38,7 @@ from rwkv_npu.conversion.quantise import (
     split_text,
 )
 from rwkv_npu.conversion.request import Request, parse_rows, parse_target
-from rwkv_npu.conversion.workspace import Notes, delete_damaged, keep_if, other_weights, workspace
+from rwkv_npu.conversion.workspace import Notes, delete_damaged, keep_if, other_weights, stamp, workspace
 from rwkv_npu.conversion.writer import (
     record_files,
     write_graphs,
@@ -170,7 +170,8 @@ def run(request: Request) -> Path:
         manifest.weights_digest = _check_values(job, notes)
         if not job.adding:
             keep_if(notes, folder, "weights", manifest.weights_digest, "*")
-        manifest.forget(delete_damaged(folder, manifest, request, {artifact.path for artifact in planned}))
+        damaged = delete_damaged(folder, manifest, request, {artifact.path for artifact in planned})
+        manifest.forget(damaged)
         # 2. Write the weights, also in the CPU's precision.
         source, cpu = CheckpointSource(job.checkpoint), request.cpu_precision
         write_weights(folder, source, manifest.cpu)
@@ -226,6 +227,8 @@ def run(request: Request) -> Path:
         remove_unlisted(folder, ("rknn", "cpu", "calib", "graphs"), manifest.files)
         with contextlib.suppress(OSError):  # it is missing, or holds the int8 parameters
             (folder / "calib").rmdir()
+    if job.adding and not damaged and stamp(job.out) == job.stamp:
+        log.info(f"nothing to do: {job.out} has all of it, and every file is whole")
     return job.out
 
 

@@ -21,10 +21,8 @@ from rwkv_npu.conversion.workspace import check_out_path, is_ours, stamp, worksp
 from rwkv_npu.errors import BundleError, UsageError
 from rwkv_npu.formats.bundle import (
     FORMAT,
-    HOST,
     INT8,
     MANIFEST,
-    SELF_TEST,
     WEIGHTS,
     Bundle,
     Manifest,
@@ -114,17 +112,16 @@ def _selected(
             or f"{bundle.path} has no artifacts for {wanted}. It has {'; '.join(kinds) or 'none'}: "
             f"rwkv-npu convert {old.checkpoint} --target {target} adds to it"
         )
-    # 2. Files: those of every bundle, and of the CPU in this precision.
-    names = {HOST, *(a.path for a in artifacts)}
-    names.update({SELF_TEST, old.tokenizer or ""} & old.files.keys())
+    # 2. Files: all but those of other artifacts and other weights.
     packed = [cpu] if cpu in old.packed else []
+    left = {a.path for a in old.artifacts} - {a.path for a in artifacts}
+    left.update(packed_file(name) for name in old.packed if name != cpu)
     if packed:
-        names.add(packed_file(cpu))
-    else:
-        names.update(
+        left.update(
             {WEIGHTS, *(graph_file(f, g["name"]) for f, groups in old.groups.items() for g in groups)}
         )
-        names.update({INT8} & old.files.keys() if chosen in old.int8 else ())
+    if packed or chosen not in old.int8:
+        left.add(INT8)
     return replace(
         old,
         fusion=fusion,
@@ -137,7 +134,7 @@ def _selected(
         sensitivity=[],
         int8_key="" if packed else old.int8_key,
         graph_errors={} if packed else old.graph_errors,
-        files={name: record for name, record in old.files.items() if name in names},
+        files={name: record for name, record in old.files.items() if name not in left},
     )
 
 
