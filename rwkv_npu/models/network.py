@@ -100,7 +100,7 @@ class Program:
         module, i = MODULES[self.spec.generation], group.layer
         block = f.block(i)
         if group.role == "att.in":
-            return module.att_in(block, x, self.spec, i)
+            return module.att_in(block, x, i)
         if group.role == "att.out":
             return {"out": self._att_out(block, x["y"], i)}
         if group.role == "ffn":
@@ -116,7 +116,7 @@ class Program:
         module, block = MODULES[self.spec.generation], f.block(layer)
         h = block.layer_norm(x, "ln1", self.norm_eps(layer))
         mixed = module.att_mix(block, h, f.shift(h, previous, mask), self.spec)
-        return {"att_h": h, **module.att_in(block, mixed, self.spec, layer)}
+        return {"att_h": h, **module.att_in(block, mixed, layer)}
 
     def _after_recurrence(self, f: Maths, x: dict[str, Any], group: Group) -> dict[str, Any]:
         """The groups `mid` and `last`: from the recurrence of layer i to that of layer i+1, or to the head."""

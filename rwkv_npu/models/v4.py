@@ -20,7 +20,7 @@ def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
     return {f"x{c}": previous + d * f.vector(f"att.time_mix_{c}") for c in "rkv"}
 
 
-def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any]:
+def att_in(f: Maths, x: dict[str, Any], layer: int) -> dict[str, Any]:
     return {
         "r": f.linear(x["xr"], "att.receptance.weight"),
         "k": f.linear(x["xk"], "att.key.weight"),

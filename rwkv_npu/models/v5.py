@@ -24,7 +24,7 @@ def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
     return {x.name: previous + d * f.vector(f"att.time_mix_{x.name[1]}") for x in att_inputs(spec)}
 
 
-def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any]:
+def att_in(f: Maths, x: dict[str, Any], layer: int) -> dict[str, Any]:
     out = {
         "r": f.linear(x["xr"], "att.receptance.weight"),
         "k": f.linear(x["xk"], "att.key.weight"),

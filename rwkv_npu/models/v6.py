@@ -22,7 +22,7 @@ def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
     return {"h": h, "dx": previous - h}
 
 
-def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any]:
+def att_in(f: Maths, x: dict[str, Any], layer: int) -> dict[str, Any]:
     h, dx = x["h"], x["dx"]
     z = h + dx * f.vector("att.time_maa_x")
 

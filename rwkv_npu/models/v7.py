@@ -23,7 +23,7 @@ def att_mix(f: Maths, h: Any, previous: Any, spec: Spec) -> dict[str, Any]:
     return {f"x{c}": h + dx * f.vector(f"att.x_{c}") for c in "rwkvag"}
 
 
-def att_in(f: Maths, x: dict[str, Any], spec: Spec, layer: int) -> dict[str, Any]:
+def att_in(f: Maths, x: dict[str, Any], layer: int) -> dict[str, Any]:
     out = {
         "r": f.linear(x["xr"], "att.receptance.weight"),
         "w": f.linear(f.tanh(f.linear(x["xw"], "att.w1")), "att.w2"),
