@@ -47,7 +47,7 @@ class Source(Protocol):
         """A projection, or number `index` of a stack, quantised for the CPU; None if it is not quantised."""
 
     def weight(self, name: str) -> np.ndarray:
-        """As `tensor`, in the requested precision: quantised weights are dequantised to fp32."""
+        """A tensor in the requested precision: quantised weights are dequantised to fp32, others are as stored."""
 
     def release(self, name: str) -> None:
         """Free the memory of a projection that was copied and will not be read again."""

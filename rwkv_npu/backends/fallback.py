@@ -126,7 +126,7 @@ class FallbackRunner:
         self.npu_seconds = 0.0  # of the NPU in the last run, as it reports them; 0 if the CPU ran
 
     def load(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """As `Loader.load`: the NPU's runner may convert them itself."""
+        """Copy inputs for the next run. The NPU's runner may convert them."""
         if self._npu is None:
             copy_rows(inputs, self.inputs)
         else:

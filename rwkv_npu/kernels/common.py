@@ -58,9 +58,7 @@ COMPILED: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "con
 _IN_ORDER: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 
 inlined: Any = functools.partial(inner, forceinline=True, **COMPILED)
-called: Any = functools.partial(
-    inner, **COMPILED
-)  # for large functions, which need not be copied into each caller
+called: Any = functools.partial(inner, **COMPILED)  # large functions: not copied into each caller
 
 # -- arguments -------------------------------------------------------------------------------------------
 

@@ -165,15 +165,15 @@ def _without_engine() -> Iterator[None]:
     that has renamed one fails here at the first kernel, with an AttributeError of `mock.patch`. If it reaches the
     engine in another way, kernels only compile more slowly.
     """
+    # What numba's own methods do: generate the code of a module; the same, and return the address of a function.
     library: dict[str, Any] = {
-        "_finalize_specific": lambda library: None,  # would have the engine generate code
-        "get_pointer_to_function": lambda library, name: (
-            library._ensure_finalized() or 0
-        ),  # no address to return
+        "_finalize_specific": lambda library: None,
+        "get_pointer_to_function": lambda library, name: library._ensure_finalized() or 0,
     }
+    # Add a module to the engine; set a global of a module that the engine holds.
     codegen: dict[str, Any] = {
-        "_add_module": lambda codegen, module: None,  # would add the module to the engine
-        "set_env": lambda codegen, name, env: None,  # would look for a global of the module in the engine
+        "_add_module": lambda codegen, module: None,
+        "set_env": lambda codegen, name, env: None,
     }
     cpu_target.target_context  # noqa: B018  made before the patch: numba's own runtime does need machine code
     with (

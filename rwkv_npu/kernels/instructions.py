@@ -44,10 +44,7 @@ INSTRUCTION = np.dtype(
     [
         ("op", np.int64),
         ("wait", np.int64),  # 1: a barrier before it
-        (
-            "clock",
-            np.int64,
-        ),  # address of a sum of nanoseconds: the time until the next barrier is added to it
+        ("clock", np.int64),  # address of a sum of ns, to which the time until the next barrier is added
         ("rows", np.int64),
         ("width", np.int64),  # floats of a row of `out`, without padding
         ("stride", np.int64),  # floats from one row of `out` to the next

@@ -46,7 +46,7 @@ from rwkv_npu.kernels.simd import (
 SPIN_NS = 100_000  # during a program: a thread looks for work this long, then sleeps
 # After a program: a helper looks for work this long. A token is a few programs, with little time in between.
 LINGER_NS = 1_000_000
-LOOKS = 64  # a thread reads the clock once in so many looks
+LOOKS = 64  # a thread without work reads the clock once in 64 looks for some
 LATE_NS = 500_000  # a helper that was without a core for so long stays away
 AWAY_NS = 50_000_000  # it comes back when it has not been without a core for so long
 AWAY_US = 5_000  # the time it sleeps between two tests of this

@@ -61,7 +61,7 @@ class ModelSource:
         return None
 
     def weight(self, name: str) -> np.ndarray:
-        """As `tensor`, in the requested precision: quantised weights are dequantised to fp32."""
+        """A tensor in the requested precision: quantised weights are dequantised to fp32, others are as stored."""
         return self.tensor(name)
 
     def release(self, name: str) -> None:

@@ -204,7 +204,7 @@ def _rewrite_mask(graph: Any) -> bool:
 
 
 def _printed() -> str:
-    """What the compiler has printed during this build."""
+    """The compiler's output since this build began."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open("../log", errors="replace") as file:
