@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {"temperature": arguments.temp, "top_p": arguments.top_p, "seed": arguments.seed}
     with load_model(arguments, verbose=arguments.verbose) as model:
         template = model_template(arguments.model, arguments.template, model.spec.V)
-        chat = Conversation(
+        conversation = Conversation(
             model,
             template,
             system=arguments.system,
@@ -70,11 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
             max_tokens=arguments.max_tokens,
             options={name: value for name, value in options.items() if value is not None},
         )
-        if state is not None and state.exists():
-            chat.load(state)
-        _talk(chat, _lines(template.names["user"]))
-        if state is not None:
-            chat.save(state)
+        with contextlib.closing(conversation) as chat:
+            if state is not None and state.exists():
+                chat.load(state)
+            _talk(chat, _lines(template.names["user"]))
+            if state is not None:
+                chat.save(state)
     return 0
 
 

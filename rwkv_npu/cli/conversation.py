@@ -48,6 +48,13 @@ class Conversation:
         self.finish_reason = ""
         self._states: dict[int, State] = {}  # by number of messages read
         self._reader: threading.Thread | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Stop reading turns. The model must not be closed before."""
+        self._closed = True
+        if self._reader is not None:
+            self._reader.join()
 
     @property
     def think(self) -> str:
@@ -143,7 +150,15 @@ class Conversation:
         count, text = len(self.messages), history(self.template, self.messages)
         done, before = self._read_count(text)
         ids = self.model.encode(text.removeprefix(before))
-        self._states[count] = self.model.forward(ids, self._states.get(done))[1]
+
+        def stop(_: int) -> None:
+            if self._closed:
+                raise _Closed
+
+        try:
+            self._states[count] = self.model.forward(ids, self._states.get(done), progress=stop)[1]
+        except _Closed:
+            return
         for old in sorted(self._states)[:-KEPT_STATES]:
             del self._states[old]
 
@@ -154,6 +169,10 @@ class Conversation:
             self._reader = None
         kept = [count for count in self._states if count <= len(self.messages)]
         self._states = {count: self._states[count] for count in kept}
+
+
+class _Closed(Exception):
+    """Ends the reading of turns."""
 
 
 def _messages(path: Path) -> list[Message]:
