@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,32 +18,22 @@ from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import open_bundle
 from rwkv_npu.models.maths import largest_magnitude, narrow
 from rwkv_npu.runtime.weights import BundleSource
-from tests.fake_rknnlite import fake_bundle
-from tests.tiny import write_model
+from tests.native import computing, native_bundle, variables
 from tools.board.calls import bytes_moved, count, read_calls
 from tools.board.clock import table
-from tools.board.compute import Bundles, Server
 
 IDS = np.random.default_rng(2).integers(1, 200, 21).tolist()
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rknn")
-    spec = write_model(folder / "model.pth", "7")
-    with pytest.MonkeyPatch.context() as patch:
-        for fusion in ("layer", "projection"):
-            made = fake_bundle(patch, folder / "model.pth", spec, fusion=fusion)
-    return made
+    return native_bundle(tmp_path_factory.mktemp("rknn"))
 
 
 @pytest.fixture(scope="module")
 def socket(bundle: Path) -> Iterator[Path]:
-    """Where a process computes the bundle's groups in fp16."""
-    with tempfile.TemporaryDirectory(prefix="rwkv_npu-") as folder:
-        path = Path(folder) / "socket"
-        with Server(path, Bundles([bundle])):
-            yield path
+    with computing(bundle) as path:
+        yield path
 
 
 @pytest.fixture
@@ -133,8 +122,7 @@ def test_text_stays_right(
     run_alone, bundle: Path, socket: Path, tmp_path: Path, faults: str, failed: int, said: str
 ) -> None:
     log = tmp_path / "log"
-    variables = {"SOCKET": str(socket), "FAULTS": faults, "LOG": str(log)}
-    lines = run_alone(READ, bundle, **{f"RKNN_STANDIN_{key}": value for key, value in variables.items()})
+    lines = run_alone(READ, bundle, **variables(socket=socket, faults=faults, log=log))
     deviation, line = lines.splitlines()
     counted, warned, *_ = line.split("|")
     assert float(deviation) < 0.02 and said in line
@@ -173,10 +161,7 @@ def test_what_cannot_be_opened_is_one_line(
             print(error)
         """
     log = tmp_path / "log"
-    variables = {"SOCKET": str(socket), "FAULTS": faults, "LOG": str(log)}
-    printed = run_alone(
-        code, bundle, cores, **{f"RKNN_STANDIN_{key}": value for key, value in variables.items()}
-    )
+    printed = run_alone(code, bundle, cores, **variables(socket=socket, faults=faults, log=log))
     with pytest.raises(BackendError, match=said):
         raise BackendError(printed)
     assert printed.count("\n") == 1 and len(printed) < 420
@@ -226,6 +211,23 @@ def test_a_duplicate_computes_the_same_on_another_core(context: Context) -> None
 
 
 @on_the_stand_in
+def test_a_layer_on_each_core(npu: None, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory for a third core: two work, and the reason is known."""
+    source = BundleSource(open_bundle(bundle))
+    backend, group = RknnBackend(source), source.program.groups[1]
+    runners, refused = backend.on_each_core(group, 16)
+    assert len(runners) == 3 and refused == ""
+    outputs = [{name: array.copy() for name, array in runner.run().items()} for runner in runners]
+    assert all(np.array_equal(outputs[0]["x_out"], other["x_out"]) for other in outputs[1:])
+    assert backend._networks is not None
+    dup, codes = backend._networks.dup, iter([0, -4])
+    monkeypatch.setattr(backend._networks, "dup", lambda *pair: next(codes) or dup(*pair))
+    runners, refused = backend.on_each_core(source.program.groups[0], 16)
+    assert len(runners) == 2 and "rknn_dup_context returned -4: out of NPU memory" in refused
+    backend.close()
+
+
+@on_the_stand_in
 def test_inputs_past_fp16_are_kept_for_the_cpu(npu: None, bundle: Path) -> None:
     """The CPU computes with the numbers that came, not with infinity."""
     source = BundleSource(open_bundle(bundle))
@@ -244,8 +246,7 @@ def test_the_npus_time_is_counted(run_alone, bundle: Path, socket: Path, tmp_pat
     """27 calls of 2 ms, of which the self-tests are not counted."""
     times = {(a.group, a.rows): 2000.0 for a in open_bundle(bundle).manifest.artifacts}
     (tmp_path / "times").write_text(table(times))
-    variables = {"SOCKET": str(socket), "CLOCK": "1", "TIMES": str(tmp_path / "times")}
-    lines = run_alone(READ, bundle, **{f"RKNN_STANDIN_{key}": value for key, value in variables.items()})
+    lines = run_alone(READ, bundle, **variables(socket=socket, clock=1, times=tmp_path / "times"))
     npu_s = float(lines.splitlines()[1].split("|")[2])
     calls = 2 * 3 + 1 + 8 * 4  # two chunks and the head, then eight tokens
     assert 2e-3 * calls <= npu_s < 1.0

@@ -205,6 +205,32 @@ class RknnBackend:
                 self._networks, self._lite = None, _rknnlite(refused)
         return _open_lite(self._lite, path, artifact, mask)
 
+    def on_each_core(self, group: Group, rows: int) -> tuple[list[Runner], str]:
+        """Runners of one group on each core, and why there are fewer than cores, "" if there are not.
+
+        They share the weights. RKNNLite cannot do that: there the group has one runner.
+        """
+        runners = [self.open(group, rows)]
+        context = self._contexts[group.name, rows]
+        if not isinstance(context, Context):
+            return runners, "RKNNLite does not share weights between contexts"
+        for mask in self._masks:
+            if mask == self._masks[self.queue(group)]:
+                continue
+            try:
+                with captured():
+                    duplicate = context.duplicate(mask)
+            except BackendError as refused:
+                return runners, str(refused)
+            self._contexts[f"{group.name} on cores {mask}", rows] = duplicate
+            runners.append(ContextRunner(duplicate, group, rows))
+        return runners, ""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of librknnrt (`runtime`) and of its `driver`, as a context reports them. {} before the first."""
+        context = next(iter(self._contexts.values()), None)
+        return dict(zip(("runtime", "driver"), _versions(context), strict=True)) if context else {}
+
     def close(self) -> None:
         self._bar.close()
         while self._contexts:
@@ -331,12 +357,17 @@ def _refusal(opener: str, text: str, path: Path, artifact: Artifact, mask: int) 
 
 def _outdated(context: Any, artifact: Artifact) -> str:
     """A warning about a runtime or driver that is too old, "" if neither is."""
+    runtime, driver = _versions(context)
+    return hardware.outdated(runtime, driver, artifact.toolkit)
+
+
+def _versions(context: Any) -> tuple[str, str]:
+    """Versions of librknnrt and of its driver."""
     with captured():
         if isinstance(context, Context):
-            runtime, driver = context.versions()
-        else:
-            _, runtime, driver = (str(text) for text in context.rknn_runtime.get_sdk_version())
-    return hardware.outdated(runtime, driver, artifact.toolkit)
+            return context.versions()
+        _, runtime, driver = (str(text) for text in context.rknn_runtime.get_sdk_version())
+    return runtime, driver
 
 
 def explain(text: str, artifact: Artifact) -> str:

@@ -34,12 +34,14 @@ Log = Callable[[str], None]
 class Assumptions:
     """Flags that replace terms of the estimates. None keeps the table's value.
 
-    call_overhead_us: microseconds of a call through RKNNLite. host_factor: ratio of the board's time to this machine's
-    for recurrence, sampling and Python; their times are then measured here instead of taken from the table.
+    board: the terms to begin with. call_overhead_us: microseconds of a call through RKNNLite. host_factor: ratio of the
+    board's time to this machine's for recurrence, sampling and Python; their times are then measured here instead of
+    taken from the table.
     """
 
     call_overhead_us: float | None = None
     host_factor: float | None = None
+    board: Terms = TERMS
 
     def __post_init__(self) -> None:
         call, factor = self.call_overhead_us, self.host_factor
@@ -51,8 +53,8 @@ class Assumptions:
     @property
     def terms(self) -> Terms:
         if self.call_overhead_us is None:
-            return TERMS
-        return TERMS.measured({"rknnlite_call": self.call_overhead_us}, "--call-overhead-us")
+            return self.board
+        return self.board.measured({"rknnlite_call": self.call_overhead_us}, "--call-overhead-us")
 
 
 @dataclass(frozen=True)

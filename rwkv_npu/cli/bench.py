@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.cli.common import use_big_cores
+from rwkv_npu.cli.common import add_board_report_flag, read_board_report, use_big_cores
 from rwkv_npu.errors import BackendError, UsageError
-from rwkv_npu.formats.files import resume_file
+from rwkv_npu.formats.files import resume_file, write_atomically
 
 if TYPE_CHECKING:
     from rwkv_npu.bench import inference, matmul
@@ -24,6 +25,7 @@ def add(commands: Any) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_bench_matmul(actions)
     _add_bench_inference(actions)
+    _add_bench_board(actions)
     p.set_defaults(run=run)
 
 
@@ -103,8 +105,30 @@ def _add_bench_inference(actions: Any) -> None:
     p.add_argument(
         "--profile", action="store_true", help="profile the time of a token by group and by function"
     )
+    add_board_report_flag(p, "estimates: ")
     _add_rows(p)
     p.add_argument("--plot", metavar="FILE", help="draw the comparison; FILE ends in .png or .svg")
+
+
+def _add_bench_board(actions: Any) -> None:
+    p = actions.add_parser(
+        "board",
+        help="measure a board in five minutes, for the estimates",
+        description="Measure calls of the NPU, its cores, conversion, the CPU's kernels, prompts, tokens and batches "
+        "on a board. Print a report with each term of the estimates beside its measurement. info, convert --dry-run "
+        "and bench inference read the JSON file with --board-report.",
+    )
+    p.add_argument(
+        "-m", "--model", required=True, metavar="BUNDLE", help="bundle with artifacts for this board"
+    )
+    p.add_argument(
+        "-o",
+        "--out",
+        default="board-report.json",
+        metavar="FILE",
+        help="JSON; the page is FILE with .md (default: %(default)s)",
+    )
+    p.add_argument("-t", "--threads", type=int, metavar="N", help="threads of CPU backends")
 
 
 def _add_rows(p: argparse.ArgumentParser) -> None:
@@ -125,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "matmul":
         return _matmul(arguments)
     use_big_cores(arguments.threads)  # as generate does
-    return _inference(arguments)
+    return _board(arguments) if arguments.action == "board" else _inference(arguments)
 
 
 # -- matmul ----------------------------------------------------------------------------------------------
@@ -288,7 +312,9 @@ def _inference_settings(arguments: argparse.Namespace) -> inference.Settings:
     return inference.Settings(
         models=[Path(path) for path in arguments.model or [demo_model()]],
         backends=_split(arguments.backends) or inference.DEFAULT_BACKENDS,
-        assumptions=inference.Assumptions(arguments.call_overhead_us, arguments.host_factor),
+        assumptions=inference.Assumptions(
+            arguments.call_overhead_us, arguments.host_factor, read_board_report(arguments)
+        ),
         profile=arguments.profile,
         redo=arguments.redo,
         command=_inference_command(arguments),
@@ -306,10 +332,37 @@ def _inference_command(arguments: argparse.Namespace) -> str:
     for name in ("backends", "repeats", "seconds", "threads", "fusion", "call_overhead_us", "host_factor"):
         if (value := getattr(arguments, name)) is not None:
             words.append(f"--{name.replace('_', '-')} {value}")
+    if arguments.board_report:
+        words.append(f"--board-report {shlex.quote(Path(arguments.board_report).name)}")
     return " ".join([*words, *(["--profile"] if arguments.profile else [])])
 
 
-# -- both ------------------------------------------------------------------------------------------------
+# -- board -----------------------------------------------------------------------------------------------
+
+
+def _board(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from rwkv_npu.bench import board
+
+    file = Path(arguments.out)
+    resume_file(arguments.out)  # before minutes of measuring
+    with tqdm(desc="board", unit="step", leave=False, disable=None) as bar:
+
+        def progress(step: str) -> None:
+            bar.set_postfix_str(step)
+            bar.update()
+
+        report = board.measure(Path(arguments.model), progress, arguments.threads)
+    page = board.page(report)
+    write_atomically(file, json.dumps(report, indent=1).encode())
+    write_atomically(file.with_suffix(".md"), page.encode())
+    print(page, end="")
+    _log(f"saved to {file} and {file.with_suffix('.md')}: send both with the sentence")
+    return 0
+
+
+# -- all --------------------------------------------------------------------------------------------------
 
 
 def _log(line: str) -> None:

@@ -19,6 +19,7 @@ from rwkv_npu.errors import UsageError
 if TYPE_CHECKING:
     from rwkv_npu.formats.bundle import Bundle
     from rwkv_npu.model import Model
+    from rwkv_npu.runtime.rk3588 import Terms
 
 BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
 BACKENDS_HELP = f"backend of the matrix products: {', '.join(BACKENDS)} (default: auto)"
@@ -151,3 +152,22 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def add_board_report_flag(p: argparse.ArgumentParser, use: str = "") -> None:
+    p.add_argument(
+        "--board-report",
+        metavar="FILE",
+        help=f"{use}use the terms that rwkv-npu bench board measured, for the estimates of speed",
+    )
+
+
+def read_board_report(arguments: argparse.Namespace) -> Terms:
+    """The terms of the estimates: the published ones, or those of --board-report. Raises UsageError."""
+    if arguments.board_report is None:
+        from rwkv_npu.runtime.rk3588 import TERMS
+
+        return TERMS
+    from rwkv_npu.bench.board import read_terms
+
+    return read_terms(arguments.board_report)

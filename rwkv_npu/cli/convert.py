@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.cli.common import add_adapter_flags, add_layout_flag, log_to_stderr
+from rwkv_npu.cli.common import (
+    add_adapter_flags,
+    add_board_report_flag,
+    add_layout_flag,
+    log_to_stderr,
+    read_board_report,
+)
 from rwkv_npu.errors import UsageError
 
 
@@ -65,6 +71,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="with --dry-run: print every term of the estimates and its source",
     )
+    add_board_report_flag(p, "with --dry-run: ")
     p.set_defaults(run=run)
 
 
@@ -74,9 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu.conversion.request import Request, parse_rows, parse_target
     from rwkv_npu.formats.bundle import open_bundle
 
-    for flag in ("json", "explain"):
+    for flag in ("json", "explain", "board_report"):
         if getattr(arguments, flag) and not arguments.dry_run:
-            raise UsageError(f"--{flag} is for --dry-run")
+            raise UsageError(f"--{flag.replace('_', '-')} is for --dry-run")
+    terms = read_board_report(arguments)
     request = Request(
         checkpoint=Path(arguments.checkpoint),
         out=_path(arguments.out),
@@ -105,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             from rwkv_npu.cli import dry_run
 
-            return dry_run.run(request, arguments.json, arguments.explain)
+            return dry_run.run(request, arguments.json, arguments.explain, terms)
         try:
             path = converter.run(request)
         except KeyboardInterrupt:

@@ -13,12 +13,13 @@ from rwkv_npu.conversion.prepare import prepare
 from rwkv_npu.conversion.request import Request
 from rwkv_npu.runtime import rk3588
 from rwkv_npu.runtime.estimate import explain
+from rwkv_npu.runtime.rk3588 import TERMS, Terms
 
 WIDTH, COLUMN = 80, 12  # characters of a line, and of a column of figures
 
 
-def run(request: Request, as_json: bool, explained: bool) -> int:
-    """Print the forecast of `request`.
+def run(request: Request, as_json: bool, explained: bool, terms: Terms = TERMS) -> int:
+    """Print the forecast of `request`. terms: of the estimates.
 
     Raises RwkvNpuError like a conversion, with two exceptions. A model that does not fit is reported in the table, and
     the compiler is not needed.
@@ -29,13 +30,14 @@ def run(request: Request, as_json: bool, explained: bool) -> int:
     int8: Collection[str] | None = prepared.mapped
     if int8 is None and bundle and "mixed" in bundle.int8:
         int8 = bundle.int8["mixed"].projections
-    result = forecast(prepared.checkpoint, prepared.request, int8, bundle.artifacts if bundle else ())
-    print(json.dumps(result.to_json(), indent=1) if as_json else table(result, explained=explained))
+    existing = bundle.artifacts if bundle else ()
+    result = forecast(prepared.checkpoint, prepared.request, int8, existing, terms)
+    print(json.dumps(result.to_json(), indent=1) if as_json else table(result, terms if explained else None))
     return 0
 
 
-def table(result: Forecast, *, explained: bool = False) -> str:
-    """Format a forecast as text, 80 columns wide. explained: append every term of the estimates."""
+def table(result: Forecast, explained: Terms | None = None) -> str:
+    """Format a forecast as text, 80 columns wide. explained: append these terms of the estimates."""
     spec = result.spec
     title = f"RWKV-{spec.generation}, {spec.parameters / 1e6:.1f} M parameters"
     if not result.variants:
@@ -43,7 +45,7 @@ def table(result: Forecast, *, explained: bool = False) -> str:
     title += f", for the {result.target}: {result.fusion} fusion, {result.calls} calls a token"
     sections = [_artifacts(result), _memory(result), _speed(result), _bundle(result), _notes(result)]
     if explained and _has_speeds(result):
-        sections.append(_wrapped(explain()))
+        sections.append(_wrapped(explain(explained)))
     return "\n".join([title, *(line for section in sections for line in ("", *section))])
 
 

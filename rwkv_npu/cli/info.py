@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_npu.board.hardware import numbers
-from rwkv_npu.cli.common import add_layout_flag, size
+from rwkv_npu.cli.common import add_board_report_flag, add_layout_flag, read_board_report, size
 from rwkv_npu.cli.flags import as_flags
 
 if TYPE_CHECKING:
     from rwkv_npu.formats.bundle import Bundle, Manifest
     from rwkv_npu.models.spec import Spec
+    from rwkv_npu.runtime.rk3588 import Terms
 
 PREFILL_TOKENS = 128
 
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
         "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
     )
     add_layout_flag(p)
+    add_board_report_flag(p)
     p.set_defaults(run=run)
 
 
@@ -40,13 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu.model import demo_model
     from rwkv_npu.text.tokenizer import find_or_explain
 
-    path = Path(arguments.path) if arguments.path else demo_model()
+    path, terms = Path(arguments.path) if arguments.path else demo_model(), read_board_report(arguments)
     if is_bundle(path):
         bundle = open_bundle(path)
         if arguments.check:
             count = sum(1 for _ in verify_files(bundle))
             print(f"all {count} files are as they were written", file=sys.stderr)
-        facts = _bundle_facts(bundle)
+        facts = _bundle_facts(bundle, terms)
     elif is_adapter(path):
         facts = _adapter_facts(path)
     else:
@@ -119,7 +121,7 @@ def _spec_facts(spec: Spec) -> dict[str, Any]:
     return {"spec": spec.to_json(), "parameters": spec.parameters, "calls_per_token": calls}
 
 
-def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+def _bundle_facts(bundle: Bundle, terms: Terms | None = None) -> dict[str, Any]:
     from rwkv_npu.runtime.weights import BundleSource
 
     manifest = bundle.manifest
@@ -140,7 +142,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "bytes_on_disk": total,
         "graph_error": max(manifest.graph_errors.values(), default=None),
         "npu_default": default,
-        "artifacts": [_artifact_facts(manifest, *key) for key in _kinds(manifest)],
+        "artifacts": [_artifact_facts(manifest, *key, terms) for key in _kinds(manifest)],
     }
 
 
@@ -157,9 +159,12 @@ def _kinds(manifest: Manifest) -> list[tuple[str, str, str]]:
     return sorted({(a.target, a.precision, a.fusion) for a in manifest.artifacts})
 
 
-def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str) -> dict[str, Any]:
+def _artifact_facts(
+    manifest: Manifest, target: str, precision: str, fusion: str, terms: Terms | None
+) -> dict[str, Any]:
     from rwkv_npu.backends.memory import plan_memory
     from rwkv_npu.runtime.estimate import for_bundle
+    from rwkv_npu.runtime.rk3588 import TERMS
 
     chosen = [
         a for a in manifest.artifacts if (a.target, a.precision, a.fusion) == (target, precision, fusion)
@@ -168,8 +173,8 @@ def _artifact_facts(manifest: Manifest, target: str, precision: str, fusion: str
     errors = [a.error for a in chosen if a.error is not None]
     int8 = manifest.int8.get(precision)
     estimates = {
-        "token": for_bundle(manifest.spec, chosen, 1),
-        "prefill": for_bundle(manifest.spec, chosen, PREFILL_TOKENS),
+        "token": for_bundle(manifest.spec, chosen, 1, terms=terms or TERMS),
+        "prefill": for_bundle(manifest.spec, chosen, PREFILL_TOKENS, terms=terms or TERMS),
     }
     return {
         "target": target,

@@ -26,6 +26,7 @@ from rwkv_npu.quant.cpu import PRECISIONS as PACKED
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.runtime import rk3588
 from rwkv_npu.runtime.estimate import Estimate, formula_cycles, on_cpu, on_npu, weights
+from rwkv_npu.runtime.rk3588 import TERMS, Terms
 from rwkv_npu.runtime.selftest import SELF_TEST_ROWS
 
 Share = Callable[[str], float]  # name of a projection -> share of it in int8
@@ -82,10 +83,13 @@ class Forecast:
 
 
 class Graphs:
-    """The graphs of a program's groups, cached. Layers with equal graphs share one, unless `by_layer` is set."""
+    """The graphs of a program's groups, cached. Layers with equal graphs share one, unless `by_layer` is set.
 
-    def __init__(self, program: Program, *, by_layer: bool = False):
-        self.program, self._by_layer = program, by_layer
+    terms: of the estimates of their speed.
+    """
+
+    def __init__(self, program: Program, terms: Terms = TERMS, *, by_layer: bool = False):
+        self.program, self.terms, self._by_layer = program, terms, by_layer
         self._cache: dict[Any, tuple[Trace, list[Matrix]]] = {}
 
     def _get(self, group: Group, rows: int | None) -> tuple[Trace, list[Matrix]]:
@@ -110,15 +114,18 @@ def forecast(
     request: Request,
     int8: Collection[str] | None = None,
     existing: Sequence[Artifact] = (),
+    terms: Terms = TERMS,
 ) -> Forecast:
     """Forecast a conversion of `checkpoint`, in each of PRECISIONS.
 
     int8: names of the projections that `mixed` puts in int8; None if they are unknown. existing: artifacts of an
-    existing bundle; those of the same kind count for the memory.
+    existing bundle; those of the same kind count for the memory. terms: of the estimates of speed.
     """
     spec = checkpoint.spec
     programs = {fusion: Program(spec, fusion, default_scaling(spec)) for fusion in FUSIONS}
-    graphs = {fusion: Graphs(program, by_layer=int8 is not None) for fusion, program in programs.items()}
+    graphs = {
+        fusion: Graphs(program, terms, by_layer=int8 is not None) for fusion, program in programs.items()
+    }
     parts = _bundle_parts(checkpoint, request, list(graphs.values()))
     # Every process holds the embedding, the vectors, and the state of one sequence.
     host_bytes = parts["embedding and vectors"] + 4 * spec.L * sum(map(prod, state_shapes(spec).values()))
@@ -248,10 +255,10 @@ def _with_left(
     graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str, tokens: int, dram: str
 ) -> Estimate:
     spec = graphs.program.spec
-    npu = on_npu(spec, kept, tokens, dram)
+    npu = on_npu(spec, kept, tokens, dram, graphs.terms)
     if not left:
         return npu
-    on_board, count = on_cpu(spec, cpu, tokens, dram), weights(spec)
+    on_board, count = on_cpu(spec, cpu, tokens, dram, graphs.terms), weights(spec)
     shares = dict.fromkeys(("projections", "head"), 0.0)
     for group in left:
         part = "head" if group.role == "head" else "projections"

@@ -316,12 +316,12 @@ def _estimate(ms: Callable[[str], Mapping[str, float]], calls: int = 0) -> Estim
 
 
 def for_bundle(
-    spec: Spec, artifacts: Sequence[Artifact], tokens: int, dram: str = rk3588.DRAMS[0]
+    spec: Spec, artifacts: Sequence[Artifact], tokens: int, dram: str = rk3588.DRAMS[0], terms: Terms = TERMS
 ) -> Estimate | None:
     """Estimate for a bundle's artifacts; None if the terms of their chip or the compiler's cycles are unknown."""
     if not artifacts or any(a.target != rk3588.NAME or not a.cycles for a in artifacts):
         return None
-    return on_npu(spec, artifacts, tokens, dram)
+    return on_npu(spec, artifacts, tokens, dram, terms)
 
 
 def sequences_for_npu(

@@ -92,20 +92,21 @@ turn clock_begin(double us, int core_mask) {
 }
 
 int64_t clock_end(turn t) {
-    if (t.us > 0) {
-        uint64_t end = t.begin_ns + (uint64_t)(1e3 * t.us);
+    uint64_t taken = now_ns() - t.begin_ns, planned = (uint64_t)(1e3 * t.us);
+    if (t.us > 0 && taken < planned) {
+        taken = planned; /* this thread wakes later, but the NPU has ended then */
+        uint64_t end = t.begin_ns + planned;
         struct timespec until = {.tv_sec = (time_t)(end / 1000000000u), .tv_nsec = (long)(end % 1000000000u)};
         prctl(PR_SET_TIMERSLACK, 1000ul); /* of this thread: it wakes within a microsecond, not within 50 */
         while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL))
             ;
     }
-    uint64_t taken = now_ns() - t.begin_ns;
     for (unsigned core = 0; t.us > 0 && core < N_CORES; core++)
         if (t.cores & 1u << core) {
             busy_ns[core] += taken;
             pthread_mutex_unlock(&cores[core]);
         }
-    return (int64_t)(taken / 1000);
+    return (int64_t)((taken + 500) / 1000);
 }
 
 /* Microseconds that a core was busy with runs that have ended. Not Rockchip's: for tests and studies. */
