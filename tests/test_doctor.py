@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,15 +179,12 @@ def test_a_low_limit_of_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert finding.level == NOTE and "at most 1024" in finding.found and "limits.d" in finding.mend
 
 
-def test_without_the_wheel_the_command_is_said(tmp_path: Path) -> None:
+def test_rknnlite_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a Python that it has wheels for."""
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     finding = found(plant(tmp_path), diagnosis.LITE)
-    assert (finding.level, finding.mend) == (BAD, "pip install rknn-toolkit-lite2")
-
-
-def test_a_python_without_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis.sys, "version_info", (3, 13, 0))
-    finding = found(plant(tmp_path), "Python")
-    assert finding.level == BAD and "python3.12 -m venv" in finding.mend
+    assert (finding.level, finding.mend) == (OK, "") and "nor needed" in finding.found
+    assert found(plant(tmp_path), "Python").level == OK
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Assumptions:
 
     call_overhead_us: float | None = None
     host_factor: float | None = None
-    board: Terms = TERMS
+    board: Terms = field(default_factory=lambda: TERMS)
 
     def __post_init__(self) -> None:
         call, factor = self.call_overhead_us, self.host_factor

@@ -9,7 +9,6 @@ import importlib.metadata
 import platform
 import resource
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from rwkv_npu.toolkit import TARGETS, VERSIONS, status
 
 OK, NOTE, BAD = "ok", "note", "bad"
 LITE = "rknn-toolkit-lite2"
-PYTHONS = ((3, 10), (3, 12))  # oldest and newest with wheels of LITE
 SMALL_CMA = 16 << 20
 FEW_FILES = 4096
 
@@ -62,8 +60,8 @@ def _machine(root: Path, chip: str | None) -> Iterator[Finding]:
             NOTE,
             "board",
             f"none: {cores}, kernel {kernel}",
-            f"the NPU needs a board with a chip of {', '.join(TARGETS)}, the kernel's driver rknpu, librknnrt.so in "
-            f"/usr/lib, and pip install {LITE}",
+            f"the NPU needs a board with a chip of {', '.join(TARGETS)}, the kernel's driver rknpu, and librknnrt.so "
+            "in /usr/lib",
         )
         return
     level, mend = (OK, "") if chip in TARGETS else (BAD, f"rwkv_npu compiles for {', '.join(TARGETS)}")
@@ -221,18 +219,13 @@ def _files() -> Finding:
 
 
 def _packages(chip: str | None) -> Iterator[Finding]:
-    python = platform.python_version()
-    fits = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
+    yield Finding(OK, "Python", f"{platform.python_version()} on {platform.machine()}")
     if chip is None:
-        yield Finding(OK, "Python", f"{python} on {platform.machine()}")
         return
-    newest = ".".join(map(str, PYTHONS[1]))
-    mend = "" if fits else f"{LITE} has wheels for Python 3.10 to {newest}: python{newest} -m venv .venv"
-    yield Finding(OK if fits else BAD, "Python", f"{python} on {platform.machine()}", mend)
     try:
         yield Finding(OK, LITE, importlib.metadata.version(LITE))
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(BAD, LITE, "not installed", f"pip install {LITE}")
+        yield Finding(OK, LITE, "not installed, nor needed: librknnrt's own interface drives the NPU")
 
 
 def _numba() -> Finding:

@@ -160,7 +160,7 @@ def _kinds(manifest: Manifest) -> list[tuple[str, str, str]]:
 
 
 def _artifact_facts(
-    manifest: Manifest, target: str, precision: str, fusion: str, terms: Terms | None
+    manifest: Manifest, target: str, precision: str, fusion: str, terms: Terms | None = None
 ) -> dict[str, Any]:
     from rwkv_npu.backends.memory import plan_memory
     from rwkv_npu.runtime.estimate import for_bundle
