@@ -46,6 +46,7 @@ HOMES = {
     "tokenizers": {"text"},
     "safetensors": {"formats"},
     "gguf": {"formats"},
+    "lm_eval": {"evaluation"},
     "huggingface_hub": {"formats"},
     "numba": {"kernels", "backends"},
     "llvmlite": {"kernels"},

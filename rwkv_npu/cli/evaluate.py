@@ -53,10 +53,19 @@ def add(commands: Any) -> None:
     resume = "save scores in this file; if it exists, continue from it"
     p.add_argument("--resume", metavar="FILE", help=resume)
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
+    tasks = (
+        "last on the line: tasks of lm-eval, separated by commas, and flags of its own (pip install lm-eval)"
+    )
+    p.add_argument("--lm-eval", nargs=argparse.REMAINDER, metavar="TASKS", help=tasks)
     p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.lm_eval is not None:
+        from rwkv_npu.evaluation import harness
+
+        with load_model(arguments) as model:
+            return harness.run(model, arguments.lm_eval)
     _check(arguments)
     resume = resume_file(arguments.resume)
     measure = _measure_lambada if arguments.lambada else _measure_text
