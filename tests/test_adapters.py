@@ -384,7 +384,7 @@ def test_merge_refuses_what_it_must(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not list(tmp_path.glob("*.writing"))
 
 
-def test_what_fp16_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_beyond_fp16_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, _, _ = fine_tune(tmp_path, "LoRA")
     write_model(base, dtype="fp16")
     out = tmp_path / "out.safetensors"

@@ -152,7 +152,7 @@ PARTS = st.sampled_from(
 
 
 @given(st.lists(PARTS, max_size=30), st.sampled_from(["", " <think", " ```json\n", " <think>\n</think"]))
-def test_an_answer_does_not_depend_on_how_it_comes(parts: list[str], opened: str) -> None:
+def test_an_answer_does_not_depend_on_its_pieces(parts: list[str], opened: str) -> None:
     text = "".join(parts)
     options = {"opened": opened, "always": ("STOP",)}
     letters = AnswerParser(stops=WORLD.stops, **options)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def test_every_flag_is_explained() -> None:
         assert set(unexplained) <= {"action"}, name
 
 
-def test_what_is_printed_is_one_line(model: Model) -> None:
+def test_printed_errors_are_one_line(model: Model) -> None:
     state = model.new_state()
     assert str(state) == repr(state) == "State(RWKV-7, 2 layers, 0 tokens seen)"
     assert repr(model).startswith("Model(RWKV-7, 0.1 M parameters, ") and "\n" not in repr(model)

@@ -108,7 +108,7 @@ def test_closed_streams_and_an_odd_encoding(checkpoint: Path, model: Model, tmp_
     assert result.returncode == 0 and result.stdout.startswith(b"?")
 
 
-def test_statistics_have_a_line_of_their_own_where_text_and_they_meet(checkpoint: Path, model: Model) -> None:
+def test_statistics_begin_on_a_new_line_after_the_text(checkpoint: Path, model: Model) -> None:
     """In `2>&1 | cat` they meet; a file that only the text goes to gets nothing else."""
     arguments = ("generate", "-m", checkpoint, "--backend", "numpy", "--temp", "0", "-n", "12", "-p", PROMPT)
     text = continuation(model)

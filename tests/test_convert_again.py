@@ -88,7 +88,7 @@ def test_ctrl_c_leaves_what_is_done_and_no_output(
     assert contents(out) == contents(whole)
 
 
-def test_what_another_conversion_left_is_not_used(
+def test_leftovers_of_another_conversion_are_not_used(
     checkpoint: Path, other: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for left in ({"checkpoint": other}, {"checkpoint": checkpoint, "cpu": "fp32"}):
@@ -215,9 +215,7 @@ def test_other_weights_need_force(checkpoint: Path, other: Path, whole: Path, ou
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "link", "dangling link", "other's mark"])
-def test_what_is_no_bundle_is_never_replaced(
-    checkpoint: Path, tmp_path: Path, kind: str, force: bool
-) -> None:
+def test_only_bundles_are_replaced(checkpoint: Path, tmp_path: Path, kind: str, force: bool) -> None:
     out, real = tmp_path / "out", tmp_path / "real"
     real.mkdir()
     (real / "notes.txt").write_text("mine")
@@ -242,9 +240,7 @@ def test_what_is_no_bundle_is_never_replaced(
 
 
 @pytest.mark.parametrize("left", ["link", "of another version", "without a manifest", "unfinished"])
-def test_what_was_a_bundle_is_replaced_by_force(
-    checkpoint: Path, whole: Path, tmp_path: Path, left: str
-) -> None:
+def test_force_replaces_a_damaged_bundle(checkpoint: Path, whole: Path, tmp_path: Path, left: str) -> None:
     out, real = tmp_path / "out", tmp_path / "real"
     shutil.copytree(whole, real if left == "link" else out)
     if left == "link":
@@ -265,7 +261,7 @@ def test_what_was_a_bundle_is_replaced_by_force(
     assert names(tmp_path) == (["out", "real"] if left == "link" else ["out"])
 
 
-def test_what_is_replaced_is_there_until_the_new_one_is(
+def test_an_old_bundle_stays_until_the_new_one_is_complete(
     checkpoint: Path, other: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversion with --force may fail at any point, also at the last rename."""
@@ -327,7 +323,7 @@ def test_converting_again_repairs_a_bundle(checkpoint: Path, whole: Path, out: P
         shutil.rmtree(out)
 
 
-def test_what_is_damaged_and_not_made_again_is_forgotten(
+def test_damaged_files_that_are_not_made_again_are_forgotten(
     checkpoint: Path, tmp_path: Path, capsys: Any
 ) -> None:
     ids, out = tmp_path / "ids.npy", tmp_path / "out"
@@ -373,7 +369,7 @@ def test_a_bundle_that_is_written_to_is_not_replaced(checkpoint: Path, whole: Pa
 
 
 @pytest.mark.parametrize("adding", [True, False])
-def test_what_another_conversion_made_meanwhile_is_not_lost(
+def test_a_bundle_that_another_conversion_made_meanwhile_is_not_lost(
     adding: bool, checkpoint: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends between the moment in which this one looks at the output and the one in which it takes it."""

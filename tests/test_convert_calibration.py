@@ -78,7 +78,7 @@ def test_without_a_vocabulary_the_model_writes_its_own(wordless: Path, tmp_path:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_what_a_model_writes_is_its_own_and_always_the_same(generation: str, tmp_path: Path) -> None:
+def test_sampled_ids_come_from_the_model_and_are_reproducible(generation: str, tmp_path: Path) -> None:
     write_model(tmp_path / "m.pth", generation, vocabulary=False)
     source = CheckpointSource(open_checkpoint(tmp_path / "m.pth"))
     steps: list[int] = []
@@ -108,7 +108,7 @@ def test_sampled_ids_follow_the_model(tmp_path: Path) -> None:
     assert len(default_ids(None, source)) == SAMPLED
 
 
-def test_a_language_of_bytes_is_said_and_read(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_language_of_single_bytes_is_noted_and_read(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "c.txt").write_text("Утром снег лежал до самых окон.\n" * 5, encoding="utf-8")
     status, _, err = convert(capsys, checkpoint, tmp_path / "o", "--calibrate", tmp_path / "c.txt")
     assert status == 0 and "only single bytes for this text" in err
@@ -161,7 +161,7 @@ def test_a_bundle_that_was_never_calibrated_is_warned_of(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(("fusion", "advised"), [("layer", True), ("projection", False)])
-def test_the_other_fusion_is_advised_to_who_does_not_use_it(
+def test_projection_fusion_is_advised_in_layer_fusion_only(
     fusion: str, advised: bool, tmp_path: Path, capsys: Any
 ) -> None:
     """An intermediate that no scale changes is too large."""
@@ -197,7 +197,7 @@ def test_files_that_do_not_serve(
 
 
 @pytest.mark.parametrize("options", [("--rows", "1"), ("--target", "none")])
-def test_too_little_for_int8_is_said_before_anything_is_written(
+def test_a_text_too_short_for_int8_is_refused_before_writing(
     options: tuple[str, ...], checkpoint: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """The graphs alone would need fewer tokens."""

@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rwkv_npu"
         ("x" * 1000 + "\nmore", "x" * LONGEST),
     ],
 )
-def test_the_first_line_that_says_something(message: str, line: str) -> None:
+def test_the_first_line_with_text_is_taken(message: str, line: str) -> None:
     assert first_line(ValueError(message)) == line
 
 

@@ -156,7 +156,7 @@ def test_interrupted_and_resumed_is_the_same_as_in_one_go(
         assert sum(told) == count
 
 
-def test_an_interruption_within_a_chunk_is_made_good(
+def test_an_interrupted_chunk_is_read_again(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A state is still that of the last whole chunk."""
@@ -177,7 +177,7 @@ def test_an_interruption_within_a_chunk_is_made_good(
     assert told[0] == 4 * text.CHUNK
 
 
-def test_what_was_saved_outlives_a_kill(folder: Path, model: Model, tmp_path: Path) -> None:
+def test_saved_scores_survive_a_kill(folder: Path, model: Model, tmp_path: Path) -> None:
     path, file = folder / "a" / "model.pth", tmp_path / "file"
     code = f"""
 import os, rwkv_npu

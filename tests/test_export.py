@@ -56,7 +56,7 @@ def test_it_computes_what_the_whole_bundle_does(cpu: str, bundle: Path, out: Pat
         np.testing.assert_array_equal(outputs(out, backend=backend), expected)
 
 
-def test_a_fallback_of_the_npu_has_the_weights_that_there_are(bundle: Path, out: Path) -> None:
+def test_a_fallback_of_the_npu_uses_the_weights_in_the_bundle(bundle: Path, out: Path) -> None:
     export(bundle, out, target="rk3588", cpu="int4")
     model = rwkv_npu.load(out, backend="ort")
     assert model.source.unquantised().cpu_precision == "int4"

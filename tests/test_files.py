@@ -9,7 +9,7 @@ from pathlib import Path
 from rwkv_npu.formats.files import waited_for
 
 
-def test_who_comes_second_says_so_and_waits(tmp_path: Path) -> None:
+def test_the_second_process_waits_and_says_so(tmp_path: Path) -> None:
     said: list[str] = []
 
     def second() -> None:

@@ -144,7 +144,7 @@ def test_artifacts_are_those_that_convert_plans(generation: str, tmp_path: Path)
 
 @pytest.mark.parametrize("cpu", ["int8", "int4", "fp16", "fp32"])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_the_bundles_files_have_the_foretold_sizes(generation: str, cpu: str, tmp_path: Path) -> None:
+def test_files_of_the_bundle_have_the_forecast_sizes(generation: str, cpu: str, tmp_path: Path) -> None:
     write_model(tmp_path / "model.pth", generation, D=128, dtype="bf16")
     parts = forecast(open_checkpoint(tmp_path / "model.pth"), request("none", cpu=cpu)).parts
     out = rwkv_npu.convert(tmp_path / "model.pth", tmp_path / "out", target="none", cpu=cpu)
@@ -163,7 +163,7 @@ def test_the_bundles_files_have_the_foretold_sizes(generation: str, cpu: str, tm
     assert sum(files.values()) == pytest.approx(parts.pop("graphs and self-test"), rel=0.35) and not parts
 
 
-def test_what_is_in_int8_is_smaller_and_faster(large: Callable[[str], Forecast]) -> None:
+def test_int8_is_smaller_and_faster(large: Callable[[str], Forecast]) -> None:
     """All large projections are in w8a8, 97 per cent of the weights; `mixed` is taken to have 80."""
     fp16, mixed, w8a8 = found = large("2.9B").variants
     assert [v.precision for v in found] == ["fp16", "mixed", "w8a8"]
@@ -203,7 +203,7 @@ def test_a_set_that_was_chosen_is_counted_to_the_byte(generation: str, fusion: s
         assert not variant.assumed
 
 
-def test_large_models_are_told_at_once_and_from_the_header(tmp_path: Path) -> None:
+def test_large_models_are_forecast_from_the_header(tmp_path: Path) -> None:
     path = hollow(tmp_path / "7.2B.safetensors", SIZES["7.2B"])
     begin = time.process_time()
     found = forecast(open_checkpoint(path), request())
@@ -211,7 +211,7 @@ def test_large_models_are_told_at_once_and_from_the_header(tmp_path: Path) -> No
     assert found.spec == SIZES["7.2B"] and path.stat().st_blocks * 512 < 1_000_000
 
 
-def test_what_does_not_fit_is_left_to_the_cpu(large: Callable[[str], Forecast], tmp_path: Path) -> None:
+def test_groups_that_do_not_fit_stay_on_the_cpu(large: Callable[[str], Forecast], tmp_path: Path) -> None:
     found = large("2.9B")
     fp16, mixed, _ = found.variants
     assert not fp16.memory.fits and mixed.memory.fits and mixed.left == []
@@ -337,7 +337,7 @@ def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("free", [0, 3_000_000])
-def test_what_the_bundle_has_leaves_less_room(free: int) -> None:
+def test_artifacts_of_the_bundle_leave_less_memory(free: int) -> None:
     """All of the NPU's memory, or all but a little."""
     kind = ("mid.0", "rk3588", "fp16", "layer", 7)
     there = [Artifact("rknn/rk3588/other.rknn", *kind, weight_bytes=BUDGET_BYTES - free)]
@@ -397,7 +397,7 @@ def test_cycles_are_those_of_the_compiler(
 
 
 @pytest.mark.compiler
-def test_artifacts_weigh_what_was_foretold(board_bundles: dict[str, Path]) -> None:
+def test_artifacts_have_the_forecast_weights(board_bundles: dict[str, Path]) -> None:
     """The demo model's, each to 10 per cent though it is small, and all to 6."""
     manifest = open_bundle(board_bundles["7"]).manifest
     for fusion in FUSIONS:
@@ -413,7 +413,7 @@ def test_artifacts_weigh_what_was_foretold(board_bundles: dict[str, Path]) -> No
 @pytest.mark.compiler
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("name", ["mid.1", "att.in.1", "head"])
-def test_int8_artifacts_are_as_foretold(
+def test_int8_artifacts_have_the_forecast_sizes(
     name: str, rows: int, toolkit_environment: toolkit.Environment, tmp_path: Path
 ) -> None:
     """Weights, file and cycles of large projections in int8 and the rest in fp16, in ranges made up."""

@@ -139,7 +139,7 @@ def test_a_manifest_of_wrong_values_is_refused_in_one_line(copy: Path, named: st
     assert named in str(raised.value) and len(str(raised.value)) < 400
 
 
-def test_what_an_artifact_says_of_itself_has_to_fit_the_model(copy: Path) -> None:
+def test_entries_of_artifacts_must_fit_the_model(copy: Path) -> None:
     good = {"path": HOST, "group": "head", "target": "rk3588", "precision": "fp16", "fusion": "layer"}
     good |= {"rows": 1, "weight_bytes": 10}
     sign(copy, lambda m: m.update(artifacts=[good]))
@@ -258,7 +258,7 @@ def test_messages_are_one_printable_line() -> None:
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "x/" * 3000, "a\0b"])
-def test_a_name_that_cannot_be_is_refused(path: str) -> None:
+def test_an_impossible_name_is_refused(path: str) -> None:
     with pytest.raises(RwkvNpuError) as raised:
         rwkv_npu.load(path)
     assert len(str(raised.value)) < 1400

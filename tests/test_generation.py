@@ -140,7 +140,7 @@ def test_text_before_the_first_stop_string(text: str, stops: list[str], cuts: li
 
 @given(st.binary(max_size=20), places)
 @settings(max_examples=200, deadline=None)
-def test_bytes_that_are_no_text_come_out_as_python_decodes_them(data: bytes, cuts: list[int]) -> None:
+def test_invalid_utf8_decodes_like_in_python(data: bytes, cuts: list[int]) -> None:
     assert stream_text(cut(data, cuts), [])[0] == data.decode("utf-8", "replace")
 
 
@@ -151,7 +151,7 @@ def test_a_character_comes_out_with_its_last_byte() -> None:
     assert stream.finish() == ""
 
 
-def test_what_may_begin_a_stop_string_is_not_lost_at_the_end(forced: Any) -> None:
+def test_text_that_may_begin_a_stop_string_is_not_lost_at_the_end(forced: Any) -> None:
     """A text that ends within a stop string, at the end of text and at the length."""
     assert text_of(forced("one STO", stop=["STOP"])) == "one STO"
     steps = forced("one STOP", stop=["STOP"], max_tokens=7)

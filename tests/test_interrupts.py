@@ -68,7 +68,7 @@ def uninterrupted(checkpoint: Path, ids: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_finished_is_not_done_again(
+def test_finished_stages_are_not_repeated(
     stage: str,
     checkpoint: Path,
     ids: Path,

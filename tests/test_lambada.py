@@ -97,7 +97,7 @@ class Parrot:
 @pytest.mark.parametrize(
     ("content", "right"), [("so it goes", 1), ("so it does", 0), ("so it goep", 0), ("so iX goes", 1)]
 )
-def test_every_token_of_the_word_has_to_be_foretold(content: str, right: int) -> None:
+def test_every_token_of_the_last_word_must_be_predicted(content: str, right: int) -> None:
     passage = split(content)
     log_p, foretold = _score(Parrot("so it goes."), passage)  # type: ignore[arg-type]
     assert foretold == right

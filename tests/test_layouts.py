@@ -181,7 +181,7 @@ def test_a_link_given_as_state_stays_a_link(run: Run, checkpoint: Path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["text", "model", "pipe"])
-def test_what_is_no_state_is_refused_and_not_written_over(
+def test_files_that_are_not_states_are_refused_and_kept(
     run: Run, checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
     state = tmp_path / "file"

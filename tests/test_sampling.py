@@ -441,7 +441,7 @@ def test_every_token_is_drawn_by_its_own_numbers() -> None:
         assert [choice.token for choice in found if isinstance(choice, Choice)] == [*tokens, *tokens]
 
 
-def test_sequences_do_not_know_of_each_other(both: str) -> None:
+def test_sequences_do_not_affect_each_other(both: str) -> None:
     """Options, penalties, numbers and masks of eight sequences: each draws what it draws alone."""
     options = [
         SamplingOptions(temperature=0),
@@ -515,7 +515,7 @@ def test_logits_may_be_read_only_and_of_any_order(both: str) -> None:
         assert [choice[:2] for choice in sample(read_only, samplers)] == expected  # type: ignore[index]
 
 
-def test_what_is_outside_the_vocabulary_is_refused(both: str) -> None:
+def test_ids_outside_the_vocabulary_are_not_read(both: str) -> None:
     logits = np.zeros(10, np.float32)
     past = Sampler(SamplingOptions(presence_penalty=1.0))
     past.accept(10)

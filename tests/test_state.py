@@ -169,7 +169,7 @@ def assert_refused(path: Path, model: Model, *words: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\x00" * 100, b"PK\x03\x04" + b"\x00" * 60, b"some text"])
-def test_what_is_no_safetensors_file(content: bytes, v7: Model, tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(content: bytes, v7: Model, tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(content)
     assert_refused(tmp_path / "s", v7, "is no state file")
 

@@ -109,7 +109,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
             read_tokens(str(tmp_path / name), by_character)
 
 
-def test_the_default_text_leaves_out_what_a_vocabulary_has_no_words_for() -> None:
+def test_the_default_text_leaves_out_languages_of_single_bytes() -> None:
     def latin(text: str) -> list[int]:  # half a token a byte, and one for each byte of other scripts
         return [0] * (len(text) // 2 if text.isascii() else len(text.encode()))
 
@@ -157,7 +157,7 @@ def test_a_damaged_npy_file_is_refused_and_allocates_nothing(file, header: str) 
 
 
 @pytest.mark.parametrize("data", [b"PK\x03\x04" + bytes(40), b"PK\x05\x06" + bytes(18), b"\x93NUMPY\x09\x00"])
-def test_what_is_no_npy_file_is_refused(file, data: bytes) -> None:
+def test_a_file_that_is_not_npy_is_refused(file, data: bytes) -> None:
     with pytest.raises(UsageError, match="holds no token ids"):
         read_tokens(file("ids.npy", data), no_tokenizer)
 

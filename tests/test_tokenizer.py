@@ -213,7 +213,7 @@ def test_a_stream_equals_the_whole_and_never_shows_half_a_character(either: Toke
     assert any(piece == "" for piece in pieces[:-1])
 
 
-def test_a_stream_cut_anywhere_equals_the_decoding_of_what_came(either: Tokenizer) -> None:
+def test_a_stream_that_ends_anywhere_equals_decode(either: Tokenizer) -> None:
     ids = either.encode("".join(SCRIPTS))
     for end in range(len(ids) + 1):
         assert "".join(streamed(either, ids[:end])) == either.decode(ids[:end])
@@ -519,7 +519,7 @@ def test_lines_without_a_token_are_skipped() -> None:
     }
 
 
-def test_a_pile_prompt_that_ends_in_a_blank_line_is_fed_as_two_newlines(pile: Tokenizer) -> None:
+def test_a_blank_line_at_the_end_of_a_pile_prompt_becomes_two_newlines(pile: Tokenizer) -> None:
     newline, blank = pile.encode("\n"), pile.encode("\n\n")
     assert len(newline) == len(blank) == 1 and newline != blank
     assert pile.encode_prompt("A:\n\n") == [*pile.encode("A:"), *newline, *newline]
