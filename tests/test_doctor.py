@@ -158,7 +158,7 @@ def test_a_healthy_board_has_nothing_to_mend(tmp_path: Path, bundle: Path, with_
         ),
     ],
 )
-def test_each_trouble_has_its_remedy(
+def test_each_problem_has_its_remedy(
     tmp_path: Path, changes: dict[str, str | bytes | None], what: str, level: str, says: str, mend: str
 ) -> None:
     finding = found(plant(tmp_path, changes), what)
@@ -213,7 +213,7 @@ def test_the_newest_artifact_decides_what_a_runtime_must_read(tmp_path: Path, bu
     assert finding.level == BAD and "need librknnrt 2.5.0 or later" in finding.found
 
 
-def test_a_board_shows_what_its_runtime_reads_and_the_memory_of_the_npu(tmp_path: Path, bundle: Path) -> None:
+def test_a_board_shows_its_runtime_and_the_memory_of_the_npu(tmp_path: Path, bundle: Path) -> None:
     root = plant(tmp_path)
     shown = "2.3.2 (/usr/lib/librknnrt.so), reads artifacts of toolkit 2.3.2 and older"
     assert found(root, "librknnrt").found == shown
@@ -237,7 +237,7 @@ def test_a_bundle_has_to_fit_the_chip_and_its_memory(tmp_path: Path, bundle: Pat
     assert found(plant(tmp_path / "good"), "NPU memory", bundle).level == OK
 
 
-def test_a_pc_is_told_what_a_board_is_and_that_the_simulator_is_there(
+def test_a_pc_is_told_about_boards_and_the_simulator(
     tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, err = run_main(capsys, "doctor", "-m", bundle)
@@ -253,7 +253,7 @@ def test_a_pc_is_told_what_a_board_is_and_that_the_simulator_is_there(
     assert status == 0 and levels <= {OK, NOTE}
 
 
-def test_a_board_that_lacks_something_ends_with_1(
+def test_a_board_that_lacks_something_exits_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
 ) -> None:
     root = plant(tmp_path, {"usr/lib/librknnrt.so": None})
