@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import httpx
 import pytest
 
 import rwkv_npu
-from tests.live import LiveServer, live_server
+from tests.live import LiveServer, debian_program, live_server
 from tests.tiny import continuation
 
 pytestmark = pytest.mark.filterwarnings(
@@ -45,6 +48,118 @@ def test_a_conversation_goes_on_at_another_server(tmp_path: Path) -> None:
     with rwkv_npu.load(backend="numpy") as model:
         written = continuation(model, prompt, max_tokens=16)
     assert written.lstrip().startswith(second["choices"][0]["message"]["content"])
+
+
+# -- behind a proxy
+
+SESSIONS = 6
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 1m
+    timeout server 1m
+    retries 3
+    option redispatch
+frontend clients
+    bind 127.0.0.1:{port}
+    default_backend boards
+backend boards
+    balance hdr(X-Session-ID)
+    hash-type consistent
+    option httpchk GET /health
+    http-request set-header Host localhost
+    server one {one} check inter 200ms fall 2
+    server two {two} check inter 200ms fall 2
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LiveServer]]:
+    folder = tmp_path_factory.mktemp("two")
+    flags = ("--backend", "numpy", "--state-store", folder / "shared")
+    with live_server(*flags, log=folder / "1") as one, live_server(*flags, log=folder / "2") as other:
+        yield [one, other]
+
+
+@pytest.fixture
+def haproxy(two: list[LiveServer], tmp_path: Path) -> Iterator[str]:
+    """Debian's haproxy before both servers."""
+    program, port = debian_program("haproxy"), free_port()
+    one, other = (server.url.removeprefix("http://") for server in two)
+    (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(port=port, one=one, two=other))
+    process = subprocess.Popen([program, "-db", "-q", "-f", tmp_path / "haproxy.cfg"])
+    yield from proxy(process, port)
+
+
+def proxy(process: subprocess.Popen[bytes], port: int) -> Iterator[str]:
+    """The URL of a proxy, once it answers; it is stopped at the end."""
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    try:
+        while True:
+            try:
+                if httpx.get(f"{url}/v1/models", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answered(servers: Sequence[LiveServer]) -> list[int]:
+    """Answers of each server so far."""
+    counts = []
+    for server in servers:
+        metrics = httpx.get(f"{server.url}/metrics").text
+        counts.append(int(re.search(r"rwkv_npu:answers_total (\d+)", metrics)[1]))  # type: ignore[index]
+    return counts
+
+
+@pytest.mark.debian
+def test_haproxy_keeps_sessions_and_moves_them_when_a_server_leaves(
+    haproxy: str, two: list[LiveServer]
+) -> None:
+    sessions_stay_and_move(haproxy, two)
+
+
+def sessions_stay_and_move(url: str, servers: list[LiveServer]) -> None:
+    """Each session has one server. When that one shuts down, the other goes on with the conversation."""
+    chats: list[list[Any]] = []
+    for number in range(SESSIONS):
+        session = {"X-Session-ID": f"session-{number}-{'abcdefgh'[number] * 8}"}
+        before = answered(servers)
+        chat: list[Any] = [{"role": "user", "content": f"Tell me of file {number}. " * 12}]
+        for _ in range(2):
+            response = ask(url, chat, headers=session)
+            assert response.headers["x-session-id"] == session["X-Session-ID"]
+            chat += [response.json()["choices"][0]["message"], {"role": "user", "content": "And?"}]
+        grown = [after - count for after, count in zip(answered(servers), before, strict=True)]
+        assert sorted(grown) == [0, 2]
+        chats.append(chat)
+    used = [count > 0 for count in answered(servers)]
+    body = {"prompt": "Return", "stream": True, "max_tokens": 5}
+    events = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert events.text.endswith("data: [DONE]\n\n")
+    assert all(used), "all sessions were on one server"
+    servers[0].stop()
+    time.sleep(1)
+    for number, chat in enumerate(chats):
+        session = {"X-Session-ID": f"session-{number}-{'abcdefgh'[number] * 8}"}
+        response = ask(url, chat, headers=session)
+        assert response.status_code == 200
+        usage = response.json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] > 60
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def wait_for_states(server: LiveServer, folder: Path) -> None:

@@ -135,7 +135,8 @@ class Gate:
     def _refusal(self, path: str, headers: dict[str, str]) -> Response | None:
         host = headers.get("host", "")
         bare = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self._hosts is not None and bare.lower() not in self._hosts:
+        # Only a proxy's health check has no Host; a browser always sends one.
+        if self._hosts is not None and host and bare.lower() not in self._hosts:
             return error_json(
                 403,
                 f"this server does not answer to the name {bare[:80]!r}: `rwkv-npu serve --host ADDRESS` serves others",
