@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,19 +75,19 @@ backend boards
 """
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LiveServer]]:
-    folder = tmp_path_factory.mktemp("two")
+@pytest.fixture
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LiveServer]]:
+    folder = tmp_path_factory.mktemp("pair")
     flags = ("--backend", "numpy", "--state-store", folder / "shared")
     with live_server(*flags, log=folder / "1") as one, live_server(*flags, log=folder / "2") as other:
         yield [one, other]
 
 
 @pytest.fixture
-def haproxy(two: list[LiveServer], tmp_path: Path) -> Iterator[str]:
+def haproxy(pair: list[LiveServer], tmp_path: Path) -> Iterator[str]:
     """Debian's haproxy before both servers."""
     program, port = debian_program("haproxy"), free_port()
-    one, other = (server.url.removeprefix("http://") for server in two)
+    one, other = (server.url.removeprefix("http://") for server in pair)
     (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(port=port, one=one, two=other))
     process = subprocess.Popen([program, "-db", "-q", "-f", tmp_path / "haproxy.cfg"])
     yield from proxy(process, port)
@@ -121,9 +122,37 @@ def answered(servers: Sequence[LiveServer]) -> list[int]:
 
 @pytest.mark.debian
 def test_haproxy_keeps_sessions_and_moves_them_when_a_server_leaves(
-    haproxy: str, two: list[LiveServer]
+    haproxy: str, pair: list[LiveServer]
 ) -> None:
-    sessions_stay_and_move(haproxy, two)
+    sessions_stay_and_move(haproxy, pair)
+
+
+@pytest.fixture
+def router(pair: list[LiveServer], tmp_path: Path) -> Iterator[str]:
+    """vllm-router before both servers. It needs no vLLM."""
+    pytest.importorskip("vllm_router", reason="vllm-router is not installed: pip install vllm-router")
+    port, metrics = free_port(), free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_router.launch_router",
+        "--port",
+        port,
+        "--prometheus-port",
+        metrics,
+    ]
+    command += ["--policy", "consistent_hash", "--health-check-interval-secs", 1]
+    command += ["--worker-urls", *(server.url for server in pair)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+        yield from proxy(process, port)
+
+
+@pytest.mark.debian
+def test_vllm_router_keeps_sessions_and_moves_them_when_a_server_leaves(
+    router: str, pair: list[LiveServer]
+) -> None:
+    sessions_stay_and_move(router, pair)
 
 
 def sessions_stay_and_move(url: str, servers: list[LiveServer]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time
@@ -108,3 +109,45 @@ def test_sixty_four_clients(tmp_path: Path) -> None:
     half = len(sizes) // 2
     assert max(sizes[half:]) < 1.05 * max(sizes[half // 2 : half])
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "kind": {"enum": ["file", "socket", "list"]},
+        "size": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
+        "closed": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "size", "tags", "closed"],
+    "additionalProperties": False,
+}
+
+
+def test_a_hundred_answers_fit_their_schema(tmp_path: Path) -> None:
+    """At temperature 1, from a model that knows nothing of JSON."""
+    jsonschema = pytest.importorskip("jsonschema")
+
+    async def ask(url: str) -> list[str]:
+        shape = {"type": "json_schema", "json_schema": {"name": "entry", "schema": SCHEMA}}
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            requests = [
+                {
+                    "messages": [{"role": "user", "content": f"Entry {seed}"}],
+                    "response_format": shape,
+                    **{"temperature": 1, "top_p": 1, "top_k": 0, "presence_penalty": 0.01, "seed": seed},
+                    **{"n": 5, "max_tokens": 400},
+                }
+                for seed in range(0, 200, 10)
+            ]
+            answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=one) for one in requests))
+        choices = [choice for answer in answers for choice in answer.json()["choices"]]
+        assert {choice["finish_reason"] for choice in choices} == {"stop"}
+        return [choice["message"]["content"] for choice in choices]
+
+    with live_server(log=tmp_path / "log") as live:
+        texts = asyncio.run(ask(live.url))
+    assert len(texts) == 100 and len(set(texts)) > 90
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
