@@ -236,6 +236,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{on}; `{results['command']}`. Medians of {ROUNDS} rounds; the clients ran on the same cores.",
         "",
+        f"Load average at the start: {machine['load_average']:.1f}. Where it is above 1, other work ran on these cores "
+        "too, and only the ratios mean something.",
+        "",
         "| | ratio | goal |",
         "|---|---|---|",
         *(f"| {name} | {results[key]:.3g} | {goal} |" for name, key, goal in rows),
