@@ -145,9 +145,17 @@ def part_bytes(spec: Spec, part: str) -> int:
     return 4 * int(np.prod(state_shapes(spec)[part]))
 
 
-def recurrent_bytes(spec: Spec) -> int:
-    """Bytes of one layer in each part that the recurrence updates: these parts are equally large."""
-    return part_bytes(spec, list(state_shapes(spec))[S_RECURRENT - S_STATE])
+def recurrence_arguments(
+    spec: Spec, layer: int, *, segments: np.ndarray, stride: int, table: int, y: int, inputs: Sequence[int]
+) -> list[int]:
+    """The arguments of a recurrence, (ARGUMENTS,), in the order of `instructions.A_SEGMENTS` and the names after it.
+
+    table, y, inputs: addresses of the layer's parameters, of the result and of the projections' outputs.
+    """
+    part = list(state_shapes(spec))[S_RECURRENT - S_STATE]  # the parts that it updates are equally large
+    offset = layer * part_bytes(spec, part)
+    found = [segments.ctypes.data, offset, spec.H, spec.N, stride, table, y, *inputs]
+    return found + [0] * (ARGUMENTS - len(found))
 
 
 # -- programs ----------------------------------------------------------------------------------------------
@@ -259,14 +267,16 @@ class Binder:
         return fields
 
     def _arguments(self, op: Op) -> list[int]:
-        """The arguments of a recurrence, in the order of `instructions.A_SEGMENTS` and the names after it."""
         assert self.code is not None and op.out is not None
-        spec = self.spec
-        layer = op.layer * recurrent_bytes(spec)
-        found = [self.segments.ctypes.data, layer, spec.H, spec.N, self._stride(op.out)]
-        found += [self.code.tables[op.layer], self.addresses[op.out]]
-        found += [self.addresses[value] for value in op.inputs]
-        return found + [0] * (ARGUMENTS - len(found))
+        return recurrence_arguments(
+            self.spec,
+            op.layer,
+            segments=self.segments,
+            stride=self._stride(op.out),
+            table=self.code.tables[op.layer],
+            y=self.addresses[op.out],
+            inputs=[self.addresses[value] for value in op.inputs],
+        )
 
     def _stride(self, value: int) -> int:
         return self.layout.stride(self._values[value].width)

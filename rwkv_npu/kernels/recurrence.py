@@ -14,18 +14,7 @@ import numpy as np
 
 from rwkv_npu.board import hardware
 from rwkv_npu.kernels import available, load
-from rwkv_npu.kernels.instructions import (
-    A_H,
-    A_LAYER,
-    A_N,
-    A_SEGMENTS,
-    A_STRIDE,
-    A_TABLE,
-    A_VALUES,
-    A_Y,
-    ARGUMENTS,
-)
-from rwkv_npu.kernels.program import fill_segments, recurrent_bytes, segment_table
+from rwkv_npu.kernels.program import fill_segments, recurrence_arguments, segment_table
 from rwkv_npu.models import MODULES
 from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.rows import Rows
@@ -73,14 +62,18 @@ class Compiled:
         if len(self._table) <= len(rows.counts):
             self._table = segment_table(len(rows.counts))
         fill_segments(self._table, rows, self._spec)
-        arguments = np.zeros(ARGUMENTS, np.int64)
-        arguments[A_SEGMENTS], arguments[A_LAYER] = (
-            self._table.ctypes.data,
-            layer * recurrent_bytes(self._spec),
+        arguments = np.array(
+            recurrence_arguments(
+                self._spec,
+                layer,
+                segments=self._table,
+                stride=self._y.shape[1],
+                table=p.ctypes.data,
+                y=self._y.ctypes.data,
+                inputs=[array.ctypes.data for array in values],
+            ),
+            np.int64,
         )
-        arguments[A_H], arguments[A_N], arguments[A_STRIDE] = self._spec.H, self._spec.N, self._y.shape[1]
-        arguments[A_TABLE], arguments[A_Y] = p.ctypes.data, self._y.ctypes.data
-        arguments[A_VALUES : A_VALUES + len(values)] = [array.ctypes.data for array in values]
         self._run(arguments.ctypes.data, len(rows), len(rows.counts) * self._spec.H)
         return self._y
 
