@@ -39,7 +39,7 @@ from tools.board.compute import Bundles, Server  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes: a file stays in one, and all of the emulated board's in one."""
+    """Divide the tests among processes: a file stays in one, and all tests of the emulated board in one."""
     for item in items:
         group = "board" if item.get_closest_marker("board") else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
@@ -78,7 +78,7 @@ def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted conversion for the CPU makes of `checkpoint`. Not to be changed."""
+    """The bundle of an uninterrupted conversion of `checkpoint` for the CPU. Tests must not change it."""
     return convert(checkpoint, tmp_path_factory.mktemp("whole") / "whole.rwkv")
 
 

@@ -206,7 +206,7 @@ print(opened - before[0], resident("RssAnon") - before[1])
 
 
 def test_opening_maps_the_weights(made: Path, tmp_path: Path) -> None:
-    """Of about 100 MB: nothing is read on opening, and nothing is copied by running."""
+    """A bundle of about 100 MB: opening reads nothing, and running copies nothing."""
     checkpoint = tmp_path / "model.safetensors"
     write_model(checkpoint, D=128, L=1, V=196_608, F=256, N=64, dtype="bf16", vocabulary=False)
     path = rwkv_npu.convert(checkpoint, tmp_path / "large.rwkv", target="none")
@@ -286,7 +286,7 @@ def test_large_files_are_checked_by_their_size(copy: Path) -> None:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_header_of_a_large_file_is_no_traceback(made: Path, name: str, data: Any) -> None:
-    """What opening cannot see is a BundleError when the tensor is used, or is found by the check."""
+    """Damage that opening cannot see is a BundleError when the tensor is used, or in `verify_files`."""
     original = (made / name).read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
     place, bit = data.draw(st.integers(0, header - 1)), data.draw(st.integers(0, 7))

@@ -107,7 +107,7 @@ def test_the_command_goes_on_after_ctrl_c(
     with monkeypatch.context() as patch:
         patch.setattr(Model, "forward", interrupted)
         status, out, err = run(*flags, "--resume", tmp_path / "file")
-    assert (status, out) == (130, "") and f"the same command goes on from {tmp_path / 'file'}" in err
+    assert (status, out) == (130, "") and f"the same command continues from {tmp_path / 'file'}" in err
     assert run(*flags, "--resume", tmp_path / "file") == (0, whole, "")
 
 

@@ -283,7 +283,7 @@ def test_ctrl_c_in_a_long_prompt_keeps_what_was_read(
     monkeypatch.setattr(Model, "forward", interrupted)
     status, out, err = generate(*command)
     assert (status, out) == (130, "") and sum(read) == 1024
-    assert "keeps 1024 of" in err and "the same command goes on" in err
+    assert "keeps 1024 of" in err and "the same command continues" in err
     assert file.read_bytes() == old.read_bytes()
     (kept,) = tmp_path.glob("s.*.partial")
     monkeypatch.setattr(Model, "forward", forward)

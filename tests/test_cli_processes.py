@@ -79,7 +79,7 @@ def test_closed_pipe_ends_silently(endless: tuple[object, ...]) -> None:
 
 @pytest.mark.parametrize("flags", [["--help"], ["generate", "--help"], ["--version"], ["info", "--json"]])
 def test_output_that_nobody_reads(flags: list[str]) -> None:
-    """What is short leaves Python's buffer when all else is done."""
+    """A short text leaves Python's buffer only at the end."""
     process = start(*flags)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
@@ -160,7 +160,7 @@ def test_ctrl_c_while_reading_the_prompt(checkpoint: Path, model: Model, tmp_pat
         wait_for(process.stderr, b"opened in")
         time.sleep(5)  # the text is encoded and a part of it read; all of it takes a minute
         out, err = interrupt(process)
-        assert out == b"" and "generated 0 tokens" in err and "the same command goes on from there" in err
+        assert out == b"" and "generated 0 tokens" in err and "the same command continues from there" in err
     assert (tmp_path / "state").read_bytes() == before
     names = sorted(entry.name for entry in tmp_path.iterdir())
     assert [name.split(".")[0] for name in names] == ["long", "new", "state", "state"]

@@ -1,4 +1,4 @@
-"""What others say comes in one line of ours."""
+"""Errors: one line each, with arguments in Python and flags on the command line."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_another_evaluation_is_refused(model: Model, other: Model, tmp_path: Pat
 
 
 def test_the_same_weights_in_another_precision_are_another_model(folder: Path, tmp_path: Path) -> None:
-    """Where the bundle's files are the same: what it was told last about its precision is in its manifest alone."""
+    """The bundle's files are the same: the last choice of its precision is in its manifest only."""
     checkpoint, bundle, file = folder / "a" / "model.pth", tmp_path / "a.rwkv", tmp_path / "file"
     for cpu in ("int4", "int8"):  # both files are there from here on
         rwkv_npu.convert(checkpoint, bundle, target="none", cpu=cpu)

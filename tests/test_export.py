@@ -133,7 +133,7 @@ def test_an_interrupted_export_goes_on(
         patch.setattr(exporting, "_compare", interrupted)
         status, printed, err = run(*command)
     assert (status, printed, names(out.parent)) == (130, "", [f"{out.name}.partial"])
-    assert "goes on from here" in err
+    assert "continues from here" in err
     copied = out.with_name(f"{out.name}.partial") / packed_file("int8")
     stamp = copied.stat().st_mtime_ns
     assert run(*command)[0] == 0 and names(out.parent) == [out.name]

@@ -1,4 +1,4 @@
-"""What the field puts beside and in place of a model: it is left alone, or named with what to do."""
+"""Files that other programs leave beside a model or in its place: ignored, or refused with advice."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def alone(code: str, *words: object, **environment: str) -> str:
 
 
 def test_cpu_backends_run_where_linux_is_missing(checkpoint: Path) -> None:
-    """What macOS and Windows lack is hidden. No more is claimed for them."""
+    """Hides what macOS and Windows lack. Nothing more is claimed for them."""
     code = """
     import os, sys
     for name in ("sched_getaffinity", "sched_setaffinity", "O_NONBLOCK", "O_NOFOLLOW", "O_DIRECTORY"):

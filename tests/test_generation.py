@@ -100,7 +100,7 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
 
 
 def before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """What a stream has to give, found letter by letter."""
+    """The expected text of a stream, found letter by letter."""
     for end in range(1, len(text) + 1):
         lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if lengths:

@@ -126,7 +126,7 @@ def test_a_new_file_on_the_hub_replaces_the_old(hub: Hub, cache: Path, run: Run)
 
 def test_a_download_that_broke_off_goes_on(hub: Hub, cache: Path, run: Run) -> None:
     hub.cut = 1000
-    assert "the same command goes on" in error_line(run("pull", NAME))
+    assert "the same command continues" in error_line(run("pull", NAME))
     assert not (cache / "model.pth").exists()
     (part,) = cache.glob(".*.part")
     assert part.stat().st_size == 1000

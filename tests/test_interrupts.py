@@ -83,7 +83,7 @@ def test_finished_stages_are_not_repeated(
         counting(patch, module, name, stop_at=at)
         status, printed, err = run(*command)
     assert (status, printed) == (130, "")
-    assert err.splitlines()[-1] == "rwkv-npu: interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "rwkv-npu: interrupted: the same command continues from here"
     assert names(out.parent) == ["out.rwkv.partial"]
     calls = {name: counting(monkeypatch, module, name) for module, name in COUNTED}
     assert run(*command)[0] == 0

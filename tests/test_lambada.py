@@ -120,7 +120,7 @@ def test_lambada_goes_on(model: Model, other: Model, tmp_path: Path) -> None:
 
 
 def test_with_another_tokenizer_it_is_another_evaluation(model: Model, other: Model, tmp_path: Path) -> None:
-    """Of either model: the same weights score other tokens."""
+    """For both models: with another tokenizer the same weights score other tokens."""
     passages = read_lambada(str(write_jsonl(tmp_path / "l.jsonl")))
     letters = {1 + byte: bytes([byte]) for byte in range(256)}
     spelling = Model(other.engine, WorldTokenizer(letters, name="x", source="x"), other.source)

@@ -25,7 +25,7 @@ TRANSPOSED = {
 
 
 def as_web_rwkv(stored: dict[str, torch.Tensor], generation: str) -> dict[str, torch.Tensor]:
-    """What web-rwkv's converter makes of a checkpoint, in the precision that it has."""
+    """The tensors that web-rwkv's converter writes for a checkpoint, in the same precision."""
     result = {}
     for name, tensor in stored.items():
         if generation == "5.1" and name.endswith(("time_decay", "time_faaaa")):

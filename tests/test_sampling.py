@@ -490,7 +490,7 @@ def test_logit_bias_and_allowed_tokens(both: str) -> None:
 
 
 def test_the_most_likely_tokens_and_their_log_probabilities(both: str) -> None:
-    """Of the logits as given: bans and penalties do not count."""
+    """Log-probabilities are those of the given logits, before bans and penalties."""
     logits = logits_of(500, 2.0)
     logits[[7, 300]] = 9
     probabilities = softmax(logits)

@@ -48,7 +48,7 @@ def write_model(path: Path, generation: str = "7", *, vocabulary: bool = True, *
 
 
 def continuation(model: Model, prompt: str = PROMPT, **options: Any) -> str:
-    """What the model writes after a prompt: greedily, 12 tokens, unless told otherwise."""
+    """The model's continuation of a prompt: by default 12 tokens, greedily."""
     options = {"temperature": 0, "max_tokens": 12} | options
     return "".join(step.text for step in model.generate(prompt, **options))
 

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             path = converter.run(request)
         except KeyboardInterrupt:
-            print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
+            print("rwkv-npu: interrupted: the same command continues from here", file=sys.stderr)
             return 130
     print(path)
     print(summary(open_bundle(path)), file=sys.stderr)

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         with contextlib.ExitStack() as opened:
             result, table = measure(arguments, opened, resume)
     except KeyboardInterrupt:
-        kept = f": the same command goes on from {resume}" if resume else ""
+        kept = f": the same command continues from {resume}" if resume else ""
         print(f"rwkv-npu: interrupted{kept}", file=sys.stderr)
         return 130
     print(json.dumps(result, indent=1) if arguments.json else table)

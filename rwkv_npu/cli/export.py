@@ -89,7 +89,7 @@ def _export_bundle(arguments: argparse.Namespace) -> int:
                 force=arguments.force,
             )
         except KeyboardInterrupt:
-            print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
+            print("rwkv-npu: interrupted: the same command continues from here", file=sys.stderr)
             return 130
     print(path)
     print(summary(open_bundle(path), f"scp -r {shlex.quote(str(path))} board:"), file=sys.stderr)

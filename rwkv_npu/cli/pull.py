@@ -24,6 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         print(pull(parse(arguments.hub_file)))
     except KeyboardInterrupt:
-        print("rwkv-npu: interrupted: the same command goes on from here", file=sys.stderr)
+        print("rwkv-npu: interrupted: the same command continues from here", file=sys.stderr)
         return 130
     return 0

@@ -69,9 +69,7 @@ class Unfinished:
         if not read:
             return ""
         state.save(self.path)
-        return (
-            f": {self.path} keeps {read} of {len(self._ids)} tokens, and the same command goes on from there"
-        )
+        return f": {self.path} keeps {read} of {len(self._ids)} tokens, and the same command continues from there"
 
     def remove(self) -> None:
         if self.path is not None:
@@ -86,7 +84,7 @@ def read_prompt(
     kept = unfinished.load()
     if kept is not None:
         done, state = kept
-        print(f"going on from {unfinished.path}: {done} of {len(ids)} tokens are read", file=sys.stderr)
+        print(f"continuing from {unfinished.path}: {done} of {len(ids)} tokens are read", file=sys.stderr)
     first = done
     chunk = model.engine.chunk
     piece = chunk * max(1, PIECE // chunk)  # whole chunks, so that pieces do not change the result

@@ -40,7 +40,7 @@ class HubFile:
 
     @property
     def path(self) -> Path:
-        """Where the file lies once it is downloaded."""
+        """The path of the downloaded file."""
         folder = self.repo.replace("/", "--") + (f"@{self.revision}" if self.revision else "")
         return cache_dir() / "hub" / folder / self.name
 
@@ -64,7 +64,7 @@ def resolve(name: str) -> str:
 def pull(file: HubFile) -> Path:
     """Download a file, unless the cache has what the Hub has. Returns its path.
 
-    An interrupted download goes on. The hash that the Hub names is checked before the file appears.
+    An interrupted download continues. The hash that the Hub names is checked before the file appears.
     Raises UsageError if the Hub cannot be reached, refuses or lacks the file, or if it arrives damaged.
     """
     hub = _hub()
@@ -155,7 +155,7 @@ def _download(hub: Any, file: HubFile, url: str, found: Any, part: Path) -> None
         else:
             reason = f"the download of {file} broke off ({first_line(error)[:100]})"
         done = part.stat().st_size
-        raise UsageError(f"{reason}; {done} bytes are kept, and the same command goes on") from error
+        raise UsageError(f"{reason}; {done} bytes are kept, and the same command continues") from error
 
 
 def _check(file: HubFile, part: Path, etag: str, size: int | None) -> None:

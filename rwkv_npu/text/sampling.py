@@ -36,7 +36,7 @@ THRESHOLDS = 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-6, 0.0
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens. The defaults are those of the rwkv package, without its penalties.
+    """Options of the choice of a token. The defaults are those of the rwkv package, without its penalties.
 
     Raises UsageError for a value out of range.
     """
