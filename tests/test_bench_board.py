@@ -86,7 +86,7 @@ def test_the_clocks_terms_come_back(run_alone, bundle: Path, clock: dict[str, st
     assert measured["c_call"] == pytest.approx(TERMS["c_call"].central, abs=2)
     assert measured["npu_read_lpddr5"] == pytest.approx(TERMS["npu_read_lpddr5"].central, rel=0.01)
     assert measured["graph_over_table"] == pytest.approx(TERMS["graph_over_table"].central, rel=0.01)
-    assert 1.5 < measured["npu_three_cores"] <= 3.1 and measured["rknnlite_call"] > measured["c_call"]
+    assert 1.5 < measured["npu_three_cores"] < 4 and measured["rknnlite_call"] > measured["c_call"]
 
 
 @pytest.mark.board

@@ -161,7 +161,8 @@ class ContextRunner:
         for name, source in inputs.items():
             target, rows = self.inputs[name], len(source)
             largest = self._narrow(source, target[:rows])
-            target[rows:] = target[rows - 1]
+            if rows < len(target):  # padding repeats the last row, see `copy_rows`
+                target[rows:] = target[rows - 1]
             self.kept[name] = target if largest <= LARGEST else np.array(source, np.float32)
 
     def run(self) -> Mapping[str, np.ndarray]:

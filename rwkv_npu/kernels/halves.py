@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,9 @@ def widen(source: np.ndarray, target: np.ndarray) -> None:
 def narrow(source: np.ndarray, target: np.ndarray) -> float:
     """`maths.narrow`, compiled: copy fp32 to fp16, and return the largest magnitude."""
     if source.dtype == np.float32 and source.size and _plain(source, target):
-        found = np.empty(1, np.float32)
-        _NARROW.ctypes(source.ctypes.data, target.ctypes.data, source.size, found.ctypes.data)
-        return float(found[0])
+        found = ctypes.c_float()
+        _NARROW.ctypes(source.ctypes.data, target.ctypes.data, source.size, ctypes.addressof(found))
+        return found.value
     return maths.narrow(source, target)
 
 
