@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_fp16_keeps_what_is_computed_with_it(bundle: Path, out: Path) -> None:
     [
         (["--for", "rk3562"], "no artifacts for rk3562"),
         (["--for", "rk3588", "--precision", "bf16"], "rk3588 w8a8, layer fusion"),
-        (["--for", "rk3588", "--cpu", "fp32"], "convert model.pth --cpu fp32"),
+        (["--for", "rk3588", "--cpu", "fp32"], "model.rwkv --cpu fp32 adds"),
         (["--for", "rk9999"], "rk3588"),
     ],
 )
@@ -104,6 +105,10 @@ def test_an_exported_bundle_is_replaced_by_force_and_never_extended(
     assert "--force" in error_line(run("export", bundle, "--for", "none", "-o", out))
     status, printed, err = run("convert", checkpoint, "-o", out, "--target", "none")
     assert (status, printed) == (1, "") and "exported" in err
+    assert "no artifacts: exported" in run("info", out)[1]
+    findings = json.loads(run("doctor", "-m", out, "--json")[1])
+    (mend,) = (finding["mend"] for finding in findings if finding["what"] == "artifacts")
+    assert mend == "export the whole bundle again, after rwkv-npu convert model.pth --target rk3588"
     export(bundle, out, target="none", cpu="int8", force=True)
     assert open_bundle(out).manifest.cpu_precisions == ("int8",)
     for use in (["--precision", "fp16"], ["--backend", "rknn-matmul"]):

@@ -271,6 +271,8 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
     target = chip or "rk3588"
     artifacts = [a for a in manifest.artifacts if a.target == target and a.fusion == manifest.fusion]
     again = f"rwkv-npu convert {shlex.quote(manifest.checkpoint)} -o {shlex.quote(str(bundle.path))}"
+    if not manifest.cpu:  # an exported bundle cannot be extended
+        again = f"export the whole bundle again, after rwkv-npu convert {shlex.quote(manifest.checkpoint)}"
     if not artifacts:
         others = ", ".join(sorted({a.target for a in manifest.artifacts}))
         shown = f"none for the {target}" + (f"; the bundle has some for: {others}" if others else "")

@@ -130,6 +130,7 @@ def _bundle_facts(bundle: Bundle, terms: Terms | None = None) -> dict[str, Any]:
     return {
         "path": str(bundle.path),
         "kind": "bundle",
+        "exported": not manifest.cpu,  # without the weights in fp16
         **_spec_facts(manifest.spec),
         "checkpoint": manifest.checkpoint,
         "fingerprint": manifest.fingerprint,
@@ -227,7 +228,8 @@ def _table(facts: dict[str, Any]) -> str:
         for artifact in facts["artifacts"]:
             lines += _artifact_lines(artifact, _is_default(facts, artifact))
         if not facts["artifacts"]:
-            lines.append("  NPU          no artifacts: convert with --target rk3588")
+            advice = "exported for CPUs" if facts["exported"] else "convert with --target rk3588"
+            lines.append(f"  NPU          no artifacts: {advice}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,11 +93,12 @@ def _selected(
     old = bundle.manifest
     if target not in (*TARGETS, NO_TARGET):
         raise UsageError(f"target {target!r} is unknown: use one of {', '.join((*TARGETS, NO_TARGET))}")
+    extend = f"rwkv-npu convert {shlex.quote(old.checkpoint)} -o {shlex.quote(str(bundle.path))}"
     cpu, fusion = cpu or old.cpu_precisions[0], fusion or old.fusion
     if cpu not in old.cpu_precisions:
         raise UsageError(
             f"{bundle.path} has no {cpu} weights for the CPU, it has {', '.join(old.cpu_precisions)}: "
-            f"rwkv-npu convert {old.checkpoint} --cpu {cpu} adds them"
+            f"{extend} --cpu {cpu} adds them"
         )
     # 1. Artifacts: of one chip, fusion and precision.
     artifacts = [] if target == NO_TARGET or old.outdated else old.artifacts
@@ -110,7 +112,7 @@ def _selected(
         raise UsageError(
             old.outdated
             or f"{bundle.path} has no artifacts for {wanted}. It has {'; '.join(kinds) or 'none'}: "
-            f"rwkv-npu convert {old.checkpoint} --target {target} adds to it"
+            f"{extend} --target {target} adds to it"
         )
     # 2. Files: all but those of other artifacts and other weights.
     packed = [cpu] if cpu in old.packed else []
