@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import torch
 
 from rwkv_npu.backends.base import Source, allocate_inputs
+from rwkv_npu.errors import BackendError
 from rwkv_npu.models.maths import LAYER_NORM_EPS
 from rwkv_npu.models.spec import Group
+
+_PROCESS = os.getpid()  # the process that has torch's threads: a fork of it would wait for them for ever
 
 
 class TorchMaths:
@@ -66,6 +70,11 @@ class TorchRunner:
 
     @torch.no_grad()
     def run(self) -> Mapping[str, np.ndarray]:
+        if os.getpid() != _PROCESS:
+            raise BackendError(
+                "torch has no threads in a process that was forked after it was loaded: start the process with spawn, "
+                "or take another backend"
+            )
         outputs = self._source.evaluate(self._group, self._maths, dict(self._tensors))
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 
