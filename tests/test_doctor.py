@@ -243,9 +243,7 @@ def test_a_pc_is_told_about_boards_and_the_simulator(
     status, out, err = run_main(capsys, "doctor", "-m", bundle)
     assert status == 0 and err == ""
     words = " ".join(out.split())
-    assert re.search(
-        r"note board none: .* needs a board with a chip of rk3588, .*rknpu.*librknnrt.*pip install", words
-    )
+    assert re.search(r"note board none: .* needs a board with a chip of rk3588, .*rknpu.*librknnrt", words)
     assert "--backend rknn-sim computes what an NPU would" in words
     assert all(len(line) <= 80 for line in out.splitlines() if "/" not in line)
     status, out, _ = run_main(capsys, "doctor", "--json")
