@@ -35,8 +35,8 @@ from rwkv_npu.toolkit import VERSIONS, rknn_info
 CORES = {"0": (1,), "1": (2,), "2": (4,), "0,1": (1, 2), "0,1,2": (1, 2, 4)}
 CHIP_CORES = {"rk3588": "0,1,2", "rk3576": "0,1"}  # chips with several cores
 ANY_CORE = 0  # the mask by which the runtime chooses a core
-# While a core computes a call, other threads convert the inputs of its next call and the outputs of its last one.
-THREADS_A_CORE = 3
+# While a core computes for one thread, the other checks the outputs of the last call and hands over those of the next.
+THREADS_A_CORE = 2
 PACKAGE = "rknn-toolkit-lite2"
 DEFAULT_CORES = "auto"
 API, LITE = "RWKV_NPU_API", "rknnlite"  # environment variable, and its value that asks for RKNNLite
