@@ -1,7 +1,7 @@
 # make demo   text from the model that ships with the package, in an environment of its own
 # make test   everything: lint, types, fast tests, and those that need Rockchip's compiler or the emulated board
 # make fast   the fast tests only
-# make campaign   an hour of damaged and forged files for every reader, commands ended in the middle, a loaded server, then every kernel on the emulated board
+# make campaign   an hour of damaged and forged files for every reader, commands ended in the middle, a loaded server, 1000 prompts in a row, then every kernel on the emulated board
 # make board  the emulated board, in your cache folder: as root it installs qemu and a cross compiler
 #
 # PYTHON is a Python 3.10 to 3.12 for all of it (3.13 lacks Rockchip's compiler). PyPI's torch for Linux on x86-64
@@ -30,6 +30,7 @@ campaign: .venv/dev
 	RWKV_FUZZ_SECONDS=$${RWKV_FUZZ_SECONDS:-3600} RWKV_FUZZ_SEED=$${RWKV_FUZZ_SEED:-$$(date +%s)} \
 	  .venv/bin/python -m pytest -m fuzz -s tests/fuzz
 	.venv/bin/python -m tests.reliability.campaign $${RWKV_RELIABILITY:-.reliability.json}
+	RWKV_PROMPTS=1000 .venv/bin/python -m pytest tests/test_waves.py -k prompts_in_a_row
 	RWKV_LOAD_SECONDS=$${RWKV_LOAD_SECONDS:-120} .venv/bin/python -m pytest -m load -s tests/test_serve_load.py
 	RWKV_CAMPAIGN=1 .venv/bin/python -m pytest -m board -v tests/test_kernels_on_board.py
 

@@ -140,6 +140,7 @@ def test_cores_and_cpu_work_at_the_same_time(source, recorded) -> None:
     npu.next_fault = wait
     read(engine, [IDS], False, overlap=True)
     assert npu.most == 3 and set(engine.counters.queue_s) == {0, 1, 2}
+    assert engine.window == 4 * engine.chunk  # so that a call that is given as much overlaps too
     engine.close()
 
 

@@ -28,6 +28,7 @@ from rwkv_npu.models.spec import Group, Spec
 from rwkv_npu.runtime.dispatch import Assign, Call, Counters, Dispatcher
 from rwkv_npu.runtime.waves import Wave, run_waves
 
+OVERLAPPING = 4  # chunks in a call that keep the NPU's cores busy, without delaying other sequences for long
 PREFILL_ROWS = 128  # rows of a call on a backend that takes any number
 
 
@@ -92,6 +93,11 @@ class Engine:
     @property
     def spec(self) -> Spec:
         return self.program.spec
+
+    @property
+    def window(self) -> int:
+        """Rows of prompts that a call should have: one chunk, or where chunks overlap as many as keep cores busy."""
+        return self.chunk * (OVERLAPPING if self._overlaps(decode=False) else 1)
 
     @property
     def counters(self) -> Counters:
@@ -228,7 +234,7 @@ class Engine:
         for _, alike in itertools.groupby(planned, lambda one: one[1] and not dispatcher.alike):
             together = list(alike)
             decode = together[0][1]
-            overlap = self.overlap and not dispatcher.fused(decode) and dispatcher.overlaps(decode)
+            overlap = self._overlaps(decode)
 
             def wave(pieces: list[Piece], decode: bool, keep: bool = overlap) -> Wave:
                 def start(group: Group, inputs: Arrays, done: Callable[[Call], object]) -> Call:
@@ -272,6 +278,10 @@ class Engine:
             if not wave:
                 return
             yield wave, decode
+
+    def _overlaps(self, decode: bool) -> bool:
+        """True if forwards run beside each other."""
+        return self.overlap and not self._dispatcher.fused(decode) and self._dispatcher.overlaps(decode)
 
     def _steps(
         self,

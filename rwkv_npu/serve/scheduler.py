@@ -343,7 +343,7 @@ class Scheduler:
 
     def _choose_prompts(self) -> list[tuple[_Reading, int]]:
         """The prompts of this step in order of arrival, with the number of rows of each."""
-        most = self._engine.chunk - len(self._writing)
+        most = self._engine.window - len(self._writing)
         budget = min(most, max(GRAIN, self._pace.budget(most))) if self._writing else most
         prompts = []
         awaited = set(self._held.values())
