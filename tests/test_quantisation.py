@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.backends.memory import plan_memory
@@ -16,7 +18,7 @@ from rwkv_npu.board import hardware
 from rwkv_npu.conversion import converter, quantise, sensitivity
 from rwkv_npu.conversion.quantise import NOTES, sizes
 from rwkv_npu.conversion.request import resolve
-from rwkv_npu.conversion.sensitivity import KLEvaluator, select
+from rwkv_npu.conversion.sensitivity import STEPS, KLEvaluator, knapsack, select, select_largest
 from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.bundle import INT8, Manifest, open_bundle
 from rwkv_npu.formats.checkpoint import open_checkpoint
@@ -51,6 +53,28 @@ def manifest_of(out: Path) -> Manifest:
 
 
 # -- the choice ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 99)), min_size=1, max_size=6), st.floats(1e-3, 3))
+@settings(max_examples=30, deadline=None)
+def test_the_largest_set_that_fits(found: list[tuple[float, int]], limit: float) -> None:
+    costs = {f"matrix {number}": cost for number, (cost, _) in enumerate(found)}
+    bytes_of = {f"matrix {number}": size for number, (_, size) in enumerate(found)}
+
+    def size(names: Any) -> int:
+        return sum(bytes_of[name] for name in names)
+
+    chosen = knapsack(costs, bytes_of, limit)
+    assert sum(costs[name] for name in chosen) <= limit
+    # Costs are rounded up, by a step each at most.
+    tight = limit * (1 - len(costs) / STEPS)
+    sets = chain.from_iterable(combinations(costs, count) for count in range(len(costs) + 1))
+    fitting = [names for names in sets if sum(costs[name] for name in names) <= tight]
+    assert size(chosen) >= max(map(size, fitting))
+    names, kl = select_largest(costs, bytes_of, limit, lambda names: 1.3 * sum(costs[name] for name in names))
+    assert kl <= limit and size(names) >= max(
+        size(each) for each in fitting if 1.4 * sum(costs[n] for n in each) <= limit * 0.98
+    )
 
 
 @given(
@@ -96,7 +120,7 @@ def test_groups_before_a_projection_are_not_computed_again(
     assert quick.together({}) == 0
     for name in sizes(bundle.spec):
         chosen = {name: bundle.quantised(name)}
-        found = quick.alone(*next(iter(chosen.items())))
+        found = quick.alone(chosen)
         assert found == pytest.approx(whole.together(chosen), rel=1e-9) and found > 0, name
 
 
@@ -155,7 +179,10 @@ def test_a_wrong_map_is_refused(
         (("--precision", "mixed", "--max-kl", "-1"), "it must be a number of nats above 0"),
         (("--precision", "mixed", "--max-kl", "nan"), "it must be a number of nats above 0"),
         (("--precision", "w8a8", "--precision-map", "m.json"), "is for --precision mixed"),
-        (("--precision", "w8a8", "--max-kl", "0.1"), "--max-kl is for --precision mixed without a map"),
+        (
+            ("--precision", "w8a8", "--max-kl", "0.1"),
+            "--max-kl is for --cpu auto, and for --precision mixed without --precision-map",
+        ),
     ],
 )
 def test_impossible_requests_are_refused_before_any_work(
@@ -283,11 +310,11 @@ def test_an_interrupted_measurement_resumes(
     out, measured = tmp_path / "o", KLEvaluator.alone
     labels: list[str] = []
 
-    def interrupted(self: KLEvaluator, label: str, quantised: Quantised) -> float:
-        labels.append(label)
+    def interrupted(self: KLEvaluator, quantised: Mapping[str, Quantised]) -> float:
+        labels.extend(quantised)
         if len(labels) == 3:
             raise KeyboardInterrupt
-        return measured(self, label, quantised)
+        return measured(self, quantised)
 
     monkeypatch.setattr(KLEvaluator, "alone", interrupted)
     assert convert(capsys, checkpoint, out, ids, "--precision", "mixed")[0] == 130

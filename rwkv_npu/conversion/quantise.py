@@ -192,7 +192,7 @@ def select_projections(
         log.info(f"measuring the KL divergence of int8, {len(waiting)} projections one by one")
     for number in progress("measure int8", "matrix", over=waiting):
         name = table[number].name
-        table[number] = replace(table[number], kl=evaluator().alone(name, bundle.quantised(name)))
+        table[number] = replace(table[number], kl=evaluator().alone({name: bundle.quantised(name)}))
         _note(bundle, key, table)
     names, kl = select({row.name: row.kl or 0.0 for row in table}, bytes_of, max_kl, together)
     return _int8_set(bundle.spec, names, kl, max_kl), table

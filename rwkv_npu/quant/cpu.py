@@ -28,7 +28,7 @@ PANEL = 64  # columns that a gemm kernel computes at once
 
 SCALE = np.dtype(ml_dtypes.bfloat16)
 
-PRECISIONS = ("int8", "int4")
+PRECISIONS = ("int8", "int4", "auto")  # auto: 8 or 4 bits by measured sensitivity
 ZERO = {8: 128, 4: 8}
 
 # int4: scales to try for a block, relative to the largest value over 8. The one with the smallest squared error wins:
@@ -40,13 +40,14 @@ _CHUNK = 1 << 22  # elements to quantise at a time
 def bits_of(precision: str, tensor: Tensor) -> int:
     """Bits of a projection at a precision. In an int4 model, projections that feed the state keep 8 bits.
 
-    An error in the state is read again by every later token. These projections are r, k, v and the low-rank controls;
+    `auto` has at most these bits. An error in the state is read again by every later token. These projections are r, k,
+    v and the low-rank controls;
     the others hold three quarters of the weights.
     """
     feeds_state = tensor.kind is not Kind.LINEAR or any(
         tensor.name.endswith(f".att.{name}.weight") for name in ("receptance", "key", "value")
     )
-    return 8 if precision == "int8" or feeds_state else 4
+    return 8 if precision != "int4" or feeds_state else 4
 
 
 @dataclass(frozen=True)
@@ -135,35 +136,51 @@ def pack_floats(weight: np.ndarray) -> np.ndarray:
     return strips
 
 
-def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise some columns of a matrix. Returns data and scales."""
-    (K, N), (k, n) = weight.shape, padded(*weight.shape)
-    whole = np.zeros((k, n), np.float32)
-    whole[:K, :N] = weight
-    blocks = whole.reshape(k // BLOCK, BLOCK, n)
-    scales = _scales(blocks, bits)
-    q = _rounded(blocks, scales.astype(np.float32), bits) + ZERO[bits]
+def pack_numbers(q: np.ndarray, scales: np.ndarray, bits: int, shape: tuple[int, int]) -> Packed:
+    """Pack numbers minus their zero (padded K, N), with scales (padded K // BLOCK, N) of SCALE."""
+    (k, n), N = padded(*shape), shape[1]
+    whole = np.full((k, n), ZERO[bits], np.uint8)
+    whole[:, :N] = q + ZERO[bits]
+    wide = np.zeros((k // BLOCK, n), SCALE)
+    wide[:, :N] = scales
     rows = 4 * 8 // bits
     # (strips, k // rows, halves, 4, LANES) -> the 4 numbers of a column side by side
-    q = q.astype(np.uint8).reshape(k // rows, rows // 4, 4, n // LANES, LANES).transpose(3, 0, 1, 4, 2)
-    data = q[:, :, 0] if bits == 8 else q[:, :, 0] | q[:, :, 1] << 4
-    by_strip = scales.reshape(k // BLOCK, n // LANES, LANES).swapaxes(0, 1)
-    return np.ascontiguousarray(data).reshape(n // LANES, -1), np.ascontiguousarray(by_strip)
+    numbers = whole.reshape(k // rows, rows // 4, 4, n // LANES, LANES).transpose(3, 0, 1, 4, 2)
+    data = numbers[:, :, 0] if bits == 8 else numbers[:, :, 0] | numbers[:, :, 1] << 4
+    by_strip = wide.reshape(k // BLOCK, n // LANES, LANES).swapaxes(0, 1)
+    return Packed(
+        np.ascontiguousarray(data).reshape(n // LANES, -1), np.ascontiguousarray(by_strip), (shape[0], N)
+    )
 
 
-def _scales(blocks: np.ndarray, bits: int) -> np.ndarray:
-    """Choose the scales of blocks (blocks, BLOCK, N). Returns (blocks, N) of SCALE."""
+def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise some columns of a matrix. Returns data and scales."""
+    (K, N), k = weight.shape, padded(*weight.shape)[0]
+    whole = np.zeros((k, N), np.float32)
+    whole[:K] = weight
+    blocks = whole.reshape(k // BLOCK, BLOCK, N)
+    scales = best_scales(blocks, bits)
+    q = rounded(blocks * inverse_of(scales)[:, None], bits).reshape(k, N)
+    packed = pack_numbers(q, scales.astype(SCALE), bits, (K, N))
+    return packed.data, packed.scales
+
+
+def best_scales(blocks: np.ndarray, bits: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """Choose the scales of blocks (blocks, BLOCK, N). Returns (blocks, N) fp32, values of SCALE.
+
+    importance: weights of the squared errors, of a shape that fits the blocks.
+    """
     if bits == 8:
-        return _rounded_up(np.abs(blocks).max(1) / np.float32(127))
+        return _rounded_up(np.abs(blocks).max(1) / np.float32(127)).astype(np.float32)
     # int4 has one more number below zero than above. The sign of the scale gives it to the largest value.
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)[:, 0]
-    best, least = np.zeros(extreme.shape, SCALE), np.full(extreme.shape, np.inf, np.float32)
+    best, least = np.zeros(extreme.shape, np.float32), np.full(extreme.shape, np.inf, np.float32)
     for candidate in _CANDIDATES:
-        scales = (extreme * (candidate / -8)).astype(SCALE)
-        wide = scales.astype(np.float32)
-        error = np.square(_rounded(blocks, wide, bits) * wide[:, None] - blocks).sum(1)
-        better = error < least
-        best[better], least[better] = scales[better], error[better]
+        scales = (extreme * (candidate / -8)).astype(SCALE).astype(np.float32)
+        error = np.square(rounded(blocks * inverse_of(scales)[:, None], bits) * scales[:, None] - blocks)
+        total = (error if importance is None else error * importance).sum(1)
+        better = total < least
+        best[better], least[better] = scales[better], total[better]
     return best
 
 
@@ -173,9 +190,12 @@ def _rounded_up(positive: np.ndarray) -> np.ndarray:
     return ((bits + np.uint32(0xFFFF)) >> 16).astype(np.uint16).view(SCALE)
 
 
-def _rounded(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """Round `blocks` to whole multiples of `scales`, in the range of q. 0 where a scale is 0."""
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scales == 0, np.float32(0), 1 / scales)
+def rounded(multiples: np.ndarray, bits: int) -> np.ndarray:
+    """Round to whole numbers in the range of q minus its zero."""
     low = -8 if bits == 4 else -127
-    return np.clip(np.rint(blocks * inverse[:, None]), low, -low - (bits == 4))
+    return np.clip(np.rint(multiples), low, -low - (bits == 4))
+
+
+def inverse_of(scales: np.ndarray) -> np.ndarray:
+    """1 / scales, 0 where a scale is 0."""
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 
@@ -158,16 +159,22 @@ def round_weight(weight: np.ndarray, smoothing: np.ndarray | None = None) -> tup
     return numbers, np.stack(scales)
 
 
-class Int8Maths(NumpyMaths):
-    """The reference forward with some projections in int8: those for which `lookup(name)` returns a Quantised.
+class Product(Protocol):
+    """A quantised projection: x (M, K) -> (M, N)."""
 
-    Matrices of a stack are never in int8.
+    def linear(self, x: np.ndarray) -> np.ndarray: ...
+
+
+class Int8Maths(NumpyMaths):
+    """The reference forward with some projections quantised: those for which `lookup(name)` returns a Product.
+
+    Matrices of a stack are never quantised.
     """
 
     def __init__(
         self,
         weight: Callable[[str], np.ndarray],
-        lookup: Callable[[str], Quantised | None],
+        lookup: Callable[[str], Product | None],
         prefix: str = "",
     ):
         super().__init__(weight, prefix)
