@@ -126,6 +126,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "artifact": lambda m: m.update(artifacts=[{"path": "x"}]),
     "graph_errors": lambda m: m.update(graph_errors={"x": "small"}),
     "int8": lambda m: m.update(int8={"w8a8": {"projections": ["emb.weight"], "share": 1.0, "kl": 0.0}}),
+    "int4": lambda m: m.update(rounding={"auto": {"four_bits": ["emb.weight"]}}),
     "sensitivity": lambda m: m.update(sensitivity=[{"name": "head.weight"}]),
     "lists": lambda m: m["files"].update({"../victim": m["files"][HOST]}),
 }

@@ -152,7 +152,7 @@ def test_bad_values_leave_nothing(checkpoint: Path, tmp_path: Path, out: Path, r
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--max-kl", "0.1"), "--max-kl is for --precision mixed"),
+        (("--max-kl", "0.1"), "--max-kl is for --cpu auto"),
         (("--precision", "mixed", "--precision-map", "nowhere.json"), "cannot read nowhere.json"),
         (("--precision", "w8a8", "--toolkit", "2.2.0"), "has no precision 'w8a8'"),
         (("--calibrate", "nowhere.txt"), "nowhere.txt"),

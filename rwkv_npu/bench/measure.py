@@ -25,8 +25,9 @@ from rwkv_npu.formats.state import State
 from rwkv_npu.graphs.trace import trace_group
 from rwkv_npu.model import Model, load
 from rwkv_npu.models.spec import Tensor, state_shapes, tensors
-from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes
+from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.runtime.estimate import state_bytes, weights
+from rwkv_npu.runtime.weights import ModelSource
 from rwkv_npu.text.sampling import Sampler, SamplingOptions
 from rwkv_npu.toolkit import available_memory
 
@@ -262,7 +263,7 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
     if backend in ("ort", "numba") and source.packed("head.weight"):
         stored = held = source.cpu_precision
         size = sum(
-            packed_bytes(tensor, bits_of(held, tensor))
+            _packed_bytes(source, tensor)
             for tensor in tensors(spec)
             if tensor.kind.is_projection and not tensor.optional
         )
@@ -319,13 +320,18 @@ def _weights(model: Model, held: str) -> tuple[Counter[str], Counter[str]]:
             tensor = known[constant.name]
             parts = 1 if constant.index is None else tensor.used_shape[0]
             elements[group.role] += prod(tensor.used_shape) // parts
-            sizes[group.role] += _bytes(tensor, held) // parts
+            sizes[group.role] += _bytes(model.source, tensor, held) // parts
     return elements, sizes
 
 
-def _bytes(tensor: Tensor, held: str) -> int:
+def _packed_bytes(source: ModelSource, tensor: Tensor) -> int:
+    indices = range(tensor.used_shape[0]) if len(tensor.used_shape) == 3 else [None]
+    return sum(packed.nbytes for index in indices if (packed := source.packed(tensor.name, index)))
+
+
+def _bytes(source: ModelSource, tensor: Tensor, held: str) -> int:
     if held in PRECISIONS:
-        return packed_bytes(tensor, bits_of(held, tensor))
+        return _packed_bytes(source, tensor)
     return prod(tensor.shape) * (4 if held == "fp32" else 2)
 
 

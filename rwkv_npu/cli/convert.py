@@ -35,7 +35,11 @@ def add(commands: Any) -> None:
         "--precision-map", metavar="FILE", help="JSON file that names the int8 projections of mixed"
     )
     p.add_argument(
-        "--max-kl", type=float, default=0.005, metavar="X", help="for mixed, nats a token (default: 0.005)"
+        "--max-kl",
+        type=float,
+        default=0.005,
+        metavar="X",
+        help="for mixed and --cpu auto, nats a token (default: 0.005)",
     )
     p.add_argument(
         "--remedies",
@@ -44,7 +48,10 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
-    cpu = "of the CPU's weights: int8, int4, fp16 or fp32 (default: the bundle's, int8 for a new one)"
+    cpu = (
+        "of the CPU's weights: int8, int4, auto (int4 as far as --max-kl allows), fp16 or fp32 (default: the "
+        "bundle's, int8 for a new one)"
+    )
     p.add_argument("--cpu", help=cpu)
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")
     p.add_argument("--verify", action="store_true", help="compare every graph and artifact with NumPy")
@@ -60,7 +67,7 @@ def add(commands: Any) -> None:
     )
     add_adapter_flags(p)
     p.add_argument("--initial-state", metavar="FILE", help="a tuned state from which every text begins")
-    texts = "texts for calibration, or ids as .json or .npy (default: a text in the package)"
+    texts = "texts for calibration, or ids as .json or .npy (default: a text in the package); none: int4 to nearest"
     p.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT", help=texts)
     p.add_argument("--force", action="store_true", help="replace the bundle at the output")
     dry = "print sizes, memory and estimated speed in each precision; nothing is compiled or written"

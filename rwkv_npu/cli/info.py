@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,7 @@ def _bundle_facts(bundle: Bundle, terms: Terms | None = None) -> dict[str, Any]:
         "chat_template": _chat_template(bundle.path, manifest.spec.V),
         "fusion": manifest.fusion,
         "cpu": list(manifest.cpu_precisions),  # the default first
+        "rounding": {name: asdict(one) for name, one in manifest.rounding.items()},
         "bytes_on_disk": total,
         "graph_error": max(manifest.graph_errors.values(), default=None),
         "npu_default": default,
@@ -251,8 +253,20 @@ def summary(bundle: Bundle, then: str = "") -> str:
 
 
 def _cpu(facts: dict[str, Any]) -> str:
-    default, *others = facts["cpu"]
+    default, *others = [_cpu_precision(facts, name) for name in facts["cpu"]]
     return ", ".join([f"{default} (default)", *others])
+
+
+def _cpu_precision(facts: dict[str, Any], name: str) -> str:
+    """A precision, and how its four bits were rounded."""
+    rounding = facts["rounding"].get(name)
+    if rounding is None:
+        return f"{name} rounded to nearest" if name == "int4" else name
+    words = f"{name} rounded by GPTQ on {rounding['tokens']} tokens"
+    if name == "auto":
+        kl = f"KL {rounding['kl']:.2g} (at most {rounding['max_kl']:g})"
+        words += f" with {len(rounding['four_bits'])} matrices in int4, {kl}"
+    return words
 
 
 def _is_default(facts: dict[str, Any], artifact: dict[str, Any]) -> bool:

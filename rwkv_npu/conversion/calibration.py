@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -25,6 +25,8 @@ from rwkv_npu.models.common import Arrays
 from rwkv_npu.models.maths import LAYER_NORM_EPS, NumpyMaths, largest, matmul
 from rwkv_npu.models.spec import Group, Spec, tensors
 from rwkv_npu.progress import progress as show_progress
+from rwkv_npu.quant import gptq
+from rwkv_npu.quant.cpu import BLOCK
 from rwkv_npu.quant.npu import int8_parts, spans
 from rwkv_npu.quant.ranges import Samples
 from rwkv_npu.runtime.reference import read
@@ -55,6 +57,7 @@ class Statistics:
     """Activation statistics of `tokens` tokens, under the `Scaling` of the weights.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
+    moments: second moments of the inputs of some projections, H = X^T X / rows, of each of the `gptq.parts` of K.
     absmax: by the name of an intermediate, which is not the input of a projection. LABEL: a projection's product, with
         its partial sums. NORM: the residual that a norm reads; NORM.out: its result. GROUP.INPUT: an input of a group.
         Also each layer's squares, and the inputs of its sigmoids and tanhs.
@@ -63,6 +66,7 @@ class Statistics:
     projections: dict[str, Samples]
     absmax: dict[str, float]
     tokens: int
+    moments: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write everything except `tokens` to `path`, atomically."""
@@ -76,7 +80,12 @@ class Statistics:
             TensorPlan(f"{name}.absmax", np.float64, (1,), partial(np.array, [value]))
             for name, value in self.absmax.items()
         ]
-        replace_tensors(path, [*plans, *absmax])
+        moments = [
+            TensorPlan(f"{label}.moment.{number}", np.float32, H.shape, partial(np.asarray, H))
+            for label, parts in self.moments.items()
+            for number, H in enumerate(parts)
+        ]
+        replace_tensors(path, [*plans, *absmax, *moments])
 
     @staticmethod
     def load(path: Path, tokens: int) -> Statistics:
@@ -91,7 +100,12 @@ class Statistics:
             for name in names
             if name.endswith(".absmax")
         }
-        return Statistics(projections, absmax, tokens)
+        moments: dict[str, list[np.ndarray]] = {}
+        for name in names:
+            label, kind, _ = (*name.rsplit(".", 2), "")[:3]
+            if kind == "moment":
+                moments.setdefault(label, []).append(file.array(name))
+        return Statistics(projections, absmax, tokens, moments)
 
 
 class Reservoir:
@@ -126,6 +140,7 @@ class _Recorder:
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     samples: dict[str, Samples] = field(default_factory=dict)
     absmax: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    moments: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def rows(self, label: str, x: np.ndarray) -> None:
         K = x.shape[1]
@@ -137,6 +152,12 @@ class _Recorder:
         samples.rows[self.slots] = x[self.kept]
         samples.low = np.minimum(samples.low, x.min(0))
         samples.high = np.maximum(samples.high, x.max(0))
+        if label in self.moments:
+            start = 0
+            for H in self.moments[label]:
+                part = x[:, start : start + len(H)]
+                H += part.T @ part
+                start += len(H)
 
     def product(self, label: str, part: int, x: np.ndarray) -> None:
         span = self.samples[label].products[part]
@@ -212,13 +233,15 @@ def calibrate(
     *,
     rows: int = ROWS,
     keep: int = KEEP,
+    moments: Collection[str] = (),
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Statistics:
     """Read `ids` in steps of `rows` tokens, and record activation statistics.
 
-    keep: limit of the sampled rows of each projection; together they take at most MEMORY bytes. progress: called with
-    the number of tokens after each step.
+    keep: limit of the sampled rows of each projection; together they take at most MEMORY bytes. moments: names of
+    projections whose inputs' second moments are needed, which take at most MEMORY bytes too. progress: called with the
+    number of tokens after each step.
     Raises UsageError for fewer than two ids or an id outside the vocabulary, CheckpointError if the model's values do
     not stay finite.
     """
@@ -226,7 +249,7 @@ def calibrate(
     pieces = list(contexts(tokens))
     limit = min(keep, sum(map(len, pieces)), MEMORY // (4 * _row_width(spec)))
     sample = Reservoir(max(2, limit), np.random.default_rng(seed))
-    recorder = _Recorder(sample.keep)
+    recorder = _Recorder(sample.keep, moments=_empty_moments(spec, moments))
     maths = RecordingMaths(widened(source), recorder)
 
     def run(group: Group, inputs: Arrays) -> Mapping[str, np.ndarray]:
@@ -250,7 +273,10 @@ def calibrate(
         raise CheckpointError(
             "the model's values do not stay finite over the calibration text: its weights may be damaged"
         )
-    return Statistics(recorder.samples, dict(recorder.absmax), len(tokens))
+    for parts in recorder.moments.values():
+        for H in parts:
+            H /= sum(map(len, pieces))
+    return Statistics(recorder.samples, dict(recorder.absmax), len(tokens), recorder.moments)
 
 
 def contexts(tokens: np.ndarray) -> Iterator[np.ndarray]:
@@ -272,6 +298,19 @@ def _row_width(spec: Spec) -> int:
     """Sum of the input widths of all projections."""
     shapes = [tensor.used_shape for tensor in tensors(spec) if tensor.kind.is_projection]
     return sum(shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in shapes)
+
+
+def _empty_moments(spec: Spec, names: Collection[str]) -> dict[str, list[np.ndarray]]:
+    """Zeros for the second moments of matrices, in parts of K so narrow that all of them take at most MEMORY bytes."""
+    widths = {t.name: t.used_shape[0] for t in tensors(spec) if t.name in names}
+    widest = gptq.WIDEST
+    while widest > BLOCK and 4 * sum(K * min(K, widest) for K in widths.values()) > MEMORY:
+        widest //= 2
+    parts_of = {name: gptq.parts(K, widest) for name, K in widths.items()}
+    return {
+        name: [np.zeros((end - start, end - start), np.float32) for start, end in parts]
+        for name, parts in parts_of.items()
+    }
 
 
 # -- the text --------------------------------------------------------------------------------------------

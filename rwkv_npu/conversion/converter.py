@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv_npu.conversion import fp16_range
+from rwkv_npu.conversion import fp16_range, rounding
 from rwkv_npu.conversion.artifacts import build_artifacts, is_current, slot, verify_graphs
 from rwkv_npu.conversion.calibration import KEEP, Statistics, calibrate, default_ids
 from rwkv_npu.conversion.prepare import Prepared, prepare
@@ -42,7 +42,6 @@ from rwkv_npu.conversion.workspace import Notes, delete_damaged, keep_if, other_
 from rwkv_npu.conversion.writer import (
     record_files,
     write_graphs,
-    write_packed,
     write_tokenizer,
     write_weights,
 )
@@ -56,7 +55,9 @@ from rwkv_npu.formats.bundle import (
     Bundle,
     Int8Set,
     Manifest,
+    Rounding,
     Sensitivity,
+    packed_file,
 )
 from rwkv_npu.formats.checkpoint import check_finite
 from rwkv_npu.formats.files import remove_unlisted, remove_within, write_atomically
@@ -106,13 +107,14 @@ def convert(
         in int8 as keep the KL divergence of the logits under `max_kl` nats a token. bf16: experimental.
     precision_map: a JSON file that names the int8 projections of mixed (request.py), instead of a measurement.
     rows: row counts of the artifacts, such as "1,64"; auto chooses by memory.
-    cpu: precision of the CPU's products: int8, int4, fp16 or fp32. Next to quantised weights the bundle holds fp16
-        weights, which other backends read. None: the existing bundle's precision, int8 for a new bundle.
+    cpu: precision of the CPU's products: int8, int4, fp16, fp32, or auto: int4 in as many matrices as `max_kl` allows,
+        int8 in the others. Next to quantised weights the bundle holds fp16 weights, which other backends read. None:
+        the existing bundle's precision, int8 for a new bundle.
     force: replace the bundle at `out`. jobs: parallel builds (None: as memory and cores allow).
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
     toolkit: version of the compiler; None: 2.3.2. A board needs a librknnrt of this version or later.
     calibrate: texts, or ids as `.json` or `.npy`, to read for fp16 range scaling and int8. Default: the text in the
-        package. A bundle for the CPU alone needs none.
+        package, of which the CPU's int8, fp16 and fp32 need none. "none": int4 is rounded to nearest.
     remedies: against the error of int8: all, or for comparison none, ranges (calibration methods other than min-max) or
         smoothing (SmoothQuant).
     layout: of an ambiguous checkpoint, blinkdl or web-rwkv; None derives it from the tensors.
@@ -172,17 +174,20 @@ def run(request: Request) -> Path:
             keep_if(notes, folder, "weights", manifest.weights_digest, "*")
         damaged = delete_damaged(folder, manifest, request, {artifact.path for artifact in planned})
         manifest.forget(damaged)
-        # 2. Write the weights, also in the CPU's precision.
-        source, cpu = CheckpointSource(job.checkpoint), request.cpu_precision
-        write_weights(folder, source, manifest.cpu)
-        if cpu in PRECISIONS:
-            write_packed(folder, source, cpu)
-            manifest.packed = list(dict.fromkeys([*manifest.packed, cpu]))
-        manifest.cpu_default = cpu
+        # 2. Write the weights.
+        write_weights(folder, CheckpointSource(job.checkpoint), manifest.cpu)
         bundle = Bundle(folder, manifest)
-        # 3. Read the text with the model, for fp16 range scaling and for int8.
-        ids, text = _read_text(job, bundle, notes) if request.calibrates else (None, None)
-        if text is not None:
+        # 3. Read the text with the model, for fp16 range scaling, for int8, and for the CPU's four bits.
+        reads = request.calibrates or job.compensates
+        ids, text = _read_text(job, bundle, notes) if reads else (None, None)
+        cpu = request.cpu_precision
+        if cpu in PRECISIONS:
+            rounded = _write_packed(job, bundle, ids, text, notes)
+            manifest.packed = list(dict.fromkeys([*manifest.packed, cpu]))
+            manifest.rounding = {name: one for name, one in manifest.rounding.items() if name != cpu}
+            manifest.rounding |= {cpu: rounded} if rounded.text else {}
+        manifest.cpu_default = cpu
+        if text is not None and request.calibrates:
             spec, statistics = manifest.spec, text.statistics
             if not job.adding:
                 manifest.scaling = fp16_range.choose_scaling(spec, statistics)
@@ -264,6 +269,10 @@ class _Text(NamedTuple):
     digest: str
     statistics: Statistics
 
+    @staticmethod
+    def digest_of(ids: np.ndarray) -> str:
+        return hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest()
+
 
 def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray, _Text | None]:
     """The ids of the text, and its statistics: None if the bundle has everything that follows from them."""
@@ -280,15 +289,23 @@ def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray,
         )
         if job.tokenizer is None and sampled is None:
             notes.keep("sampled", manifest.weights_digest, ids.tolist())
-    if request.quantises:
-        read, keep = split_text(ids)[0], KEEP
+    moments: list[str] = []
+    if job.compensates:
+        cpu, wanted = request.cpu_precision, _wanted_rounding(job, ids)
+        any_fits = job.adding and not job.cpu_given
+        if rounding.existing(bundle, cpu, wanted, notes, any_fits=any_fits) is None:
+            moments = rounding.candidates(manifest.spec, cpu)
+    keep = KEEP if request.quantises else 2
+    if request.quantises or moments:
+        read = split_text(ids)[0]
     else:
-        read, keep = ids if job.ids is not None else ids[: fp16_range.TOKENS], 2
-    text = hashlib.blake2b(read.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        read = ids if job.ids is not None else ids[: fp16_range.TOKENS]
+    text = _Text.digest_of(read)
     int8_known = known_parameters(bundle, parameters_key(bundle, ids, request.remedies)) is not None
-    if manifest.headroom.get("text") == text and (int8_known or not request.quantises):
+    scaled = manifest.headroom.get("text") == text and (int8_known or not request.quantises)
+    if not moments and (scaled or not request.calibrates):
         return ids, None
-    follows_from = [manifest.weights_digest, manifest.cpu, text, keep]
+    follows_from = [manifest.weights_digest, manifest.cpu, text, keep, moments]
     path = bundle.path / STATISTICS
     if notes.get("statistics", follows_from) and path.is_file():
         return ids, _Text(text, Statistics.load(path, len(read)))
@@ -299,10 +316,39 @@ def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray,
             "than measured here. Use thousands of tokens"
         )
     with progress("calibrate", "token", total=len(read)) as bar:
-        statistics = calibrate(source, read, keep=keep, progress=bar.update)
+        statistics = calibrate(source, read, keep=keep, moments=moments, progress=bar.update)
     statistics.save(path)
     notes.keep("statistics", follows_from, True)
     return ids, _Text(text, statistics)
+
+
+def _write_packed(
+    job: Prepared, bundle: Bundle, ids: np.ndarray | None, text: _Text | None, notes: Notes
+) -> Rounding:
+    """Write the weights in the CPU's precision, unless the bundle has them as requested. Returns their rounding."""
+    request, cpu = job.request, job.request.cpu_precision
+    wanted = _wanted_rounding(job, ids)
+    found = rounding.existing(bundle, cpu, wanted, notes, any_fits=job.adding and not job.cpu_given)
+    if found is not None:
+        return found
+    _forget_files(bundle, {packed_file(cpu)})
+    (bundle.path / packed_file(cpu)).unlink(missing_ok=True)
+    if cpu == "int4" and not wanted.text:
+        reason = "no vocabulary is known for this model" if request.reads_text else "no text is read"
+        log.info(f"int4 is rounded to nearest: {reason}. A text rounds it better (calibrate=)")
+    statistics = text.statistics if text is not None else None
+    measured = None if ids is None else split_text(ids)[1]
+    source = CheckpointSource(job.checkpoint)
+    return rounding.write(bundle, source, cpu, wanted, statistics, measured, notes)
+
+
+def _wanted_rounding(job: Prepared, ids: np.ndarray | None) -> Rounding:
+    """The rounding that the request asks for; of `auto` without the choice of projections."""
+    if not job.compensates or ids is None:
+        return Rounding()
+    read = split_text(ids)[0]
+    max_kl = job.request.max_kl if job.request.cpu == "auto" else None
+    return Rounding(text=_Text.digest_of(read), tokens=len(read), max_kl=max_kl)
 
 
 def _choose_int8(

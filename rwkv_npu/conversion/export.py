@@ -134,6 +134,7 @@ def _selected(
         artifacts=artifacts,
         int8={name: int8 for name, int8 in old.int8.items() if name == chosen},
         sensitivity=[],
+        rounding={name: one for name, one in old.rounding.items() if name == cpu},
         int8_key="" if packed else old.int8_key,
         graph_errors={} if packed else old.graph_errors,
         files={name: record for name, record in old.files.items() if name not in left},

@@ -13,8 +13,10 @@ import rwkv_npu
 from rwkv_npu.conversion.artifacts import plan_artifacts
 from rwkv_npu.conversion.calibration import read_ids
 from rwkv_npu.conversion.request import Request, read_map
+from rwkv_npu.conversion.rounding import NEEDS_TEXT
 from rwkv_npu.conversion.workspace import bundle_path, check_out_path, existing_manifest, stamp
 from rwkv_npu.conversion.writer import describe_groups
+from rwkv_npu.errors import UsageError
 from rwkv_npu.formats.adapters import open_adapter
 from rwkv_npu.formats.bundle import Artifact, Manifest
 from rwkv_npu.formats.checkpoint import Checkpoint, open_checkpoint
@@ -30,12 +32,14 @@ log = logging.getLogger("rwkv_npu")
 class Prepared:
     """A request that was checked against the checkpoint, the output and the texts.
 
-    request: with the CPU's precision filled in. stamp: of the output, to detect that another process writes to it.
+    request: with the CPU's precision filled in. cpu_given: the user named it. stamp: of the output, to detect that
+    another process writes to it.
     manifest: of the existing bundle if `adding`, else a new one. mapped: the projections that a precision map puts in
     int8, None without a map. ids: of the user's texts, (M,), None without texts.
     """
 
     request: Request
+    cpu_given: bool
     checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     out: Path
@@ -44,6 +48,12 @@ class Prepared:
     adding: bool
     mapped: list[str] | None
     ids: np.ndarray | None
+
+    @property
+    def compensates(self) -> bool:
+        """True if four bits of the CPU are rounded by a text. Without a vocabulary there is none."""
+        has_text = self.ids is not None or self.tokenizer is not None
+        return self.request.cpu in ("int4", "auto") and self.request.reads_text and has_text
 
     def plan(self, int8: Collection[str]) -> list[Artifact]:
         """The artifacts of the request, with these projections in int8. Raises UsageError if they do not fit."""
@@ -73,10 +83,12 @@ def prepare(request: Request) -> Prepared:
     manifest = existing_manifest(out, checkpoint, request)
     adding = manifest is not None
     cpu = request.cpu or (manifest.cpu_precisions[0] if manifest else request.cpu_precision)
-    request = replace(request, cpu=cpu)
+    given, request = request.cpu is not None, replace(request, cpu=cpu)
     # 4. The user's other files.
     mapped = None if request.precision_map is None else read_map(request.precision_map, spec)
-    ids = read_ids(request.calibrate, tokenizer, spec)
+    ids = read_ids(request.calibrate, tokenizer, spec) if request.reads_text else None
+    if cpu == "auto" and given and ids is None and tokenizer is None:
+        raise UsageError(NEEDS_TEXT)
     if no_text:
         log.info(no_text)
     if manifest is None:
@@ -93,7 +105,7 @@ def prepare(request: Request) -> Prepared:
             groups=describe_groups(spec),
         )
     manifest = replace(manifest, adapter=adapter, initial_state=initial_state)
-    return Prepared(request, checkpoint, tokenizer, out, before, manifest, adding, mapped, ids)
+    return Prepared(request, given, checkpoint, tokenizer, out, before, manifest, adding, mapped, ids)
 
 
 def _fine_tune(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, str], dict[str, str]]:

@@ -29,6 +29,7 @@ from rwkv_npu.quant.npu import PRECISIONS as INT8_PRECISIONS
 from rwkv_npu.toolkit import OLDEST_INT8, TARGETS
 
 NO_TARGET = "none"  # graphs for the CPU only
+NO_TEXT = "none"  # for `calibrate`: int4 is rounded to nearest
 NEW_BUNDLE_CPU = "int8"  # default CPU precision of a new bundle
 
 # Precisions of artifacts; some chips have others. bf16 compiles for the RK3588, but no board has run it.
@@ -91,9 +92,16 @@ class Request:
             raise UsageError(
                 f"precision_map= is for precision='mixed', not for {self.precision!r}: it selects the int8 projections"
             )
-        if self.max_kl != MAX_KL and (self.precision != "mixed" or self.precision_map is not None):
+        measured = self.cpu == "auto" or self.precision == "mixed" and self.precision_map is None
+        if self.max_kl != MAX_KL and not measured:
             raise UsageError(
-                "max_kl= is for precision='mixed' without precision_map=: it limits the choice of projections"
+                "max_kl= is for cpu='auto', and for precision='mixed' without precision_map=: it limits the choice of "
+                "projections"
+            )
+        if not self.reads_text and (self.compiles or self.quantises or self.cpu == "auto"):
+            raise UsageError(
+                f"calibrate={NO_TEXT!r} is for bundles of the CPU alone (target='none' precision='fp16'), and not for "
+                "cpu='auto': a text is needed to choose by"
             )
         if self.adapter is None and not (
             self.adapter_scale is self.adapter_init is self.adapter_blocks is None
@@ -134,8 +142,12 @@ class Request:
         return self.precision in INT8_PRECISIONS
 
     @property
+    def reads_text(self) -> bool:
+        return self.calibrate != (NO_TEXT,)
+
+    @property
     def calibrates(self) -> bool:
-        """True if the model must read a text, for fp16 range scaling or for int8 parameters."""
+        """True if the model must read a text for the NPU: for fp16 range scaling, or for int8 parameters."""
         return self.compiles or self.quantises
 
 

@@ -6,7 +6,7 @@ Each file appears complete, by a rename. So an interrupted conversion can contin
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from rwkv_npu.graphs.trace import Constant, trace_group
 from rwkv_npu.models.network import Program
 from rwkv_npu.models.spec import FUSIONS, Group, Kind, Spec, Tensor, groups, tensors
 from rwkv_npu.progress import Progress, progress
-from rwkv_npu.quant.cpu import SCALE, bits_of, pack, packed_shapes
-from rwkv_npu.runtime.weights import CheckpointSource
+from rwkv_npu.quant.cpu import SCALE, Packed, pack, packed_shapes
+from rwkv_npu.runtime.weights import CheckpointSource, ModelSource
 from rwkv_npu.text.tokenizer import Tokenizer
 
 STORAGE = {"fp16": np.float16, "fp32": np.float32}  # precisions of weights that every backend reads
@@ -75,8 +75,13 @@ def _plan(source: CheckpointSource, tensor: Tensor, dtype: Any) -> TensorPlan:
     return TensorPlan(tensor.name, stored, tensor.used_shape, produce)
 
 
-def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None:
-    """Write `cpu/PRECISION.safetensors`, unless it exists: every projection, quantised from the checkpoint's values."""
+def write_packed(
+    folder: Path, source: ModelSource, precision: str, four_bits: Mapping[str, Callable[[], Packed]]
+) -> None:
+    """Write `cpu/PRECISION.safetensors`, unless it exists: every projection, quantised from the checkpoint's values.
+
+    four_bits: makes the projections that have four bits. All others have eight.
+    """
     path = folder / packed_file(precision)
     if path.exists():
         return
@@ -85,21 +90,23 @@ def write_packed(folder: Path, source: CheckpointSource, precision: str) -> None
     with progress(f"quantise to {precision}", "matrix") as bar:
         for tensor in tensors(source.spec):
             if tensor.kind.is_projection and source.has(tensor.name):
-                plans += _packed_plans(source, tensor, bits_of(precision, tensor), bar)
+                plans += _packed_plans(source, tensor, four_bits.get(tensor.name), bar)
         bar.total = len(plans) // 2
         replace_tensors(path, plans)
 
 
-def _packed_plans(source: CheckpointSource, tensor: Tensor, bits: int, bar: Progress) -> Iterator[TensorPlan]:
+def _packed_plans(
+    source: ModelSource, tensor: Tensor, four_bits: Callable[[], Packed] | None, bar: Progress
+) -> Iterator[TensorPlan]:
     """Plans of a projection's data and scales, or of each matrix of a stack. Data must be written before its scales."""
     *stack, k, n = tensor.used_shape
-    data_shape, scales_shape = packed_shapes(k, n, bits)
+    data_shape, scales_shape = packed_shapes(k, n, 4 if four_bits else 8)
     for index in range(stack[0]) if stack else [None]:
         scales: list[np.ndarray] = []
 
         def data(index: int | None = index, scales: list[np.ndarray] = scales) -> np.ndarray:
             array = source.tensor(tensor.name)
-            packed = pack(array if index is None else array[index], bits)
+            packed = four_bits() if four_bits else pack(array if index is None else array[index], 8)
             scales.append(packed.scales)
             bar.update()
             return packed.data

@@ -125,6 +125,22 @@ class Int8Set:
     max_kl: float | None = None
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How the four bits of the CPU's int4 or auto weights were made.
+
+    text: digest of the ids whose activation statistics GPTQ used, "" for rounding to nearest. tokens: their number.
+    four_bits: the projections that auto has in four bits. kl: KL divergence of the logits with these four bits, nats a
+    token, in NumPy. max_kl: the limit on kl. The last three are empty for int4.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    four_bits: tuple[str, ...] = ()
+    kl: float | None = None
+    max_kl: float | None = None
+
+
 @dataclass
 class Manifest:
     """The content of a bundle's manifest.
@@ -136,6 +152,7 @@ class Manifest:
     cpu_default, npu_default: precisions used by default. An npu_default of "" (older bundles) is the first artifact's.
     int8: the int8 projections of each such precision. sensitivity: of every projection that may be int8.
     int8_key: digest of the inputs that `int8` and `sensitivity` depend on.
+    rounding: of each precision in `packed` that has four bits; none in older bundles, rounded to nearest.
     headroom: the largest magnitude in the fp16 graphs with `scaling`, its place, and the number of tokens read.
     adapter: file, kind, reading and fingerprint of the adapter merged into the weights, and its base's fingerprint.
     initial_state: file and digest of a tuned state in the weights. Both are {} without one.
@@ -162,6 +179,7 @@ class Manifest:
     sensitivity: list[Sensitivity] = field(default_factory=list)
     int8_key: str = ""
     stop_ids: list[int] = field(default_factory=list)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
     headroom: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, str] = field(default_factory=dict)
     initial_state: dict[str, str] = field(default_factory=dict)
@@ -189,6 +207,9 @@ class Manifest:
             self.int8, self.sensitivity, self.int8_key = {}, [], ""
         self.files = {name: record for name, record in self.files.items() if name not in names}
         self.packed = [precision for precision in self.packed if packed_file(precision) not in names]
+        self.rounding = {name: one for name, one in self.rounding.items() if name in self.packed}
+        if self.cpu_default not in (self.cpu, *self.packed):
+            self.cpu_default = ""
         self.artifacts = [artifact for artifact in self.artifacts if artifact.path not in names]
 
     def to_json(self) -> str:
@@ -263,6 +284,10 @@ class Bundle:
         file, label = self._packed[precision], packed_label(name, index)
         *_, k, n = self._shapes[name]
         return Packed(file.array(f"{label}.data"), file.array(f"{label}.scales"), (k, n))
+
+    def forget_packed(self, precision: str) -> None:
+        """Forget quantised projections, after their file was written: the next access reads it."""
+        self._packed.pop(precision, None)
 
     def release(self, name: str) -> None:
         """Free the memory that a projection takes since it was read."""

@@ -136,9 +136,14 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError("its stop_ids are outside the vocabulary")
     _check_groups(manifest)
     projections = {tensor.name for tensor in tensors(spec) if tensor.kind.is_projection}
-    chosen = {name for one in manifest.int8.values() for name in one.projections}
-    if foreign := (chosen | {row.name for row in manifest.sensitivity}) - projections:
-        raise ValueError(f"it has {min(foreign)!r:.80} in int8, which the model does not have")
+    in_int8 = {name for one in manifest.int8.values() for name in one.projections}
+    in_int4 = {name for one in manifest.rounding.values() for name in one.four_bits}
+    for precision, names in (
+        ("int8", in_int8 | {row.name for row in manifest.sensitivity}),
+        ("int4", in_int4),
+    ):
+        if foreign := names - projections:
+            raise ValueError(f"it has {min(foreign)!r:.80} in {precision}, which the model does not have")
 
 
 def _check_scaling(scaling: Scaling, spec: Spec) -> None:

@@ -14,12 +14,12 @@ from math import prod
 from rwkv_npu.backends.memory import matrix_bytes
 from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Kind, Spec, Tensor, groups, state_shapes, tensors
-from rwkv_npu.quant.cpu import PRECISIONS, bits_of, packed_bytes
+from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.runtime import rk3588
 from rwkv_npu.runtime.operators import Operators, count_operators
 from rwkv_npu.runtime.rk3588 import BOUNDS, TERMS, Terms
 
-CPU_PRECISIONS = ("fp16", *PRECISIONS)
+CPU_PRECISIONS = ("fp16", "int8", "int4")
 MATMUL_PRECISIONS = {"fp16": 16, "w8a8": 8}  # precisions of the NPU's matmul interface, and bits of a weight
 
 # Parts of a time. The engine measures the first six; estimates have the others too.
@@ -175,7 +175,7 @@ def cpu_product_ms(
     """
     read = terms[f"cpu_read_{dram.lower()}"].at(bound) * 1e9
     cycles = rk3588.CPU_CORES * rk3588.CPU_HZ
-    name = "fp16" if precision == "fp32" else precision
+    name = {"fp32": "fp16", "auto": "int8"}.get(precision, precision)
     if rows == 1:
         kernel = bytes_ / (terms[f"decode_{name}"].at(bound) * cycles)
     else:
