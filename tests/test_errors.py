@@ -106,8 +106,8 @@ def test_every_flag_of_the_table_is_a_flag() -> None:
 
 
 LIBRARY = "model.py formats text runtime conversion evaluation quant backends kernels graphs toolkit models board serve"
-# A command of ours or of another program may be quoted whole.
-COMMANDS = re.compile(r"rwkv-npu [a-z]|pip install|--device /dev|llama-gguf-split")
+# A command of ours (`extend` in export.py too) or of another program may be quoted whole.
+COMMANDS = re.compile(r"rwkv-npu [a-z]|{extend}|pip install|--device /dev|llama-gguf-split")
 
 
 def test_the_library_names_no_flags() -> None:
