@@ -176,7 +176,9 @@ def check_held(output: str, calls: Sequence[Call]) -> None:
         assert not made or made[-1] < len(calls) // 10
 
 
-def test_nothing_leaks_through_rknnlite(emulated_board: EmulatedBoard, board_bundles, tmp_path: Path) -> None:
+def test_nothing_leaks_through_librknnrt(
+    emulated_board: EmulatedBoard, board_bundles, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     result = emulated_board.run("python", "-c", HELD, board_bundles["4"], "rknn", "layer", 2000, log=log)
     assert result.returncode == 0, result.stderr[-2000:]
