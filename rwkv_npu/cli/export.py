@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     p.add_argument("-o", "--out", metavar="DIR", help="with --for: the bundle to write")
     p.add_argument("--precision", help="of the artifacts (default: the bundle's default)")
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
-    cpu = "of the CPU's weights: int8, int4, fp16 or fp32 (default: the bundle's default)"
+    cpu = "of the CPU's weights: int8, int4, auto, fp16 or fp32 (default: the bundle's default)"
     p.add_argument("--cpu", help=cpu)
     p.add_argument("--force", action="store_true", help="replace the bundle at the output")
     p.add_argument("--tokenizer", metavar="FILE", help="with --gguf: vocabulary file (or world)")
