@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
     p.add_argument("path", nargs="?", help="bundle or checkpoint (default: the demo model)")
     p.add_argument("--json", action="store_true", help="print it as JSON")
     p.add_argument(
-        "--check", action="store_true", help="read every byte of a bundle, every value of a checkpoint"
+        "--check",
+        action="store_true",
+        help="check the hashes of a bundle's files, or that a checkpoint has no NaN or infinity",
     )
     add_layout_flag(p)
     add_board_report_flag(p)
@@ -57,12 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.check:
             check_finite(checkpoint)
             print(f"all {len(checkpoint.names)} tensors hold finite numbers", file=sys.stderr)
-        words, no_text = find_or_explain(vocab_size=checkpoint.spec.V, beside=path)
+        tokenizer, no_text = find_or_explain(vocab_size=checkpoint.spec.V, beside=path)
         facts = {
             "path": str(path),
             "kind": "checkpoint",
             **_spec_facts(checkpoint.spec),
-            "tokenizer": words.name if words else None,
+            "tokenizer": tokenizer.name if tokenizer else None,
             "chat_template": _chat_template(path, checkpoint.spec.V),
             "no_text": as_flags(no_text),
             "fingerprint": checkpoint.fingerprint,
@@ -92,7 +94,7 @@ def _adapter_facts(path: Path) -> dict[str, Any]:
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
-    """Each name once, whatever its layer."""
+    """Tensor names without `blocks.LAYER.`, each once."""
     return sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in names})
 
 
@@ -109,7 +111,7 @@ def _adapter_table(facts: dict[str, Any]) -> str:
         f"  changes      {', '.join(facts['targets'])}, up to layer {facts['layers']}",
         *([f"  replaces     {', '.join(facts['replaced'])}"] if facts["replaced"] else []),
         *([f"  base         {facts['base']!r:.100}"] if facts["base"] else []),
-        f"  for          {', '.join(facts['models']) or 'a model of other sizes than the official ones'}",
+        f"  for          {', '.join(facts['models']) or 'none of the official models: their sizes differ'}",
         f"  next         rwkv-npu convert BASE --adapter {shlex.quote(facts['path'])}{flag}",
     ]
     return "\n".join(lines)
@@ -131,7 +133,7 @@ def _bundle_facts(bundle: Bundle, terms: Terms | None = None) -> dict[str, Any]:
     return {
         "path": str(bundle.path),
         "kind": "bundle",
-        "exported": not manifest.cpu,  # without the weights in fp16
+        "exported": not manifest.cpu,  # True: exported without the fp16 weights
         **_spec_facts(manifest.spec),
         "checkpoint": manifest.checkpoint,
         "fingerprint": manifest.fingerprint,
@@ -247,7 +249,9 @@ def summary(bundle: Bundle, then: str = "") -> str:
         )
     path = shlex.quote(facts["path"])
     if facts["tokenizer"] is None:
-        lines.append("  no vocabulary is known for it: --tokenizer FILE names one, and --ids does without")
+        lines.append(
+            "  no vocabulary is known for this model: give --tokenizer FILE, or token ids with --ids"
+        )
         then = then or f"rwkv-npu generate -m {path} --ids -p 1,2,3"
     return "\n".join([*lines, "next: " + (then or f'rwkv-npu generate -m {path} -p "Hello"')])
 
@@ -287,7 +291,7 @@ def _artifact_lines(facts: dict[str, Any], default: bool) -> list[str]:
         f"    size       {size(facts['bytes_on_disk'])} on disk, {size(facts['npu_bytes'])} of NPU memory",
         f"    estimate   {_estimate(facts)}",
         f"    in int8    {int8}",
-        f"    on its CPU {left}",
+        f"    on the CPU {left}",
         f"    verified   {verified} ({facts['verified']} of {facts['count']} simulated)",
     ]
 
@@ -307,7 +311,7 @@ def _estimate(facts: dict[str, Any]) -> str:
     )
     return (
         f"{token} a token, {prefill} for {PREFILL_TOKENS}\n"
-        "               (one core, LPDDR5, with the CPU's part; not measured)"
+        "               (one core, LPDDR5, CPU time included; not measured)"
     )
 
 

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     p.add_argument("base", help="checkpoint of the base model")
     p.add_argument("adapter", help="a .pth of RWKV-PEFT, or a folder of PEFT")
     p.add_argument(
-        "-o", "--out", required=True, metavar="FILE.safetensors", help="a file that does not exist"
+        "-o", "--out", required=True, metavar="FILE.safetensors", help="file to write; it must not exist"
     )
     add_adapter_flags(p)
     add_layout_flag(p)

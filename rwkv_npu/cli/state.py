@@ -24,17 +24,19 @@ def add(commands: Any) -> None:
     listing = actions.add_parser("list", help="list the states in a folder, the last used first")
     listing.add_argument("folder", nargs="?", default=".", help="default: this folder")
     fork = actions.add_parser("fork", help="copy a state, to continue it in two ways")
-    fork.add_argument("file", help="a state of ours, or a tuned one (.pth, .st)")
-    fork.add_argument("-o", "--out", required=True, metavar="FILE", help="a file that does not exist")
+    fork.add_argument("file", help="a saved state, or a tuned one (.pth, .st)")
+    fork.add_argument("-o", "--out", required=True, metavar="FILE", help="file to write; it must not exist")
     delete = actions.add_parser("delete", help="delete states, and no other files")
-    delete.add_argument("files", nargs="+", metavar="FILE", help="states of ours")
+    delete.add_argument("files", nargs="+", metavar="FILE", help="saved states")
     show = actions.add_parser("show", help="describe a state")
-    show.add_argument("file", help="a state of ours, or a tuned one (.pth, .st)")
+    show.add_argument("file", help="a saved state, or a tuned one (.pth, .st)")
     add_layout_flag(show)
     convert = actions.add_parser("convert", help="write a tuned state for another program")
-    convert.add_argument("file", help="a state of ours that has read nothing, or a tuned one (.pth, .st)")
-    convert.add_argument("-o", "--out", required=True, metavar="FILE", help="a file that does not exist")
-    to = "blinkdl (a .pth), web-rwkv (a .st, in fp16), or rwkv-npu, with the model"
+    convert.add_argument("file", help="a tuned state (.pth, .st), or a saved one that has read no tokens")
+    convert.add_argument(
+        "-o", "--out", required=True, metavar="FILE", help="file to write; it must not exist"
+    )
+    to = "blinkdl (a .pth), web-rwkv (a .st, in fp16), or rwkv-npu (needs --model)"
     convert.add_argument("--to", required=True, choices=("blinkdl", "web-rwkv", OURS), help=to)
     convert.add_argument("-m", "--model", metavar="PATH", help="the model of the state: bundle or checkpoint")
     add_layout_flag(convert)
@@ -108,7 +110,7 @@ def _delete(arguments: argparse.Namespace) -> int:
     paths = [Path(name) for name in arguments.files]
     for path in paths:
         if not _notes(path):
-            raise UsageError(f"{path} is no state of rwkv-npu: nothing was deleted")
+            raise UsageError(f"{path} is not a state of rwkv-npu: nothing was deleted")
     for path in paths:
         try:
             path.unlink()
@@ -124,7 +126,8 @@ def _show(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.file)
     state = read_alone(path, arguments.layout or BLINKDL)
-    spec, numbers = state.spec, [part for part in state.parts.values() if part.size]
+    spec, parts = state.spec, [part for part in state.parts.values() if part.size]
+    # RWKV-4's `att.q` is a running maximum of exponents, -1e30 at the start.
     largest = max(
         float(abs(part).max()) for name, part in state.parts.items() if name != "att.q" and part.size
     )
@@ -139,8 +142,8 @@ def _show(arguments: argparse.Namespace) -> int:
             f"  for          RWKV-{spec.generation}, D {spec.D}, L {spec.L}, V {spec.V}, {state.fingerprint}",
             f"  has read     {state.tokens_seen} tokens",
         ]
-    count = sum(part.size for part in numbers)
-    print("\n".join([*lines, f"  holds        {count} numbers, the largest of size {largest:.3g}"]))
+    count = sum(part.size for part in parts)
+    print("\n".join([*lines, f"  holds        {count} numbers, the largest magnitude {largest:.3g}"]))
     return 0
 
 
