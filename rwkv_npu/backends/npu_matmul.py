@@ -40,8 +40,8 @@ from rwkv_npu.backends.rknn_api import (
 )
 from rwkv_npu.quant.npu import spans
 
-# The native layouts of A and C consist of blocks of 16 bytes: 8 fp16 or 16 int8 operands, or 4 sums. Copying a block as
-# one element is several times faster than copying its numbers.
+# The native layouts of A and C are made of 16-byte blocks: 8 fp16 or 16 int8 numbers in A, 4 fp32 or int32 sums in C.
+# Copying a block as one element is several times faster than copying its numbers.
 BLOCK = np.dtype(np.complex128)
 # The smallest part, in bytes of weights, that gets a core of its own. An NPU core was seen to read 10 GB/s: 0.1 ms for
 # this part. To start work in a thread takes 0.04 to 0.2 ms (bench/results/board-dispatch-*).
@@ -193,8 +193,8 @@ class Weight:
 class Products:
     """Contexts and weights of a model.
 
-    cores: masks of the cores to use. own: each weight has contexts of its own, so that no call binds another weight;
-    otherwise all weights of a shape share a context.
+    cores: masks of the cores to use. own: True gives each weight contexts of its own, so that a weight is bound once.
+    False shares a context among all weights of a shape, and a call binds its weight if another one is bound.
     """
 
     def __init__(self, library: Library, kind: Kind, cores: Sequence[int], *, own: bool):
@@ -210,19 +210,19 @@ class Products:
         Raises BackendError if librknnrt has no more memory or contexts.
         """
         K, N = matrix.shape
-        parts_of = cut(K, N, self._kind, len(self._cores))
+        lengths = cut(K, N, self._kind, len(self._cores))
         scale = column_scale(matrix) if self._kind is INT8 else None
         parts: list[list[tuple[Context, Memory]]] = []
-        for depth, k in zip(parts_of.depths, _slices(parts_of.depths), strict=True):
+        for depth, k in zip(lengths.depths, _slices(lengths.depths), strict=True):
             parts.append([])
-            for core, (width, n) in enumerate(zip(parts_of.widths, _slices(parts_of.widths), strict=True)):
+            for core, (width, n) in enumerate(zip(lengths.widths, _slices(lengths.widths), strict=True)):
                 context = self._context(name, rows, depth, width, core)
                 memory = context.memory(depth * width * self._kind.operand.itemsize)
                 part_scale = None if scale is None else scale[n]
                 pack(matrix[k, n], part_scale, memory.bytes.view(self._kind.operand), depth, self._kind)
                 memory.sync(TO_DEVICE)
                 parts[-1].append((context, memory))
-        return Weight(parts_of, parts, scale)
+        return Weight(lengths, parts, scale)
 
     def _context(self, name: str, rows: Sequence[int], K: int, N: int, core: int) -> Context:
         key = (tuple(rows), K, N, core, *([name] if self._own else []))
@@ -258,7 +258,7 @@ class Products:
         try:
             first()
         finally:
-            # Wait for all: none may run on when the lock is released.
+            # Wait for all cores before the lock is released.
             errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:
@@ -300,7 +300,7 @@ def quantized_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pack(matrix: np.ndarray, scale: np.ndarray | None, target: np.ndarray, depth: int, kind: Kind) -> None:
     """Write a matrix (K, N), divided by the scales of its columns, to `target` in the native layout (N/n, K/32, n, 32).
 
-    depth: K with its padding. Works on one block of columns at a time, to need no second copy of the matrix.
+    depth: K with its padding. One block of columns is packed at a time, which saves a second copy of the matrix.
     """
     n, (K, N) = kind.b_block, matrix.shape
     blocks = target.reshape(-1, depth // K_BLOCK, n, K_BLOCK)

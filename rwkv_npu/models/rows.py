@@ -40,13 +40,13 @@ class Rows:
 
     @cached_property
     def mask(self) -> np.ndarray:
-        """(M, 1) fp32: 0 at the first row of each segment, 1 at the rows that follow the row above them."""
+        """(M, 1) fp32: 1 where the row above is of the same segment, 0 at the first row of each segment."""
         mask = np.ones((len(self), 1), np.float32)
         mask[self.firsts] = 0
         return mask
 
     def previous(self, part: str, layer: int) -> np.ndarray:
-        """The rows before the segments, (M, D): from the state at the first row of each segment, 0 elsewhere."""
+        """The row before each segment, read from its state: (M, D), at the segment's first row, 0 elsewhere."""
         stored = [state[part][layer] for state in self.states]
         if len(self) == 1:
             return stored[0][None]

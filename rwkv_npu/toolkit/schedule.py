@@ -24,7 +24,7 @@ from rwkv_npu.toolkit.worker import Worker
 # Measured with 2.5.0: 0.30 GB for 19 MB of weights as fp32, 1.36 GB for 206 MB, 3.38 GB for 537 MB.
 RSS_BASE, RSS_PER_BYTE = 250_000_000, 6.0
 INT8_RSS_PER_BYTE = 8.0  # int8 products are built in two steps: 1.77 GB for 201 MB
-HELD_PER_BYTE = 3.2  # memory of a simulator after its build: 0.73 GB for 206 MB
+HELD_PER_BYTE = 3.2  # memory that a simulator keeps after its build: 0.73 GB for 206 MB
 SMALL = 64_000_000  # bytes of weights as fp32: up to this size, the next build reuses the process
 SHARE = 0.8  # of the limit, for builds that run together: estimates may be too low
 
@@ -107,9 +107,10 @@ def _run(
                 running[pool.submit(_compile, environment, job, workers)] = job
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             results = [(running.pop(future), future) for future in ended]
+            # Start the next builds before the caller works on the results.
             while job := _next(waiting, list(running.values()), parallel, limit):
                 running[pool.submit(_compile, environment, job, workers)] = job
-            # Raise a failure last: artifacts that finished at the same moment count.
+            # Yield the artifacts that succeeded before a failure is raised.
             for job, future in sorted(results, key=lambda pair: pair[1].exception() is not None):
                 yield job, future.result()
     finally:
