@@ -19,7 +19,7 @@ from rwkv_npu.formats.bundle import open_bundle, packed_file
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.model import demo_model
 from rwkv_npu.quant import gptq
-from rwkv_npu.quant.cpu import BLOCK, numbers, pack, unpack
+from rwkv_npu.quant.cpu import BLOCK, pack, stored_numbers, unpack
 from rwkv_npu.quant.gptq import pack_compensated, parts
 from rwkv_npu.runtime.weights import CheckpointSource
 from rwkv_npu.text.corpus import calibration_text, held_out_text
@@ -60,7 +60,7 @@ def test_without_dependence_each_weight_goes_to_the_nearest_number() -> None:
     weight, _ = problem(130, 70)
     H = np.diag(np.random.default_rng(1).uniform(0.5, 2, 130)).astype(np.float32)
     found = pack_compensated(weight, [H])
-    q = numbers(found).astype(np.float32).swapaxes(0, 1).reshape(found.padded_k, -1)[:130, :70] - 8
+    q = stored_numbers(found).astype(np.float32).swapaxes(0, 1).reshape(found.padded_k, -1)[:130, :70] - 8
     scales = found.scales.astype(np.float32).swapaxes(0, 1).reshape(len(found.scales[0]), -1)[:, :70]
     scales = np.repeat(scales, BLOCK, axis=0)[:130]
     assert (q == np.clip(np.rint(weight / scales), -8, 7)).all()

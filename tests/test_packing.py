@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.models.spec import Spec, tensors
-from rwkv_npu.quant.cpu import BLOCK, LANES, PANEL, bits_of, numbers, pack, pack_floats, packed_shapes, unpack
+from rwkv_npu.quant.cpu import (
+    BLOCK,
+    LANES,
+    PANEL,
+    bits_of,
+    pack,
+    pack_floats,
+    packed_shapes,
+    stored_numbers,
+    unpack,
+)
 from tests.tiny import RANKS
 
 SHAPES = st.tuples(st.integers(1, 200), st.integers(1, 200))
@@ -66,7 +76,7 @@ def test_representable_values_are_exact(bits: int) -> None:
     q[::BLOCK] = -half if bits == 4 else half - 1  # of every block, so that a step is one
     packed = pack(q.astype(np.float32) * 0.25, bits)
     assert (unpack(packed) == q * 0.25).all()
-    inside = numbers(packed).swapaxes(0, 1).reshape(packed.padded_k, -1)[:150, :70]
+    inside = stored_numbers(packed).swapaxes(0, 1).reshape(packed.padded_k, -1)[:150, :70]
     assert (inside.astype(int) - half == q).all()
 
 

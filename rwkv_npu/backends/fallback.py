@@ -48,7 +48,7 @@ class Hang(BackendError):
     """A call that did not return."""
 
 
-class Call:
+class Task:
     """Work for a thread, and its result or error. `done`: called at the end."""
 
     def __init__(self, work: Callable[[], Any], done: Callable[[], object]):
@@ -63,7 +63,7 @@ class Worker:
     """A thread that runs calls one after the other. It must not be used again after a `Hang`."""
 
     def __init__(self, name: str):
-        self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._began: float | None = None  # the start of the call that runs
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
@@ -81,9 +81,9 @@ class Worker:
             call.ended = True
             call.done()
 
-    def submit(self, work: Callable[[], Any], done: Callable[[], object]) -> Call:
+    def submit(self, work: Callable[[], Any], done: Callable[[], object]) -> Task:
         """Run `work` in the thread, after earlier calls. `done` is called at its end, in the thread."""
-        call = Call(work, done)
+        call = Task(work, done)
         self._queue.put(call)
         return call
 
@@ -120,7 +120,7 @@ class FallbackRunner:
     def __init__(self, fallback: Fallback, group: Group, rows: int, npu: Runner | None):
         self._fallback, self._group, self._rows, self._npu = fallback, group, rows, npu
         self._cpu: Runner | None = None
-        self._call: Call | None = None  # the run in progress, if the NPU runs it
+        self._call: Task | None = None  # the run in progress, if the NPU runs it
         self._faults: list[tuple[str, str]] = []  # of the run in progress: each fault, and advice
         self.inputs = npu.inputs if npu else allocate_inputs(group, rows)
         self.npu_seconds = 0.0  # of the NPU in the last run, as it reports them; 0 if the CPU ran

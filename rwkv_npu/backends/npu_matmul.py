@@ -1,8 +1,8 @@
 """Matrix products on the NPU: x (M, K) fp32 times a weight packed in NPU memory, its columns split over the cores.
 
-    Context   products of one shape (K, N) on one core
-    Weight    a matrix, padded, cut into parts along K and N, and packed in the NPU's layout
-    Products  opens contexts, packs weights, multiplies
+    MatmulContext  products of one shape (K, N) on one core
+    Weight         a matrix, padded, cut into parts along K and N, and packed in the NPU's layout
+    Products       opens contexts, packs weights, multiplies
 
 Callers see no layouts, padding or types. If K is too wide for the NPU, it is cut into parts, whose products are added
 in fp32. N is cut into one part for each core, and a thread drives each core.
@@ -90,7 +90,7 @@ class _Buffers:
     c: np.ndarray
 
 
-class Context:
+class MatmulContext:
     """Products (M, K) @ (K, N) for each M in `rows`, on one core.
 
     In librknnrt this is one context if it supports dynamic shapes, otherwise one for each M.
@@ -186,7 +186,7 @@ class Weight:
     """A packed matrix. parts[i][j]: context and memory of part i of K and part j of N. scale: (N,) fp32, int8 only."""
 
     cut: Cut
-    parts: list[list[tuple[Context, Memory]]]
+    parts: list[list[tuple[MatmulContext, Memory]]]
     scale: np.ndarray | None
 
 
@@ -199,7 +199,7 @@ class Products:
 
     def __init__(self, library: Library, kind: Kind, cores: Sequence[int], *, own: bool):
         self._library, self._kind, self._cores, self._own = library, kind, tuple(cores), own
-        self._contexts: dict[tuple[object, ...], Context] = {}
+        self._contexts: dict[tuple[object, ...], MatmulContext] = {}
         self._lock = threading.Lock()  # one product at a time: contexts have one set of buffers
         # The calling thread drives the first core.
         self._threads = ThreadPoolExecutor(max(1, len(cores) - 1), "rknn-matmul")
@@ -212,7 +212,7 @@ class Products:
         K, N = matrix.shape
         lengths = cut(K, N, self._kind, len(self._cores))
         scale = column_scale(matrix) if self._kind is INT8 else None
-        parts: list[list[tuple[Context, Memory]]] = []
+        parts: list[list[tuple[MatmulContext, Memory]]] = []
         for depth, k in zip(lengths.depths, _slices(lengths.depths), strict=True):
             parts.append([])
             for core, (width, n) in enumerate(zip(lengths.widths, _slices(lengths.widths), strict=True)):
@@ -224,10 +224,10 @@ class Products:
                 parts[-1].append((context, memory))
         return Weight(lengths, parts, scale)
 
-    def _context(self, name: str, rows: Sequence[int], K: int, N: int, core: int) -> Context:
+    def _context(self, name: str, rows: Sequence[int], K: int, N: int, core: int) -> MatmulContext:
         key = (tuple(rows), K, N, core, *([name] if self._own else []))
         if key not in self._contexts:
-            self._contexts[key] = Context(self._library, self._kind, rows, K, N, self._cores[core])
+            self._contexts[key] = MatmulContext(self._library, self._kind, rows, K, N, self._cores[core])
         return self._contexts[key]
 
     def multiply(self, x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -247,7 +247,7 @@ class Products:
         return result if weight.scale is None else result * (scale * weight.scale)
 
     def _on_all_cores(
-        self, a: np.ndarray, parts: list[tuple[Context, Memory]], targets: list[np.ndarray], add: bool
+        self, a: np.ndarray, parts: list[tuple[MatmulContext, Memory]], targets: list[np.ndarray], add: bool
     ) -> None:
         """Run `_on_one_core` for each part and its target at the same time."""
         first, *others = [
@@ -264,7 +264,9 @@ class Products:
             if error is not None:
                 raise error
 
-    def _on_one_core(self, a: np.ndarray, context: Context, b: Memory, target: np.ndarray, add: bool) -> None:
+    def _on_one_core(
+        self, a: np.ndarray, context: MatmulContext, b: Memory, target: np.ndarray, add: bool
+    ) -> None:
         """Write a (M, K) times b to target (M, N) fp32, or add it."""
         c = context.multiply(a, b)
         direct = not add and self._kind.sum == target.dtype

@@ -24,7 +24,7 @@ from rwkv_npu.backends.memory import MemoryPlan, check_room
 from rwkv_npu.backends.rknn_api import CHIP, OVERRIDE, Networks, check
 from rwkv_npu.backends.rknn_context import Context, ContextRunner, Refused
 from rwkv_npu.board import hardware
-from rwkv_npu.board.hardware import numbers
+from rwkv_npu.board.hardware import version_numbers
 from rwkv_npu.board.npu import LOCK, captured, raise_file_limit
 from rwkv_npu.errors import LONGEST, BackendError, first_line
 from rwkv_npu.formats.bundle import Artifact
@@ -405,11 +405,17 @@ def _older_file(artifact: Artifact, runtime: str | None) -> str:
     """Advice for an artifact that the board's runtime cannot read: an older compiler, or a newer runtime."""
     known = f"librknnrt {runtime}" if runtime else "this librknnrt"
     problem = f"{known} cannot read files of toolkit {artifact.toolkit or '(unknown)'}"
-    if runtime is None or (artifact.toolkit and numbers(runtime) >= numbers(artifact.toolkit)):
+    if runtime is None or (
+        artifact.toolkit and version_numbers(runtime) >= version_numbers(artifact.toolkit)
+    ):
         # The versions do not explain the error: try the next older compiler.
-        older = [v for v in VERSIONS if not artifact.toolkit or numbers(v) < numbers(artifact.toolkit)]
+        older = [
+            v
+            for v in VERSIONS
+            if not artifact.toolkit or version_numbers(v) < version_numbers(artifact.toolkit)
+        ]
     else:
-        older = [v for v in VERSIONS if numbers(v) <= numbers(runtime)]
+        older = [v for v in VERSIONS if version_numbers(v) <= version_numbers(runtime)]
     if not older:
         return f"{problem}: update it to {VERSIONS[-1]} or later"
     commands = f"rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"

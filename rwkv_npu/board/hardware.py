@@ -167,7 +167,7 @@ def version(text: str) -> str | None:
     return match[0] if match else None
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def version_numbers(text: str) -> tuple[int, ...]:
     """The version in a text, for comparison. () if there is none, which is older than any version."""
     return tuple(int(part) for part in (version(text) or "").split(".") if part.isdigit())
 
@@ -178,15 +178,15 @@ def outdated(runtime: str | None, driver: str | None, compiler: str = "") -> str
     compiler: the version that compiled the artifacts. An outdated version may work: the self-test decides.
     """
     problems = []
-    if runtime and compiler and numbers(runtime) < numbers(compiler):
+    if runtime and compiler and version_numbers(runtime) < version_numbers(compiler):
         problems.append(
             f"librknnrt {version(runtime) or runtime} is older than the artifacts' compiler, {compiler}"
         )
-    elif runtime and numbers(runtime) < numbers(OLDEST_RUNTIME):
+    elif runtime and version_numbers(runtime) < version_numbers(OLDEST_RUNTIME):
         problems.append(
             f"librknnrt {version(runtime) or runtime} is older than the recommended {OLDEST_RUNTIME}"
         )
-    if driver and numbers(driver) < numbers(OLDEST_DRIVER):
+    if driver and version_numbers(driver) < version_numbers(OLDEST_DRIVER):
         problems.append(
             f"the NPU's driver {version(driver) or driver} is older than the recommended {OLDEST_DRIVER}"
         )

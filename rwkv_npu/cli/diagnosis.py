@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rwkv_npu.backends.memory import BUDGET_BYTES, plan_memory
 from rwkv_npu.board import hardware
-from rwkv_npu.board.hardware import ROOT, Clock, numbers
+from rwkv_npu.board.hardware import ROOT, Clock, version_numbers
 from rwkv_npu.board.npu import FILES
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, Bundle
@@ -94,7 +94,7 @@ def _driver(root: Path) -> Iterator[Finding]:
             "its version is shown to root only",
             "sudo cat /sys/kernel/debug/rknpu/version",
         )
-    elif numbers(version) < numbers(hardware.OLDEST_DRIVER):
+    elif version_numbers(version) < version_numbers(hardware.OLDEST_DRIVER):
         yield Finding(NOTE, "NPU driver", version, f"{hardware.OLDEST_DRIVER} or later is advised: {image}")
     else:
         yield Finding(OK, "NPU driver", version)
@@ -134,7 +134,7 @@ def _runtime(root: Path) -> Iterator[Finding]:
         yield Finding(
             NOTE, "librknnrt", f"{shown}, version unknown", f"strings {shown} | grep 'librknnrt version'"
         )
-    elif numbers(version) < numbers(hardware.OLDEST_RUNTIME):
+    elif version_numbers(version) < version_numbers(hardware.OLDEST_RUNTIME):
         yield Finding(
             NOTE,
             "librknnrt",
@@ -278,7 +278,7 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
         shown = f"none for the {target}" + (f"; the bundle has some for: {others}" if others else "")
         yield Finding(BAD, "artifacts", shown, f"{again} --target {target}")
         return
-    toolkit = max((artifact.toolkit for artifact in artifacts), key=numbers)
+    toolkit = max((artifact.toolkit for artifact in artifacts), key=version_numbers)
     rows = sorted({artifact.rows for artifact in artifacts})
     shown = f"{len(artifacts)} for the {target}, rows {', '.join(map(str, rows))}, by toolkit {toolkit or 'unknown'}"
     yield Finding(OK, "artifacts", shown)
@@ -293,10 +293,12 @@ def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
     runtime = hardware.runtime_version(library) if library else None
     if runtime is None or not toolkit:
         return
-    if numbers(runtime) >= numbers(toolkit):
+    if version_numbers(runtime) >= version_numbers(toolkit):
         yield Finding(OK, "versions", f"librknnrt {runtime} reads the artifacts of toolkit {toolkit}")
         return
-    older = next((version for version in VERSIONS if numbers(version) <= numbers(runtime)), None)
+    older = next(
+        (version for version in VERSIONS if version_numbers(version) <= version_numbers(runtime)), None
+    )
     yield Finding(
         BAD,
         "versions",

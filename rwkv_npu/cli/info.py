@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_npu.board.hardware import numbers
+from rwkv_npu.board.hardware import version_numbers
 from rwkv_npu.cli.common import add_board_report_flag, add_layout_flag, read_board_report, size
 from rwkv_npu.cli.flags import as_flags
 
@@ -191,7 +191,7 @@ def _artifact_facts(
         "npu_bytes": memory.total,
         "left_on_cpu": sorted({f"{a.group}: {name}" for a in chosen for name in a.on_cpu}),
         "toolkit": sorted({a.toolkit for a in chosen}),
-        "runtime": max((a.toolkit for a in chosen), key=numbers),
+        "runtime": max((a.toolkit for a in chosen), key=version_numbers),
         "int8_share": int8.share if int8 else 0.0,
         "int8_kl": int8.kl if int8 else None,
         "worst_error": max(errors, default=None),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rwkv_npu.board.hardware import numbers
+from rwkv_npu.board.hardware import version_numbers
 from rwkv_npu.conversion.quantise import MAX_KL, REMEDIES, sizes
 from rwkv_npu.conversion.writer import STORAGE
 from rwkv_npu.errors import UsageError, first_line
@@ -112,7 +112,7 @@ class Request:
 
     def check_toolkit(self, version: str) -> None:
         """Raises UsageError if this version of the compiler cannot build the request."""
-        if self.compiles and self.quantises and numbers(version) < numbers(OLDEST_INT8):
+        if self.compiles and self.quantises and version_numbers(version) < version_numbers(OLDEST_INT8):
             floats = [name for name in self._npu_precisions if name not in INT8_PRECISIONS]
             raise UsageError(
                 f"rknn-toolkit2 {version} has no precision {self.precision!r} for {self.target}: use one of "

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from rwkv_npu.formats.safetensors import Entry
 from rwkv_npu.graphs.trace import Constant, Trace
-from rwkv_npu.quant.cpu import BLOCK, Packed, numbers
+from rwkv_npu.quant.cpu import BLOCK, Packed, stored_numbers
 from rwkv_npu.quant.npu import Quantised
 
 Tensors = Callable[[str], np.ndarray]
@@ -72,7 +72,7 @@ def quantised_model(
 def _in_blocks(label: str, weight: Packed) -> tuple[TensorProto, TensorProto]:
     """A weight in MatMulNBits' layout, column by column: data (N, blocks, bytes of a block), scales (N x blocks)."""
     n, blocks = weight.shape[1], weight.padded_k // BLOCK
-    q = numbers(weight).swapaxes(0, 1).reshape(weight.padded_k, -1)[:, :n].T.reshape(n, blocks, BLOCK)
+    q = stored_numbers(weight).swapaxes(0, 1).reshape(weight.padded_k, -1)[:, :n].T.reshape(n, blocks, BLOCK)
     if weight.bits == 4:
         q = q[..., ::2] | q[..., 1::2] << 4
     scales = weight.scales.swapaxes(0, 1).reshape(blocks, -1)[:, :n].T.reshape(-1)

@@ -104,13 +104,13 @@ def pack(weight: np.ndarray, bits: int) -> Packed:
 
 def unpack(packed: Packed) -> np.ndarray:
     """The dequantised matrix, (K, N) fp32."""
-    q = numbers(packed).astype(np.float32) - ZERO[packed.bits]
+    q = stored_numbers(packed).astype(np.float32) - ZERO[packed.bits]
     values = q.reshape(len(q), -1, BLOCK, LANES) * packed.scales[:, :, None, :].astype(np.float32)
     K, N = packed.shape
     return np.ascontiguousarray(values.transpose(1, 2, 0, 3).reshape(packed.padded_k, -1)[:K, :N])
 
 
-def numbers(packed: Packed) -> np.ndarray:
+def stored_numbers(packed: Packed) -> np.ndarray:
     """The numbers q of every strip, (strips, padded K, LANES) uint8."""
     rows = 4 * 8 // packed.bits
     q = packed.data.reshape(-1, packed.padded_k // rows, LANES, 4)
