@@ -61,7 +61,7 @@ class Series:
 
 
 class Opened(Protocol):
-    """A series that can be timed. `row` raises Failed; `blank` is the row of a failure with its reason."""
+    """An open series. `row` makes the row of a shape, or raises Failed. `blank` makes a row that records a failure."""
 
     def row(self, shape: Shape) -> ProductRow: ...
 
@@ -108,7 +108,7 @@ class Measured:
 
 
 class _Computed:
-    """A series that is computed, without a process. `fields` are common to all its rows."""
+    """A series that needs no child process: estimates and published times. `fields` are common to all rows."""
 
     fields: dict[str, Any]
 
@@ -182,7 +182,10 @@ def npu_product_ms(cycles: dict[str, int], m: int, k: int, n: int, bound: str) -
 
 
 class EstimatedCpu(_Computed):
-    """Estimates for the board's four large cores: the slower of memory and of the kernel's static cycles."""
+    """Estimates for the board's four large cores: the time of the memory traffic or of the kernel, whichever is longer.
+
+    The kernel's time comes from a static count of its cycles.
+    """
 
     SIZES = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -330,6 +333,7 @@ class Sweep:
         waiting = [shape for shape in shapes if (series.name, shape) not in self._known]
         known = [self._known[series.name, shape] for shape in shapes if shape not in waiting]
         yield series, len(known), None
+        # Larger products than one that was too slow in an earlier run are not measured.
         if slow := [row for row in known if _is_slow(row)]:
             waiting = [shape for shape in waiting if _work(shape) < min(row.work for row in slow)]
         if not waiting:
