@@ -1,9 +1,9 @@
 """An NPU backend with the CPU as its fallback: the caller never gets a wrong result of the NPU.
 
 Each context is tested on golden vectors when it is opened. A call that fails is repeated once. If it fails again, the
-CPU runs this call and all later calls of its group. Calls to the NPU run in the thread of their queue, so that they
-take place beside the caller's work, and a call that never returns can be abandoned. The inputs of a call are kept until
-its outputs are accepted. The CPU's backend is used by the caller's thread alone.
+CPU runs this call and all later calls of its group. Calls to the NPU run in the thread of their queue. So the
+caller can work meanwhile, and a call that never returns can be abandoned. The inputs of a call are kept until its
+outputs are accepted. The CPU's backend is used by the caller's thread alone.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from rwkv_npu.models.spec import Group
 CALL_SECONDS = 10.0
 OPEN_SECONDS = 120.0  # time limit of opening a large artifact on a slow card
 
-# Largest relative error (rms) of a context's worst output that passes the self-test. Rounding stays below it: fp16 was
-# seen to reach a tenth of its bound on the most delicate outputs. Faults exceed it by far.
+# The self-test fails if the relative rms error of any output exceeds this bound. Rounding stays below it: the largest
+# error seen in fp16 was a tenth of the bound. Faults exceed it by far.
 FP16_BOUND, INT8_BOUND = 0.05, 0.25
-
 
 UNUSED = "the NPU is no longer used"
 
@@ -103,7 +102,7 @@ class Worker:
         self._began = time.monotonic()
 
     def deadline(self, seconds: float) -> float:
-        """The time, by `time.monotonic`, at which the call that runs (if none, one that begins now) is too late."""
+        """When the running call times out, by `time.monotonic`. If none runs: when a call that begins now would."""
         return (self._began or time.monotonic()) + seconds
 
     def stop(self) -> None:
@@ -121,9 +120,9 @@ class FallbackRunner:
         self._fallback, self._group, self._rows, self._npu = fallback, group, rows, npu
         self._cpu: Runner | None = None
         self._call: Task | None = None  # the run in progress, if the NPU runs it
-        self._faults: list[tuple[str, str]] = []  # of the run in progress: each fault, and advice
+        self._faults: list[tuple[str, str]] = []  # (fault, advice), of the run in progress
         self.inputs = npu.inputs if npu else allocate_inputs(group, rows)
-        self.npu_seconds = 0.0  # of the NPU in the last run, as it reports them; 0 if the CPU ran
+        self.npu_seconds = 0.0  # the NPU's own time in the last run; 0 if the CPU ran, or if none is reported
 
     def load(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Copy inputs for the next run. The NPU's runner may convert them."""
@@ -136,6 +135,7 @@ class FallbackRunner:
         """Run and wait for the end."""
         done = threading.Event()
         self.start(done.set)
+        # The deadline moves when the NPU begins this call, and again when it repeats it.
         while not done.wait(self.deadline() - time.monotonic()) and time.monotonic() < self.deadline():
             pass
         return self.finish()[0]
@@ -178,7 +178,8 @@ class FallbackRunner:
         kept = getattr(self._npu, "kept", self.inputs)
         for name, array in self._cpu.inputs.items():
             array[...] = kept[name]
-        outputs = {name: array.copy() for name, array in self._cpu.run().items()}  # layers share their memory
+        # Copied, because the CPU's runners share their output memory.
+        outputs = {name: array.copy() for name, array in self._cpu.run().items()}
         return outputs, time.perf_counter() - begin
 
     def _attempt(self, worker: Worker) -> Mapping[str, np.ndarray] | None:
@@ -246,7 +247,7 @@ class Fallback:
         try:
             runner = worker.call(lambda: self._npu.open(group, rows), OPEN_SECONDS)
             fault = self._test(worker, group, rows, runner)
-            if fault:  # repeated once, as a call
+            if fault:  # repeat the test once, as a failed call is repeated
                 fault = self._test(worker, group, rows, runner)
         except Hang as hang:
             self.abandon(group)

@@ -12,7 +12,7 @@ from rwkv_npu.formats.bundle import Artifact, Manifest
 BUDGET_BYTES = int(3.5 * (1 << 30))
 MAX_CONTEXTS = 150  # the limit seen on boards; each artifact is a context
 
-INT8_COLUMN_BYTES = 8  # a bias and a scale, which each column of an int8 matrix has in addition
+INT8_COLUMN_BYTES = 8  # each column of an int8 matrix also has a bias and a scale
 
 
 def matrix_bytes(k: int, n: int, bits: int) -> int:
