@@ -137,7 +137,7 @@ def waves(emulated_board: EmulatedBoard, board_bundles: dict[str, Path]) -> tupl
         ("run-fails/6", "calls to the NPU failed"),
         ("nan@16,zeros@19", "| 2 calls to the NPU failed\n"),
         ("nan@4+:mid.0,run-fails@3+:mid.2,zeros@3+:first", "on the CPU: "),
-        ("core-mask", "warning: one call at a time, on a core that the runtime chooses"),
+        ("core-mask", "warning: the runtime chooses the NPU core, and calls run one at a time"),
     ],
 )
 def test_the_text_stays_with_waves_in_flight(

@@ -112,7 +112,9 @@ def test_contexts_are_dealt_over_the_cores(
 
 def test_a_runtime_that_refuses_cores_chooses_them(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLite, "refused", {1, 2, 4})
-    with pytest.warns(UserWarning, match="one call at a time, .* since: .*core mask 1 is refused: this chip"):
+    with pytest.warns(
+        UserWarning, match="calls run one at a time, because .*core mask 1 is refused: this chip"
+    ):
         load(bundle).close()
     assert FakeLite.masks[1:] == [0] * 7
     refused(bundle, "core mask 2 is refused: this chip does not have the NPU core 1: use auto", npu_cores="1")

@@ -141,7 +141,7 @@ def test_text_stays_right(
         (
             "no-io-memory",
             "auto",
-            "rknn_set_io_mem of .* returned -5; RKNNLite is not installed, which may work",
+            "rknn_set_io_mem of .* returned -5; RKNNLite may work, but it is not installed",
         ),
         ("core-mask", "0", "core mask 1 is refused: this chip does not have the NPU core 0: use auto"),
         ("init-memory@2", "auto", "end other programs, or convert with one row count"),

@@ -1,8 +1,9 @@
 """Rockchip's NPU on a board: each artifact is a context, which is opened once.
 
-librknnrt's own interface drives it (`rknn_context`). RKNNLite does where that interface is refused, or where the
-variable API asks for it. `RKNNLite.inference` returns arrays even if `rknn_run` failed. This module therefore calls its
-steps one by one and checks every return code. Its inputs are fp32, because librknnrt converts them to fp16 by itself.
+Contexts are driven through the C interface of librknnrt (`rknn_context`). RKNNLite is used instead if that interface
+does not work on the board, or if the environment variable API is set to LITE. `RKNNLite.inference` returns arrays even
+if `rknn_run` failed, so this module calls the steps of `inference` one by one and checks every return code. Inputs for
+RKNNLite are fp32, because librknnrt then converts them to fp16.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from rwkv_npu.formats.bundle import Artifact
 from rwkv_npu.models.spec import Group
 from rwkv_npu.toolkit import VERSIONS, rknn_info
 
-# Masks of the cores that contexts are dealt over, by layer: a context runs on one core, and several run at a time.
+# Option `cores` -> masks of the cores. Layers are dealt over the masks in turn. A context runs on one core, and
+# contexts on different cores run at the same time.
 CORES = {"0": (1,), "1": (2,), "2": (4,), "0,1": (1, 2), "0,1,2": (1, 2, 4)}
 CHIP_CORES = {"rk3588": "0,1,2", "rk3576": "0,1"}  # chips with several cores
-ANY_CORE = 0  # the mask by which the runtime chooses a core
+ANY_CORE = 0  # mask: the runtime chooses the core
 # While a core computes for one thread, the other checks the outputs of the last call and hands over those of the next.
 THREADS_A_CORE = 2
 PACKAGE = "rknn-toolkit-lite2"
@@ -50,7 +52,8 @@ class ArtifactSource(Source, Protocol):
         """The precision that the user requested."""
 
     @property
-    def outdated(self) -> str: ...
+    def outdated(self) -> str:
+        """The reason why the artifacts cannot be used, "" if they can."""
 
     def artifacts(self) -> list[Artifact]: ...
 
@@ -80,7 +83,7 @@ class _Sizes:
     def values(self, expected: list[int]) -> list[int]:
         """Numbers of fp32 values in the outputs, `expected` where no size is known."""
         sizes, self._bytes = self._bytes, []  # a call that is not recorded must not see older sizes
-        # A library that sets no size leaves the number of values that RKNNLite wrote there.
+        # RKNNLite sets `size` to the number of values before the call. Some libraries do not replace it by bytes.
         return expected if sizes in ([], expected) else [size // 4 for size in sizes]
 
 
@@ -162,6 +165,7 @@ class RknnBackend:
         return tuple(sorted(rows for name, rows in self._artifacts if name == group.name))
 
     def queue(self, group: Group) -> int:
+        # All groups of a queue run on one core: the number of masks divides the number of queues.
         return group.layer % (len(self._masks) * (1 if self._masks == (ANY_CORE,) else THREADS_A_CORE))
 
     def open(self, group: Group, rows: int) -> Runner:
@@ -182,20 +186,21 @@ class RknnBackend:
         return RknnRunner(context, group, rows, order)
 
     def _open_context(self, path: Path, artifact: Artifact, group: Group) -> Any:
-        """Open a context on the core of its group. With `auto`, a runtime that refuses a core chooses it itself."""
+        """Open a context on the core of its layer. With `auto`, the runtime chooses the core if it refuses this one."""
         try:
             return self._open_on(path, artifact, self._masks[group.layer % len(self._masks)])
         except CoreRefused as refused:
             if not self._auto:
                 raise BackendError(f"{refused}: use auto") from refused
             warnings.warn(
-                f"one call at a time, on a core that the runtime chooses, since: {refused}", stacklevel=2
+                f"the runtime chooses the NPU core, and calls run one at a time, because {refused}",
+                stacklevel=2,
             )
             self._masks = (ANY_CORE,)
             return self._open_on(path, artifact, ANY_CORE)
 
     def _open_on(self, path: Path, artifact: Artifact, mask: int) -> Any:
-        """Open a context on the cores of a mask. RKNNLite is used if librknnrt refuses our memory at the first one."""
+        """Open a context on the cores of a mask. If librknnrt raises `Refused` for the first one, use RKNNLite."""
         if self._networks is not None:
             try:
                 return _open_network(self._networks, path, artifact, mask)
@@ -206,9 +211,9 @@ class RknnBackend:
         return _open_lite(self._lite, path, artifact, mask)
 
     def on_each_core(self, group: Group, rows: int) -> tuple[list[Runner], str]:
-        """Runners of one group on each core, and why there are fewer than cores, "" if there are not.
+        """A runner of one group on each core, and the reason if a core has none, else "".
 
-        They share the weights. RKNNLite cannot do that: there the group has one runner.
+        The runners share the weights. RKNNLite cannot share them, so the group then has one runner.
         """
         runners = [self.open(group, rows)]
         context = self._contexts[group.name, rows]
@@ -270,7 +275,7 @@ def _fitting(source: ArtifactSource, chip: str) -> list[Artifact]:
 
 
 def _interface() -> tuple[Networks | None, Any]:
-    """librknnrt's own interface; where that is refused or not wanted, RKNNLite. The other is None."""
+    """The interface to use: (librknnrt's, None), or (None, RKNNLite's class) if that fails or API asks for it."""
     if os.environ.get(API) == LITE:
         return None, _rknnlite()
     try:
@@ -280,7 +285,7 @@ def _interface() -> tuple[Networks | None, Any]:
 
 
 def _rknnlite(refused: BackendError | None = None) -> Any:
-    """RKNNLite's class. refused: why librknnrt's own interface is not used; it becomes a warning."""
+    """RKNNLite's class. refused: why librknnrt's interface is not used; shown as a warning."""
     with captured() as printed:
         try:
             from rknnlite.api import RKNNLite
@@ -293,7 +298,7 @@ def _rknnlite(refused: BackendError | None = None) -> Any:
             warnings.warn(f"RKNNLite drives the NPU, more slowly, because {refused}", stacklevel=4)
         return RKNNLite
     if refused:
-        raise BackendError(f"{refused}; RKNNLite is not installed, which may work: pip install {PACKAGE}")
+        raise BackendError(f"{refused}; RKNNLite may work, but it is not installed: pip install {PACKAGE}")
     raise BackendError(
         f"{API}={LITE} needs {PACKAGE}: pip install {PACKAGE} (on aarch64, Python 3.10 to 3.12; "
         f"{missing}{printed.text[:80]})"
@@ -393,9 +398,8 @@ def explain(text: str, artifact: Artifact) -> str:
         if match := re.search(pattern, text):
             return f"{_bare(match[0])}: {action}"
     lines = text.splitlines()
-    native = [
-        line for line in lines if re.match(r"E? ?RKNN\b", line)
-    ]  # librknnrt's errors are the more precise ones
+    # Errors of librknnrt are more precise than those of RKNNLite.
+    native = [line for line in lines if re.match(r"E? ?RKNN\b", line)]
     errors = native or [line for line in lines if re.match(r"E |\w*(Error|Exception)\b", line)]
     codes = re.findall(r"rknn_\w+ .*returned .*", text)
     return _bare((errors or codes)[-1]) if errors or codes else "it reports no reason: run rwkv-npu doctor"

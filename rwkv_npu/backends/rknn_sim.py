@@ -35,6 +35,8 @@ class CompiledSource(BundleModel, Source, Protocol):
 
 
 class SimulatorRunner:
+    """Runs one group on its simulator."""
+
     def __init__(self, simulator: Simulator, group: Group, rows: int):
         self._simulator = simulator
         self.inputs = allocate_inputs(group, rows)
@@ -60,7 +62,7 @@ class RknnSimBackend:
             )
         chosen = artifacts[0].target, artifacts[0].precision
         if len({a.target for a in artifacts}) > 1:
-            warnings.warn(f"simulating the artifacts for {chosen[0]}, of several targets", stacklevel=3)
+            warnings.warn(f"artifacts for several targets: simulating those for {chosen[0]}", stacklevel=3)
         parameters = int8_parameters(source.bundle, chosen[1])
         self._graphs = {
             (a.group, a.rows): compiler_graph(source, a, parameters)
