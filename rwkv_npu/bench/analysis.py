@@ -7,8 +7,8 @@ Two models are fitted: the 2023 article's exponential, and a power law.
 
 The points are weighted in two ways.
 
-    repeats   The error of a point is the error of its median, from its repeats, plus FLOOR of the time in quadrature,
-              for the scatter between separate runs. A point without repeats has the second part only.
+    repeats   A point has two errors, added in quadrature: that of its median, from its repeats, and FLOOR times the
+              time, for the scatter between separate runs. A point without repeats has the second only.
     equal     Every point counts the same, in seconds, as in the article (ROOT's default for a graph without errors).
               chi2 is then a sum of squared seconds and not a test. Only the large N matter.
 """
@@ -174,7 +174,7 @@ def _jumps(series: str, n: np.ndarray, y: np.ndarray, errors: np.ndarray) -> lis
 
 
 def tilings(rows: Iterable[ProductRow]) -> list[str]:
-    """One line for each NPU series: into how many operations the compiler splits a product, by size."""
+    """Describe into how many operations the compiler splits a product, by size: one line for each NPU series."""
     lines = []
     for series, points in by_series(rows, square=True).items():
         parts = []
@@ -230,7 +230,7 @@ class Fit:
     """A model fitted to a series.
 
     `errors` are Minuit's. With equal weights they come from the scatter about the model, as in ROOT; otherwise from the
-    errors of the points.
+    errors of the points. at_limit: t0 of the power law is at its limit 0.
     """
 
     series: str
@@ -263,11 +263,8 @@ class Fit:
         return {**asdict(self), "reduced_chi2": self.reduced}
 
 
-# Bounds on the exponents, so that Minuit's trial steps do not overflow.
-
-
 def exponential(n: np.ndarray, c: float, s: float) -> np.ndarray:
-    return np.exp(np.clip(c + s * n, -200.0, 200.0))
+    return np.exp(np.clip(c + s * n, -200.0, 200.0))  # clipped, because Minuit's trial steps could overflow
 
 
 def power(n: np.ndarray, a: float, b: float, t0: float) -> np.ndarray:
@@ -372,8 +369,8 @@ def _in_seconds(
 class CubicTwin:
     """The curve a N^3 + t0 whose exponential fit with equal weights has exactly the article's two parameters.
 
-    chi2: of this fit. The article's is similar. If the article's times were exponential, its chi2 would be noise, of
-    any size.
+    chi2: of this fit. The article's chi2 is similar. If the article's times had been exponential, its chi2 would be
+    noise, and could have any value.
     """
 
     a: float

@@ -99,7 +99,8 @@ def with_rates(row: dict[str, Any], moved_bytes: float) -> dict[str, Any]:
 
 PREFILLS = (128, 512)  # tokens of the prompts
 DECODE = 128  # tokens to sample and read after a prompt of the first length
-MEASURED_PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest")  # of a time
+# The parts of a measured time.
+MEASURED_PARTS = ("projections", "head", "recurrence", "sampling", "dispatch", "rest")
 
 
 @dataclass
@@ -118,7 +119,7 @@ class ModelRow:
     bytes_per_token   the projections' bytes in the backend, plus the state read and written. gb_per_s is
                       bytes_per_token over the time of a token, bandwidth_share is gb_per_s over this machine's best
     read_gb_per_s     memory read speed just before the row; other guests of the host may use part of it
-    peak_bytes, own_bytes   of resident memory: the peak; without mapped files, at the end
+    peak_bytes, own_bytes   peak of resident memory; resident memory at the end, without mapped files
     basis             the source of an estimate
     profile           a token's time by role of group and by function
     flags             reasons to doubt the figures (`busy`, `throttled`, `interrupted`)
@@ -290,7 +291,7 @@ def by_series(rows: Iterable[ProductRow], *, square: bool = False) -> dict[str, 
 
 
 def by_model(rows: Iterable[ModelRow]) -> list[list[ModelRow]]:
-    """Group rows by their weights, whatever the file. Measured rows come first."""
+    """Group rows by model: rows with the same fingerprint of the weights. Measured rows come first."""
     models: dict[str, list[ModelRow]] = {}
     for row in rows:
         models.setdefault(row.fingerprint, []).append(row)
