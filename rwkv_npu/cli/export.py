@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     to = p.add_mutually_exclusive_group(required=True)
     to.add_argument("--for", dest="target", metavar="CHIP", help="rk3588 and others, or none for CPUs only")
     to.add_argument(
-        "--gguf", metavar="FILE", help="write RWKV-6 or RWKV-7 in F16; a file that does not exist"
+        "--gguf", metavar="FILE", help="write RWKV-6 or RWKV-7 in F16 to this file; it must not exist"
     )
     p.add_argument("-o", "--out", metavar="DIR", help="with --for: the bundle to write")
     p.add_argument("--precision", help="of the artifacts (default: the bundle's default)")
@@ -53,7 +53,7 @@ def _export_gguf(arguments: argparse.Namespace) -> int:
 
     if is_bundle(Path(arguments.model)):
         raise UsageError(
-            f"{arguments.model} is a bundle: --gguf writes a checkpoint, name the one it came from"
+            f"{arguments.model} is a bundle: --gguf needs the checkpoint that the bundle was made from"
         )
     checkpoint = open_checkpoint(arguments.model, arguments.layout)
     V = checkpoint.spec.V
@@ -62,7 +62,9 @@ def _export_gguf(arguments: argparse.Namespace) -> int:
     if isinstance(tokenizer, WorldTokenizer):
         tokens = [tokenizer.token_bytes(token) for token in range(V)]
     else:
-        print("no World vocabulary is known for it: the file has none, and takes ids", file=sys.stderr)
+        print(
+            "no World vocabulary is known for this model: the GGUF works on token ids only", file=sys.stderr
+        )
     with progress("export", "tensor", total=len(checkpoint.names)) as bar:
         write_gguf(checkpoint, Path(arguments.gguf), tokens, bar.update)
     print(arguments.gguf)

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rwkv_npu.model import Model
 
 LONG_PROMPT = 1024  # tokens; a shorter prompt shows no progress
-PIECE = 512  # tokens to read before Ctrl-C is looked at again
+PIECE = 512  # tokens; Ctrl-C is checked after each piece
 
 
 class Interrupt:
-    """Ctrl-C. The first one sets `asked`, so that the token in work is finished. The second one ends at once."""
+    """Ctrl-C. The first sets `asked`, and the piece or token in progress is finished. The second ends at once."""
 
     def __init__(self) -> None:
         self.asked = False

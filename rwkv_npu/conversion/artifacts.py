@@ -175,9 +175,9 @@ def build_artifacts(
         for a in missing
         if slot(a) not in shared
     ]
-    noted = [(build, build.noted(environment)) for build in builds]
-    finished += [artifact for _, artifact in noted if artifact]
-    waiting = [build for build, artifact in noted if not artifact]
+    earlier = [(build, build.finished(environment)) for build in builds]
+    finished += [artifact for _, artifact in earlier if artifact]
+    waiting = [build for build, artifact in earlier if not artifact]
     with progress("compile", "graph", total=len(planned), initial=len(planned) - len(waiting)) as bar:
         finished += _run_builds(waiting, environment, jobs, bar)
     return finished
@@ -223,7 +223,7 @@ class Build:
     def graph(self) -> CompilerGraph:
         return compiler_graph(self.source, self.artifact, self.parameters)
 
-    def noted(self, environment: Environment) -> Artifact | None:
+    def finished(self, environment: Environment) -> Artifact | None:
         """The artifact of an earlier, interrupted conversion if it is finished and still current, else None."""
         try:
             artifact = Artifact.from_json(json.loads(self.notes.read_text(encoding="utf-8")))
