@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SKIPPED_FOLDERS = {"site-packages", "cjkencodings", "lib2to3", "__pycache__", "_bundled"}
-TESTS = re.compile(
-    r"\w+:(test|[\w.]*(_test|tests?))\."
-)  # used for training, but never held out: they are not documentation
+# Used for training, but never held out: they are not documentation.
+TESTS = re.compile(r"\w+:(test|[\w.]*(_test|tests?))\.")
 SKIPPED_MODULES = re.compile(r"(_test|_xx|xx|_tkinter|readline|this$|antigravity)")
 ITEM = re.compile(r"\s*([-*+o•@:]\s|\d+[.)]\s|\(?[a-z]\)\s|[\w.]+\s*(:|=|--)\s|@|:|def |class )")
 CODE_LINE = re.compile(r"^\s*(?:\w[\w.]* = |def |class |import |from \w+ import|return\b.*\(|if .*:$)", re.M)

@@ -60,17 +60,15 @@ def joined(texts: Sequence[str]) -> bytes:
 
 def ngram_bits(training: bytes, text: bytes, order: int = ORDER) -> float:
     """Bits that a byte n-gram model needs for `text`, with Witten-Bell interpolation down to a uniform distribution."""
-    uses: list[dict[bytes, int]] = [
-        {} for _ in range(order + 1)
-    ]  # by length: number of occurrences of these bytes
+    # By length: number of occurrences of these bytes.
+    uses: list[dict[bytes, int]] = [{} for _ in range(order + 1)]
     for length in range(order + 1):
         counts = uses[length]
         for end in range(length, len(training) + 1):
             piece = training[end - length : end]
             counts[piece] = counts.get(piece, 0) + 1
-    followers: list[dict[bytes, int]] = [
-        {} for _ in range(order)
-    ]  # by length: number of different bytes that follow
+    # By length: number of different bytes that follow.
+    followers: list[dict[bytes, int]] = [{} for _ in range(order)]
     for length in range(order):
         for piece in uses[length + 1]:
             followers[length][piece[:-1]] = followers[length].get(piece[:-1], 0) + 1

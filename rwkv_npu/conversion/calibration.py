@@ -38,10 +38,8 @@ from rwkv_npu.text.tokenizer import END_OF_TEXT, Tokenizer
 KEEP = 4096  # sampled rows of each projection
 MEMORY = 2 << 30  # limit of their bytes: large models keep fewer rows
 ROWS = 256  # tokens of a step. Statistics do not depend on it; weights are widened once a step
-SHORT, MEDIUM = (
-    64,
-    512,
-)  # tokens of a context. Each kind gets a quarter of all tokens, one long context gets half
+# Tokens of a context. Each kind gets a quarter of all tokens, one long context gets half.
+SHORT, MEDIUM = 64, 512
 SLICE = 512  # the chip adds products over K in slices of this width, and their sums are probably fp16
 
 TOKENS = 8192  # of the text at most; half of them are one context

@@ -31,9 +31,8 @@ ALIGNMENT = 64
 _MAX_HEADER = 100_000_000  # bytes; the bound of the reference implementation
 _MAX_RANK = 8
 _MAX_SIZE = 2**56  # elements of one tensor, so that NumPy's index arithmetic cannot overflow
-_NONBLOCK = getattr(
-    os, "O_NONBLOCK", 0
-)  # opening a pipe must not wait for its writer (Windows has no such pipes)
+# Opening a pipe must not wait for its writer (Windows has no such pipes).
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 _PAD = re.compile(r"_pad\.\d+")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
