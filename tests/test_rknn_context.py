@@ -219,6 +219,8 @@ def test_a_layer_on_each_core(npu: None, bundle: Path, monkeypatch: pytest.Monke
     assert len(runners) == 3 and refused == ""
     outputs = [{name: array.copy() for name, array in runner.run().items()} for runner in runners]
     assert all(np.array_equal(outputs[0]["x_out"], other["x_out"]) for other in outputs[1:])
+    head = source.program.groups[-1]
+    assert len(backend.on_each_core(head, min(backend.row_counts(head)))[0]) == 3
     assert backend._networks is not None
     dup, codes = backend._networks.dup, iter([0, -4])
     monkeypatch.setattr(backend._networks, "dup", lambda *pair: next(codes) or dup(*pair))

@@ -168,6 +168,10 @@ class RknnBackend:
         # All groups of a queue run on one core: the number of masks divides the number of queues.
         return group.layer % (len(self._masks) * (1 if self._masks == (ANY_CORE,) else THREADS_A_CORE))
 
+    def _mask(self, group: Group) -> int:
+        """The cores of a group: layers are dealt over the masks."""
+        return self._masks[group.layer % len(self._masks)]
+
     def open(self, group: Group, rows: int) -> Runner:
         key = group.name, rows
         if key not in self._artifacts:
@@ -188,7 +192,7 @@ class RknnBackend:
     def _open_context(self, path: Path, artifact: Artifact, group: Group) -> Any:
         """Open a context on the core of its layer. With `auto`, the runtime chooses the core if it refuses this one."""
         try:
-            return self._open_on(path, artifact, self._masks[group.layer % len(self._masks)])
+            return self._open_on(path, artifact, self._mask(group))
         except CoreRefused as refused:
             if not self._auto:
                 raise BackendError(f"{refused}: use auto") from refused
@@ -220,7 +224,7 @@ class RknnBackend:
         if not isinstance(context, Context):
             return runners, "RKNNLite does not share weights between contexts"
         for mask in self._masks:
-            if mask == self._masks[self.queue(group)]:
+            if mask == self._mask(group):
                 continue
             try:
                 with captured():
