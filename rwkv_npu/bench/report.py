@@ -280,7 +280,7 @@ def _profile(row: ModelRow) -> str:
             f"Profile of {row.name}, {row.profile['tokens']} tokens:",
             markdown(head, roles),
             "Time in functions themselves (Python's profiler makes small ones look slower):",
-            markdown(["function", "calls a token", "ms a token"], functions),
+            markdown(["function", "times a token", "ms a token"], functions),
         ]
     )
 
