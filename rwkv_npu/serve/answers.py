@@ -29,9 +29,9 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class Event:
-    """News of answer number `index`: text that can be sent, sampled tokens, and at the end the reason.
+    """An update of answer number `index`: its new text and its new tokens.
 
-    reason: None while the answer goes on, else "stop", "length" or "error".
+    reason: why the answer has ended: "stop", "length" or "error". None while it goes on.
     """
 
     index: int
@@ -53,7 +53,11 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """Options of an answer. bias: added to logits, by token. top_logprobs: None for no log-probabilities."""
+    """Options of an answer.
+
+    bias: the amount to add to a token's logit. top_logprobs: None for no log-probabilities. think_budget: tokens after
+    which a thought is closed.
+    """
 
     sampling: SamplingOptions = SamplingOptions()
     seed: int | None = None

@@ -72,9 +72,9 @@ def _answered(out: Path) -> set[str]:
 
 
 def answer_all(service: Service, requests: Sequence[Request], out: Path) -> int:
-    """Answer the requests, twice as many at a time as the server has slots. Append each complete answer to `out`.
+    """Answer the requests, and append each answer to `out`. Returns the number of requests that failed.
 
-    Returns the number of requests that failed. Their lines hold the error.
+    The line of a failed request holds its error. The service gets twice as many requests at a time as it has slots.
     """
     return asyncio.run(_answer_all(service, requests, out))
 

@@ -1,8 +1,8 @@
-"""Cache of states after prefixes of prompts, so that a conversation continues without reading its past again.
+"""A cache of states after prefixes of prompts. A conversation continues from one, and its past is not read again.
 
-A state is kept at checkpoints of a token sequence. Its key is a hash of the model's identity and of all tokens before
-it. The same key serves memory, disk and a store shared by several machines. Hashing a prompt once finds its longest
-known prefix. A tree of tokens is not needed, because states exist at checkpoints only.
+States are kept at checkpoints of a token sequence. The key of a state is a hash of the model's identity and of
+all tokens before it. The same key serves memory, disk and a store shared by several machines. One pass over a prompt
+computes the keys of all its checkpoints, and the last known key gives its longest cached prefix.
 
 Checkpoints depend on the tokens alone, never on other requests or on the cache. Prompts are read from checkpoint to
 checkpoint. So a state has the same bits whether its prefix came from the cache or was read again.
@@ -22,8 +22,8 @@ import numpy as np
 from rwkv_npu.formats.state import State
 from rwkv_npu.text.tokenizer import Tokenizer
 
-SPACING = 512  # tokens after which a long text gets a checkpoint in any case
-NEAR = 16  # minimal distance of two checkpoints in tokens
+SPACING = 512  # tokens: the largest distance of two checkpoints
+NEAR = 16  # tokens: the smallest distance of two checkpoints
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 class Store(Protocol):
-    """States outside this process, by key. Neither call raises: a store that fails acts like an empty one."""
+    """States outside this process, by key. Its methods do not raise: a store that fails acts like an empty one."""
 
     def get(self, key: str) -> State | None: ...
 
@@ -45,8 +45,9 @@ class Store(Protocol):
 class Checkpoints:
     """Finds the checkpoints of token sequences.
 
-    identity: stands for weights, precision and initial state; states of different identities do not mix. labels: a
-    conversation may fork after such a text, for example "Assistant:". It may always fork after a blank line.
+    Checkpoints stand after blank lines and labels, where conversations may fork, and at most SPACING tokens apart.
+
+    identity: a name for weights, precision and initial state, which is part of each key. labels: such as "Assistant:".
     """
 
     def __init__(self, tokenizer: Tokenizer | None, identity: str, labels: Sequence[str]):
@@ -82,7 +83,7 @@ class Checkpoints:
 class StateCache:
     """LRU cache of states in memory, backed by stores.
 
-    budget: bytes of states in memory. stores: asked by `fetch` only, because their answers may take long.
+    budget: bytes of states in memory. stores: only `fetch` reads from them, because that may take long.
     """
 
     def __init__(self, budget: int, stores: Sequence[Store] = ()):
@@ -107,7 +108,7 @@ class StateCache:
         return 0, None
 
     def fetch(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Load the last state that memory or a store has into memory."""
+        """Load the state of the last known checkpoint from a store into memory, unless memory has it."""
         for checkpoint in reversed(checkpoints):
             if checkpoint.key in self._kept:
                 return

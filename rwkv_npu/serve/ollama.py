@@ -134,7 +134,7 @@ def _options(service: Service, fields: Fields, name: str) -> tuple[Options, tupl
 
 
 def _grammar(request: Request, fields: Fields) -> Callable[[], Grammar] | None:
-    """Field `format`: "json", a JSON schema, or "", which some clients send for none."""
+    """A factory of grammars for the field `format`. None for plain text, for which some clients send ""."""
     wanted = fields.get("format")
     if wanted in (None, ""):
         return None
@@ -211,7 +211,7 @@ Shape = Callable[[str, str, bool], dict[str, Any]]
 
 
 def _loaded(name: str, shape: Mapping[str, Any]) -> Response:
-    """The answer to a request without a prompt: clients send it to load the model."""
+    """The response to a request without a prompt. Clients send such a request to load the model."""
     return JSONResponse(
         {"model": name, "created_at": _timestamp(time.time()), **shape, "done": True, "done_reason": "load"}
     )

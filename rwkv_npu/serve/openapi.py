@@ -162,7 +162,7 @@ def _operation(
     media: tuple[str, ...] = (JSON,),
     upload: str = JSON,
 ) -> Schema:
-    """An operation. errors: its statuses beside 200. media: types of its answer; the first is not a stream."""
+    """An operation. errors: its HTTP statuses for errors. media: media types of its answer, those of streams last."""
     content = {kind: {"schema": answer} if kind == JSON else {} for kind in media}
     failed = {JSON: {"schema": _ref("Error")}}
     responses = {"200": {"description": "OK", "content": content}}

@@ -1,6 +1,6 @@
 """Read a chat or completion request: model, sampling options, messages, tools and grammar.
 
-OpenAI's field names. The other APIs share them, apart from a few of their own.
+The names of the fields are OpenAI's. The other APIs share most of them, and read the rest in their own modules.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """OpenAI's responses API: conversations that the server remembers.
 
-`previous_response_id` names the turns before. Their state is usually in the cache, so that only the new turn is read.
-The server remembers text: if the cache has dropped a state, the turns are read again.
+`previous_response_id` names the response to continue from. The state after its turns is usually in the cache, so that
+only the new turn is read. The server remembers the text too: if the cache has dropped the state, it reads all turns.
 """
 
 from __future__ import annotations
