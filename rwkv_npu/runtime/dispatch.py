@@ -14,7 +14,8 @@ from rwkv_npu.backends.base import Backend, Faults, FusedBackend, QueuedBackend,
 from rwkv_npu.errors import BackendError
 from rwkv_npu.models.spec import Group
 
-# On a backend that takes any number of rows, runners of more rows are not kept: their buffers would add up over layers.
+# On a backend that takes any number of rows, only runners of at most this many rows are kept. Buffers of larger ones
+# would add up over the layers.
 KEPT_ROWS = 8
 
 # Returns the backend of a group. The flag is True for decoding (one row of each sequence), False for prefill.
@@ -28,9 +29,10 @@ class Counters:
     calls: calls to backends, for groups or the fused forward. run_s: seconds in backends, by role of group.
     npu_s: the part of run_s in which an NPU worked, as it reports.
     recurrence_s: seconds in recurrences. dispatch_s: seconds to select runners and fill their inputs.
-    queue_s: seconds of calls by queue. The calls of several queues, and the CPU's work, take place at the same time.
+    queue_s: seconds of calls by queue. Queues run at the same time as each other and as the CPU: the sum may exceed the
+    time that has passed.
     waited_s: seconds in which the CPU had no work, because all forwards waited for calls.
-    faults: faults of an NPU, which the CPU replaced.
+    faults: failed calls of an NPU, and the groups that the CPU runs instead.
     """
 
     calls: int = 0
@@ -54,7 +56,7 @@ class Counters:
 class Call:
     """A call that was started.
 
-    queued: the runner, if it runs in the thread of `queue`; None if the run has ended already, with `outputs`.
+    queued: the runner, if `queue` runs the call; None if `start` itself runs it and sets `outputs`.
     rows: the number of the runner's rows that are used.
     """
 
@@ -65,7 +67,10 @@ class Call:
         self.outputs: Mapping[str, np.ndarray] = {}
 
     def start(self, runner: Runner, queue: int | None, done: Callable[[Call], object], keep: bool) -> None:
-        """Start a run in its queue, or run here if the backend has none. keep: copy outputs that others overwrite."""
+        """Start the run in its queue, or run it here if the backend has no queues.
+
+        keep: copy the outputs, because other runs may overwrite them.
+        """
 
         def end() -> None:
             self.ended = True
@@ -84,11 +89,11 @@ class Call:
         end()
 
     def deadline(self) -> float:
-        """The time by `time.monotonic` after which `finish` is called, although the call has not ended."""
+        """The time (`time.monotonic`) after which `finish` is called even if the call has not ended."""
         return self.queued.deadline() if self.queued else 0.0
 
     def cancel(self) -> None:
-        """Do not run, if the call waits behind others in its queue."""
+        """Cancel the call if it has not begun."""
         if self.queued:
             self.queued.cancel()
 
@@ -138,7 +143,7 @@ class Dispatcher:
         return backends[0] if same and isinstance(backends[0], FusedBackend) else None
 
     def overlaps(self, decode: bool) -> bool:
-        """True if calls of some group take place beside the CPU's work."""
+        """True if the calls of some group run while the CPU does other work."""
         backends = (self._assigned[group.name, decode][0] for group in self._groups)
         return any(isinstance(backend, QueuedBackend) for backend in backends)
 

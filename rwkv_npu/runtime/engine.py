@@ -1,8 +1,8 @@
 """Runs a model on token ids. One forward reads chunks of prompts and single tokens of several sequences together.
 
-The engine knows ids, states and backends. It does not know text, sampling or files. It divides tokens among forwards,
-which `waves` runs, beside each other if an NPU takes part. A call goes from there to a runner of a backend, and on to
-compiled code, ONNX Runtime or the NPU.
+The engine knows ids, states and backends. It does not know text, sampling or files. It divides the tokens among
+forwards. `waves` runs the forwards, several at a time with an NPU. Each group of a forward is one call to a runner of a
+backend: compiled code, ONNX Runtime or the NPU.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Engine:
     assign: returns the backend of a group. initial: the tuned state of each layer that has one.
     faults: shared with the backends, which count theirs in it. recurrence: None takes NumPy's.
     fused: use a backend's fused forward if it has one.
-    batch: from this number of sequences on, the prefill backends read their next tokens. None: never.
-    overlap: run forwards beside each other where an NPU takes part. The results are the same.
+    batch: the fewest sequences whose next tokens the prefill backends read together; None: never.
+    overlap: run several forwards at a time on an NPU. The results are the same.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Engine:
 
     @property
     def window(self) -> int:
-        """Rows of prompts that a call should have: one chunk, or where chunks overlap as many as keep cores busy."""
+        """Prompt tokens that one `forward` should read: a chunk, or OVERLAPPING chunks if forwards overlap."""
         return self.chunk * (OVERLAPPING if self._overlaps(decode=False) else 1)
 
     @property
@@ -230,7 +230,7 @@ class Engine:
     ) -> Generator[np.ndarray | None, None, None]:
         """Run forwards as `_waves` yields them. Yields the logits of each, None if none of its rows needs them."""
         dispatcher = self._dispatcher
-        # Forwards overlap if they have the same steps and runners.
+        # Only neighbouring forwards with the same steps and runners overlap.
         for _, alike in itertools.groupby(planned, lambda one: one[1] and not dispatcher.alike):
             together = list(alike)
             decode = together[0][1]
@@ -280,7 +280,7 @@ class Engine:
             yield wave, decode
 
     def _overlaps(self, decode: bool) -> bool:
-        """True if forwards run beside each other."""
+        """True if several forwards run at a time."""
         return self.overlap and not self._dispatcher.fused(decode) and self._dispatcher.overlaps(decode)
 
     def _steps(
@@ -321,7 +321,8 @@ class Engine:
             ids = np.asarray(tokens)
         except ValueError:  # rows of different lengths
             ids = np.empty(0)
-        if ids.ndim == 1 and ids.dtype.kind in "Of":  # ids beyond 64 bits, or beside one
+        # One id beyond 64 bits makes the whole array float or object.
+        if ids.ndim == 1 and ids.dtype.kind in "Of":
             ids = np.array(check_ids(f"{where}tokens", tokens, self.spec.V), np.int64)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(f"{where}tokens must be a non-empty sequence of integer ids")

@@ -55,7 +55,7 @@ def open_engine(source: ModelSource, plan: Plan, options: Options, *, fused: boo
     advice = _advice(source)
 
     def cpu() -> Backend:
-        """Open a CPU backend for fallbacks only. A CPU backend of the plan may have fewer bits than the NPU."""
+        """Open the fallback's own CPU backend. The plan's CPU backend may have fewer bits than the NPU."""
         return open_backend(CPU_BACKEND, source.unquantised(), threads=options.threads)
 
     with contextlib.ExitStack() as on_failure:
@@ -104,9 +104,8 @@ def _advice(source: ModelSource) -> str:
 def open_automatically(source: ModelSource, options: Options, measured: Plan | None) -> tuple[Engine, str]:
     """Open an engine on the fastest backends that work here. Returns it and the reason for the choice.
 
-    The first of these that is possible: the plan that was measured on this machine; the NPU for prompts and the CPU for
-    tokens, if runtime and artifacts are present and pass their self-test; the CPU. Warns if there is an NPU that does
-    not work.
+    It tries, in this order: the plan that was measured on this machine; the NPU for prompts and the CPU for tokens; the
+    CPU alone. The NPU needs its runtime, and artifacts that pass their self-test. Warns if it does not work.
     """
     absent, on_cpu = why_absent(NPU_BACKEND, source), Plan(CPU_BACKEND)
     if measured and _offers_precision(measured, source):

@@ -28,8 +28,8 @@ FORMAT = 1
 class Plan:
     """A default backend, and rules (key, backend).
 
-    fusion, note: the fusion and the speeds of a measured plan. batch: the fewest sequences whose next tokens are read
-    by the prefill backends; None: never.
+    fusion, note: the fusion and the speeds of a measured plan. batch: the fewest sequences whose next tokens
+    the prefill backends read together; None: never.
     """
 
     default: str

@@ -1,8 +1,8 @@
 """Golden vectors: inputs of each group from a forward of the model, and the reference's outputs.
 
-A conversion tests graphs and artifacts on them, and a board tests its NPU on them before use. Their residual comes from
-the model's own weights, with its outliers, unlike random rows. A bundle contains a few for the board, where the
-reference would take seconds.
+A conversion tests graphs and artifacts on them, and a board tests its NPU on them before use. Unlike random rows, they
+have the outliers of the model's own residual. A bundle contains a few for the board, where the reference would take
+seconds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SELF_TEST_ROWS = 3  # the second row tests the token shift from the row above, t
 
 
 def golden_vectors(source: ModelSource, rows: int, seed: int = 0) -> dict[str, GoldenVectors]:
-    """Compute golden vectors of `rows` rows, by group. The rows are tokens of two sequences, or one below three rows.
+    """Compute golden vectors of `rows` rows, by group. They are tokens of two sequences, or of one if `rows` < 3.
 
-    The tokens are random. States with a history and the model's own residual are what the tests need.
+    Random tokens are enough: the tests need states with a history, and the model's own residual.
     """
     rng = np.random.default_rng(seed)
     counts = [rows] if rows < 3 else [rows - rows // 3, rows // 3]
@@ -38,9 +38,9 @@ def golden_vectors(source: ModelSource, rows: int, seed: int = 0) -> dict[str, G
 
 
 def passes(source: ModelSource, chunks: Iterable[Sequence[np.ndarray]]) -> Iterator[dict[str, GoldenVectors]]:
-    """Run the reference over `chunks` of ids, one for each sequence. Yields inputs and outputs by group for each chunk.
+    """Run the reference over chunks. A chunk has an array of ids for each sequence.
 
-    The head computes the last row only.
+    Yields the inputs and outputs of each chunk, by group. The head computes the last row only.
     """
     recorded: dict[str, GoldenVectors] = {}
     f = NumpyMaths(source.tensor)

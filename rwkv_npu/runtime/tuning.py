@@ -25,9 +25,9 @@ from rwkv_npu.runtime.weights import BundleSource
 
 CPU_BACKENDS = ("numba", "ort", "numpy")
 SECONDS, FEWEST, MOST = 2.0, 3, 40  # time limit, fewest and most passes, for each use on each backend
-TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use in the text that fusions are compared on
+TYPICAL = {"decode": 128, "prefill": 128}  # tokens of each use in the text on which fusions are compared
 BATCHES = (2, 4, 8, 16, 32, 64)  # numbers of sequences that are read together
-WORTH = 0.95  # a mixture or another fusion is chosen below this part of the time of the simpler plan
+WORTH = 0.95  # a mixture or another fusion must take less than this fraction of the simpler plan's time
 
 Log = Callable[[str], None]
 

@@ -9,10 +9,9 @@ of their queues, some for each core of the NPU. Nothing waits in a loop: a threa
     over three cores             core 2            mid.1       mid.4
                                  CPU         s1    s2 s3    s4 s5
 
-Waves keep their order in every layer: a wave begins the step that leads to a group only when the wave before it has
-entered the group after that one. By then the earlier wave has written its states of this layer, and it no longer reads
-its outputs of the group, so they may be overwritten. So the results have the same bits as those of waves that run one
-after the other.
+Waves keep their order in every layer. A wave begins the step that leads to group g only when the wave before it has
+entered group g + 1. By then the earlier wave has written its states of this layer. It no longer reads its outputs of
+group g, so they may be overwritten. The results have the same bits as those of waves that run one after the other.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def run_waves(
                     wave.before = last
                     running.append(wave)
                 continue
-            # 2. Compute a step. The youngest wave goes first: it has the fewest calls behind it to keep cores busy.
+            # 2. Compute a step. The youngest wave goes first: in a simulation this order kept the cores busiest.
             wave = next((wave for wave in reversed(running) if wave.ready), None)
             if wave is not None:
                 wave.step(ended.put)

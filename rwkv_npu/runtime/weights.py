@@ -68,11 +68,11 @@ class ModelSource:
         """Free the memory of a projection that will not be read again."""
 
     def unquantised(self) -> ModelSource:
-        """The same model with its unquantised weights, or the only ones it has, for the CPU as fallback of an NPU."""
+        """The same model for the fallback of an NPU: with unquantised weights, if it has them."""
         return self
 
     def quantised(self, name: str) -> Quantised | None:
-        """A projection in the int8 of artifacts of the requested precision, None if it is not int8 in them."""
+        """A projection in int8, as in the artifacts of the requested precision; None if it is not int8 in them."""
         return None
 
     def maths(self) -> NumpyMaths:
@@ -119,7 +119,7 @@ def widened(source: ModelSource) -> Callable[[str], np.ndarray]:
 
 
 class BundleSource(ModelSource):
-    """A model in a bundle. precision: one of its artifacts or of its CPU weights; None takes the bundle's defaults."""
+    """A model in a bundle. precision: of its artifacts or of its CPU weights; None takes the bundle's defaults."""
 
     def __init__(self, bundle: Bundle, fusion: str | None = None, precision: str | None = None):
         manifest = bundle.manifest
