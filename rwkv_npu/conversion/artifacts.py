@@ -74,7 +74,7 @@ def _alternatives(precision: str, rows: Sequence[int] | None) -> str:
 
 @lru_cache(len(FUSIONS))
 def _matrices(spec: Spec, fusion: str) -> dict[str, list[Matrix]]:
-    """The matrices of each group, traced once: a conversion plans before and after it chooses int8 projections."""
+    """The matrices of each group. Cached: a conversion plans before and after it chooses int8 projections."""
     program = Program(spec, fusion)
     return {group.name: matrices(trace_group(program, group), spec) for group in program.groups}
 
@@ -152,9 +152,9 @@ def build_artifacts(
 ) -> list[Artifact]:
     """Compile the planned artifacts that the manifest lacks. Returns them with the compiler's results filled in.
 
-    Builds run in child processes: `jobs` at a time, or as many as memory and cores allow. With `verify`, Rockchip's
-    simulator runs each build before its process ends, because it cannot load a `.rknn`. Two precisions with the same
-    int8 projections share a file.
+    Builds run in child processes: `jobs` at a time, or as many as memory and cores allow. With `verify`, each
+    child also runs its graph in Rockchip's simulator, which cannot load a finished `.rknn`. Two precisions with the
+    same int8 projections share a file.
     """
     known = {slot(artifact) for artifact in source.bundle.manifest.artifacts}
     missing = [artifact for artifact in planned if slot(artifact) not in known]

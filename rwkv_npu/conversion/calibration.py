@@ -1,8 +1,8 @@
 """Activation statistics: the model reads a text on the CPU, and the inputs and outputs of its projections are recorded.
 
 One pass serves both fp16 range scaling, which needs the absmax of every tensor, and int8, which needs sampled rows. The
-text is split into short and long contexts, because a state with thousands of tokens of history gives other rows than a
-new one. A uniform sample of the rows is kept, with the same tokens for every projection. Extremes cover all rows.
+text is split into short and long contexts, because activations after thousands of tokens differ from those after a few.
+A uniform sample of the rows is kept, with the same tokens for every projection. Extremes cover all rows.
 
 Letters: M rows of a step, K width of a projection's input, n sampled rows, P parts of K.
 """
@@ -55,8 +55,9 @@ class Statistics:
     """Activation statistics of `tokens` tokens, under the `Scaling` of the weights.
 
     projections: by the label of the whole matrix (`graphs.Constant.label`), the same for both fusions.
-    moments: second moments of the inputs of some projections, H = X^T X / rows, of each of the `gptq.parts` of K.
-    absmax: by the name of an intermediate, which is not the input of a projection. LABEL: a projection's product, with
+    moments: second moments H = X^T X / rows of the inputs of some projections, a matrix for each part of K
+        (`gptq.parts`).
+    absmax: of every intermediate that is not the input of a projection, by name. LABEL: a projection's product, with
         its partial sums. NORM: the residual that a norm reads; NORM.out: its result. GROUP.INPUT: an input of a group.
         Also each layer's squares, and the inputs of its sigmoids and tanhs.
     """
@@ -176,9 +177,9 @@ class RecordingMaths(NumpyMaths):
         return RecordingMaths(self._weight, self._recorder, f"blocks.{layer}.")
 
     def linear(self, x: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-        """The product in parts of K, as int8 has them, and in slices, as the chip adds them.
+        """The product, added up as on the chip: in the parts of K that int8 has, each in slices of width SLICE.
 
-        A partial sum can be larger than the whole sum.
+        Partial sums are recorded too, because one can be larger than the whole sum.
         """
         label, weight = packed_label(self._prefix + name, index), self._weight(self._prefix + name)
         weight = weight if index is None else weight[index]
@@ -238,8 +239,8 @@ def calibrate(
     """Read `ids` in steps of `rows` tokens, and record activation statistics.
 
     keep: limit of the sampled rows of each projection; together they take at most MEMORY bytes. moments: names of
-    projections whose inputs' second moments are needed, which take at most MEMORY bytes too. progress: called with the
-    number of tokens after each step.
+    the projections that need second moments, which take at most MEMORY bytes too. progress: called with the number of
+    tokens after each step.
     Raises UsageError for fewer than two ids or an id outside the vocabulary, CheckpointError if the model's values do
     not stay finite.
     """
@@ -299,7 +300,7 @@ def _row_width(spec: Spec) -> int:
 
 
 def _empty_moments(spec: Spec, names: Collection[str]) -> dict[str, list[np.ndarray]]:
-    """Zeros for the second moments of matrices, in parts of K so narrow that all of them take at most MEMORY bytes."""
+    """Zeros for the second moments of matrices. K is split so finely that all parts take at most MEMORY bytes."""
     widths = {t.name: t.used_shape[0] for t in tensors(spec) if t.name in names}
     widest = gptq.WIDEST
     while widest > BLOCK and 4 * sum(K * min(K, widest) for K in widths.values()) > MEMORY:
@@ -398,9 +399,9 @@ def _unused_encode(text: str) -> list[int]:
 
 
 def _shared(pieces: list[np.ndarray]) -> np.ndarray:
-    """Join the beginnings of all pieces: equally long if the pieces allow it, TOKENS together.
+    """Join the beginnings of all pieces, TOKENS ids in all: the same share of each, short pieces whole.
 
-    The last eighth of each piece comes at the end, where int8 is measured (quantise.MEASURED).
+    The last eighth of each share comes at the end, where int8 is measured (quantise.MEASURED).
     """
     shares, left = [], TOKENS
     for number, piece in enumerate(sorted(pieces, key=len)):

@@ -114,7 +114,7 @@ def convert(
     verify: compare every graph and artifact with NumPy and keep the errors in the manifest.
     toolkit: version of the compiler; None: 2.3.2. A board needs a librknnrt of this version or later.
     calibrate: texts, or ids as `.json` or `.npy`, to read for fp16 range scaling and int8. Default: the text in the
-        package, of which the CPU's int8, fp16 and fp32 need none. "none": int4 is rounded to nearest.
+        package. int8, fp16 and fp32 on the CPU need no text. "none": int4 is rounded to nearest.
     remedies: against the error of int8: all, or for comparison none, ranges (calibration methods other than min-max) or
         smoothing (SmoothQuant).
     layout: of an ambiguous checkpoint, blinkdl or web-rwkv; None derives it from the tensors.
@@ -275,7 +275,7 @@ class _Text(NamedTuple):
 
 
 def _read_text(job: Prepared, bundle: Bundle, notes: Notes) -> tuple[np.ndarray, _Text | None]:
-    """The ids of the text, and its statistics: None if the bundle has everything that follows from them."""
+    """The ids of the text, and its statistics. These are None if the bundle has everything that is made from them."""
     request, manifest = job.request, job.manifest
     source = BundleSource(bundle, "layer", manifest.cpu)
     source.program = Program(manifest.spec, "layer", Scaling())
@@ -343,7 +343,7 @@ def _write_packed(
 
 
 def _wanted_rounding(job: Prepared, ids: np.ndarray | None) -> Rounding:
-    """The rounding that the request asks for; of `auto` without the choice of projections."""
+    """The rounding that the request asks for. With `auto`, the projections are not chosen yet."""
     if not job.compensates or ids is None:
         return Rounding()
     read = split_text(ids)[0]
@@ -378,7 +378,7 @@ def _choose_int8(
 
 
 def _forget_int8(bundle: Bundle) -> None:
-    """Remove everything that follows from other int8 parameters. The manifest is changed first, in case of a kill."""
+    """Remove everything made with other int8 parameters: from the manifest first, in case of a kill."""
     stale = [artifact for artifact in bundle.manifest.artifacts if artifact.int8]
     if stale:
         lost = sorted({(a.target, a.precision, a.fusion) for a in stale})

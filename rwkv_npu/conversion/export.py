@@ -81,7 +81,7 @@ def export(
         try:
             _compare(bundle, open_bundle(folder))
         except BaseException:
-            (folder / MANIFEST).unlink()  # what has a manifest is a finished bundle
+            (folder / MANIFEST).unlink()  # a folder with a manifest counts as a finished bundle
             raise
     return out_path
 
@@ -89,7 +89,7 @@ def export(
 def _selected(
     bundle: Bundle, target: str, precision: str | None, fusion: str | None, cpu: str | None
 ) -> Manifest:
-    """The manifest of the exported bundle. Raises UsageError for what the bundle lacks."""
+    """The manifest of the exported bundle. Raises UsageError if the bundle lacks a requested part."""
     old = bundle.manifest
     if target not in (*TARGETS, NO_TARGET):
         raise UsageError(f"target {target!r} is unknown: use one of {', '.join((*TARGETS, NO_TARGET))}")

@@ -68,7 +68,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Forecast:
-    """calls: NPU calls for a token. parts: bytes of the bundle's files other than artifacts, by kind."""
+    """The forecast of a conversion.
+
+    calls: NPU calls for a token. parts: bytes of the bundle's files other than artifacts, by kind.
+    """
 
     spec: Spec
     target: str
@@ -85,7 +88,7 @@ class Forecast:
 class Graphs:
     """The graphs of a program's groups, cached. Layers with equal graphs share one, unless `by_layer` is set.
 
-    terms: of the estimates of their speed.
+    terms: parameters of the speed estimates.
     """
 
     def __init__(self, program: Program, terms: Terms = TERMS, *, by_layer: bool = False):
@@ -119,7 +122,7 @@ def forecast(
     """Forecast a conversion of `checkpoint`, in each of PRECISIONS.
 
     int8: names of the projections that `mixed` puts in int8; None if they are unknown. existing: artifacts of an
-    existing bundle; those of the same kind count for the memory. terms: of the estimates of speed.
+    existing bundle; those of the same kind take NPU memory too. terms: parameters of the speed estimates.
     """
     spec = checkpoint.spec
     programs = {fusion: Program(spec, fusion, default_scaling(spec)) for fusion in FUSIONS}

@@ -43,7 +43,7 @@ def choose_scaling(spec: Spec, statistics: Statistics) -> Scaling:
         once, twice, residual = (
             _halvings(max(absmax[block + name] for name in names)) for names in (_ONCE, _TWICE, _RESIDUAL)
         )
-        # The layer's output before the next layer scales it; the channel mix's product is added to it.
+        # The layer's output, and the channel mix's product in it, have this layer's scale, not the next one's.
         output = _halvings(max(absmax[f"{block}out"], absmax[f"{block}ffn.value.weight"]))
         layers.append((2.0 ** max(once, ceil(twice / 2)), 2.0 ** -max(residual, output)))
     return Scaling(layers=tuple(layers))

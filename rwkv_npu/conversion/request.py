@@ -43,7 +43,7 @@ class Request:
     """The settings of a conversion: the arguments of `converter.convert`.
 
     rows None: chosen by memory. cpu None: the existing bundle's precision, int8 for a new bundle.
-    Raises UsageError for an unknown value, or for one without meaning beside the others.
+    Raises UsageError for an unknown value, or for values that do not go together.
     """
 
     checkpoint: Path
@@ -210,7 +210,7 @@ def resolve(patterns: Mapping[str, str], spec: Spec, may_be_int8: Collection[str
 
 
 def _members(spec: Spec) -> dict[str, set[str]]:
-    """Names of projections, by their own names and by those of the groups of both fusions."""
+    """Names of projections, by what a pattern can match: a projection's own name, or a group of either fusion."""
     members: dict[str, set[str]] = {}
     for fusion in FUSIONS:
         program = Program(spec, fusion)
@@ -222,5 +222,5 @@ def _members(spec: Spec) -> dict[str, set[str]]:
 
 
 def _listed(names: Collection[str]) -> str:
-    """Each name once, whatever its layer."""
+    """The names, with N for the number of a layer, each once."""
     return ", ".join(sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names}))

@@ -1,8 +1,9 @@
 """Quantise a model for the CPU: which projections have four bits, and how they are rounded.
 
-`int4` has four bits in the projections of a rule (quant.cpu.bits_of), `auto` in those that save most bytes within a
-limit on the KL divergence. With activation statistics of a text, four bits are rounded by GPTQ, else to nearest. Each
-rounded matrix and each measurement is saved at once, so that an interrupted conversion continues there.
+For `int4`, a rule selects the projections with four bits (quant.cpu.bits_of). For `auto`, they are the set that saves
+most bytes within a limit on the KL divergence. With activation statistics of a text, four bits are rounded by GPTQ,
+else to nearest. Each rounded matrix and each measurement is saved at once, so that an interrupted conversion continues
+there.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class FourBits:
 
 
 class Unpacked:
-    """A packed projection as an operation of the reference (`npu.Product`)."""
+    """A packed projection with which the reference can multiply (`npu.Product`). keep: unpack it only once."""
 
     def __init__(self, packed: Packed, keep: bool):
         self._weight: Callable[[], np.ndarray] = partial(unpack, packed)
@@ -82,9 +83,9 @@ class Unpacked:
 def existing(
     bundle: Bundle, precision: str, wanted: Rounding, notes: Notes, *, any_fits: bool
 ) -> Rounding | None:
-    """The rounding of the packed weights that the bundle has, None if they must be made.
+    """The rounding of the bundle's packed weights, None if they must be made.
 
-    wanted: as the user asks for; of `auto` without the choice. any_fits: the user asks for nothing.
+    wanted: the rounding to look for, with `auto` before its choice. any_fits: accept any finished rounding.
     """
     if not (bundle.path / packed_file(precision)).is_file():
         return None
@@ -108,7 +109,7 @@ def write(
 ) -> Rounding:
     """Write the packed weights of a precision. Returns how they were rounded, with the choice of `auto`.
 
-    measured: ids (M,) that no scale and no number was chosen by, for `auto`.
+    measured: ids (M,) on which `auto` measures the KL divergence. Rounding does not use them.
     """
     text = f"{VERSION} {bundle.manifest.weights_digest} {wanted.text}".encode()
     key = hashlib.blake2b(text, digest_size=8).hexdigest()
@@ -157,7 +158,7 @@ def _choose(
 
 
 def _units(spec: Spec) -> dict[str, list[str]]:
-    """Projections that have the same bits: each large one alone, the small ones of a layer together."""
+    """The units of the choice: each large projection alone, the small ones of a layer together."""
     units: dict[str, list[str]] = {}
     kinds = {tensor.name: tensor.kind for tensor in tensors(spec)}
     for name in candidates(spec, "auto"):

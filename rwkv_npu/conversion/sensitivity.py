@@ -20,8 +20,8 @@ from rwkv_npu.runtime.weights import ModelSource, widened
 
 CHUNK = 256  # tokens of a step
 BISECTIONS = 7
-STEPS = 2000  # of the allowed costs: a knapsack adds up whole numbers
-KEPT = 1 << 30  # bytes of kept reference outputs at most. A measurement can start from them
+STEPS = 2000  # in which the knapsack counts the allowed costs, because it needs whole numbers
+KEPT = 1 << 30  # bytes of reference outputs to keep at most, for measurements to start from
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -122,7 +122,7 @@ def select_largest(
 ) -> tuple[list[str], float]:
     """As `select`, for costs that differ by orders of magnitude: not a prefix, but the largest set that fits.
 
-    Costs alone do not add up exactly to the KL together. So the sum of costs that is allowed is found by bisection.
+    The single costs do not add up exactly to the joint KL. So bisection finds the sum of costs that `max_kl` allows.
     """
     every = sorted(costs)
     together = measure(every)

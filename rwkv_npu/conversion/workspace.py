@@ -88,7 +88,7 @@ def bundle_path(checkpoint: Path, out: str | os.PathLike[str] | None, adapter: P
 
 
 def _stem(checkpoint: Path) -> str:
-    """The checkpoint's name as given: a snapshot's file may be a link to a file named by a hash."""
+    """The checkpoint's name as given. Links are not followed: in the Hub's cache they lead to names like a hash."""
     path = checkpoint.absolute() if checkpoint.name not in ("", "..") else checkpoint.resolve()
     if path.name.endswith(".index.json"):  # a sharded model is better named by its folder
         path = path.parent
@@ -186,7 +186,7 @@ def workspace(out: Path, key: str, *, adding: bool, before: bytes | None) -> Ite
     folder = out if adding else out.with_name(out.name + ".partial")
     try:
         with contextlib.ExitStack() as held:
-            # Lock folders, which stay when their files are replaced: OUT if it exists, and the partial folder.
+            # Lock OUT, if it exists, and the partial folder. A lock on a file would end when the file is replaced.
             if out.is_dir():
                 held.enter_context(locked(out))
             _check_unchanged(out, before)
@@ -244,7 +244,7 @@ def _prepare_partial(folder: Path, key: str, held: contextlib.ExitStack) -> None
         raise BundleError(f"{folder} exists, but not from an interrupted conversion: move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # a file system without new folders, such as /proc
+    except FileNotFoundError as error:  # of mkdir, where no folder can be made, such as in /proc
         raise BundleError(f"cannot make {folder}: {error.strerror}") from error
     held.enter_context(locked(folder))
 
@@ -265,7 +265,7 @@ def _replace(folder: Path, out: Path) -> None:
 
 
 def delete_damaged(folder: Path, manifest: Manifest, request: Request, planned: set[str]) -> set[str]:
-    """Delete damaged files, and log how to have those again that this conversion does not make. Returns their names.
+    """Delete damaged files, and log how each is made again: by this conversion, or by another. Returns their names.
 
     planned: paths of the artifacts that this conversion makes.
     """
