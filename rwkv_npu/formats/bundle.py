@@ -115,8 +115,8 @@ class Sensitivity:
 class Int8Set:
     """The projections that the artifacts of a precision have in int8.
 
-    share: of all projection weights. kl: KL divergence of the logits with all of them in int8, computed in NumPy.
-    max_kl: the limit on kl, None if the projections were not chosen by measurement.
+    share: their part of all projection weights. kl: KL divergence of the logits with all of them in int8, computed in
+    NumPy. max_kl: the limit on kl, None if the projections were not chosen by measurement.
     """
 
     projections: tuple[str, ...]
@@ -149,10 +149,10 @@ class Manifest:
     tokenizer: `builtin:NAME` for a shipped vocabulary, a file of the bundle, or None.
     stop_ids: tokens that end a text, beside token 0.
     cpu: precision of `graphs/weights.safetensors`, "" without it. packed: precisions of the quantised projections.
-    cpu_default, npu_default: precisions used by default. An npu_default of "" (older bundles) is the first artifact's.
-    int8: the int8 projections of each such precision. sensitivity: of every projection that may be int8.
+    cpu_default, npu_default: precisions used by default. npu_default "" (older bundles): the first artifact's.
+    int8: the int8 projections of each NPU precision that has some. sensitivity: of every projection that may be int8.
     int8_key: digest of the inputs that `int8` and `sensitivity` depend on.
-    rounding: of each precision in `packed` that has four bits; none in older bundles, rounded to nearest.
+    rounding: of each precision in `packed` that has four bits. Older bundles lack it: they are rounded to nearest.
     headroom: the largest magnitude in the fp16 graphs with `scaling`, its place, and the number of tokens read.
     adapter: file, kind, reading and fingerprint of the adapter merged into the weights, and its base's fingerprint.
     initial_state: file and digest of a tuned state in the weights. Both are {} without one.
@@ -290,12 +290,12 @@ class Bundle:
         self._packed.pop(precision, None)
 
     def release(self, name: str) -> None:
-        """Free the memory that a projection takes since it was read."""
+        """Free the memory of a projection's pages. The next access reads the file again."""
         if self._weights is not None:
             self._weights.release(name)
 
     def quantised(self, name: str) -> Quantised:
-        """A projection in the int8 of artifacts. Raises BundleError if the bundle has no parameters for it."""
+        """A projection in int8, as artifacts have it. Raises BundleError if the bundle has no parameters for it."""
         weight = self.tensor(name)
         return Quantised.of(self.ranges(name), weight)
 

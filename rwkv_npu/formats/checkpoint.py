@@ -70,7 +70,7 @@ class Checkpoint:
         return self.producer(name)()
 
     def producer(self, name: str) -> Callable[[], np.ndarray]:
-        """A function that returns the present `stored(name)`, even after a later `amend`."""
+        """A function that returns `stored(name)` as it is now. A later `amend` does not change it."""
         return self._amended.get(name) or partial(self._stored.__getitem__, name)
 
     def is_logarithm(self, name: str) -> bool:
@@ -321,7 +321,7 @@ def _plan(checkpoint: Checkpoint, name: str, progress: Callable[[], object]) -> 
 
 
 def check_finite(checkpoint: Checkpoint, *, fp16: bool = False) -> str:
-    """Read every value once. Returns a digest of all values; the fingerprint is one of a sample only.
+    """Read every value once. Returns a digest of all values, unlike the fingerprint, which reads a sample.
 
     Raises CheckpointError for a tensor with NaN or infinity, and with `fp16` for a projection beyond fp16's range.
     """
@@ -331,7 +331,7 @@ def check_finite(checkpoint: Checkpoint, *, fp16: bool = False) -> str:
         largest = 0.0
         for piece in map(np.ascontiguousarray, pieces(array)):
             digest.update(piece.reshape(-1).view(np.uint8).data)
-            largest = float(np.max([largest, _largest(piece)]))  # NaN if any value is
+            largest = float(np.max([largest, _largest(piece)]))  # NaN if any value is NaN
         if not np.isfinite(largest):
             raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity")
         if fp16 and largest > _FP16_MAX and checkpoint._tensors[name].kind.is_projection:

@@ -166,7 +166,7 @@ def _inside(name: str) -> tuple[str, ...]:
 def locked(path: Path) -> Iterator[None]:
     """Lock an existing folder or file against other processes. Raises BlockingIOError if another process has the lock.
 
-    The lock ends with the process in any case, and with `path` if it is replaced.
+    It ends with the process at the latest. A file that replaces `path` is not locked.
     """
     fcntl = _fcntl()
     descriptor = os.open(path, os.O_RDONLY)
@@ -181,7 +181,7 @@ def locked(path: Path) -> Iterator[None]:
 def waited_for(path: Path, say: Callable[[str], object], other: str) -> Iterator[None]:
     """Lock the file `path`, which is created if it is missing. Waits for another process that has the lock.
 
-    say: called with a message before the wait. other: what the message says is waited for.
+    say: called with a message before the wait. other: names the other process in the message.
     """
     fcntl = _fcntl()
     with path.open("w") as file:

@@ -54,8 +54,8 @@ Producer = Callable[[], np.ndarray]
 class GgufTensors(NamedTuple):
     """Tensors of a GGUF file under BlinkDL's names.
 
-    arrays: views of the file; those that are computed are placeholders of the right shape and dtype.
-    computed: the functions that return the latter. digest: of their stored values, "" if there are none.
+    arrays: views of the file, or for computed tensors placeholders of the right shape and dtype.
+    computed: functions that return the computed tensors. digest: of their stored values, "" if there are none.
     stop_id: the end-of-text token that the file names.
     """
 
@@ -147,14 +147,14 @@ def _open(path: Path) -> Any:
             if not 0 <= int(offset) <= int(offset) + size <= len(self.data) or self.reads > _MOST_READS:
                 raise ValueError("it is cut short, or its header is damaged")
             if type(self.data) is np.memmap:
-                self.data: Any = np.asarray(self.data)  # views of a plain array are small
+                self.data: Any = np.asarray(self.data)  # its views take less memory than those of a memmap
             return super()._get(offset, dtype, count, override_order)
 
     try:
         return Bounded(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # whatever the package makes of damaged bytes
+    except Exception as error:  # damaged bytes can cause any error in the package
         raise CheckpointError(
             f"{path} is a damaged GGUF file ({type(error).__name__}: {error!s:.100})"
         ) from None
@@ -196,7 +196,7 @@ def _head_size(path: Path, reader: Any, generation: str) -> int:
 
 
 def _values(path: Path, found: Any) -> tuple[np.ndarray, Producer | None]:
-    """The values of a tensor, in NumPy's order of dimensions. Q8_0: a placeholder, and what computes the values."""
+    """The values of a tensor, in NumPy's order of dimensions. Q8_0: a placeholder, and a function to compute them."""
     kind, shape = found.tensor_type.name, tuple(int(n) for n in reversed(found.shape))
     if kind in ("F32", "F16"):
         return found.data, None
@@ -226,7 +226,7 @@ def _apply(part: Callable[[np.ndarray], np.ndarray], produce: Producer) -> np.nd
 def _renamed(
     name: str, generation: str, value: np.ndarray, head_size: int
 ) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """BlinkDL's names of what a tensor holds, each with the function that takes it out of the tensor."""
+    """Yield BlinkDL's name of each part of a tensor, and a function that extracts the part from the tensor."""
     top = {theirs: ours for ours, theirs in _TOP.items()}
     found = re.fullmatch(r"blk\.(\d{1,4})\.(.+)", name, re.ASCII | re.DOTALL)
     if not found:

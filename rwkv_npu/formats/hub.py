@@ -54,7 +54,7 @@ def parse(name: str) -> HubFile:
 
 
 def resolve(name: str) -> str:
-    """The path of a model: `name`, or of `hf:...` its file in the cache, downloaded if it is not there yet."""
+    """The path of a model. `hf:...` is downloaded to the cache, if it is not there; other names are paths already."""
     if not name.startswith(PREFIX):
         return name
     file = parse(name)
@@ -62,7 +62,7 @@ def resolve(name: str) -> str:
 
 
 def pull(file: HubFile) -> Path:
-    """Download a file, unless the cache has what the Hub has. Returns its path.
+    """Download a file, unless the cache has the Hub's present version. Returns its path.
 
     An interrupted download continues. The hash that the Hub names is checked before the file appears.
     Raises UsageError if the Hub cannot be reached, refuses or lacks the file, or if it arrives damaged.
@@ -98,7 +98,7 @@ def _hub() -> Any:
         import huggingface_hub.file_download
     except ImportError:
         raise UsageError("the Hub is reached by huggingface_hub: pip install huggingface_hub") from None
-    huggingface_hub.utils.logging.set_verbosity_error()  # what it warns of is repeated, or an error of ours
+    huggingface_hub.utils.logging.set_verbosity_error()  # it warns of retries, and of errors that are raised here too
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
@@ -110,7 +110,7 @@ def _ask(hub: Any, file: HubFile) -> tuple[str, Any]:
     try:
         url = hub.hf_hub_url(file.repo, file.name, revision=file.revision, endpoint=endpoint)
         return url, hub.get_hf_file_metadata(url)
-    except Exception as error:  # of several HTTP libraries, by the version of huggingface_hub
+    except Exception as error:  # its type depends on the version of huggingface_hub
         raise _refusal(hub, file, error) from error
 
 
@@ -149,7 +149,7 @@ def _download(hub: Any, file: HubFile, url: str, found: Any, part: Path) -> None
             hub.file_download.http_get(
                 found.location, target, resume_size=size, headers=headers, expected_size=found.size
             )
-    except Exception as error:  # of the disk, or of several HTTP libraries
+    except Exception as error:  # of the disk, or of the HTTP library
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = f"{part.parent} has no room for {file}: free some"
         else:

@@ -1,9 +1,9 @@
 """Hugging Face's folders, and their tensors under BlinkDL's names.
 
-Three forms are common. transformers has RWKV-4 (`RwkvForCausalLM`). Files of RWKV-5 and -6 look alike, but their last
-names are BlinkDL's. flash-linear-attention, fla for short, has RWKV-7 (`RWKV7ForCausalLM`): its low-rank matrices are
-transposed, and its older files have the six mixes in one tensor. Its RWKV-6 (`RWKV6ForCausalLM`) has another order of
-the mixes, and another epsilon in the norm of the heads.
+Three forms are common. transformers has RWKV-4 (`RwkvForCausalLM`). Files of RWKV-5 and -6 are similar, but the last
+part of each name is BlinkDL's. flash-linear-attention, fla for short, has RWKV-7 (`RWKV7ForCausalLM`): its low-rank
+matrices are transposed, and its older files have the six mixes in one tensor. Its RWKV-6 (`RWKV6ForCausalLM`) has
+another order of the mixes, and another epsilon in the norm of the heads.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ _VECTORS_FLA6 = {
     "ffn.key.mu": "ffn.time_maa_k",
     "ffn.receptance.mu": "ffn.time_maa_r",
 }
-# fla's RWKV-6 adds 1e-5 to the variance of a head, BlinkDL's 64e-5. Heads are linear in the values, so that values 8
-# times as large have the same effect, exactly.
+# fla's RWKV-6 adds 1e-5 to the variance of a head, BlinkDL's 64e-5. A head's output is linear in the values. With
+# values 8 times as large, its variance is 64 times as large, and adding 64e-5 gives exactly fla's result.
 FLA6_VALUES = 8
 _LOW_RANKS_FLA = {"0.weight": "1", "2.weight": "2", "2.bias": "0"}
 
@@ -312,8 +312,8 @@ def chat_template(folder: Path) -> str | None:
 def looks_rescaled(arrays: dict[str, np.ndarray], L: int, every: int) -> bool:
     """True if output matrices seem to be divided by 2 after every `every` layers.
 
-    transformers divides the weights of a model in use, so that a model that was used and then saved has such weights.
-    The file does not tell. Only the size of the weights halves from one layer to the next.
+    transformers divides the weights of a model that it runs. A model that is saved afterwards keeps the divided
+    weights, and nothing else in its file shows it.
     """
     if every <= 0 or L <= every:
         return False

@@ -64,7 +64,7 @@ def to_one_layout(
     if "blocks.0.att.ln_x.weight" not in arrays:
         return arrays, frozenset()  # RWKV-4 is the same in both
     if "blocks.0.att.time_maa_x" in arrays or not _per_channel(arrays):
-        # web-rwkv renames the mixes of RWKV-6, and spreads the decay of RWKV-5.1 over the channels of a head.
+        # web-rwkv's files differ: their RWKV-6 has renamed mixes, their RWKV-5.1 a decay for every channel.
         if layout == WEB_RWKV and ("blocks.0.att.gate.weight" in arrays):
             raise _other(BLINKDL, layout)
         return _logarithms(arrays)

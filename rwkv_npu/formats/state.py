@@ -150,7 +150,7 @@ def load_untrusted_state(path: str | os.PathLike[str], spec: Spec, fingerprint: 
 
 
 def _is_zip(path: Path) -> bool:
-    """True for a file as torch.save writes it. Raises StateError for a pipe or a folder, which would block."""
+    """True for a file as torch.save writes it. Raises StateError for a folder, or a pipe, which would block."""
     if path.exists() and not path.is_file():
         raise StateError(f"cannot read the state {path}: it is not a regular file")
     try:

@@ -1,7 +1,7 @@
 """Tuned states: the result of a fine-tuning that trains only the initial state, `blocks.N.att.time_state` (H, N, N).
 
 BlinkDL's programs write a `.pth`, with each matrix in the order [value, key]. web-rwkv and ai00 write a `.st` file,
-transposed and in fp16. In a state file of this project it is a state that has read no token.
+transposed and in fp16. A state file of this project holds a tuned state if its state has read no token.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def time_states(state: State, path: Path) -> np.ndarray:
 def read_alone(path: Path, layout: str | None = None) -> State:
     """Read a state without its model. The dimensions come from the file: its metadata, or a tuned state's shapes.
 
-    A tuned state does not tell its generation or vocabulary. Its spec says RWKV-7, which has the shapes of 5 and 6.
+    A tuned state does not show its generation or vocabulary. RWKV-7 is assumed: RWKV-5 and -6 have the same shapes.
     Raises like `load_state`.
     """
     if not is_file(path):
