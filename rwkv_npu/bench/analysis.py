@@ -132,7 +132,7 @@ def _steps_of(series: str, n: np.ndarray, t: np.ndarray, errors: np.ndarray) -> 
 def smooth(n: np.ndarray, t: np.ndarray) -> np.ndarray:
     """Fit c0 + c1 N + c2 N^2 + c3 N^3 (a call, vectors, moving matrices, arithmetic) without negative coefficients.
 
-    The best fit, by relative deviation, over all subsets of the terms.
+    Tries every subset of the terms. Returns the curve with the smallest relative deviation.
     """
     terms = np.stack([(n / n.max()) ** power for power in range(4)])
     best, least = t, np.inf
@@ -369,8 +369,8 @@ def _in_seconds(
 class CubicTwin:
     """The curve a N^3 + t0 whose exponential fit with equal weights has exactly the article's two parameters.
 
-    chi2: of this fit. The article's chi2 is similar. If the article's times had been exponential, its chi2 would be
-    noise, and could have any value.
+    chi2: of this fit. The article's is similar, which speaks for cubic times: with exponential times it would come from
+    noise alone, and could have any value.
     """
 
     a: float

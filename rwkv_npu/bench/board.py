@@ -5,7 +5,7 @@
     page          the report for people, in Markdown
     read_terms    the terms of a saved report, for the estimates of other commands
 
-A term that cannot be told from the times is left out, and the estimates keep the published one.
+A term that the times do not determine is left out. The estimates then use its published value.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ FORMAT, VERSION = "rwkv_npu board report", 1
 SECONDS, CALLS = 2.0, 200  # limits of one item
 WINDOWS = 4  # in which a rate is measured
 PROMPTS, BATCHES, DECODED = (128, 512), (4, 8), 32
-COMPUTE_BOUND = 1.05  # products take so much longer than reading their weights, if arithmetic bounds them
+COMPUTE_BOUND = (
+    1.05  # arithmetic limits products that take longer than this times the reading of their weights
+)
 
 Progress = Callable[[str], None]
 Row = dict[str, Any]
@@ -85,7 +87,7 @@ def _facts(bundle: Bundle, source: BundleSource) -> dict[str, Any]:
     first = artifacts[0] if artifacts else None
     model = f"RWKV-{spec.generation} {spec.parameters / 1e9:.2g}B, L {spec.L}, D {spec.D}"
     return {
-        "chip": hardware.soc() or CHIP,  # without a board there is a library from RWKV_NPU_RKNNRT
+        "chip": hardware.soc() or CHIP,  # without a board, RWKV_NPU_RKNNRT names a library
         "name": hardware.model(),
         "kernel": hardware.kernel(),
         **{name: value for name, value in machine.describe().items() if name not in ("board", "load_average")},
@@ -130,9 +132,9 @@ def _calls(source: BundleSource, backend: RknnBackend) -> Iterator[Row]:
 
 
 def _cores(source: BundleSource, backend: RknnBackend) -> tuple[dict[str, float], str]:
-    """Calls a second of a layer on one, two and three cores at once, at the fewest rows; and why there are fewer.
+    """Calls a second of a layer by number of cores used at once, at the fewest rows; and why a core is refused.
 
-    The best of several windows, in turns: other work of the CPU makes a rate smaller, never larger.
+    Several windows are measured in turns, and the best one counts: other work of the CPU only makes a rate smaller.
     """
     group = next(group for group in source.program.groups if group.role in ("mid", "ffn"))
     runners, refused = backend.on_each_core(group, min(backend.row_counts(group)))
@@ -242,7 +244,7 @@ def fit(spec: Spec, artifacts: Sequence[Artifact], report: Mapping[str, Any]) ->
     ]
     counts = {(a.fusion, a.rows): count_operators(spec, a.fusion, a.rows) for a, _ in rows}
     found = [(a, counts[a.fusion, a.rows][a.group], row["us"], row["npu_us"] or row["us"]) for a, row in rows]
-    # 1. One row: time = call + bytes / rate, beside the small operators.
+    # 1. One row: time without the small operators = call + bytes / rate.
     small = TERMS["small_operator"].central
     single = [
         (artifact, npu - operators.count * small)
@@ -251,9 +253,9 @@ def fit(spec: Spec, artifacts: Sequence[Artifact], report: Mapping[str, Any]) ->
     ]
     line = _line([a.cycles["ddr"] * rk3588.NPU_TABLE_GB_PER_S for a, _ in single], [us for _, us in single])
     if line is not None:
-        call, ns_per_byte = line
+        call, us_per_byte = line
         terms["c_call"] = call
-        terms |= {f"npu_read_{dram.lower()}": 1e-3 / ns_per_byte for dram in DRAMS}
+        terms |= {f"npu_read_{dram.lower()}": 1e-3 / us_per_byte for dram in DRAMS}
         terms["rknnlite_call"] = call + statistics.median(us - npu for a, _, us, npu in found if a.rows == 1)
     # 2. Many rows: products over the compiler's table.
     shares = [_over_table(a, operators, npu, TERMS.measured(terms, "")) for a, operators, _, npu in found]
@@ -269,7 +271,7 @@ def fit(spec: Spec, artifacts: Sequence[Artifact], report: Mapping[str, Any]) ->
 
 
 def _line(bytes_: Sequence[float], us: Sequence[float]) -> tuple[float, float] | None:
-    """(microseconds of a call, microseconds a byte) by least squares; None if the sizes do not tell them apart."""
+    """(microseconds of a call, microseconds a byte) by least squares; None if the sizes are too similar."""
     if len(bytes_) < 2 or max(bytes_) < 2 * min(bytes_):
         return None
     slope, call = np.polyfit(bytes_, us, 1, w=1 / np.array(us))

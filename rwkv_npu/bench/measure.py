@@ -255,7 +255,7 @@ def memory() -> dict[str, int]:
 def facts(model: Model, backend: str) -> dict[str, Any]:
     """The fields of a row that do not depend on time."""
     source, spec = model.source, model.spec
-    # Graphs for the NPU hold fp16; of an exported bundle the projections are there in no other form.
+    # The NPU's graphs hold fp16. The bundle's own weights are not asked: an exported bundle may have none in fp16.
     dtype = np.dtype(np.float16) if backend in NPU_BACKENDS else source.weight("head.weight").dtype
     stored = dtype.name.replace("bfloat", "bf").replace("float", "fp")  # fp32, fp16 or bf16
     size = sum(weights(spec).values()) * dtype.itemsize
@@ -267,7 +267,7 @@ def facts(model: Model, backend: str) -> dict[str, Any]:
             for tensor in tensors(spec)
             if tensor.kind.is_projection and not tensor.optional
         )
-    elif backend in ("ort", "torch"):  # convert all weights to fp32 at once; NumPy converts a block at a time
+    elif backend in ("ort", "torch"):  # these convert all weights to fp32 in advance, NumPy a block at a time
         held, size = "fp32", size * 4 // dtype.itemsize
     packages = dict.fromkeys((MODEL_BACKENDS[backend][2], "numpy"))
     return {

@@ -307,7 +307,7 @@ def _bar_sizes(square: Sequence[int], wanted: Sequence[int]) -> list[int]:
 
 
 def _bar_shapes(sizes: set[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Shapes of the matrix with the most row counts (the largest of several such), at four row counts."""
+    """At most four shapes of one matrix: the matrix with the most row counts, or the largest of several."""
     matrices: dict[tuple[int, int], list[int]] = {}
     for m, k, n in sizes:
         matrices.setdefault((k, n), []).append(m)

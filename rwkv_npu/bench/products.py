@@ -151,8 +151,9 @@ Stage = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """When to stop calling: after at least `repeats` calls (fewer if they take LONG_S), as soon as the median is known
-    to a relative `precision`, or `seconds` have passed.
+    """When a timing ends: as soon as its median is known to a relative `precision`, or after `seconds`.
+
+    But it makes at least `repeats` calls, unless these take LONG_S.
     """
 
     repeats: int = 7
@@ -233,9 +234,9 @@ def _calls(stages: Sequence[Stage], effort: Effort) -> np.ndarray:
 
 
 def median_error(values: Sequence[float] | np.ndarray) -> float:
-    """Half the 68 % interval of the median: the order statistics one binomial deviation from the middle.
+    """Half the 68 % interval of the median, between the values one binomial deviation of the rank from the middle.
 
-    This assumes nothing about the distribution. Times are never normally distributed.
+    It assumes no distribution of the times, which are never normally distributed.
     """
     offset = min(0.5, 0.5 / np.sqrt(len(values)))
     low, high = np.quantile(np.asarray(values), (0.5 - offset, 0.5 + offset))
