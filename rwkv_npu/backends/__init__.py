@@ -22,9 +22,9 @@ BACKENDS = {
 NPU_BACKENDS = ("rknn", "rknn-matmul")
 # Backends that run a bundle's artifacts.
 COMPILED = ("rknn", "rknn-sim")
-# Backends that use a bundle's weights as stored, unless they are asked for a precision.
+# Backends that use a bundle's weights as stored, unless the user requests a precision.
 REFERENCES = ("numpy", "torch")
-# Precisions that a backend converts the stored weights to by itself.
+# Precisions to which a backend itself converts the stored weights.
 MADE_PRECISIONS = {"rknn-matmul": ("fp16", "w8a8")}
 
 

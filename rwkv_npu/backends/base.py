@@ -66,9 +66,9 @@ class Runner(Protocol):
     """A group opened for a number of rows.
 
     The backend owns `inputs`, (M, width) each. The caller fills them (see `fill`) and calls `run`. Arrays are fp32, or
-    fp16 in an NPU's memory. Outputs are valid until the next run of this runner. With several rows they may be
-    overwritten earlier, by the layer after the next one, since layers of one role may use two sets of arrays in turn.
-    Runners of one row and of different groups may run at the same time.
+    fp16 in an NPU's memory. Outputs are valid until the next run of this runner. With several rows, the layer after the
+    next one may overwrite them earlier: layers of one role may use two sets of arrays in turn.
+    With one row, runners of different groups may run at the same time.
     """
 
     @property
@@ -144,10 +144,10 @@ class QueuedRunner(Runner, Protocol):
         """Begin a run on `inputs`. `done` is called when it has ended, from any thread."""
 
     def deadline(self) -> float:
-        """The time by `time.monotonic` after which `finish` is called without waiting for `done`."""
+        """The time (`time.monotonic`) after which the caller stops waiting for `done` and calls `finish`."""
 
     def cancel(self) -> None:
-        """Do not run, if the run waits behind others in its queue."""
+        """Cancel the run if it has not begun."""
 
     def finish(self) -> tuple[Mapping[str, np.ndarray], float]:
         """The outputs of the run that was started, and its seconds."""

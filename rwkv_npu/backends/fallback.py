@@ -102,7 +102,7 @@ class Worker:
         self._began = time.monotonic()
 
     def deadline(self, seconds: float) -> float:
-        """When the running call times out, by `time.monotonic`. If none runs: when a call that begins now would."""
+        """The time (`time.monotonic`) at which the running call, or else a call that begins now, times out."""
         return (self._began or time.monotonic()) + seconds
 
     def stop(self) -> None:
@@ -114,7 +114,7 @@ def _no_answer(seconds: float) -> str:
 
 
 class FallbackRunner:
-    """A `QueuedRunner` that runs a group on the NPU until that fails, and then on the CPU. npu: None is CPU only."""
+    """A `QueuedRunner` that runs a group on the NPU until that fails, and then on the CPU. npu: None for CPU only."""
 
     def __init__(self, fallback: Fallback, group: Group, rows: int, npu: Runner | None):
         self._fallback, self._group, self._rows, self._npu = fallback, group, rows, npu

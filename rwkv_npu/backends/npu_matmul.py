@@ -79,7 +79,7 @@ def _equal_parts(length: int, block: int, count: int) -> tuple[int, ...]:
 
 @dataclass
 class _Buffers:
-    """The buffers of a context for one M. a (M, K / a_block), c (M, N / 4): the same buffers as arrays of BLOCKs."""
+    """The buffers of a context for one M. a (M, K / a_block), c (M, N / 4): arrays of BLOCKs over the buffers."""
 
     handle: int
     shape: Shape

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: programs that all threads execute, on quantised, 16-bit or fp32 weights in place.
+"""The CPU backend that numba compiles. All threads execute one program, on quantised, 16-bit or fp32 weights.
 
 A program is bound to memory for a capacity of rows, a power of two. It computes any number of rows up to its capacity.
 """
@@ -34,7 +34,7 @@ from rwkv_npu.quant.cpu import LANES, Packed, pack_floats, padded
 
 FORMATS = {"float16": instructions.FP16, "bfloat16": instructions.BF16, "float32": instructions.FP32}
 
-FUSED = "fused forward"  # the key of its program, beside the names of groups
+FUSED = "fused forward"  # the key of its program; all other keys are names of groups
 
 Ports = dict[str, np.ndarray]
 
@@ -209,9 +209,9 @@ class NumbaBackend:
         self._prepare({self._matrices[matrix].format for matrix in weights})
 
     def _prepare(self, formats: set[int]) -> None:
-        """Compile the kernels that generating text needs: for these matrix formats, the recurrence and the sampler.
+        """Compile the kernels of text generation: products in these matrix formats, the recurrence and the sampler.
 
-        Compiled together, they take as many processes as there are cores.
+        They are compiled together, in as many processes as there are cores.
         """
         pool, linear, compiler = (kernels.load(name) for name in ("pool", "linear", "compiler"))
         kernels.load("sampling")

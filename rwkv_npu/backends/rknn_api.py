@@ -30,7 +30,8 @@ TO_DEVICE, FROM_DEVICE = 1, 2
 
 # Flags of rknn_init: the caller flushes the caches of the memory that it binds, by rknn_mem_sync.
 NO_FLUSH = 0x4000 | 0x8000
-# Commands of rknn_query. Numbers of inputs and outputs; attributes of ports; the same in the native layout.
+# Commands of rknn_query: the numbers of inputs and outputs, the attributes of a port, the duration of the last run,
+# versions, and the attributes of a port in the native layout.
 IN_OUT_NUM, INPUT_ATTR, OUTPUT_ATTR, PERF_RUN, SDK_VERSION = 0, 1, 2, 4, 5
 NATIVE_INPUT_ATTR, NATIVE_OUTPUT_ATTR = 8, 9
 FLOAT16 = 1  # a type of elements
@@ -193,7 +194,7 @@ class Memory:
 
 
 class Networks(_Loaded):
-    """The functions for networks, with memory of the caller's for inputs and outputs."""
+    """The functions for networks whose inputs and outputs are in memory that the caller allocates."""
 
     def _declare(self) -> None:
         super()._declare()

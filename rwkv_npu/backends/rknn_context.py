@@ -48,7 +48,7 @@ class Refused(BackendError):
 class Context:
     """A network on some cores. inputs, outputs: (M, width) fp16 arrays over NPU memory, by name.
 
-    handle: of rknn_init, which the context owns. mask: of the cores; 0 leaves the choice to the driver.
+    handle: made by rknn_init; the context owns it. mask: of the cores; 0 leaves the choice to the driver.
     """
 
     def __init__(self, library: Networks, handle: int, mask: int = 0):

@@ -144,7 +144,7 @@ def _rows(name: str) -> tuple[int, ...]:
 
 
 def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryPlan, bool]:
-    """NPU memory of the model, and True if every weight has contexts of its own. Weights share if that is too many."""
+    """NPU memory of the model, and True if each weight has its own contexts. If these are too many, weights share."""
     cuts = {name: cut(K, N, kind, cores) for name, (K, N) in _large(spec).items()}
     for own in (True, False):
         shapes = {
@@ -165,7 +165,7 @@ def _plan(spec: Spec, kind: Kind, cores: int, *, dynamic: bool) -> tuple[MemoryP
 
 
 def _check_chip() -> None:
-    """Raises BackendError for another chip, whose layouts differ. With a library from OVERRIDE, any chip passes."""
+    """Raises BackendError unless the chip is CHIP: others have other layouts. With OVERRIDE, any chip passes."""
     chip = hardware.soc()
     if chip != CHIP and OVERRIDE not in os.environ:
         found = f"is an {chip}: use backend rknn" if chip else "has no Rockchip NPU: use backend auto"
