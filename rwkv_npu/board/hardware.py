@@ -20,7 +20,7 @@ LIBRARIES = ("usr/lib/librknn_runtime.so", "usr/lib64/librknn_runtime.so", "usr/
 # Oldest recommended versions. Older drivers hang and leak memory; products of librknnrt 2.2 were seen to be all zero.
 OLDEST_DRIVER, OLDEST_RUNTIME = "0.9.6", "2.3.0"
 _CORES = {"0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd0b": "Cortex-A76"}
-_ALIKE = 0.85  # cores of unknown kind count as fast ones from this part of the fastest clock on
+_ALIKE = 0.85  # a core of unknown kind is fast if it has at least this fraction of the highest speed
 _DEVFREQ = {"dmc": "ddr", "npu": "npu"}
 
 

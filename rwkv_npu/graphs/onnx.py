@@ -102,7 +102,7 @@ def zeros_in(tensor: Tensors) -> Callable[[Constant], bool]:
     def is_zero(constant: Constant) -> bool:
         array = constant.of(tensor(constant.name))
         with np.errstate(over="ignore", under="ignore"):
-            # Most constants have a nonzero value in their first rows.
+            # First a few rows: most constants have a nonzero value there.
             return not any(part.astype(np.float16, copy=False).any() for part in (array[:4], array))
 
     return is_zero

@@ -82,7 +82,7 @@ class Value:
 class Trace:
     """A graph without the values of its constants.
 
-    int8: quantization parameters of the input and the product, by label of a weight whose product is in int8.
+    int8: by label of a weight in int8, the quantization parameters of its input and of its product.
     """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -173,7 +173,7 @@ class Tracer:
         return self._like(h, self.node("Add", [masked, self.whole(previous)]))
 
     def row_matmul(self, x: Value, s: Value) -> Value:
-        # Only products of two axes stay on the NPU. So: repeat x along the rows of each matrix, multiply elementwise,
+        # Only products of 2-D tensors stay on the NPU. So repeat x along the rows of each matrix, multiply elementwise,
         # and add up the columns by a product with a matrix of ones.
         R = sum(x.widths)
         if x.names == (None,):
@@ -329,7 +329,8 @@ def trace_group(
     """Trace a group.
 
     rows: fixes M; None leaves it symbolic. split: the widest matrix that is not cut.
-    int8: quantization parameters by label of the projections in int8; they are cut for int8, their inputs smoothed.
+    int8: by label of a projection in int8, its quantization parameters. It is cut into int8's narrower parts, and its
+        input is smoothed.
     is_zero: True for constants to leave out, because they are all zero.
     """
     rows_of = max(((port.name, port.width) for port in group.inputs), key=lambda port: port[1])
@@ -382,7 +383,7 @@ def _remove_unused(trace: Trace, outputs: Collection[str]) -> None:
 
 
 def _use_inputs(tracer: Tracer, inputs: Sequence[Port], output: Port) -> None:
-    """Add zeros made from each input that no node reads to the output.
+    """For each input that no node reads, add zeros made from it to the output.
 
     The compiler would drop such an input from the artifact, and callers fill all inputs.
     """

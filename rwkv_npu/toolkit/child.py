@@ -185,7 +185,7 @@ def _rewrite_squares(graph: Any) -> bool:
 
 
 def _rewrite_mask(graph: Any) -> bool:
-    """Give every product with `mask` but the first a mask of its own. Returns whether there were several."""
+    """Give each product with `mask`, except the first, its own mask. Returns whether there were several."""
     import onnx
 
     nodes, found = [], 0
@@ -296,7 +296,7 @@ def _output_ranges(graph: Any, convolutions: list[tuple[Any, dict[str, Any]]]) -
 
 
 def _json_for_yaml() -> dict[str, Any]:
-    """Modules that replace ruamel.yaml, in which the compiler writes and reads its settings file.
+    """Modules that replace ruamel.yaml, with which the compiler writes and reads its settings file.
 
     JSON keeps every bit of a number and needs no extra package.
     """

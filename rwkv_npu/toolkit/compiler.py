@@ -35,7 +35,7 @@ Span = tuple[float, float]  # the lowest and the highest value that int8 can rep
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Options of one compilation. Artifacts that differ in any of them are different artifacts.
+    """Options of one compilation.
 
     `input_shapes` fixes the shapes of a graph with symbolic dimensions. `custom_string` (at most 1023 bytes) is
     stored in the file. `calibration` is for the quantized precisions: one mapping of input name to array for each

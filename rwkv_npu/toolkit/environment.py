@@ -30,7 +30,8 @@ PYTHONS = ((3, 12), (3, 11), (3, 10))  # Rockchip publishes no wheel for 3.13
 OLDEST_INT8 = "2.3.2"
 # Machines with wheels from Rockchip, by version.
 MACHINES = {version: ("x86_64", "aarch64") for version in VERSIONS} | {"2.2.0": ("x86_64",)}
-# Versions of other packages from which the compiler fails in a user's own interpreter, despite its own metadata.
+# The first version of other packages with which the compiler fails. Its metadata allows them, so a user's own
+# interpreter may have them.
 CEILINGS = {"onnx": (1, 19), "setuptools": (82,), "protobuf": (7,)}
 
 Progress = Callable[[str], None]

@@ -1,7 +1,8 @@
 """A replacement for torch, copied as `torch.py` into the private environment. This package never imports it.
 
-The compiler imports torch to read models in torch's format. It touches three of these names for every model. The other
-three number the elements of a tensor that a graph splits; NumPy serves for that. The real torch weighs up to 5 GB.
+The compiler imports torch to read models in torch's format. If a graph splits a tensor, it numbers the elements with
+`arange`, `split` and `cat`, which NumPy has too. It touches the other names for every model. The real torch takes up to
+5 GB.
 """
 
 import contextlib
