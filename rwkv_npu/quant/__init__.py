@@ -1,1 +1,1 @@
-"""Matrices in fewer bits: packed for the CPU, and in int8 as the NPU has it."""
+"""Quantised matrices: int8 and int4 packed for the CPU, and int8 as the NPU computes it."""

@@ -31,8 +31,8 @@ SCALE = np.dtype(ml_dtypes.bfloat16)
 PRECISIONS = ("int8", "int4", "auto")  # auto: 8 or 4 bits by measured sensitivity
 ZERO = {8: 128, 4: 8}
 
-# int4: scales to try for a block, relative to the largest value over 8. The one with the smallest squared error wins:
-# clipping the few largest values is worth it if all others are rounded more finely.
+# int4: scales to try for a block, relative to its largest value divided by 8. The one with the smallest squared error
+# wins: clipping the few largest values is worth it if all others are rounded more finely.
 _CANDIDATES = np.linspace(0.80, 1.16, 10, dtype=np.float32)
 _CHUNK = 1 << 22  # elements to quantise at a time
 
@@ -40,9 +40,8 @@ _CHUNK = 1 << 22  # elements to quantise at a time
 def bits_of(precision: str, tensor: Tensor) -> int:
     """Bits of a projection at a precision. In an int4 model, projections that feed the state keep 8 bits.
 
-    `auto` has at most these bits. An error in the state is read again by every later token. These projections are r, k,
-    v and the low-rank controls;
-    the others hold three quarters of the weights.
+    Every later token reads an error in the state again. r, k, v and the low-rank projections feed the state; the others
+    hold three quarters of the weights. For `auto` this is the most bits that a projection may have.
     """
     feeds_state = tensor.kind is not Kind.LINEAR or any(
         tensor.name.endswith(f".att.{name}.weight") for name in ("receptance", "key", "value")
@@ -137,7 +136,7 @@ def pack_floats(weight: np.ndarray) -> np.ndarray:
 
 
 def pack_numbers(q: np.ndarray, scales: np.ndarray, bits: int, shape: tuple[int, int]) -> Packed:
-    """Pack numbers minus their zero (padded K, N), with scales (padded K // BLOCK, N) of SCALE."""
+    """Pack q, numbers minus their zero (padded K, N), with scales (padded K // BLOCK, N) of SCALE."""
     (k, n), N = padded(*shape), shape[1]
     whole = np.full((k, n), ZERO[bits], np.uint8)
     whole[:, :N] = q + ZERO[bits]
@@ -166,9 +165,9 @@ def _pack_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
 
 
 def best_scales(blocks: np.ndarray, bits: int, importance: np.ndarray | None = None) -> np.ndarray:
-    """Choose the scales of blocks (blocks, BLOCK, N). Returns (blocks, N) fp32, values of SCALE.
+    """Choose the scales of blocks (blocks, BLOCK, N). Returns (blocks, N) fp32 that SCALE holds exactly.
 
-    importance: weights of the squared errors, of a shape that fits the blocks.
+    importance: weights of the squared errors, of a shape that broadcasts to the blocks.
     """
     if bits == 8:
         return _rounded_up(np.abs(blocks).max(1) / np.float32(127)).astype(np.float32)

@@ -5,8 +5,8 @@ the rows that are not rounded yet, as in GPTQ (Frantar et al. 2022, arXiv 2210.1
 
     tr(E^T H E),    E = W - Q (K, N),    H = X^T X / rows (K, K)
 
-where X holds the inputs that a text gives. Afterwards scales and numbers are improved in turn: each scale to the least
-error, then each number, with everything else fixed. Columns do not depend on each other.
+where X holds the inputs of a calibration text. Afterwards scales and numbers are improved in turn: each scale to the
+least error, then each number, with everything else fixed. Columns do not depend on each other.
 
 Letters: K width of the input, N of the output, B rows of a block, n columns at a time.
 """
@@ -32,11 +32,9 @@ from rwkv_npu.quant.cpu import (
 BITS = 4
 DAMPING = 0.05  # of H's mean diagonal, added to the diagonal: another text has other inputs
 SWEEPS = 2  # over scales and numbers, after GPTQ: the second gains 2 % of the error, a third less than 1 %
-WIDEST = (
-    1024  # rows of a part, whose inputs have second moments: bounds memory and the cost of a factorisation
-)
+WIDEST = 1024  # rows of a part of K; each part has its own H. Bounds the memory and time of the factorisation
 _COLUMNS = 1 << 21  # elements to round at a time
-_STEP = 16  # rows of a block after which the error reaches the others of the block
+_STEP = 16  # rows to round before their error is added to the rest of the block
 
 
 def parts(K: int, widest: int = WIDEST) -> list[tuple[int, int]]:
@@ -75,7 +73,7 @@ def _factors(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     H[: len(moment), : len(moment)] = moment
     diagonal = np.diagonal(H).copy()
     mean = diagonal.sum() / len(moment)
-    # Inputs that are always zero leave their weights as they are.
+    # Weights of an input that is always zero are rounded to the nearest number.
     H[np.diag_indices(K)] += DAMPING * mean + (diagonal == 0) * (mean or 1.0)
     U = np.linalg.cholesky(np.linalg.inv(H)).T
     return H.astype(np.float32), np.ascontiguousarray(U, np.float32)
@@ -93,7 +91,7 @@ def _round(W: np.ndarray, H: np.ndarray, U: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _compensate(W: np.ndarray, H: np.ndarray, U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """GPTQ: round row after row, and add what is lost to the later rows. Returns numbers and scales, fp32."""
+    """GPTQ: round row by row, and add the error of each to the later rows. Returns numbers and scales, fp32."""
     W, q = W.copy(), np.empty_like(W)
     scales = np.empty((len(W) // BLOCK, W.shape[1]), np.float32)
     importance = np.diagonal(H)

@@ -30,8 +30,8 @@ from rwkv_npu.quant.npu import (
 )
 
 BINS = 1 << 14  # of a histogram: 64 for each int8 number if nothing is clipped
-SMOOTHING_FACTOR = 0.8  # SmoothQuant is used if it reduces the squared error below this factor
-# Bounds of the rows that choose parameters, and of those that compare them: elements of the matrix, and rows.
+SMOOTHING_FACTOR = 0.8  # SmoothQuant is used if its squared error is below this fraction of that without it
+# Bounds of the fitted rows and of the held-out rows: the most elements of their inputs or outputs, and the fewest rows.
 MAX_ELEMENTS, MIN_ROWS = 1 << 22, 128
 # Fractions of the full range that MSE tries. Values outside are clipped; the others get a smaller scale.
 FRACTIONS = np.linspace(1.0, 0.3, 29)
@@ -91,7 +91,7 @@ class Histogram(NamedTuple):
         whole = min_max(self)
         for fraction in FRACTIONS:
             params = QuantParams.covering(fraction * self.low, fraction * self.high)
-            if params.scale <= whole.scale:  # not below MIN_SCALE, where `covering` returns 1
+            if params.scale <= whole.scale:  # false below MIN_SCALE, where `covering` returns scale 1
                 yield params
 
 

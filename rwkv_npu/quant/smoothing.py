@@ -17,7 +17,7 @@ import numpy as np
 from rwkv_npu.quant.ranges import Samples
 
 ALPHAS = (0.25, 0.5, 0.75)  # share of the outliers to move to the weights
-_SMALLEST = 1e-5  # of the largest channel or row: a bound for the factor of a channel near 0
+_SMALLEST = 1e-5  # of the largest channel or row: smaller ones count as this, which bounds their factors
 
 
 def smoothings(weight: np.ndarray, samples: Samples) -> list[np.ndarray | None]:
