@@ -33,7 +33,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, w
 
 
 def check_path(name: str, value: object) -> None:
-    """Check that `value` is a str or a path of str."""
+    """Check that `value` is a str, or a path object that is not of bytes."""
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise UsageError(f"{name} must be a path, not {shown(value)}")
     if not os.fspath(value):

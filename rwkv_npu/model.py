@@ -38,7 +38,7 @@ class Model:
     """A loaded model. Make one with `rwkv_npu.load`.
 
     spec: generation and dimensions. tokenizer: None if the vocabulary is unknown; the model then reads ids only.
-    source: the weights. reason: of the choice of backends.
+    source: the weights. reason: why these backends were chosen.
     """
 
     def __init__(

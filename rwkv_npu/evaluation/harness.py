@@ -1,7 +1,7 @@
-"""A model as one of EleutherAI's lm-evaluation-harness (lm-eval 0.4), and the hand-over to its command line.
+"""Runs EleutherAI's lm-evaluation-harness (lm-eval 0.4) on a model: an adapter, and a call of its command line.
 
-The harness has a table of models and no plugins: the model is registered in this process, and `lm-eval run` is called
-here. As in its own models, a text without context begins after an end-of-text token.
+The harness has a table of models and no plugins. So the model is registered in this process, and `lm-eval run` is
+called here. As in its own models, a text without context begins after an end-of-text token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rwkv_npu.progress import progress
 from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 NAME = "rwkv-npu"
-TOKENS = 256  # a generated answer has at most so many, unless its task says otherwise
+TOKENS = 256  # the most tokens of a generated answer, unless its task sets another limit
 
 
 def run(model: Model, words: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def run(model: Model, words: Sequence[str]) -> int:
     """
     if not words or words[0].startswith("-"):
         raise UsageError("lm-eval needs tasks, separated by commas: lambada_openai,piqa")
-    model.encode("")  # the harness speaks text
+    model.encode("")  # raises without a tokenizer: the harness gives text
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import register_model
@@ -48,7 +48,7 @@ def run(model: Model, words: Sequence[str]) -> int:
 
 
 def _adapter(model: Model) -> type:
-    """The class that the harness makes its model of. It is defined here, since lm-eval takes seconds to import."""
+    """The harness's class for `model`. It is defined in a function, because lm-eval takes seconds to import."""
     from lm_eval.api.model import TemplateLM
 
     base: Any = TemplateLM

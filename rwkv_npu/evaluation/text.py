@@ -19,7 +19,7 @@ from rwkv_npu.runtime.weights import BundleSource
 from rwkv_npu.text.tokenizer import END_OF_TEXT
 
 CHUNK = 64  # tokens whose logits are in memory together: 17 MB for a vocabulary of 65536
-POSITIONS = (0, 64, 512, 4096)  # where stretches begin that are also scored alone, to show drift
+POSITIONS = (0, 64, 512, 4096)  # first positions of stretches that also have their own scores, to show drift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ def evaluate(
     text_bytes: length of their text. reference: a model that reads the same ids, for comparison.
     context: begin with an end-of-text token and an empty state again after this number of tokens.
     progress: called with the number of tokens since its last call.
-    resume: a file that saves the scores, also after an interruption. If it exists, the evaluation continues from it,
-    with the same result as without an interruption.
+    resume: a file for the scores, written at the end and after an interruption too. If it exists, the evaluation
+    continues from it, with the same result as without an interruption.
     Raises UsageError for no ids, a reference of another vocabulary size or a file of another evaluation; BackendError
     for logits that are not finite.
     """

@@ -77,7 +77,7 @@ def wkv(
 
 
 def _safe_chunk(log_w: np.ndarray, start: int) -> int:
-    """End of the chunk from `start`: CHUNK tokens, halved until one can divide by their cumulative decay."""
+    """End of the chunk from `start`: CHUNK tokens, halved until dividing by their cumulative decay is safe."""
     length = min(CHUNK, len(log_w) - start)
     while length > 1 and log_w[start : start + length].sum(0).min() < -_MAX_LOG_DECAY:
         length //= 2

@@ -49,7 +49,7 @@ class Maths(Protocol):
         """
 
     def row_matmul(self, x: Any, s: Any) -> Any:
-        """(M, R), (M, R*R) -> (M, R): each row of x times its own matrix, which s has row-major."""
+        """(M, R), (M, R*R) -> (M, R): each row of x times its own matrix, a row of s in row-major order."""
 
 
 def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ class NumpyMaths:
 
 
 def narrow(source: np.ndarray, target: np.ndarray) -> float:
-    """Copy an array of any float type to an fp16 array of the same shape. Past fp16's range there is infinity.
+    """Copy an array of any float type to an fp16 array of the same shape. Values beyond fp16's range become infinity.
 
     Returns `largest_magnitude(source)`.
     """

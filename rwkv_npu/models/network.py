@@ -1,7 +1,7 @@
 """A model as a program of groups and recurrences, and its forward pass.
 
 `Program.evaluate` is the maths of one group over any kind of array: NumPy computes it, a tracer records it. `forward`
-computes everything between the groups, and yields each group with its inputs. Who drives it runs the groups and sends
+computes everything between the groups, and yields each group with its inputs. Its caller runs the groups and sends
 their outputs back: one after the other (`run_in_order`), or beside other forwards (`runtime.waves`). It is written over
 the interface `Forward`, which has two implementations. `EagerForward` here computes with NumPy arrays.
 `kernels.recorder.ForwardRecorder` records the same steps once, and all later forwards replay them. This module knows
@@ -246,7 +246,7 @@ class Network:
         return (yield from forward(self.program, EagerForward(self, rows, x), x))
 
     def hidden(self, run: Run, rows: Rows) -> np.ndarray:
-        """`steps`, with groups run by `run`."""
+        """The result of `steps`. run: runs a group."""
         x: np.ndarray = run_in_order(self.steps(rows), run)
         return x
 
@@ -281,9 +281,8 @@ class Network:
         if layer not in self._prepared:
             self._prepared[layer] = self._recurrence.prepare(self.maths.block(layer).vector, self.spec)
         inputs = {port.name: out[port.name] for port in self._recurrent_ports[layer]}
-        if (
-            layer == 0
-        ):  # `carry` keeps it for later layers, when another forward may run the group that it is from
+        # `carry` keeps layer 0's values for later layers. Meanwhile another forward may overwrite the group's outputs.
+        if layer == 0:
             inputs["v"] = inputs["v"].copy()
         return self._recurrence.time_mix(self._prepared[layer], inputs, rows, layer, carry)
 

@@ -319,7 +319,7 @@ def ffn_inputs(spec: Spec) -> tuple[Port, ...]:
 
 
 def deep_embedding(spec: Spec) -> Port:
-    """7a's input of an (R, R) matrix for each token, row-major, looked up on the host."""
+    """7a's input `s`: an (R, R) matrix for each token, row-major, looked up on the host."""
     return Port("s", spec.ranks["s"] ** 2)
 
 
