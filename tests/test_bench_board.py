@@ -86,7 +86,7 @@ def test_the_clocks_terms_come_back(run_alone, bundle: Path, clock: dict[str, st
     assert measured["c_call"] == pytest.approx(TERMS["c_call"].central, abs=2)
     assert measured["npu_read_lpddr5"] == pytest.approx(TERMS["npu_read_lpddr5"].central, rel=0.01)
     assert measured["graph_over_table"] == pytest.approx(TERMS["graph_over_table"].central, rel=0.01)
-    assert 1.5 < measured["npu_three_cores"] < 4 and measured["rknnlite_call"] > measured["c_call"]
+    assert 1.5 < measured["npu_three_cores"] < 4 and measured["npu_call"] > measured["c_call"]
 
 
 @pytest.mark.board
@@ -102,7 +102,7 @@ def test_a_complete_report(bundle: Path, clock: dict[str, str], stand_in: Path, 
         )
     assert result.returncode == 0, result.stderr[-2000:]
     report, page = json.loads(out.read_text()), out.with_suffix(".md").read_text()
-    found = {"conversion_element", "cpu_read_lpddr5", "prefill_fp16", "recurrence_v7", "npu_three_cores"}
+    found = {"port_element", "cpu_read_lpddr5", "prefill_fp16", "recurrence_v7", "npu_three_cores"}
     assert found <= report["terms"].keys()
     prompt = report["passes"][0]
     assert prompt["error"] < 0.05 and prompt["faults"] == 0

@@ -295,13 +295,16 @@ def test_explained(run: Run) -> None:
 
 def test_speeds_are_those_of_info(run: Run, tmp_path: Path) -> None:
     """A manifest with the forecast's artifacts: the dry run, `info` and `bench inference` have one estimate."""
-    from rwkv_npu.runtime.estimate import for_bundle
+    from rwkv_npu.runtime.estimate import for_bundle, on_npu
 
     fp16 = by_precision(forecast(open_checkpoint(demo_model()), request()))["fp16"]
     spec = open_checkpoint(demo_model()).spec
     for tokens, (slow, central, fast) in fp16.speeds["LPDDR5"].items():
         found = for_bundle(spec, fp16.artifacts, tokens)
         assert found is not None and found.speeds(tokens) == pytest.approx((slow, central, fast))
+    batch = on_npu(spec, fp16.artifacts, 8, "LPDDR5", sequences=8)
+    assert fp16.batch_speeds["LPDDR5"] == batch.speeds(8, sampled=True)
+    assert batch.total_ms == pytest.approx(8e3 / fp16.batch_speeds["LPDDR5"][1])
 
 
 def test_mixed_is_what_a_map_or_the_bundle_says(run: Run, tmp_path: Path) -> None:

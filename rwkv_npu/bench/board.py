@@ -204,8 +204,10 @@ def _passes(path: Path, source: BundleSource, threads: int | None) -> list[Row]:
         ids = np.random.default_rng(0).integers(1, model.spec.V, max(PROMPTS)).tolist()
         expected = reference.forward(ids[: PROMPTS[0]])[0]
 
-        def add(what: str, tokens: int, seconds: float, at_once: int, **more: Any) -> None:
-            guess = estimate.on_npu(model.spec, artifacts, at_once, DRAMS[0])
+        def add(
+            what: str, tokens: int, seconds: float, at_once: int, sequences: int = 1, **more: Any
+        ) -> None:
+            guess = estimate.on_npu(model.spec, artifacts, at_once, DRAMS[0], sequences=sequences)
             rows.append(
                 {"what": what, "tokens_per_s": tokens / seconds, "estimate": guess.speeds(at_once)[1], **more}
             )
@@ -225,7 +227,7 @@ def _passes(path: Path, source: BundleSource, threads: int | None) -> list[Row]:
             begin = time.perf_counter()
             for token in ids[:8]:
                 model.engine.forward_batch([[token]] * batch, states, inplace=True)
-            add(f"{batch} sequences", 8 * batch, time.perf_counter() - begin, batch)
+            add(f"{batch} sequences", 8 * batch, time.perf_counter() - begin, batch, sequences=batch)
         rows[0]["faults"] = model.engine.counters.faults.calls
     return rows
 
@@ -256,7 +258,7 @@ def fit(spec: Spec, artifacts: Sequence[Artifact], report: Mapping[str, Any]) ->
         call, us_per_byte = line
         terms["c_call"] = call
         terms |= {f"npu_read_{dram.lower()}": 1e-3 / us_per_byte for dram in DRAMS}
-        terms["rknnlite_call"] = call + statistics.median(us - npu for a, _, us, npu in found if a.rows == 1)
+        terms["npu_call"] = call + statistics.median(us - npu for a, _, us, npu in found if a.rows == 1)
     # 2. Many rows: products over the compiler's table.
     shares = [_over_table(a, operators, npu, TERMS.measured(terms, "")) for a, operators, _, npu in found]
     if known_shares := [share for share in shares if share is not None]:
@@ -264,7 +266,7 @@ def fit(spec: Spec, artifacts: Sequence[Artifact], report: Mapping[str, Any]) ->
     # 3. Cores and conversion.
     if (cores := report["cores"]).keys() >= {"1", "3"}:
         terms["npu_three_cores"] = cores["3"] / cores["1"]
-    terms["conversion_element"] = report["conversion_ns"]
+    terms["port_element"] = report["conversion_ns"]
     # 4. The CPU's kernels.
     terms |= _cpu_terms(spec, report["cpu"], report["board"]["cpu_precision"])
     return {name: value for name, value in terms.items() if math.isfinite(value) and value > 0}

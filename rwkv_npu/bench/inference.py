@@ -34,7 +34,7 @@ Log = Callable[[str], None]
 class Assumptions:
     """Flags that replace terms of the estimates. None keeps the table's value.
 
-    board: the terms to begin with. call_overhead_us: microseconds of a call through RKNNLite. host_factor: ratio of the
+    board: the terms to begin with. call_overhead_us: microseconds of an NPU call. host_factor: ratio of the
     board's time to this machine's for recurrence, sampling and Python; their times are then measured here instead of
     taken from the table.
     """
@@ -54,7 +54,7 @@ class Assumptions:
     def terms(self) -> Terms:
         if self.call_overhead_us is None:
             return self.board
-        return self.board.measured({"rknnlite_call": self.call_overhead_us}, "--call-overhead-us")
+        return self.board.measured({"npu_call": self.call_overhead_us}, "--call-overhead-us")
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class _Estimator:
         row = self._row(
             "rknn",
             artifacts[0].precision,
-            f"RK3588 NPU, 1 core, {dram}",
+            f"RK3588 NPU, {dram}",
             sum(artifact.weight_bytes for artifact, _ in estimate.served_by(artifacts, 1)),
             lambda tokens, host: estimate.on_npu(spec, artifacts, tokens, dram, terms, host),
         )

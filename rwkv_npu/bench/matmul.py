@@ -176,7 +176,8 @@ class EstimatedNpu(_Computed):
 
 def npu_product_ms(cycles: dict[str, int], m: int, k: int, n: int, bound: str) -> float:
     """Milliseconds of one call through RKNNLite: product, transposes, conversion of A and C, and call overhead."""
-    transposes, conversion = port_ms(k + n, m, TERMS, bound)
+    transposes, _ = port_ms(k + n, m, TERMS, bound)
+    conversion = m * (k + n) * TERMS["conversion_element"].at(bound) / 1e6
     call = TERMS["rknnlite_call"].at(bound) / 1e3
     return graph_ms(cycles, m, DRAM, TERMS, bound) + transposes + conversion + call
 

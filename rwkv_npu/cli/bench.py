@@ -94,7 +94,7 @@ def _add_bench_inference(actions: Any) -> None:
         "--call-overhead-us",
         type=float,
         metavar="US",
-        help="estimates: microseconds of an NPU call (default: 150, range 60 to 270)",
+        help="estimates: microseconds of an NPU call (default: 380, range 324 to 438)",
     )
     p.add_argument(
         "--host-factor",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS
 from rwkv_npu.cli.common import size
-from rwkv_npu.conversion.forecast import TIMED, Forecast, Variant, forecast
+from rwkv_npu.conversion.forecast import BATCH, TIMED, Forecast, Variant, forecast
 from rwkv_npu.conversion.prepare import prepare
 from rwkv_npu.conversion.request import Request
 from rwkv_npu.runtime import rk3588
@@ -95,10 +95,12 @@ def _speed(result: Forecast) -> Iterator[str]:
         yield f"speed is not estimated: there are no measurements of the {result.target}"
         return
     yield _each(result, "tokens per second, estimated", lambda variant: variant.precision)
-    for tokens in TIMED:
-        use = "written" if tokens == 1 else f"read, {tokens} at once"
+    for tokens in (*TIMED, None):
+        use = {None: f"{BATCH} sequences", 1: "written"}.get(tokens, f"prompt of {tokens}")
         for dram in rk3588.DRAMS:
-            speeds = [variant.speeds[dram][tokens] for variant in result.variants]
+            speeds = [
+                v.batch_speeds[dram] if tokens is None else v.speeds[dram][tokens] for v in result.variants
+            ]
             yield _line(f"  {use}, {dram}", (_figure(central) for _, central, _ in speeds))
             yield _line("    from, to", (f"{_figure(slow)}-{_figure(fast)}" for slow, _, fast in speeds))
 
@@ -120,8 +122,9 @@ def _notes(result: Forecast) -> Iterator[str]:
     notes = ["Nothing was compiled or written. Sizes and memory are estimates."]
     if _has_speeds(result):
         notes[0] = (
-            "Nothing was compiled, written or measured. All figures are estimates. Speeds are for one NPU core and "
-            "include the CPU's work. --explain prints every term and its source."
+            "Nothing was compiled, written or measured. All figures are estimates. Speeds "
+            "include the CPU's work and contention for memory. Chunks of a prompt overlap on three NPU cores; all "
+            "else runs on one core at a time. --explain prints every term and its source."
         )
     notes += [_assumption(variant) for variant in result.variants if variant.assumed]
     notes += [_refusal(variant) for variant in result.variants if variant.left]

@@ -311,7 +311,7 @@ def _estimate(facts: dict[str, Any]) -> str:
     )
     return (
         f"{token} a token, {prefill} for {PREFILL_TOKENS}\n"
-        "               (one core, LPDDR5, CPU time included; not measured)"
+        "               (LPDDR5, CPU time included; not measured)"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -32,7 +33,8 @@ from rwkv_npu.runtime.selftest import SELF_TEST_ROWS
 Share = Callable[[str], float]  # name of a projection -> share of it in int8
 
 PROMPT_TOKENS = 128  # of the prompt in the speed estimate
-TIMED = (1, PROMPT_TOKENS)  # numbers of tokens read at once
+TIMED = (1, PROMPT_TOKENS, 512)  # numbers of tokens read at once
+BATCH = 8  # sequences of which each writes a token
 
 PRECISIONS = ("fp16", "mixed", "w8a8")
 ASSUMED_SHARE = 0.8  # of the weights in int8, while the choice of mixed is unknown
@@ -50,7 +52,8 @@ class Variant:
     int8: share of the weights in int8. assumed: True if this share is an assumption. files: bytes of each `.rknn` by
     its path. memory: of all artifacts, even if they do not fit. left: groups that do not fit the NPU and stay on the
     CPU. left_bytes: size of their weights. speeds: tokens a second (slow, central, fast), by kind of DRAM and number of
-    tokens (TIMED); empty for a chip without measurements. board_bytes: memory of the process, without the NPU's.
+    tokens (TIMED); empty for a chip without measurements. batch_speeds: of BATCH sequences together, by kind of DRAM.
+    board_bytes: memory of the process, without the NPU's.
     """
 
     precision: str
@@ -63,6 +66,7 @@ class Variant:
     left: list[str]
     left_bytes: int
     speeds: dict[str, dict[int, tuple[float, float, float]]]
+    batch_speeds: dict[str, tuple[float, float, float]]
     board_bytes: int
 
 
@@ -181,6 +185,8 @@ def _variant(
     files = {a.path: a.weight_bytes + _overhead(graphs, groups[a.group], a.rows, share) for a in artifacts}
     left = _left(manifest, artifacts)
     kept = [artifact for artifact in artifacts if artifact.group not in left]
+    estimator = partial(_estimate, graphs, kept, [groups[name] for name in left], request.cpu_precision)
+    drams = rk3588.DRAMS if all(artifact.cycles for artifact in kept) else ()
     return Variant(
         precision=precision,
         int8=_int8_share([matrix for group in program.groups for matrix in graphs.matrices(group)], share),
@@ -191,7 +197,10 @@ def _variant(
         memory=memory,
         left=left,
         left_bytes=sum(weigh(groups[name]) for name in left),
-        speeds=_speeds(graphs, kept, [groups[name] for name in left], request.cpu_precision),
+        speeds={dram: {tokens: estimator(tokens, dram).speeds(tokens) for tokens in TIMED} for dram in drams},
+        batch_speeds={
+            dram: estimator(BATCH, dram, sequences=BATCH).speeds(BATCH, sampled=True) for dram in drams
+        },
         # RKNNLite keeps a copy of the file beside the NPU's memory.
         board_bytes=host_bytes + sum(files[artifact.path] for artifact in kept),
     )
@@ -242,23 +251,18 @@ def _left(manifest: Manifest, artifacts: list[Artifact]) -> list[str]:
     return left
 
 
-def _speeds(
-    graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str
-) -> dict[str, dict[int, tuple[float, float, float]]]:
-    """Tokens a second (slow, central, fast) by DRAM and number of tokens. Groups in `left` run on the CPU."""
-    if not all(artifact.cycles for artifact in kept):
-        return {}
-    return {
-        dram: {tokens: _with_left(graphs, kept, left, cpu, tokens, dram).speeds(tokens) for tokens in TIMED}
-        for dram in rk3588.DRAMS
-    }
-
-
-def _with_left(
-    graphs: Graphs, kept: list[Artifact], left: list[Group], cpu: str, tokens: int, dram: str
+def _estimate(
+    graphs: Graphs,
+    kept: list[Artifact],
+    left: list[Group],
+    cpu: str,
+    tokens: int,
+    dram: str,
+    sequences: int = 1,
 ) -> Estimate:
+    """The estimate of `on_npu`. Groups in `left` run on the CPU."""
     spec = graphs.program.spec
-    npu = on_npu(spec, kept, tokens, dram, graphs.terms)
+    npu = on_npu(spec, kept, tokens, dram, graphs.terms, sequences=sequences)
     if not left:
         return npu
     on_board, count = on_cpu(spec, cpu, tokens, dram, graphs.terms), weights(spec)

@@ -13,11 +13,12 @@ from math import prod
 
 from rwkv_npu.backends.memory import matrix_bytes
 from rwkv_npu.formats.bundle import Artifact
-from rwkv_npu.models.spec import Kind, Spec, Tensor, groups, state_shapes, tensors
+from rwkv_npu.models.spec import Group, Kind, Spec, Tensor, groups, state_shapes, tensors
 from rwkv_npu.quant.cpu import bits_of, packed_bytes
 from rwkv_npu.runtime import rk3588
 from rwkv_npu.runtime.operators import Operators, count_operators
 from rwkv_npu.runtime.rk3588 import BOUNDS, TERMS, Terms
+from rwkv_npu.runtime.schedule import Step, schedule_ms
 
 CPU_PRECISIONS = ("fp16", "int8", "int4")
 MATMUL_PRECISIONS = {"fp16": 16, "w8a8": 8}  # precisions of the NPU's matmul interface, and bits of a weight
@@ -52,9 +53,9 @@ class Estimate:
     def high_ms(self) -> float:
         return sum(self.high.values())
 
-    def speeds(self, tokens: int) -> tuple[float, float, float]:
-        """(slow, central, fast) tokens a second. Several tokens are a prompt, which ends before sampling."""
-        left_out = "sampling" if tokens > 1 else ""
+    def speeds(self, tokens: int, *, sampled: bool = False) -> tuple[float, float, float]:
+        """(slow, central, fast) tokens a second. Several tokens end before sampling, unless they are `sampled`."""
+        left_out = "sampling" if tokens > 1 and not sampled else ""
         times = (sum(ms.values()) - ms.get(left_out, 0.0) for ms in (self.high, self.ms, self.low))
         slow, central, fast = (1e3 * tokens / time for time in times)
         return slow, central, fast
@@ -131,13 +132,13 @@ def graph_ms(cycles: Mapping[str, int], rows: int, dram: str, terms: Terms, boun
 
 
 def port_ms(elements: int, rows: int, terms: Terms, bound: str) -> tuple[float, float]:
-    """Milliseconds of inputs and outputs: (transposes in the graph, conversion from and to fp32 on the CPU).
+    """Milliseconds of inputs and outputs: (transposes in the graph, filling and checking fp16 arrays on the CPU).
 
     elements: of all inputs and outputs, in one row.
     """
     transposed = rows * elements * terms["transpose_element"].at(bound) if rows > 1 else 0.0
-    converted = rows * elements * terms["conversion_element"].at(bound)
-    return transposed / 1e6, converted / 1e6
+    filled = rows * elements * terms["port_element"].at(bound)
+    return transposed / 1e6, filled / 1e6
 
 
 def operators_ms(found: Operators, rows: int, terms: Terms, bound: str) -> float:
@@ -221,27 +222,78 @@ def on_npu(
     dram: str,
     terms: Terms = TERMS,
     host: Milliseconds | None = None,
+    sequences: int = 1,
 ) -> Estimate:
-    """Estimate for compiled graphs on one core through RKNNLite. host: measured CPU time, instead of an estimate."""
+    """Estimate for compiled graphs of one fusion, through librknnrt's own interface.
+
+    The rows of one chunk run call by call, on one core at a time. Several chunks overlap, on three cores and beside the
+    CPU; the time of each part is then its share of the whole.
+    host: measured CPU time, instead of an estimate. sequences: that the tokens belong to; each has logits.
+    """
     used = served_by(artifacts, tokens)
     counts = {
         key: count_operators(spec, *key) for key in dict.fromkeys((a.fusion, a.rows) for a in artifacts)
     }
-    calls = sum(times for _, times in used)
+    calls = sum(sequences if artifact.group == "head" else times for artifact, times in used)
 
     def ms(bound: str) -> dict[str, float]:
-        found = dict.fromkeys(("projections", "head", "operators", "io"), 0.0)
+        layers = dict.fromkeys(("projections", "operators", "io", "calls"), 0.0)
+        after = dict.fromkeys(("head", "operators", "io", "calls"), 0.0)  # the layers
+        c_call, call = (terms[name].at(bound) / 1e3 for name in ("c_call", "npu_call"))
+        steps: dict[str, list[tuple[float, float]]] = {}  # (CPU, NPU) of each chunk, by group
         for artifact, times in used:
             group = counts[artifact.fusion, artifact.rows][artifact.group]
-            part = "head" if artifact.group == "head" else "projections"
             products, operators = npu_ms(artifact, group, dram, terms, bound)
-            found[part] += times * products
-            found["operators"] += times * operators
-            found["io"] += times * port_ms(group.ports, artifact.rows, terms, bound)[1]
-        found["calls"] = calls * terms["rknnlite_call"].at(bound) / 1e3
-        return {**found, **_host_ms(spec, tokens, dram, terms, bound, host)}
+            io = port_ms(group.ports, artifact.rows, terms, bound)[1]
+            if artifact.group == "head":
+                parts, part, times = after, "head", sequences
+            else:
+                parts, part = layers, "projections"
+                step = call - c_call + io, c_call + products + operators
+                steps.setdefault(artifact.group, []).extend([step] * times)
+            for name, time in ((part, products), ("operators", operators), ("io", io), ("calls", call)):
+                parts[name] += times * time
+        beside = dict(_host_ms(spec, tokens, dram, terms, bound, host))
+        beside["sampling"] = sequences * beside.get("sampling", 0.0)
+        layers["recurrence"] = beside.pop("recurrence", 0.0)
+        if steps and len(next(iter(steps.values()))) > 1:
+            wall = _overlapped_ms(spec, artifacts[0].fusion, steps, layers["recurrence"], terms, bound)
+            share = wall / sum(layers.values())
+            layers = {name: share * time for name, time in layers.items()}
+        return {
+            name: sum(parts.get(name, 0.0) for parts in (layers, after, beside))
+            for name in (*layers, *after, *beside)
+        }
 
     return _estimate(ms, calls)
+
+
+def _overlapped_ms(
+    spec: Spec,
+    fusion: str,
+    steps: Mapping[str, Sequence[tuple[float, float]]],
+    recurrence: float,
+    terms: Terms,
+    bound: str,
+) -> float:
+    """Milliseconds of chunks that overlap. steps: (CPU, NPU) milliseconds of each chunk, by group of the layers.
+
+    Contention for memory slows all: cores at work are less than so many times as fast, and the CPU is slower beside
+    them.
+    """
+    count = len(next(iter(steps.values())))
+    cores = min(count, rk3588.NPU_CORES)
+    faster = 1 + (terms["npu_three_cores"].at(bound) - 1) * (cores - 1) / (rk3588.NPU_CORES - 1)
+    slower = terms["cpu_beside_npu"].at(bound)
+    share = recurrence / (count * len(steps))  # of a step
+    used = [group for group in groups(spec, fusion) if group.name in steps]
+
+    def step(group: Group, chunk: int) -> Step:
+        cpu, npu = steps[group.name][chunk]
+        return slower * (cpu + share), npu * cores / faster, group.layer % rk3588.NPU_CORES
+
+    chunks = [[step(group, chunk) for group in used] for chunk in range(count)]
+    return terms["waves_over_schedule"].at(bound) * schedule_ms(chunks)
 
 
 def on_three_cores(
@@ -348,6 +400,8 @@ def explain(terms: Terms = TERMS) -> list[str]:
         "Central values, and in parentheses all terms at their fast ends and all at their slow ends.",
         "Products on the NPU: the slower of the compiler's DDR cycles at the rate that boards read weights with, and "
         "of its NPU cycles (from 16 rows on, times graph_over_table).",
+        "Chunks of a prompt overlap as in a simulation of their schedule on three cores and the CPU, with contention "
+        "for memory (npu_three_cores, cpu_beside_npu), times waves_over_schedule.",
         "Products on the CPU: the slower of bytes over memory's rate, and of the kernel's static cycles.",
         *terms.explain(),
     ]

@@ -52,6 +52,7 @@ class Term:
 
 _BOARDS = "published board measurements"
 _STATIC = "static cycles of this project's kernels on a Cortex-A76 (llvm-mca, bench/kernel_cycles)"
+_INTERFACES = "bench/results/npu-interfaces"
 _ASSUMED = "; the spread is an assumption"
 
 _TERMS = (
@@ -64,6 +65,7 @@ _TERMS = (
     # A call of the NPU.
     Term("rknnlite_call", 60, 150, 270, "us", f"{_BOARDS} of the C call (40) and this project's emulated RKNNLite"),
     Term("c_call", 33, 40, 50, "us", f"{_BOARDS} (rknn_matmul_run, rknn_run of a tiny graph)"),
+    Term("npu_call", 324, 380, 438, "us", f"c_call, and 97 us of Python on a PC ({_INTERFACES}) times host_python"),
     Term("three_cores_handover", 27, 80, 130, "us", f"{_BOARDS} (threads, synchronisation, conversion a step)"),
     # A graph of 16 rows or more, over the compiler's table.
     Term("graph_over_table", 2.0, 2.4, 2.8, "x", f"{_BOARDS} (a transformer of 16 layers, 50 rows, RKNNLite)"),
@@ -72,6 +74,10 @@ _TERMS = (
     Term("other_element", 0.38, 0.5, 1.06, "ns", f"{_BOARDS} (Mul, Add, Concat; a sigmoid that is not fused)"),
     Term("small_operator", 1.5, 3, 5, "us", f"{_BOARDS} (operators chained in one submit, one row)"),
     Term("conversion_element", 1, 2, 9, "ns", f"{_BOARDS} (inputs_set and outputs_get of fp32)"),
+    Term("port_element", 0.8, 1.17, 1.6, "ns", f"0.40 on a PC ({_INTERFACES}: fill, check) times host_kernels"),
+    # Chunks of a prompt beside each other on three cores (npu_three_cores) and the CPU.
+    Term("cpu_beside_npu", 1.24, 1.34, 1.43, "x", f"{_BOARDS} (a stage of the CPU while the NPU streams weights)"),
+    Term("waves_over_schedule", 1.0, 1.04, 1.08, "x", "bench/results/overlap: measured times over the schedule's"),
     # The matmul interface with many rows: share of a core's peak, by K in fp16.
     Term("matmul_int8", 0.30, 0.34, 0.38, "of the peak", f"{_BOARDS} (4096^3, one core){_ASSUMED}"),
     Term("matmul_fp16_1024", 0.80, 0.88, 0.90, "of the peak", f"{_BOARDS} (K <= 1024){_ASSUMED}"),
