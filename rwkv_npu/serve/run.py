@@ -35,7 +35,7 @@ class PatientProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that tells the scheduler at the first signal to accept no more jobs."""
+    """A uvicorn server. At the first signal it tells the scheduler to accept no more jobs."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -43,7 +43,10 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def main_loop(self) -> None:
-        """Wait for the signal to stop. Once a second, uvicorn renews the Date header; by itself it wakes ten times."""
+        """Wait for the signal to stop, and let uvicorn renew the Date header once a second.
+
+        uvicorn's own loop wakes ten times a second, which costs CPU time on an idle board.
+        """
         self._loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
             with contextlib.suppress(asyncio.TimeoutError):
@@ -89,7 +92,7 @@ def serve(service: Service, bound: socket.socket, *, key: str | None, verbose: b
         timeout_graceful_shutdown=PATIENCE_S,
         server_header=False,
     )
-    # uvicorn raises the signal again after its shutdown; here it must not end the process.
+    # After its shutdown uvicorn raises the signal again. An empty handler keeps it from ending the process.
     restored = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         Server(config, service).run(sockets=[bound])

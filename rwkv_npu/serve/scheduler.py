@@ -1,8 +1,8 @@
 """One thread owns the model and steps all sequences together.
 
 Each step is one forward over rows of many sequences: one token of every answer in progress, and as many prompt tokens
-as the time between two tokens allows. Prompts are read from checkpoint to checkpoint, in multiples of GRAIN tokens
-after the last one. So the results of a sequence do not depend on other sequences.
+as the time between two tokens allows. A prompt is cut at its checkpoints, and between them at multiples of GRAIN
+tokens. So the results of a sequence do not depend on other sequences.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rwkv_npu.runtime.engine import Engine
 from rwkv_npu.serve.cache import Checkpoint, Checkpoints, StateCache
 from rwkv_npu.text.sampling import Choice, Sampler, sample
 
-GRAIN = 16  # rows: prompts are cut at multiples of it, where the recurrences begin a chunk too
+GRAIN = 16  # rows. Prompts are cut at multiples of it; the recurrences begin their chunks there too
 INTERNAL = "internal error: the server's log has the reason"
 SMOOTHING = 0.2  # weight of the newest time in a moving average
 
@@ -38,7 +38,7 @@ class BusyError(RwkvNpuError):
 class Writer(Protocol):
     """Receives the tokens of one answer. All calls come from the scheduler's thread.
 
-    sampler: samples its tokens. top: how many of the most likely tokens to pass with each.
+    sampler: samples the tokens of this answer. top: number of most likely tokens to pass with each sampled token.
     """
 
     sampler: Sampler
@@ -58,10 +58,10 @@ class Writer(Protocol):
 class Job:
     """A prompt to read, and the answers to write after it.
 
-    ids: all tokens of the prompt. writers: one for each answer; an empty list only fills the cache. state: the initial
-    state, if not the empty one; the cache is not used then. started: called with the number of cached tokens when
-    the scheduler admits the prompt. finished: called with the state after the prompt. checkpoints: where the state may
-    be known and will be kept; found by `Scheduler.prepare`.
+    ids: all tokens of the prompt. writers: one for each answer; without writers the prompt is read for the cache only.
+    state: the initial state; None for the empty one. The cache is used with the empty one only. started: called with
+    the number of cached tokens when reading begins. finished: called with the state after the prompt. checkpoints:
+    where the cache may have a state or gets one; `Scheduler.prepare` finds them.
     """
 
     ids: Sequence[int]
@@ -94,7 +94,7 @@ class _Reading:
         if left <= budget:
             return left
         rows = budget // GRAIN * GRAIN
-        # The kernels read fewer than GRAIN rows in another way: no cut leaves so few.
+        # The kernels compute fewer than GRAIN rows in another way, so a cut leaves at least GRAIN.
         if left - rows < GRAIN:
             rows = left if rows == GRAIN else rows - GRAIN
         return rows
@@ -160,7 +160,7 @@ class Scheduler:
         self._idle_work: deque[Job] = deque(maxlen=slots)  # prompts to read for the cache only
         self._reading: list[_Reading] = []
         self._writing: list[_Writing] = []
-        self._held: dict[Job, Checkpoint] = {}  # each waits until another job has read up to this checkpoint
+        self._held: dict[Job, Checkpoint] = {}  # waiting until another job has read up to the checkpoint
         self._pace = _Pace()
         self._wake = threading.Condition()
         self._closing = self._draining = False
@@ -171,7 +171,7 @@ class Scheduler:
     # -- from any thread
 
     def prepare(self, job: Job) -> None:
-        """Find a job's checkpoints, and load the last known state from the cache's stores. May wait for them."""
+        """Find a job's checkpoints, and load its last known state from the cache's stores, which may take long."""
         job.checkpoints = self._checkpoints_of(job)
         self.cache.fetch(job.checkpoints)
 
@@ -189,7 +189,7 @@ class Scheduler:
             self._wake.notify()
 
     def read_when_idle(self, ids: Sequence[int]) -> None:
-        """Read these tokens for the cache when the scheduler is idle. Dropped if too many of them wait."""
+        """Read these tokens for the cache when the scheduler is idle. If too many wait, the oldest are dropped."""
         checkpoints = self.checkpoints.of(ids)
         if not checkpoints:
             return
@@ -270,9 +270,9 @@ class Scheduler:
             self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        """Continue from the known prefix of a prompt: start to read the rest.
+        """Start to read a prompt after its longest cached prefix.
 
-        While another job is about to read the same tokens up to a later checkpoint, hold this job.
+        If another job is reading the same tokens up to a later checkpoint, hold this job until it has read them.
         """
         if job.cancelled:
             self.counters.cancelled += 1
@@ -281,7 +281,7 @@ class Scheduler:
         # The last token of a prompt is always read, for its logits.
         usable = [one for one in checkpoints if one.position < len(job.ids) or not job.writers]
         known = self.cache.position(usable)
-        # Equal prefixes have equal checkpoints: if two jobs share any of those to come, they share the next one.
+        # Checkpoints depend on the tokens alone: jobs that share a later checkpoint share the next one too.
         coming = self._coming()
         shared = next((one for one in usable if one.position > known and one in coming), None)
         if shared is not None:
@@ -318,7 +318,7 @@ class Scheduler:
         self._release_held()
 
     def _step(self) -> None:
-        """One forward over the rows of all sequences; then sample from its logits."""
+        """Run one forward over the rows of all sequences, and sample from its logits."""
         writing, prompts = list(self._writing), self._choose_prompts()
         if not writing and not prompts:
             return
@@ -368,7 +368,7 @@ class Scheduler:
         self.counters.write_seconds += seconds * (1 - share)
 
     def _advance(self, reading: _Reading, rows: int) -> list[_Writing]:
-        """Record that a prompt was read further. Keep its state at a checkpoint; at its end, return its answers."""
+        """Count `rows` tokens of a prompt as read. Cache the state at a checkpoint; return the answers at the end."""
         reading.position += rows
         if reading.checkpoints and reading.checkpoints[0].position == reading.position:
             self.cache.keep(reading.checkpoints.popleft().key, reading.state)

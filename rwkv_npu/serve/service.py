@@ -35,8 +35,8 @@ class GenerationRequest:
     """A prompt and the options of its answers.
 
     prompt: text, or token ids. count: number of answers, which share one reading of the prompt. parser: creates the
-    parser of each answer. grammar: creates the grammar of each answer. chat, tools: messages and tools behind the
-    prompt; with them the cache can read the answer as part of the next turn's prompt.
+    parser of each answer. grammar: creates the grammar of each answer. chat, tools: the messages and tools that the
+    prompt was rendered from. With them, the finished answer is read into the cache as the next prompt will hold it.
     """
 
     prompt: str | Sequence[int]
@@ -81,8 +81,8 @@ class Limits:
 class Service:
     """One model with its chat template, scheduler and cache.
 
-    name: of the model, as clients see it. neutral_sampling: accept OpenAI's neutral values (temperature 1, top_p 1, no
-    penalties). By default, a request with exactly these values gets the template's defaults instead.
+    name: the model's name, as clients see it. neutral_sampling: accept OpenAI's neutral values (temperature 1, top_p 1,
+    no penalties). By default, a request with exactly these values gets the template's defaults instead.
     """
 
     def __init__(
@@ -114,7 +114,8 @@ class Service:
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`. The same fingerprint and seed give the same answer.
 
-        The suffix `_rows` marks an exception: on backends other than numba, results depend on the number of sequences.
+        The suffix `_rows` marks an exception: results also depend on the number of sequences, except with the numba
+        backend in int8 or int4.
         """
         exact = set(self.model.engine.backends) == {"numba"} and self.model.precision in ("int8", "int4")
         return f"fp_{self.identity[:12]}" + ("" if exact else "_rows")
@@ -135,7 +136,7 @@ class Service:
         count: int = 1,
         state: State | None = None,
     ) -> GenerationRequest:
-        """The generation request of a chat. state: the messages follow it. Raises UsageError for invalid messages."""
+        """The generation request of a chat. state: the messages continue it. Raises UsageError for invalid messages."""
         if not messages:
             raise UsageError("the chat has no messages: it needs at least one of the user")
         prompt = render(self.template, messages, think=think, tools=tools, call=call)
@@ -197,7 +198,7 @@ class Service:
         await asyncio.to_thread(self.scheduler.prepare, job)
         self.scheduler.submit(job)
         events = self._events(request, job, answers, usage, queue)
-        # A client may go before its response begins. Then nothing runs the generator, not even to close it.
+        # If the client leaves before its response begins, nothing runs the generator, not even to close it.
         weakref.finalize(events, job.cancel)
         return Running(job, usage, events)
 
@@ -222,7 +223,7 @@ class Service:
         finally:
             job.cancel()
         if request.chat and len(answers) == 1:
-            # Read the answer as the next turn's prompt will hold it: without its thought, cleaned.
+            # Read the answer as the next prompt will hold it: cleaned, and without its thought.
             turns = [*request.chat, Message("assistant", text[0])]
             await asyncio.to_thread(self._read_when_idle, turns, request.tools)
 

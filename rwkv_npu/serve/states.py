@@ -1,7 +1,8 @@
 """Named states: upload, download, copy, delete, and requests that begin with one.
 
-A state holds all that a model remembers of a text, in a file of some megabytes. A long instruction is read once; every
-request with `"state": NAME` begins after it. Files are safetensors, never pickles, and are checked against the model.
+A state holds all that a model remembers of a text, in some megabytes. A long instruction is read once, and every
+request with `"state": NAME` continues after it. Files are safetensors, never pickles. They are checked against the
+model.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ async def upload(request: Request) -> Response:
 
 
 async def read(request: Request) -> Response:
-    """Read a text and keep the state after it under a name. It begins empty, or with another named state."""
+    """Read a text, from the empty state or from a named one, and keep the state after it under a name."""
     service: Service = request.app.state.service
     named: NamedStates = request.app.state.named
     fields, name = Fields.parse(await body_of(request)), request.path_params["name"]

@@ -1,7 +1,7 @@
-"""States outside of this process, in a folder or in Redis: a restarted server, or another one, continues conversations.
+"""Stores of states outside this process: a folder, or Redis. From them another server can continue a conversation.
 
-Each state is an ordinary state file. Its name and its metadata have the key of its tokens. It is validated like an
-upload, because other machines may write there.
+Each state is an ordinary state file. Its name and its metadata hold its key (`cache.Checkpoint`). It is validated like
+an upload, because other machines may write to the store.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ KEY = re.compile(r"[0-9a-f]{32}")
 PENDING = 32  # states that may wait to be written. More are dropped: their prompts can be read again
 ABANDONED_S = 600  # age of an unfinished file whose writer was killed
 
-# Redis: it removes old states by itself (maxmemory-policy), or after this time.
+# Redis removes states after LIFETIME_S, and earlier ones too if its maxmemory-policy says so.
 LIFETIME_S = 7 * 24 * 3600
-PATIENCE_S = 2.0  # for one answer
-PAUSE_S = 10.0  # without requests after a failure, so that a dead Redis does not delay every prompt
+PATIENCE_S = 2.0  # limit of one request
+PAUSE_S = 10.0  # no requests for this time after a failure: a dead Redis must not delay every prompt
 
 log = logging.getLogger("rwkv_npu.serve")
 
@@ -138,7 +138,7 @@ def _files(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
 class RedisStates(_Store):
     """States in Redis. Any failure acts like an empty store.
 
-    url: redis:// or rediss://, with a password if it needs one, which no message shows.
+    url: redis:// or rediss://. It may hold a password, which no message shows.
     """
 
     def __init__(self, url: str, model: Model):
@@ -186,7 +186,7 @@ class RedisStates(_Store):
         return f"rwkv_npu:state:{key}"
 
     def _ask(self, command: str, *arguments: Any, **options: Any) -> Any:
-        """The answer of Redis; None after a failure, and for some seconds after it."""
+        """Send a command to Redis. Returns its answer; None after a failure, and for PAUSE_S after one."""
         if time.monotonic() < self._wait_until:
             return None
         try:

@@ -19,7 +19,7 @@ from rwkv_npu.serve.scheduler import BusyError
 from rwkv_npu.serve.service import Service
 
 LARGEST_BODY = 16_000_000  # bytes
-SLOWEST_BODY_S = 60  # seconds to send a body: a slow client blocks no other, and is then refused
+SLOWEST_BODY_S = 60  # seconds to send a body; a slower client is refused
 PATIENCE_S = 30  # seconds for running answers after a signal to stop
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 OPEN_PATHS = ("/health", "/", "/page")  # served without a key
@@ -70,7 +70,7 @@ async def body_of(request: Request) -> bytes:
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client closes its connection."""
+    """Return the result of `work`. Cancel it if the client closes its connection."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -91,8 +91,8 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
 class Gate:
     """ASGI middleware: logs each request, checks its Host header and key, and turns errors into responses.
 
-    hosts: accepted names in the Host header, None for any. On loopback they are checked against DNS rebinding: without
-    the check, a foreign web page in the user's browser could call the server through a name of its own.
+    hosts: accepted names in the Host header, None for any. On loopback the check prevents DNS rebinding: a foreign web
+    page in the user's browser could otherwise call the server through a name of its own.
     """
 
     def __init__(self, app: ASGI, *, key: str | None, hosts: Sequence[str] | None):
