@@ -39,8 +39,8 @@ class Template:
     to the last user message; empty if the models do not think. sampling: default options, by the names of
     `Model.generate`. presets: other sampling options, by name.
 
-    A checkpoint's own template (`own_template`) renders by itself: apply(turns, tools, think, prompt). ends: its stop
-    strings. tells_tools: it describes tools itself.
+    The last three fields are for a checkpoint's own template (`own_template`). ends: its stop strings. apply: renders
+    (turns, tools, think, prompt) to text. tells_tools: True if the template describes the tools.
     """
 
     name: str
@@ -202,7 +202,7 @@ def history(
 ) -> str:
     """Render finished turns. The text ends with a blank line. hint: appended to the last user message.
 
-    Every later prompt of the same chat begins with this text, unless a template of the checkpoint's own forbids.
+    Every later prompt of the same chat begins with this text, unless the checkpoint's own template changes past turns.
     """
     if template.apply is not None:
         return _apply(template, turns, tools, "off", prompt=False)
@@ -226,7 +226,7 @@ def _apply(
     *,
     prompt: bool,
 ) -> str:
-    """Render by the checkpoint's own template. Blank lines are removed, as they end a turn of an RWKV model."""
+    """Render with the checkpoint's own template. Blank lines inside turns are removed: they would end the turn."""
     assert template.apply is not None
     if tools and not template.tells_tools:
         turns, tools = _with_tools(list(turns), tools), ()
@@ -296,12 +296,13 @@ _THINK, _END_THINK, _FENCE = "<think>", "</think>", "```"
 class AnswerParser:
     """Splits a stream of text into thought and content, and finds the end of the answer.
 
-    A blank line ends an answer, except inside a thought or a code fence, or before the first visible character. A user
-    label at the start of a line always ends it. Text that may be part of a mark or a stop string is held back.
+    A blank line or a user label ends an answer, except inside a thought or a code fence, or before the first visible
+    character. Text that may be part of a mark or a stop string is held back.
 
     opened: the beginning of the answer that the prompt holds. stops: the template's stop strings, ignored inside code
-    fences. always: the caller's stop strings, which hold anywhere in the content. raw: only `always` ends the answer
-    (structured output). plain: the text is no chat answer: it has no thoughts, and its first characters count.
+    fences. always: the caller's stop strings, which end the answer inside code fences too. raw: only `always` ends
+    the answer (structured output). plain: the text is no chat answer. It has no thoughts, and white space at its
+    beginning is kept.
     """
 
     def __init__(
@@ -410,7 +411,7 @@ class AnswerParser:
         return match.end() - len(_FENCE) if match else None
 
     def _fence_overlap(self) -> int:
-        """Length of the buffer's end that may be the start of a code fence."""
+        """Number of characters at the end of the buffer that may begin a code fence."""
         line = self._buffer.rpartition("\n")
         at_start = bool(line[1]) or self._line_start
         tail = line[2].lstrip(" \t")

@@ -1,7 +1,7 @@
 """Texts and token ids from files.
 
-A file is UTF-8 text, or holds ids: a `.json` with a list of numbers, or a `.npy` with a row of integers. Callers pass
-the model's tokenizer as a function `encode`.
+A file holds UTF-8 text or ids. Ids are a `.json` with a list of numbers, or a `.npy` with a row of integers. Callers
+pass the model's tokenizer as a function `encode`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Encode = Callable[[str], Sequence[int]]
 
 IDS = (".json", ".npy")  # suffixes of files with ids
 _MOST_AXES = 8
-_BYTEWISE = 0.8  # tokens a byte. A vocabulary that needs more encodes the text byte by byte
+_BYTEWISE = 0.8  # tokens a byte; with more, the vocabulary encodes the text byte by byte
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Tokens:
 
 
 def holds_ids(path: str) -> bool:
-    """True if the file's name says that it holds ids, which need no tokenizer."""
+    """True for a file of ids, by its suffix. It needs no tokenizer."""
     return Path(path).suffix.lower() in IDS
 
 
@@ -112,7 +112,7 @@ def _normalised(text: str, name: str) -> str:
 
 
 def _read_ids(path: str) -> np.ndarray:
-    """(M,) int64."""
+    """Read a file of ids as (M,) int64. Raises UsageError."""
     data = _read_bytes(path)
     try:
         ids = _parse_npy(data) if path.lower().endswith(".npy") else np.array(json.loads(data))

@@ -23,7 +23,7 @@ class Step:
     """One sampled token.
 
     token: its id. logprob: its log-probability, before temperature, penalties and filters.
-    text: the text that became certain with it, "" while a character or a stop string may be incomplete.
+    text: the text that is final with this token, "" while a character or a stop string may be incomplete.
     held: text that may be the start of a stop string. A caller who stops the generation here appends it.
     finish_reason: None, "stop" (end of text or a stop string) or "length", on the last step only.
     """
@@ -67,7 +67,7 @@ class _Reader:
         if self._broken:
             raise BackendError("the state is lost: the backend failed while it read a token")
         if self._pending is not None:
-            self._broken = True  # while some layers have read it and others have not
+            self._broken = True  # if the forward fails, some layers have read the token and others have not
             self.logits, _ = self._engine.forward([self._pending], self._state, inplace=True)
             self._pending, self._broken = None, False
         return self._state
@@ -90,18 +90,18 @@ class TextStream:
         self.held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Add a token. Returns the text that became certain, and True if a stop string (left out) is complete."""
+        """Add a token. Returns the text that is final, and True after a stop string, which is left out of the text."""
         if self._decoder is None or token == END_OF_TEXT:
             return "", False
         self.held += self._decoder.push(token)
         found = [(at + len(stop), at) for stop in self._stop if (at := self.held.find(stop)) >= 0]
         if found:
-            _, begin = min(found)  # the stop string that is complete first
+            _, begin = min(found)  # the stop string that ends first
             text, self.held = self.held[:begin], ""
             self._decoder = None
             return text, True
-        certain = len(self.held) - overlap(self.held, self._stop)
-        text, self.held = self.held[:certain], self.held[certain:]
+        final = len(self.held) - overlap(self.held, self._stop)
+        text, self.held = self.held[:final], self.held[final:]
         return text, False
 
     def finish(self) -> str:
@@ -123,7 +123,7 @@ def steps(
 ) -> Iterator[Step]:
     """Sample tokens, beginning with `logits`: at most `max_tokens` (None: no limit). Updates `state` in place.
 
-    A token of `stop_ids` ends the text and adds none.
+    A token of `stop_ids` ends the text, and adds nothing to it.
     """
     reader = _Reader(engine, logits, state)
     for count in itertools.count(1):

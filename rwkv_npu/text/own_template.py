@@ -1,7 +1,7 @@
 """A checkpoint's own chat template: Jinja, in the form that Hugging Face's files have.
 
-The template comes with a download, so it runs in Jinja's sandbox, which has no way to files or to Python's objects.
-How a turn ends and what labels the user are found by rendering a chat of known words.
+The template comes with a download, so it runs in Jinja's sandbox, without access to files or to Python's objects. A
+short chat is rendered once, to find the labels of user and assistant and the text that ends a turn.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from rwkv_npu.text.chat import Message, Template
 
 LARGEST = 64 << 10  # characters
 _QUESTION, _ANSWER = "Question1", "Answer1"
-# A text for token 0 at the beginning. BlinkDL's own programs begin without it.
+# Some templates write token 0 at the beginning. It is removed: RWKV's reference programs begin without it.
 _BEGIN = ("<|rwkv_tokenizer_end_of_text|>", "<|endoftext|>")
 
 
 def own_template(source: str, where: Path, family: Template) -> Template:
-    """The template of this Jinja source.
+    """Compile Jinja source to a template.
 
-    where: named in errors. family: gives the sampling options, and the labels that the cache looks for. Raises
+    where: the file that errors name. family: a built-in template, for sampling options and labels. Raises
     UsageError if the source is no template for a chat, or Jinja is not installed.
     """
     try:
@@ -88,7 +88,7 @@ def own_template(source: str, where: Path, family: Template) -> Template:
 
 
 def _end(text: str) -> str:
-    """The stop string of a text between two turns. A single line break ends no turn by itself."""
+    """The stop string in the text after an answer, or "". A single line break is none: answers contain them."""
     return text.strip() or ("\n\n" if text.startswith("\n\n") else "")
 
 

@@ -10,7 +10,7 @@ temperature then shapes the probabilities of the selected tokens. Deliberate dif
 - min-p, which the package lacks, comes after top-k.
 
 `choose` is the reference, in NumPy. `kernels.sampling` is the same in compiled code, for systems with numba.
-Both use exponentials and sums in fp64: in fp32 a choice would depend on the order of the sums.
+Both compute exponentials and sums in fp64: in fp32 a choice would depend on the order of summation.
 Letters: B sequences, V vocabulary.
 """
 
@@ -30,13 +30,13 @@ from rwkv_npu.arguments import check_number
 from rwkv_npu.errors import BackendError, UsageError
 
 NOT_FINITE = "the logits hold NaN or infinity, or no token is left to choose"
-TEMPERATURES = 1e-6, 1e30  # beyond these nothing changes
+TEMPERATURES = 1e-6, 1e30  # others are clipped to this range: beyond it the choice stays the same
 THRESHOLDS = 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4, 1e-6, 0.0
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Options of the choice of a token. The defaults are those of the rwkv package, without its penalties.
+    """Sampling options. The defaults are those of the rwkv package, without its penalties.
 
     Raises UsageError for a value out of range.
     """
@@ -70,7 +70,7 @@ class Choice(NamedTuple):
 class Sampler:
     """Draws the tokens of one sequence, and counts them for the penalties.
 
-    rng: the only source of chance. Each draw takes one number from it. ids: a range that holds every id whose logit is
+    rng: the only source of random numbers. Each draw takes one. ids: a range that covers all ids whose logits are
     changed.
 
     Args:
@@ -237,7 +237,7 @@ def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
     peak = np.float64(logits.max())
     weights = np.exp(logits - peak)
     wanted = mass * weights.sum()
-    # Sort only the tokens above the first threshold that leaves enough weight. The largest weight is 1.
+    # The largest weight is 1. Sort only the tokens above the first threshold above which the weights suffice.
     for threshold in THRESHOLDS:
         likely = np.flatnonzero(weights >= threshold)
         if weights[likely].sum() >= wanted:
@@ -267,7 +267,7 @@ def _log_sum(logits: np.ndarray) -> float:
     peak = float(logits.max())
     if not math.isfinite(peak):
         raise BackendError(NOT_FINITE)
-    # Exponentials in fp32 are several times faster. An error of 1e-7 is harmless: log-probabilities choose nothing.
+    # Exponentials in fp32 are several times faster. An error of 1e-7 is harmless: no choice depends on this sum.
     return peak + math.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64))
 
 

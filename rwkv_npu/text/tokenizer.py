@@ -1,7 +1,7 @@
 """Text to token ids and back: the World vocabulary, and any `tokenizer.json` (such as the Pile models').
 
-This module knows no models. A vocabulary maps ids to bytes. An id is a row of the model's head, which has V rows. Id 0
-ends a text in every vocabulary. Ids are decoded to bytes first, so that a stream can hold back an incomplete character.
+This module knows no models. A vocabulary maps ids to bytes. An id is a row of the model's head. Id 0 ends a text in
+every vocabulary. Ids are decoded to bytes first, so that a stream can hold back an incomplete character.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNCOUNTED = b" \t0123456789"
 class StreamDecoder:
     """Decodes a stream of ids. Bytes that may be the start of a character are held back.
 
-    The pieces of text together, the last one from `finish`, equal `Tokenizer.decode` of all ids.
+    All pieces of text, with that of `finish`, make up `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
@@ -52,14 +52,14 @@ class StreamDecoder:
         return self._utf8.decode(self._bytes_of(token))
 
     def finish(self) -> str:
-        """End of the stream: bytes that were held back, as U+FFFD. The decoder can then be used for another stream."""
+        """End the stream. Returns bytes that were held back, as U+FFFD. Then the decoder can decode another stream."""
         rest = self._utf8.decode(b"", True)
         self._utf8.reset()
         return rest
 
 
 class _WindowDecoder(StreamDecoder):
-    """For vocabularies in which the text of an id depends on the ids before it: decodes the last few ids together."""
+    """Decodes the last few ids together, for vocabularies in which the text of an id depends on the ids before it."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
@@ -106,7 +106,7 @@ class Tokenizer(ABC):
         """Ids of a text, [] for "". Raises TokenizerError if the vocabulary lacks a byte of it."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that the model is to continue. The Pile vocabulary treats its end specially."""
+        """Ids of a prompt. The Pile vocabulary encodes a blank line at its end in another way."""
         return self.encode(text)
 
     @property
@@ -127,7 +127,7 @@ class Tokenizer(ABC):
         return StreamDecoder(self._bytes_or_replacement)
 
     def has_text(self, vocab_size: int) -> np.ndarray:
-        """(vocab_size,) bool: True for the rows of a head that may be sampled: ids with text, and end-of-text."""
+        """(vocab_size,) bool. True for ids that may be sampled: those with text, and end-of-text."""
         mask = np.zeros(vocab_size, dtype=bool)
         mask[self._ids[self._ids < vocab_size]] = True
         mask[self.eos_id] = True
@@ -193,7 +193,7 @@ class WorldTokenizer(Tokenizer):
 
 
 class PileTokenizer(Tokenizer):
-    """A `tokenizer.json`, run by the `tokenizers` package. That of the Pile models is `20B_tokenizer.json`.
+    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package. The Pile models use `20B_tokenizer.json`.
 
     Special tokens such as `<|endoftext|>` have no text, as in the rwkv package. The Pile vocabulary changes text to
     Unicode's NFC: letters and their accents come back as one character.
@@ -216,7 +216,7 @@ class PileTokenizer(Tokenizer):
         return list(self._hf.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """A blank line at the end is encoded newline by newline: the Pile models were trained to continue that."""
+        """Like `encode`, but a blank line at the end becomes two newline tokens, as in the training of Pile models."""
         body = text[:-2] if text.endswith("\n\n") else text
         return self.encode(body) + self.encode("\n") * (len(text) - len(body))
 
@@ -292,8 +292,10 @@ def find_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer of a model whose head has `vocab_size` rows. None if no known vocabulary fits.
 
-    The first of these: `override`, a file or the name of a builtin vocabulary; a file in the folder of the checkpoint
-    `beside`, `*vocab*.txt` in World format or `tokenizer.json`; the builtin vocabulary of this size.
+    `override`, a file or the name of a builtin vocabulary, comes first. Then comes a file in the folder of the
+    checkpoint `beside`: `*vocab*.txt` in World format, or `tokenizer.json`. Last comes the builtin vocabulary of this
+    size.
+
     Raises TokenizerError for a damaged file, and for an override with more ids than the head has rows.
     """
     if override is not None:
@@ -320,15 +322,15 @@ def _tokenizer_beside(checkpoint: Path, vocab_size: int) -> Tokenizer | None:
             f"{folder}: more than one vocabulary fits the model ({names}): name the one to use"
         )
     if not fitting and (folder / "tokenizer.json").is_file():
-        # Every model's file has this name, so that it may be another model's. A head has one row for each id, padded to
-        # a round number.
+        # All models use this file name, so the file may be another model's. It fits if the head has a row for each id,
+        # and few more, up to a round number.
         other = load_tokenizer(folder / "tokenizer.json")
         fitting = [other] if 0 <= vocab_size - other.vocab_size < 1024 else []
     return fitting[0] if fitting else None
 
 
 def _prefix_table(tokens: Mapping[int, bytes]) -> dict[bytes, int]:
-    """The id of every token by its bytes, and 0 for every prefix of a token that is not a token itself."""
+    """Maps the bytes of each token to its id, and prefixes of tokens that are no tokens themselves to 0."""
     table = {data: token for token, data in tokens.items()}
     for data in tokens.values():
         end = len(data) - 1
@@ -340,7 +342,7 @@ def _prefix_table(tokens: Mapping[int, bytes]) -> dict[bytes, int]:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character in byte-level BPE. Printable Latin-1 is itself; other bytes are U+0100 and up."""
+    """The byte of each character in byte-level BPE: printable Latin-1 as it is, the other bytes as U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

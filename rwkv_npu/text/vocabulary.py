@@ -1,6 +1,6 @@
 """Read vocabulary files: World format (`.txt`), its packed form in this package, and `tokenizer.json`.
 
-Anybody's file may come here, so that damaged, huge and malicious files are refused in one line.
+Files come from anywhere. Damaged, huge and malicious ones are refused with an error of one line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def read_vocabulary(path: Path) -> str:
 
 
 def is_world(path: Path) -> bool:
-    """True if the first line of a file is one of World format."""
+    """True if the first line of a file is in World format."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             return _WORLD_LINE.fullmatch(file.readline(1024).strip()) is not None
@@ -63,7 +63,7 @@ def parse_world_vocab(text: str, where: str) -> dict[int, bytes]:
                 continue
             try:
                 token, data = _parse_world_line(line)
-                if token == END_OF_TEXT or not data:  # padding: some files list ids without a token
+                if token == END_OF_TEXT or not data:  # some files list ids without a token, as padding
                     continue
                 if token in tokens or data in line_of:
                     what = f"id {token}" if token in tokens else f"the token of line {line_of[data]}"
@@ -102,7 +102,9 @@ def _literal_bytes(literal: str) -> bytes:
 
 
 def unpack_world_vocab(data: bytes) -> dict[int, bytes]:
-    """Unpack the World vocabulary of the package: the number of ids (4 bytes, little-endian), lengths, tokens."""
+    """Unpack the World vocabulary of the package. It holds the number of ids (4 bytes, little-endian), their lengths,
+    and their bytes.
+    """
     count = int.from_bytes(data[:4], "little")
     start = 4 + count
     tokens: dict[int, bytes] = {}
@@ -114,7 +116,8 @@ def unpack_world_vocab(data: bytes) -> dict[int, bytes]:
 
 # -- tokenizer.json --------------------------------------------------------------------------------------
 
-# A program that reads and uses a tokenizer.json within limits: one can panic, or take gigabytes and minutes.
+# This program tries a tokenizer.json in a process of its own, within limits. A bad file can make the `tokenizers`
+# package panic, or take gigabytes and minutes.
 _TRIAL = """
 import sys
 memory, seconds = map(int, sys.argv[1:])
@@ -135,14 +138,14 @@ except BaseException as error:
     sys.exit(1)
 """
 _TRIAL_SECONDS = 20
-_TRIAL_MEMORY = 2 << 30  # bytes, beside forty times the size of the file
+_TRIAL_MEMORY = 2 << 30  # bytes, plus forty times the size of the file
 
 
 def try_tokenizer_json(json_text: str, where: str) -> None:
-    """Raises TokenizerError if the `tokenizers` package cannot read the file within the limits of time and memory."""
+    """Try a file in a process with limits of time and memory. Raises TokenizerError if it cannot be used."""
     data = json_text.encode()
     command = [sys.executable, "-c", _TRIAL, str(_TRIAL_MEMORY + 40 * len(data)), str(_TRIAL_SECONDS)]
-    # One thread: the threads of 64 cores would reserve more addresses than the limit allows.
+    # One thread: on 64 cores, the stacks and heaps of all threads would exceed the limit of address space.
     alone = {
         **os.environ,
         "RAYON_NUM_THREADS": "1",
