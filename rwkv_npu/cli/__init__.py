@@ -41,7 +41,8 @@ from rwkv_npu.cli import (
 from rwkv_npu.cli.flags import as_flags
 from rwkv_npu.errors import RwkvNpuError
 
-# In the order of --help. Each has `add`, its flags and help, and `run`, which imports what it needs when it is called.
+# The commands in the order of --help. In each, `add` declares the flags. `run` executes the command, and imports what
+# it needs only then.
 COMMANDS = (
     models,
     pull,
@@ -64,7 +65,8 @@ COMMANDS = (
 )
 
 STDOUT = "<stdout>"
-TEXTS = ("prompt", "system", "stop", "hub_file")  # arguments that may be empty, and are no files here
+# Arguments that may be empty, and that are not resolved if they begin with `hf:`.
+TEXTS = ("prompt", "system", "stop", "hub_file")
 LINUX_ONLY = {"fcntl", "resource", "termios"}  # modules of Python that other systems may lack
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
@@ -104,7 +106,7 @@ def _run(argv: Sequence[str] | None) -> int:
             words = value if isinstance(value, list) else [value]
             if name in TEXTS:
                 continue
-            if "" in words:  # a shell leaves such a word where a variable is not set: "$MODEL"
+            if "" in words:  # a shell passes "" for "$MODEL" if the variable is not set
                 top.error(f"{name.replace('_', '-')} is empty: give a value, or leave it out")
             if any(isinstance(word, str) and word.startswith("hf:") for word in words):
                 from rwkv_npu.formats.hub import resolve
@@ -117,7 +119,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except RwkvNpuError as error:
         print(f"rwkv-npu: error: {as_flags(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of our output has ended
+    except BrokenPipeError:  # the program that reads our output has ended
         _give_up_stdout()
         return 0
     except OSError as error:
@@ -155,7 +157,8 @@ def entry() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell: <&- >&-
             setattr(sys, name, open(os.devnull, mode))
-    # As an exception, so that running calls of the NPU end and its contexts are released: a kill may wedge the driver.
+    # SIGTERM raises SystemExit, so that calls to the NPU finish and its contexts are released. A process that is killed
+    # may leave the driver stuck.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     _keep_stdout()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -164,7 +167,7 @@ def entry() -> NoReturn:
 
 
 def _keep_stdout() -> None:
-    """Send to stderr what C libraries print to stdout, such as Rockchip's. stdout is for results only."""
+    """Redirect prints of C libraries, such as Rockchip's, from stdout to stderr. stdout is for results only."""
     with contextlib.suppress(OSError, ValueError):  # closed by the shell
         ours = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), 1)
@@ -173,7 +176,7 @@ def _keep_stdout() -> None:
 
 
 class _Stdout(io.FileIO):
-    """stdout. Its errors hold its name, so that they can be told from errors of other files."""
+    """stdout. Its errors have the file name STDOUT, by which `_run` tells them from errors of other files."""
 
     def write(self, data: Any) -> int:
         try:

@@ -218,7 +218,7 @@ def _matmul_settings(arguments: argparse.Namespace, file: Path | None) -> matmul
 
 
 def _matmul_command(arguments: argparse.Namespace) -> str:
-    """The command line without files, for the document."""
+    """The command line, without file names. The document records it."""
     flags = {name: getattr(arguments, name) for name in ("sizes", "shapes", "model", "backends", "dtypes")}
     flags |= {"repeats": arguments.repeats, "threads": arguments.threads}
     given = [f"--{name} {value}" for name, value in flags.items() if value is not None]
@@ -324,7 +324,7 @@ def _inference_settings(arguments: argparse.Namespace) -> inference.Settings:
 
 
 def _inference_command(arguments: argparse.Namespace) -> str:
-    """The command line for the document, with the names of model files only."""
+    """The command line, with file names in place of paths. The document records it."""
     words = [
         "rwkv-npu bench inference",
         *(f"-m {shlex.quote(Path(path).name)}" for path in arguments.model or ()),
@@ -346,7 +346,7 @@ def _board(arguments: argparse.Namespace) -> int:
     from rwkv_npu.bench import board
 
     file = Path(arguments.out)
-    resume_file(arguments.out)  # before minutes of measuring
+    resume_file(arguments.out)  # checked before minutes of measuring
     with tqdm(desc="board", unit="step", leave=False, disable=None) as bar:
 
         def progress(step: str) -> None:
@@ -381,7 +381,7 @@ def _kept(what: str, file: Path | None) -> str:
 
 
 def _print_pictures(paths: Sequence[Path], output: str) -> None:
-    """Print the paths of the pictures: on stdout after a table, on stderr if stdout holds data for programs."""
+    """Print the paths of the pictures: after a table on stdout, but on stderr if stdout holds JSON or CSV."""
     line = f"pictures: {' '.join(map(str, paths))}" if paths else "no pictures: no row has a time"
     if output == "md":
         print(f"\n{line}")

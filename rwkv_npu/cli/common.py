@@ -1,4 +1,4 @@
-"""Shared by several commands: the flags that name a model, loading it, printing sizes."""
+"""Code that several commands share: the flags that name a model, loading it, printing sizes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def use_big_cores(threads: int | None) -> str:
         or (threads or 0) > len(big)
     ):
         return ""
-    for thread in os.listdir("/proc/self/task"):  # NumPy has started some already
+    for thread in os.listdir("/proc/self/task"):  # NumPy has started some threads already
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), big)
     return f"on the large cores, {', '.join(map(str, big))}"

@@ -1,8 +1,8 @@
 """A chat with one model: its turns, the state after them, undo and retry.
 
-The next prompt starts from the state after the finished turns. That state comes from reading the turns as text, not
-from generating the answer: so it holds no thoughts, and its tokens are those of the whole text. A thread reads them
-while the user types.
+The next prompt starts from the state after the finished turns. To get it, a thread reads the turns as text while the
+user types. The state that generating the answer leaves is not used: it holds the thought, and its tokens may differ
+from those that encoding the text gives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rwkv_npu.formats.state import State, read_notes
 from rwkv_npu.model import Model
 from rwkv_npu.text.chat import THINKING, AnswerParser, Message, Piece, Template, history, render
 
-KEPT_STATES = 16  # turns that can be undone without reading any text again
+KEPT_STATES = 16  # states kept, each after another turn; undoing to one of them reads no text again
 NOTE = "messages"
 
 
@@ -51,7 +51,7 @@ class Conversation:
         self._closed = False
 
     def close(self) -> None:
-        """Stop reading turns. The model must not be closed before."""
+        """Stop reading turns. Call it before the model is closed."""
         self._closed = True
         if self._reader is not None:
             self._reader.join()
@@ -137,7 +137,7 @@ class Conversation:
             self._reader.start()
 
     def _read_count(self, text: str) -> tuple[int, str]:
-        """(number, text) of the messages that the latest usable state has read: `text` continues them."""
+        """Find the latest state that `text` continues. Returns (number, text) of the messages that it has read."""
         for count in sorted(self._states, reverse=True):
             if count < len(self.messages):
                 known = history(self.template, self.messages[:count]) if count else ""

@@ -1,4 +1,4 @@
-"""`rwkv-npu convert`: prints the path of the bundle."""
+"""`rwkv-npu convert`: make a bundle from a checkpoint, and print its path."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The checks of `rwkv-npu doctor`: findings about board, NPU, clocks and software, each with the command that mends it.
 
-Everything is read below a root folder (`rwkv_npu.board.hardware`). Nothing is changed, and the NPU is not touched.
+All files are read below a root folder (`rwkv_npu.board.hardware`). Nothing is changed, and the NPU is not opened.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _memory(root: Path) -> Iterator[Finding]:
 
 
 def _npu_memory(root: Path) -> Iterator[Finding]:
-    """The memory that the NPU can use. `_room` compares it with the needs of a bundle."""
+    """Report the memory that the NPU can use. `_room` compares it with the needs of a bundle."""
     free = hardware.memory(root).get("MemAvailable")
     if free is not None:
         most = BUDGET_BYTES / 1e9
@@ -210,7 +210,10 @@ def _npu_memory(root: Path) -> Iterator[Finding]:
 
 
 def _files() -> Finding:
-    """The driver needs a file descriptor for each buffer. Opening the NPU raises the soft limit to the hard limit."""
+    """Check the hard limit of open files, to which opening the NPU raises the soft limit.
+
+    The driver needs a file descriptor for each buffer.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit == resource.RLIM_INFINITY or limit >= FEW_FILES:
         return Finding(OK, "open files", "enough")
@@ -229,7 +232,7 @@ def _packages(chip: str | None) -> Iterator[Finding]:
 
 
 def _numba() -> Finding:
-    """The fast CPU backend: numba compiles it for the processor at hand."""
+    """Check the backend numba, and whether it uses all that the processor has."""
     from rwkv_npu import kernels
 
     try:
@@ -288,7 +291,7 @@ def _bundle(root: Path, chip: str | None, bundle: Bundle) -> Iterator[Finding]:
 
 
 def _fit(root: Path, toolkit: str, again: str) -> Iterator[Finding]:
-    """Compare the board's librknnrt with the artifacts' compiler. It reads artifacts of its version and older ones."""
+    """Check that librknnrt is not older than the compiler of the artifacts: it cannot read newer ones."""
     library = hardware.runtime_library(root)
     runtime = hardware.runtime_version(library) if library else None
     if runtime is None or not toolkit:

@@ -19,10 +19,10 @@ WIDTH, COLUMN = 80, 12  # characters of a line, and of a column of figures
 
 
 def run(request: Request, as_json: bool, explained: bool, terms: Terms = TERMS) -> int:
-    """Print the forecast of `request`. terms: of the estimates.
+    """Print the forecast of `request`. terms: the terms of the estimates.
 
-    Raises RwkvNpuError like a conversion, with two exceptions. A model that does not fit is reported in the table, and
-    the compiler is not needed.
+    Raises RwkvNpuError where the conversion would, but does not need the compiler. A model that does not fit is
+    reported in the table.
     """
     prepared = prepare(request)
     bundle = prepared.manifest if prepared.adding else None

@@ -203,7 +203,7 @@ def _wrapped(line: str) -> str:
 
 
 def _positions(result: Evaluation) -> list[str]:
-    """Format a line for every range of positions. Drift shows as growth from one to the next."""
+    """Format a line for every range of positions. With drift, the figures grow from line to line."""
     compared = result.kl_mean is not None
     title = f"{'position':>10}{'tokens':>9}{'bits/token':>12}{'perplexity':>12}"
     lines = [title + (f"{'KL mean':>11}{'KL p99':>11}{'top-1':>9}" if compared else "")]

@@ -1,4 +1,4 @@
-"""`rwkv-npu export`: writes the part of a bundle that one board needs, or a GGUF file, and prints its path."""
+"""`rwkv-npu export`: write the part of a bundle that one board needs, or a GGUF file, and print its path."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ _NAMED_ALIKE = (
 )
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMED_ALIKE.split()} | {"temperature": "--temp"}
 
-# A name that is no part of a longer one or of a path, and its value: quoted, or up to a space or punctuation.
+# NAME=VALUE, where the name is no part of a longer word or of a path. The value is quoted, or it ends before a space or
+# punctuation.
 _ARGUMENT = re.compile(rf"(?<![\w./-])({'|'.join(FLAGS)})=('[^']*'|\"[^\"]*\"|[^\s,;:()]*[^\s,;:().])?")
 _NEEDS_NO_QUOTES = re.compile(r"[\w.,:/+*=-]+")
 

@@ -206,7 +206,7 @@ def _most_likely(model: Model, logits: np.ndarray, count: int) -> list[dict[str,
 
 
 def _end_line(ends_line: bool) -> None:
-    """Start a new line for the statistics if the text did not end one. A pipe or a file gets the text alone."""
+    """Start a new line for the statistics on a terminal. A pipe or a file gets the text alone."""
     if sys.stdout.isatty():
         print(flush=True)
     elif not ends_line and (sys.stderr.isatty() or _same_file(sys.stdout, sys.stderr)):
@@ -283,7 +283,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
         source = "-"
     if source is not None:
         text = read_text(source, raw=arguments.raw)
-        return text.removesuffix("\n")  # editors and echo add one, which is not meant as part of the prompt
+        return text.removesuffix("\n")  # editors and echo add a newline, which is not part of the prompt
     if arguments.prompt is None and not (arguments.state or arguments.state_in):
         raise UsageError("there is no prompt: give --prompt TEXT, --file FILE, or pipe one in")
     prompt: str = arguments.prompt or ""
@@ -335,7 +335,7 @@ def _state_file(arguments: argparse.Namespace) -> tuple[Path | None, bool]:
         return None, False
     path = Path(arguments.state)
     try:
-        target = Path(os.path.realpath(path))  # a link stays a link
+        target = Path(os.path.realpath(path))  # saving writes to the target of a link, and keeps the link
         if target.is_dir():
             raise UsageError(f"--state {path} is a folder: name a file")
         if target.exists() and not target.is_file():

@@ -1,4 +1,4 @@
-"""`rwkv-npu info`: describes a bundle or a checkpoint, and what it needs on a board."""
+"""`rwkv-npu info`: describe a bundle, a checkpoint or an adapter. For a bundle, print its needs on a board too."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _adapter_facts(path: Path) -> dict[str, Any]:
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
-    """Tensor names without `blocks.LAYER.`, each once."""
+    """Tensor names without the prefix `blocks.LAYER.`, sorted, without duplicates."""
     return sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in names})
 
 
@@ -238,7 +238,7 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def summary(bundle: Bundle, then: str = "") -> str:
-    """Describe a bundle that was just made, in a few lines, and the command to go on with (`then`)."""
+    """Describe a new bundle in a few lines. then: the command to suggest next (default: generate)."""
     facts = _bundle_facts(bundle)
     lines = [f"{facts['path']}: {size(facts['bytes_on_disk'])}", f"  CPU  weights in {_cpu(facts)}"]
     for artifact in facts["artifacts"]:

@@ -42,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _facts(spec: Spec) -> dict[str, Any]:
-    """Add up bytes by precision. `copies`: how often the NPU holds each weight, 0 where the model does not fit."""
+    """Facts of one size, with its bytes by precision.
+
+    copies: how many times the NPU holds each weight; 0 if the model does not fit.
+    """
     from rwkv_npu.backends.memory import BUDGET_BYTES, MAX_CONTEXTS, matrix_bytes
     from rwkv_npu.models.spec import Kind, tensors
     from rwkv_npu.quant.cpu import bits_of, packed_bytes
@@ -59,7 +62,7 @@ def _facts(spec: Spec) -> dict[str, Any]:
         layers = head = 0
         for tensor in matrices:
             *stack, k, n = tensor.used_shape
-            # Low-rank matrices stay in fp16, as `convert --precision w8a8` has them.
+            # Low-rank matrices stay in fp16, as in `convert --precision w8a8`.
             bits = 8 if precision == "w8a8" and tensor.kind is Kind.LINEAR else 16
             taken = prod(stack) * matrix_bytes(k, n, bits)
             layers, head = (layers, taken) if tensor.name == "head.weight" else (layers + taken, head)

@@ -1,4 +1,4 @@
-"""`rwkv-npu pull`: downloads a file of the Hugging Face Hub, and prints its path."""
+"""`rwkv-npu pull`: download a file of the Hugging Face Hub, and print its path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a prompt in pieces, with a progress bar. Ctrl-C ends it between two pieces, and keeps what was read."""
+"""Read a prompt in pieces, with a progress bar. Ctrl-C ends it after a piece, and the tokens read so far are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIECE = 512  # tokens; Ctrl-C is checked after each piece
 
 
 class Interrupt:
-    """Ctrl-C. The first sets `asked`, and the piece or token in progress is finished. The second ends at once."""
+    """Handles Ctrl-C. The first sets `asked`, and the current piece or token is finished. The second ends at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -55,14 +55,14 @@ class Unfinished:
             self.path = state_file.with_name(f"{state_file.name}.{digest.hexdigest()[:12]}.partial")
 
     def load(self) -> tuple[int, State] | None:
-        """The number of the prompt's tokens that are read, and the state after them. None if none are."""
+        """(number of prompt tokens that are read, state after them). None if nothing was saved."""
         if self.path is None or not self.path.exists():
             return None
         state = self._model.load_state(self.path)
         return state.tokens_seen - self._before, state
 
     def save(self, state: State) -> str:
-        """Save `state`. Returns the end of a message about it."""
+        """Save `state`. Returns text to append to the message about the interruption."""
         read = state.tokens_seen - self._before
         if self.path is None:
             return " while reading the prompt; with --state FILE the tokens read so far would be kept"

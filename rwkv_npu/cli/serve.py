@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{service.scheduler.slots} slots, {size(budget)} for states",
         file=sys.stderr,
     )
-    socket.listen()  # who reads the address may connect at once
+    socket.listen()  # before the address is printed: its reader may connect at once
     print(f"http://{shown}:{port}", flush=True)
     serve(service, socket, key=arguments.api_key, verbose=arguments.verbose)
     model.close()
@@ -112,9 +112,9 @@ def model_name(model: str | None) -> str:
 
 
 def model_template(model: str | None, named: str | None, vocab_size: int) -> Template:
-    """The chat template called `named`, or in a file of this name.
+    """The chat template `named`: the name of a built-in one, or a .jinja file.
 
-    By default, the checkpoint's own, else the one that fits the names of the model and its checkpoint.
+    None: the checkpoint's own template, else the built-in one that fits the names of the model and its checkpoint.
     """
     from rwkv_npu.formats.files import os_reason
     from rwkv_npu.formats.huggingface import chat_template
@@ -136,7 +136,7 @@ def model_template(model: str | None, named: str | None, vocab_size: int) -> Tem
 
 
 def model_family(model: str | None, vocab_size: int) -> Template:
-    """The chat template that fits the names of a model and its checkpoint."""
+    """The built-in chat template that fits the names of a model and its checkpoint."""
     from rwkv_npu.formats.bundle import is_bundle, read_manifest
     from rwkv_npu.text.chat import choose_template
 

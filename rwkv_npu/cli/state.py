@@ -94,7 +94,7 @@ def _fork(arguments: argparse.Namespace) -> int:
     path, out = Path(arguments.file), Path(arguments.out)
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists: name another file, or remove it first")
-    read_alone(path, BLINKDL)  # a damaged state is not copied
+    read_alone(path, BLINKDL)  # raises for a damaged state
     try:
         write_atomically(out, path.read_bytes())
     except OSError as error:

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rwkv_npu.runtime.tuning import tune
 
     bundle = bundle_at(arguments.model)
-    if not os.access(bundle.path, os.W_OK):  # before minutes of measuring
+    if not os.access(bundle.path, os.W_OK):  # checked before minutes of measuring
         raise UsageError(
             f"{bundle.path} cannot be written to, and the plan is kept in it: tune a copy of your own"
         )
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _milliseconds(measured: Measured, use: str) -> dict[str, Any]:
-    """Milliseconds of a forward over `rows` tokens: by role of group with its calls, and of the host."""
+    """Milliseconds of a forward over `rows` tokens, for the calls of each role of group and for the host."""
     taken = {**measured.calls[use], "host": measured.host[use]}
     return {
         "rows": measured.rows(use),
