@@ -55,10 +55,10 @@ def compiler_graph(
         artifact.target,
         precision,
         custom_string=json.dumps({key: value for key, value in identity.items() if value}),
-        int8={weight: (given.span, made.span) for weight, (given, made) in trace.int8.items()},
+        int8={weight: (input_.span, product.span) for weight, (input_, product) in trace.int8.items()},
     )
     used = {constant.name for constant in trace.projections.values()}
-    weight_bytes = sum(4 * one.k * one.n for one in matrices(trace, program.spec))
+    weight_bytes = sum(4 * matrix.k * matrix.n for matrix in matrices(trace, program.spec))
     return CompilerGraph(
         bundle, trace, options, weight_bytes, frozenset(used & parameters.keys()), group.name
     )

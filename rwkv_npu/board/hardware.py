@@ -52,7 +52,7 @@ def kernel(root: Path = ROOT) -> str | None:
 
 
 def cpu_model(root: Path = ROOT) -> str:
-    """The processor's name. A board shows no name: there it is made of the kinds of its cores."""
+    """The processor's name, or the kinds of its cores on a board, which shows no name."""
     if names := _cpuinfo(root, "model name"):
         return names[0]
     parts = [_CORES.get(part, part) for part in _cpuinfo(root, "CPU part")]

@@ -231,8 +231,8 @@ class Engine:
         """Run forwards as `_waves` yields them. Yields the logits of each, None if none of its rows needs them."""
         dispatcher = self._dispatcher
         # Only neighbouring forwards with the same steps and runners overlap.
-        for _, alike in itertools.groupby(planned, lambda one: one[1] and not dispatcher.alike):
-            together = list(alike)
+        for _, neighbours in itertools.groupby(planned, lambda plan: plan[1] and not dispatcher.alike):
+            together = list(neighbours)
             decode = together[0][1]
             overlap = self._overlaps(decode)
 
@@ -243,10 +243,10 @@ class Engine:
 
                 return Wave(self._steps(pieces, decode, ids, states, all_logits), start)
 
-            waves = (wave(*one) for one in together)
+            waves = (wave(*plan) for plan in together)
             with contextlib.closing(run_waves(waves, self.counters, most=None if overlap else 1)) as ended:
-                for one in ended:
-                    yield one.result
+                for finished in ended:
+                    yield finished.result
 
     def _waves(self, ids: Sequence[np.ndarray]) -> Iterator[tuple[list[Piece], bool]]:
         """Divide the tokens among forwards. Yields the pieces of each, and True if it decodes.

@@ -85,7 +85,7 @@ class CompileOptions:
             config["quantized_algorithm"] = self.quantized_algorithm
             config["quantized_method"] = self.quantized_method
         shapes = {name: [int(n) for n in shape] for name, shape in (self.input_shapes or {}).items()}
-        int8 = {name: {"input": given, "output": made} for name, (given, made) in self.int8.items()}
+        int8 = {name: {"input": input_, "output": output} for name, (input_, output) in self.int8.items()}
         return {"config": config, "input_shapes": shapes, "int8": int8}
 
     def arrays(self) -> dict[str, np.ndarray]:
