@@ -210,7 +210,7 @@ def _npu_memory(root: Path) -> Iterator[Finding]:
 
 
 def _files() -> Finding:
-    """Check the hard limit of open files, to which opening the NPU raises the soft limit.
+    """Check the hard limit of open files. Opening the NPU raises the soft limit to it.
 
     The driver needs a file descriptor for each buffer.
     """

@@ -45,7 +45,7 @@ class TooLargeError(UsageError):
 def error_json(
     status: int, message: str, field: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """An error response in OpenAI's shape. Ollama's clients find its `message` too."""
+    """An error response in OpenAI's shape. Ollama's clients read its `message` too."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     code = {404: "model_not_found", 401: "invalid_api_key"}.get(status)
     body = {"error": {"message": message, "type": kind, "param": field, "code": code}}

@@ -237,7 +237,7 @@ def top_p(logits: np.ndarray, mass: float) -> np.ndarray:
     peak = np.float64(logits.max())
     weights = np.exp(logits - peak)
     wanted = mass * weights.sum()
-    # The largest weight is 1. Sort only the tokens above the first threshold above which the weights suffice.
+    # Sorting all tokens is slow. Find the first threshold above which the weights suffice, and sort those tokens only.
     for threshold in THRESHOLDS:
         likely = np.flatnonzero(weights >= threshold)
         if weights[likely].sum() >= wanted:

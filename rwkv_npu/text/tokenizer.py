@@ -89,7 +89,7 @@ class Tokenizer(ABC):
 
     name: "world", "pile", or the file's name. source: the name of a builtin vocabulary, or the file's path.
     vocab_size: the largest id + 1. A head may have more rows.
-    special: ids of tokens such as <|im_end|>, which end a text like `eos_id`.
+    special: ids of tokens such as <|im_end|>, which end a text as `eos_id` does.
     """
 
     eos_id = END_OF_TEXT
