@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 WARM_UP = 0.02  # of the whole run
 LAST_RATE = 0.02  # of the highest learning rate
-NEAR = 64  # tokens; a row that would begin at most this far before a document begins with the document
+NEAR = 64  # tokens; a row skips at most so many to begin with the next document
 EVAL_ROW = 1024
 # layer 0 has no v1
 RANKS = [("decay_rank", 0, "w1"), ("rate_rank", 0, "a1"), ("value_rank", 1, "v1"), ("gate_rank", 0, "g1")]

@@ -4,24 +4,24 @@
     chip      the files by which such a root looks like an RK3588
     standin/  librknnrt.so in C: it reads real .rknn files and hands the rows to a process on the host
     files     files that the stand-in opens, without the compiler
-    compute   that process: NumPy with every operation rounded to fp16, products to int8 where artifacts have them so
-              (half), or any backend of this project
-    calls     the stand-in's log of calls, read
-    clock     how long runs take by the estimate, for the stand-in's clock; busy time of its cores
+    compute   that process: NumPy with every operation rounded to fp16, and int8 products where artifacts have them
+              (half); or any backend of this project
+    calls     reads the stand-in's log of calls
+    clock     times of runs by the estimate, for the stand-in's clock; busy time of its cores
 
 `python -m tools.board build` makes it (in the user's cache folder), `python -m tools.board run -- CMD ...` runs a
 command in it, `rwkv-npu` and `python` among them.
 
-Nothing here is part of the package, and nothing that runs here says anything about the speed of a board (the clock
-repeats the estimate), or about what its NPU computes: neither Rockchip's library answers nor its simulator, but our own
-idea of fp16. Every version that the stand-in reports says that it is one.
+Nothing here is part of the package. Nothing that runs here shows the speed of a board, because the clock repeats the
+estimate. It does not show an NPU's results either: these come from this project's own fp16 arithmetic, not from
+Rockchip's library or simulator. Every version that the stand-in reports contains the word stand-in.
 
 The stand-in's environment variables:
 
-    RKNN_STANDIN_SOCKET   where the process listens that computes groups (the matmul family computes by itself)
+    RKNN_STANDIN_SOCKET   the socket of the process that computes groups (the matmul functions need none)
     RKNN_STANDIN_NULL     1: nothing is computed, every run returns at once
     RKNN_STANDIN_LOG      a file that gets a line for every call
-    RKNN_STANDIN_CLOCK    FACTOR: rknn_run takes FACTOR times the time in the table, asleep, and holds its cores
+    RKNN_STANDIN_CLOCK    FACTOR: rknn_run sleeps for FACTOR times the time in the table, and holds its cores
     RKNN_STANDIN_TIMES    the table of the clock: lines GROUP ROWS MICROSECONDS
     RKNN_STANDIN_FAULTS   FAULT[,FAULT...], each NAME[@N | @N+ | /N][:GROUP]: at the N-th call, from the N-th on, at
                           every N-th, else always; with :GROUP, of contexts of that group alone

@@ -28,7 +28,8 @@ def run(command: Sequence[str]) -> int:
 
 
 def serve(path: str, bundles: Sequence[str]) -> int:
-    # A command that a shell starts with & is deaf to Ctrl-C: kill ends it. Blocked before NumPy starts its threads.
+    # A command that a shell starts with & ignores Ctrl-C, so kill must end it too. The signals are blocked before NumPy
+    # starts its threads, which inherit this.
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     from tools.board.compute import Bundles, Server

@@ -7,8 +7,8 @@
     standin-KEY   librknnrt.so, for this machine and for aarch64
     board-KEY     all of them together: root/, project/, bin/
 
-KEY is of a layer's inputs. A layer is made beside its place and renamed, so that what an interruption leaves is made
-again, and nothing else; what was downloaded stays.
+KEY is a digest of a layer's inputs. A layer is made under another name and renamed when it is complete. After an
+interruption only the unfinished layer is made again; downloads stay.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STANDIN = Path(__file__).resolve().parent / "standin"
 
 QEMU = "qemu-aarch64-static"
-CPU = "cortex-a76"  # the RK3588's large core: a wheel that asks for more than it has fails here too
+CPU = "cortex-a76"  # the RK3588's large core, so that a wheel with newer instructions fails here too
 PYTHON = "python3.11"
-FAST = ("numba", "llvmlite")  # which compile for minutes under qemu: only python-numba sees them
+FAST = ("numba", "llvmlite")  # they compile for minutes under qemu, so only python-numba has them
 DEBIAN = (PYTHON, "libstdc++6", "libgomp1")
 LITE, LITE_VERSION = "rknn-toolkit-lite2", "2.5.0"  # the newest, as pip installs it on a board
 PLATFORMS = (
@@ -58,7 +58,11 @@ PROGRAMS = {
 COMPILERS = {"x86_64": "gcc", "aarch64": "aarch64-linux-gnu-gcc"}
 FLAGS = (
     *("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread", "-O3"),
-    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),  # sums in any order, so as vectors
+    *(
+        "-fassociative-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+    ),  # sums may be reordered, and so vectorised
 )
 
 KEPT = 8  # layers of a kind: more than one working tree may use them
@@ -98,7 +102,7 @@ def make_lite(version: str, say: Say) -> Path:
 
 
 def _install_programs(say: Say) -> None:
-    """Install the programs that are not there, as root. Raises BoardError."""
+    """Install missing programs, which needs root. Raises BoardError."""
     if platform.machine() != "x86_64":
         raise BoardError(f"the emulated board is made on x86-64, and this machine is {platform.machine()}")
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -141,7 +145,7 @@ def _debian(say: Say) -> Path:
 
 
 def _download_debian(say: Say) -> list[Path]:
-    """Archives of DEBIAN and of all they depend on, found with the host's own sources but lists of our own."""
+    """Download DEBIAN and its dependencies, from the host's apt sources, with package lists of this folder."""
     sources = [Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")]
     source = next((path for path in sources if path.exists() and path.stat().st_size), None)
     if source is None:
@@ -170,7 +174,7 @@ def _download_debian(say: Say) -> list[Path]:
 
 
 def _wheels(wheel: Path, say: Say) -> Path:
-    """Everything that the project's wheel asks for, RKNNLite, and the extra `fast` in a folder of its own."""
+    """The requirements of the project's wheel, RKNNLite, and the extra `fast` in a folder of its own."""
     wanted = [*_requirements(wheel), *_requirements(wheel, "fast"), f"{LITE}=={LITE_VERSION}"]
     return _install("wheels", wanted, say, apart=FAST)
 
@@ -193,7 +197,7 @@ def _install(kind: str, wanted: Sequence[str], say: Say, *options: str, apart: S
 
 
 def _requirements(wheel: Path, extra: str | None = None) -> list[str]:
-    """What a wheel asks for, without extras or for one of them."""
+    """The requirements of a wheel: those without an extra, or those of one extra."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -232,8 +236,10 @@ def _assemble(wheel: Path, debian: Path, wheels: Path, libraries: Path, say: Say
 
 
 def _write_programs(place: Path, board: Path, wheels: Path) -> None:
-    """bin/python, bin/python-numba (which has the extra `fast`) and bin/rwkv-npu: scripts for the host, which is why
-    Python may start itself by `sys.executable`."""
+    """Write bin/python, bin/python-numba (which has the extra `fast`) and bin/rwkv-npu.
+
+    They are scripts for the host, so Python can start itself by `sys.executable`.
+    """
 
     def python(name: str, *more: Path) -> str:
         root, path = board / "root", ":".join(map(str, (board / "project", wheels, *more)))
@@ -259,7 +265,7 @@ def _layer(kind: str, key: str, fill: Callable[[Path], None]) -> Path:
     """The layer's folder, filled if it is not there."""
     final = folder() / f"{kind}-{key}"
     if final.is_dir():
-        os.utime(final)  # the oldest that nobody asked for goes first
+        os.utime(final)  # the least recently used layer is removed first
         return final
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -283,7 +289,7 @@ def _pip(*arguments: str | Path) -> None:
 
 
 def _run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> None:
-    """Run to the end. Raises BoardError with the last line that the command said."""
+    """Run a command. Raises BoardError with its last error line."""
     texts = [os.fspath(word) for word in command]
     result = subprocess.run(
         texts, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

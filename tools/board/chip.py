@@ -1,7 +1,7 @@
 """The files by which a root folder looks like an RK3588: device tree, NPU nodes, clocks, cores.
 
-qemu looks for every absolute path in the root folder first, so that these stand before the host's own. Without the
-cores' description ONNX Runtime reads the host's and crashes.
+qemu looks for every absolute path in the root folder first, so these files hide the host's. Without the description of
+the cores, ONNX Runtime reads the host's and crashes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 MODEL = "Emulated RK3588 board (tools/board of rwkv_npu)"
 DRIVER, KERNEL = "0.9.8", "6.1.43-emulated"
-LOCK = "run/lock/rwkv_npu.lock"  # the board's own: other boards on this machine are other machines
+LOCK = "run/lock/rwkv_npu.lock"  # each emulated board has its own lock, as if it were another machine
 MEMORY_KB = {
     "MemTotal": 16_000_000,
     "MemFree": 9_000_000,

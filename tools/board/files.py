@@ -1,4 +1,4 @@
-"""Files in the outer form of a `.rknn`, which the stand-in opens: no compiler is needed, and nothing computes them."""
+"""Writes files with the outer structure of a `.rknn`, for the stand-in. They need no compiler and hold no graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-/* Memory of the caller's for inputs and outputs: rknn_set_io_mem. */
+/* The caller's memory for inputs and outputs: rknn_set_io_mem. */
 #include "network.h"
 
 #include <string.h>
@@ -42,7 +42,7 @@ bool all_bound(const network *n) {
     return true;
 }
 
-/* Where element i of a port lies in memory. */
+/* The position of element i of a port in memory. */
 static size_t place(const port *p, bool blocks, size_t i) {
     if (!blocks)
         return i;

@@ -94,7 +94,7 @@ turn clock_begin(double us, int core_mask) {
 int64_t clock_end(turn t) {
     uint64_t taken = now_ns() - t.begin_ns, planned = (uint64_t)(1e3 * t.us);
     if (t.us > 0 && taken < planned) {
-        taken = planned; /* this thread wakes later, but the NPU has ended then */
+        taken = planned; /* this thread wakes later than the NPU ends */
         uint64_t end = t.begin_ns + planned;
         struct timespec until = {.tv_sec = (time_t)(end / 1000000000u), .tv_nsec = (long)(end % 1000000000u)};
         prctl(PR_SET_TIMERSLACK, 1000ul); /* of this thread: it wakes within a microsecond, not within 50 */
@@ -109,5 +109,5 @@ int64_t clock_end(turn t) {
     return (int64_t)((taken + 500) / 1000);
 }
 
-/* Microseconds that a core was busy with runs that have ended. Not Rockchip's: for tests and studies. */
+/* Microseconds that a core was busy with runs that have ended. Rockchip's library has no such function. */
 uint64_t standin_busy_us(int core) { return core >= 0 && core < N_CORES ? busy_ns[core] / 1000 : 0; }

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* For whoever looks for a version in the file, as the real library's can be found. */
+/* Programs find the version of the library by this text in its file, as in Rockchip's. */
 __attribute__((used)) static const char version[] = "librknnrt version: " STANDIN_API_VERSION;
 
 enum { FILE_VERSION = 6, BUFFERS = 3, HANG_S = 3600 };
@@ -32,7 +32,7 @@ static void network_free(network *n) {
     free(n);
 }
 
-/* What a context has of its own, beside the model and its weights. */
+/* Allocates the parts that each context has for itself: all but the model and its weights. */
 static int network_allocate(network *n) {
     const char *group = n->model.group;
     n->descriptors = descriptors_take(fault_number("fds", BUFFERS));

@@ -118,7 +118,7 @@ void note(const char *format, ...) {
     if (length > (int)sizeof line - 33)
         length = sizeof line - 33;
     length += snprintf(line + length, 32, " pid=%d\n", (int)getpid());
-    if (write(log_file, line, (size_t)length) < 0) /* a full disk: the log is short, and its reader will see */
+    if (write(log_file, line, (size_t)length) < 0) /* such as a full disk: the log ends here */
         log_file = -1;
 }
 

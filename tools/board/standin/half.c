@@ -24,7 +24,7 @@ float half_to_float(uint16_t half) {
     return bits_to_float(sign | float_to_bits(value));
 }
 
-/* Rounds to nearest, ties to even; past 65504 there is infinity. */
+/* Rounds to nearest, ties to even. Values that round to more than 65504 become infinity. */
 uint16_t float_to_half(float value) {
     uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000)

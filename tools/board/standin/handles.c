@@ -1,4 +1,4 @@
-/* What is open: contexts of both kinds by their handles, and the file descriptors that each holds. */
+/* Open contexts of both kinds by their handles, and the file descriptors that each holds. */
 #define _GNU_SOURCE
 #include "standin.h"
 

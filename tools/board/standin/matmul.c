@@ -20,7 +20,7 @@ typedef struct {
 
 static bool is_int8(const product *p) { return p->info.type == RKNN_MATMUL_I8_I8_I32; }
 
-/* Where element (row, column) of a matrix lies: row-major, or in blocks of `block` columns. */
+/* The position of element (row, column) of a matrix: row-major, or in blocks of `block` columns. */
 static size_t place(bool native, size_t rows, size_t columns, size_t block, size_t row, size_t column) {
     if (!native)
         return row * columns + column;
@@ -148,7 +148,7 @@ int rknn_matmul_set_dynamic_shape(rknn_matmul_ctx context, rknn_matmul_shape *sh
     for (int i = 0; i < p->n_shapes; i++)
         if (!memcmp(&p->shapes[i], shape, sizeof *shape)) {
             choose_rows(p, shape->M);
-            p->a = p->c = NULL; /* they are of the other shape */
+            p->a = p->c = NULL; /* their sizes are those of the other shape */
             return RKNN_SUCC;
         }
     return RKNN_ERR_PARAM_INVALID;
@@ -195,7 +195,7 @@ static void widen(const void *stored, bool int8, float *floats, size_t count) {
             floats[i] = ((const int8_t *)stored)[i];
 }
 
-/* B is multiplied again and again: it is widened once. */
+/* Many runs use the same B, so it is widened once. */
 static const float *widened_b(memory *b, bool int8) {
     size_t count = b->mem.size / (int8 ? 1 : 2);
     if (!b->widened && (b->widened = malloc(count * sizeof *b->widened)))

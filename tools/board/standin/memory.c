@@ -1,5 +1,5 @@
-/* Buffers of the NPU. What it sees is a copy, made when the buffer is synchronised: whoever forgets to computes with
- * what was there before. A buffer takes a file descriptor, as on a board. */
+/* Buffers of the NPU. The NPU sees a copy, which is made when the caller synchronises the buffer. A caller that forgets
+ * this computes with the old content. A buffer takes a file descriptor, as on a board. */
 #include "standin.h"
 
 #include <stdatomic.h>

@@ -24,7 +24,7 @@ static const char *skip_string(const char *at) {
     return *at ? at + 1 : at;
 }
 
-/* Past one value of any kind. */
+/* Skips one value of any kind. */
 static const char *skip(const char *at) {
     at = blanks(at);
     if (*at == '"')
@@ -120,7 +120,7 @@ static bool read_ports(model *found, const char *trailer) {
 
 /* -- the file ----------------------------------------------------------------------------------------------- */
 
-/* The custom string: its length, u32, then its bytes. What a project of ours writes begins with a brace. */
+/* The custom string: its length, u32, then its bytes. This project's strings begin with one of `starts`. */
 static void read_identity(model *found, const uint8_t *body, size_t size) {
     static const char *const starts[] = {"{\"fingerprint\"", "{\"product\""};
     for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {

@@ -27,10 +27,10 @@ typedef struct {
     int64_t run_us; /* of the last run */
 } network;
 
-/* Whether the native layout of a port is in blocks, as that of 4-D tensors, or row-major. */
+/* True if the native layout of a port is in blocks, as that of 4-D tensors; false if it is row-major. */
 bool in_blocks(const port *p, const char *group);
 
-/* Whether every input and output has memory. */
+/* True if every input and output has memory. */
 bool all_bound(const network *n);
 
 /* The inputs from bound memory, and the outputs to it. Without the flags of rknn_init caches are flushed here. */

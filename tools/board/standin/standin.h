@@ -36,7 +36,7 @@ bool model_read(model *found, const uint8_t *bytes, size_t size);
 
 /* -- faults.c: faults on request, and the log of calls ------------------------------------------------------- */
 
-/* Whether `fault` happens at this call, which is of a context of `group`. Counts the call. */
+/* True if the fault `name` happens at this call of a context of `group`. Counts the call. */
 bool fault(const char *name, const char *group);
 
 /* The number in `name=NUMBER` among the faults, or `otherwise`. */
@@ -52,10 +52,10 @@ void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 enum { REMOTE_NULL = -1, REMOTE_FAILED = -2 };
 
-/* Whether every run returns at once: RKNN_STANDIN_NULL is 1. */
+/* True if RKNN_STANDIN_NULL is 1: every run returns at once. */
 bool computes_nothing(void);
 
-/* A connection for the contexts of `m`; REMOTE_NULL where nothing is computed, REMOTE_FAILED. */
+/* A connection for the contexts of `m`; REMOTE_NULL if nothing is computed, REMOTE_FAILED after an error. */
 int remote_open(const model *m);
 
 /* Sends fp32 inputs, side by side, and receives the outputs. */
@@ -80,7 +80,7 @@ void descriptors_release(int *taken);
 /* -- memory.c ----------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    rknn_tensor_mem mem; /* first: the caller knows no more of it */
+    rknn_tensor_mem mem; /* must be first: the caller sees only this part */
     void *device;        /* what the NPU sees */
     float *widened;      /* a B in fp16 as fp32, for its next products; NULL after it changed */
     int *descriptors;
@@ -90,10 +90,10 @@ void memory_sync(memory *m, int mode);
 
 /* -- context.c ---------------------------------------------------------------------------------------------- */
 
-/* RKNN_SUCC for a mask of cores that there are. */
+/* RKNN_SUCC if the mask names cores that exist. */
 int core_mask_check(int core_mask, const char *group);
 
-/* Whatever may happen in the place of a run: a code to return, or RKNN_SUCC. */
+/* Applies the faults of a run. Returns its error code, or RKNN_SUCC. */
 int run_faults(const char *group);
 
 /* -- clock.c ------------------------------------------------------------------------------------------------ */
