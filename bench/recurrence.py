@@ -74,9 +74,8 @@ def row_of(generation: str, folders: dict[str, Path]) -> dict[str, Any]:
             times[way] += json.loads(run.stdout)
     inputs = {"5.2": 4, "6": 5, "7": 8}[generation]
     row: dict[str, Any] = {"generation": generation}
-    row["bytes"] = (
-        4 * N * (inputs + 1) + 8 * N * N // T
-    )  # of a token and head: values, y, the state once a call
+    # Of a token and head: inputs and y. The state is read and written once a call.
+    row["bytes"] = 4 * N * (inputs + 1) + 8 * N * N // T
     for way, found in times.items():
         low, median = min(found), float(np.median(found))
         row[way] = {"min us": low, "median us": median, "GFLOP/s": FLOP[generation] * N * N / low / 1e3}

@@ -103,7 +103,7 @@ def study(bundle: Path) -> dict[str, Any]:
 
 
 def _round(server: Server, model: rwkv_npu.Model, number: int) -> dict[str, float]:
-    """Tokens a second with 1 and 8 clients and without a server; CPU seconds a token of 1 client and without one."""
+    """Tokens a second of 1 client, 8 clients and the engine alone; CPU seconds a token of 1 client and the engine."""
 
     def tokens_per_s(clients: int) -> float:
         times: list[list[float]] = [[] for _ in range(clients)]

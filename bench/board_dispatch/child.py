@@ -67,7 +67,7 @@ def networks(path: str, M: int) -> dict[str, dict[str, Any]]:
 
 
 def guard(group: Group, M: int) -> dict[str, Any]:
-    """Time the guard alone, around a call that costs nothing: a thread switch, and a check of every output."""
+    """Time the fallback alone, around a call that costs nothing: a thread switch, and a check of every output."""
     rng = np.random.default_rng(0)
     outputs = {port.name: rng.standard_normal((M, port.width), np.float32) for port in group.outputs}
     npu = SimpleNamespace(

@@ -2,10 +2,10 @@
 
     RWKV_NPU_RKNNRT=librknnrt.so RKNN_STANDIN_NULL=1 python -m bench.board_dispatch.interfaces ARTIFACT
 
-ARTIFACT has the inputs and outputs of v7's group `mid`. The stand-in returns at once, and copies where librknnrt copies
-and converts: so the first way takes longer on a board. Each way fills the inputs from fp32 arrays, runs, checks that
-every output is finite, and has those outputs that the recurrence reads in fp32. Printed: microseconds of CPU time, the
-median of rounds in which both ways take turns.
+ARTIFACT has the inputs and outputs of v7's group `mid`. The stand-in returns at once. Where librknnrt copies and
+converts, the stand-in only copies, so the first way takes longer on a board. Each way fills the inputs from fp32
+arrays, runs, checks that every output is finite, and converts the outputs for the recurrence to fp32. Prints
+microseconds of CPU time: the median of rounds in which both ways alternate.
 """
 
 from __future__ import annotations

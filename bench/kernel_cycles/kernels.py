@@ -107,9 +107,9 @@ def _module(kernel: Kernel, triple: str, layout: str) -> ir.Module:
 
 
 def loops(text: str) -> tuple[list[str], list[str], list[str]]:
-    """Instructions of the loop over blocks: those before the loop within a block, of that loop, and after it.
+    """Instructions of the loop over blocks, in three parts: before its inner loop, the inner loop, and after it.
 
-    A block that is multiplied without a loop is all before it.
+    Without an inner loop, all of them are in the first part.
     """
     places, lines = {}, []
     for line in map(str.strip, text.splitlines()):

@@ -2,11 +2,11 @@
 
     python -m bench.overlap [--model v7-0.4b] [--save bench/results/NAME]
 
-On a machine that others use too, `chrt -r 1` before it keeps them from delaying the CPU's steps.
+On a shared machine, put `chrt -r 1` before the command, so that other processes do not delay the CPU's steps.
 
-A run on the NPU takes what the estimate says (`runtime.estimate`), stretched twice: once so that the busiest core works
-about as long as the CPU, and once twice as long. The CPU's work is real. Overlap is max(busiest core, CPU) / wall. The
-plain order, one call after the other, is measured in turn with the waves.
+A run on the NPU takes its estimated time (`runtime.estimate`), multiplied by a factor. With the first factor the
+busiest core works about as long as the CPU, with the second twice as long. The CPU's work is real. Overlap is
+max(busiest core, CPU) / wall. The plain order, one call after the other, alternates with the waves.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def open_engine(spec: Spec, folder: Path, rows: int, threads: int) -> Engine:
 
 
 def measure(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each prompt: the order, and seconds of the wall, of each core, and in which the CPU had work."""
+    """A row for each prompt: the order, the wall time, the busy time of each core, and the time of the CPU's work."""
     path = os.environ[OVERRIDE]
     spec = official_spec(request["model"])
     engine = open_engine(spec, Path(request["folder"]), request["rows"], request["threads"])

@@ -20,8 +20,11 @@ def rotation(names: Sequence[str], turn: int) -> list[str]:
 
 
 def difference(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Logits (rows, V) of two systems: largest and root-mean-square difference over the reference's standard
-    deviation, and the share of rows whose best token is the same."""
+    """Compare the logits (rows, V) of a system with those of the reference.
+
+    Returns the largest and the root-mean-square difference, over the reference's standard deviation, and the share of
+    rows with the same best token.
+    """
     if logits.shape != reference.shape:
         raise ValueError(f"logits of shape {logits.shape} and {reference.shape} cannot be compared")
     spread = float(reference.std())

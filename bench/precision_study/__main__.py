@@ -3,9 +3,9 @@
     python -m bench.precision_study CHECKPOINT -o bench/results/precision-NAME [--text FILE] [--simulate]
 
 Rows of `numpy` have every large projection in int8, computed by this package, without and with each remedy. Rows of
-`rknn-sim` (with --simulate) are the same bundles in Rockchip's simulator, and fp16, mixed with its table, and the
-compiler's own int8, which covers the whole graph including residual and norms. OUT.json is saved after each row, and
-the same command continues from it. OUT.md is written from OUT.json. Nothing here is measured on a board.
+`rknn-sim` (with --simulate) are the same bundles in Rockchip's simulator. It also runs fp16, mixed, and the compiler's
+own int8, which covers the whole graph with residual and norms. OUT.json is saved after each row, and the same command
+continues from it. OUT.md is written from OUT.json. Nothing here is measured on a board.
 """
 
 from __future__ import annotations
