@@ -42,9 +42,8 @@ FORMAT, VERSION = "rwkv_npu board report", 1
 SECONDS, CALLS = 2.0, 200  # limits of one item
 WINDOWS = 4  # in which a rate is measured
 PROMPTS, BATCHES, DECODED = (128, 512), (4, 8), 32
-COMPUTE_BOUND = (
-    1.05  # arithmetic limits products that take longer than this times the reading of their weights
-)
+# Arithmetic limits a product that takes longer than this times the reading of its weights.
+COMPUTE_BOUND = 1.05
 
 Progress = Callable[[str], None]
 Row = dict[str, Any]

@@ -255,7 +255,7 @@ def memory() -> dict[str, int]:
 def facts(model: Model, backend: str) -> dict[str, Any]:
     """The fields of a row that do not depend on time."""
     source, spec = model.source, model.spec
-    # The NPU's graphs hold fp16. The bundle's own weights are not asked: an exported bundle may have none in fp16.
+    # The NPU's graphs hold fp16. The bundle's own weights are not read: an exported bundle may have none in fp16.
     dtype = np.dtype(np.float16) if backend in NPU_BACKENDS else source.weight("head.weight").dtype
     stored = dtype.name.replace("bfloat", "bf").replace("float", "fp")  # fp32, fp16 or bf16
     size = sum(weights(spec).values()) * dtype.itemsize

@@ -22,9 +22,8 @@ PARTS = {
     "dispatch": ("dispatch", "#009E73"),
     "rest": ("rest", "#999999"),
 }
-CUT = (
-    2.5  # the longest bar is cut short if it is longer than this times the second. Its value stands beside it
-)
+# The longest bar is cut short if it is longer than this times the second. Its value stands beside it.
+CUT = 2.5
 
 
 def draw_inference(document: Document[ModelRow], path: Path) -> list[Path]:

@@ -153,7 +153,7 @@ Stage = Callable[[], object]
 class Effort:
     """When a timing ends: as soon as its median is known to a relative `precision`, or after `seconds`.
 
-    But it makes at least `repeats` calls, unless these take LONG_S.
+    At least `repeats` calls are made, unless they take LONG_S.
     """
 
     repeats: int = 7
@@ -234,7 +234,7 @@ def _calls(stages: Sequence[Stage], effort: Effort) -> np.ndarray:
 
 
 def median_error(values: Sequence[float] | np.ndarray) -> float:
-    """Half the 68 % interval of the median, between the values one binomial deviation of the rank from the middle.
+    """Half the 68 % interval of the median. Its ends are one binomial deviation of the rank from the middle.
 
     It assumes no distribution of the times, which are never normally distributed.
     """

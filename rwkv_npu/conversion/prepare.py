@@ -51,7 +51,7 @@ class Prepared:
 
     @property
     def compensates(self) -> bool:
-        """True if GPTQ rounds the CPU's four bits, by a text. It cannot without a vocabulary or given ids."""
+        """True if GPTQ rounds the CPU's four bits. It needs a text: ids, or a vocabulary to encode one."""
         has_text = self.ids is not None or self.tokenizer is not None
         return self.request.cpu in ("int4", "auto") and self.request.reads_text and has_text
 

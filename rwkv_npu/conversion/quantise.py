@@ -33,9 +33,8 @@ MAX_KL = 0.005  # nats a token
 NOTES = "calib/int8.json"
 MEASURED = 1024  # tokens on which int8 is measured; at most a quarter of the text
 FEW = 1000  # tokens: a shorter text gets a warning
-VERSION = (
-    8  # of the methods that choose parameters and make graphs. Parameters of another version are not reused
-)
+# Of the methods that choose parameters and make graphs. Parameters of another version are not reused.
+VERSION = 8
 
 # `--remedies`: calibration methods to try, and whether to try SmoothQuant.
 REMEDIES: dict[str, tuple[Sequence[str], bool]] = {

@@ -20,7 +20,7 @@ from rwkv_npu.runtime.weights import ModelSource, widened
 
 CHUNK = 256  # tokens of a step
 BISECTIONS = 7
-STEPS = 2000  # in which the knapsack counts the allowed costs, because it needs whole numbers
+STEPS = 2000  # the knapsack counts the allowed costs in so many steps, because it needs whole numbers
 KEPT = 1 << 30  # bytes of reference outputs to keep at most, for measurements to start from
 
 Outputs = Mapping[str, np.ndarray]

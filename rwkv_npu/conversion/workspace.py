@@ -244,7 +244,7 @@ def _prepare_partial(folder: Path, key: str, held: contextlib.ExitStack) -> None
         raise BundleError(f"{folder} exists, but not from an interrupted conversion: move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # of mkdir, where no folder can be made, such as in /proc
+    except FileNotFoundError as error:  # in a place where no folder can be made, such as /proc
         raise BundleError(f"cannot make {folder}: {error.strerror}") from error
     held.enter_context(locked(folder))
 
