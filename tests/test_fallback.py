@@ -8,6 +8,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_npu.backends import fallback as fallback_module
-from rwkv_npu.backends.fallback import Hang, Worker
+from rwkv_npu.backends.base import Faults, GoldenVectors, allocate_inputs
+from rwkv_npu.backends.fallback import Fallback, Hang, Worker
 from rwkv_npu.backends.numpy import NumpyBackend
+from rwkv_npu.backends.rknn_context import ContextRunner
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.formats.state import State
 from rwkv_npu.models.maths import NumpyMaths
-from rwkv_npu.models.spec import FUSIONS, Group
+from rwkv_npu.models.spec import FUSIONS, Group, Port
 from rwkv_npu.runtime.engine import Engine
 from rwkv_npu.runtime.selftest import SELF_TEST_ROWS, golden_vectors
 from rwkv_npu.runtime.weights import CheckpointSource
@@ -239,3 +243,44 @@ def test_the_result_of_an_interrupted_call_is_not_returned_by_the_next(worker: W
     with pytest.raises(KeyboardInterrupt):
         worker.call(interrupt, 5)
     assert worker.call(lambda: "next", 5) == "next"
+
+
+class _Networkless:
+    """A context of 4 rows whose second run fails."""
+
+    inputs = {"x": np.zeros((4, 8), np.float16)}
+    outputs = {"out": np.ones((4, 8), np.float16)}
+    runs = 0
+
+    def run(self) -> None:
+        self.runs += 1
+        if self.runs > 1:
+            raise BackendError("fault")
+
+    def npu_seconds(self) -> float:
+        return 0.0
+
+
+def test_few_rows_past_fp16_reach_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU takes the fp32 numbers of the rows that were loaded, and repeats the last one as padding."""
+    group = Group("mid", 0, (Port("x", 8),), (Port("out", 8),))
+    context: Any = _Networkless()
+    npu = SimpleNamespace(
+        name="rknn",
+        row_counts=lambda group: (4,),
+        queue=lambda group: 0,
+        open=lambda group, rows: ContextRunner(context, group, rows),
+        close=lambda: None,
+    )
+    inputs = allocate_inputs(group, 4)
+    on_cpu = SimpleNamespace(inputs=inputs, run=lambda: {"out": inputs["x"] + 1})
+    cpu = SimpleNamespace(name="numpy", open=lambda group, rows: on_cpu, close=lambda: None)
+    zeros, ones = np.zeros((4, 8), np.float32), np.ones((4, 8), np.float32)
+    golden = {"mid.0": GoldenVectors({"x": zeros}, {"out": ones})}
+    fallback = Fallback(cast(Any, npu), lambda: golden, cast(Any, lambda: cpu), Faults())
+    runner = fallback.open(group, 4)
+    runner.load({"x": np.array([[1e5] * 8, [2e5] * 8], np.float32)})
+    with pytest.warns(UserWarning, match="fault"):
+        out = runner.run()["out"]
+    assert (out[:, 0] == [1e5 + 1, 2e5 + 1, 2e5 + 1, 2e5 + 1]).all()
+    fallback.close()

@@ -176,8 +176,7 @@ class FallbackRunner:
         begin = time.perf_counter()
         self._cpu = self._cpu or self._fallback.open_cpu(self._group, self._rows)
         kept = getattr(self._npu, "kept", self.inputs)
-        for name, array in self._cpu.inputs.items():
-            array[...] = kept[name]
+        copy_rows({name: kept[name] for name in self._cpu.inputs}, self._cpu.inputs)
         # Copied, because the CPU's runners share their output memory.
         outputs = {name: array.copy() for name, array in self._cpu.run().items()}
         return outputs, time.perf_counter() - begin

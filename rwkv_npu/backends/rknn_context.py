@@ -91,16 +91,15 @@ class Context:
         """
         attr = self._query(plain, PortAttr(index=index))
         own = self._query(native, PortAttr(index=index))
-        rows, width, size = attr.dims[0], attr.dims[1], 2 * attr.n_elems
+        name, rows, width, size = attr.name.decode(), attr.dims[0], attr.dims[1], 2 * attr.n_elems
         if attr.n_dims != 2:
-            raise BackendError(f"port {attr.name.decode()} has {attr.n_dims} dimensions instead of 2")
+            raise BackendError(f"port {name} has {attr.n_dims} dimensions instead of 2")
         same = own.n_dims == 2 and list(own.dims[:2]) == [rows, width] and own.size_with_stride in (0, size)
         if same and own.fmt != NC1HWC2 and own.type == FLOAT16:
             attr, attr.pass_through = own, 1
         attr.type, attr.size = FLOAT16, size
         memory = Memory(self._library, self._handle, size)
         self._memories[direction].append(memory)
-        name = attr.name.decode()
         if code := self._library.set_io_mem(self._handle, memory.pointer, byref(attr)):
             raise Refused(f"rknn_set_io_mem of {name} returned {code}")
         return name, memory.bytes.view(np.float16).reshape(rows, width)

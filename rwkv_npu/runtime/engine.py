@@ -189,11 +189,12 @@ class Engine:
         return (logits if all_logits else np.concatenate(logits)), states
 
     def close(self) -> None:
-        """Close the backends and free their memory. The engine cannot be used afterwards."""
-        self._closed = True
-        self._dispatcher.close()
-        if self._recurrence:
-            self._recurrence.close()
+        """Wait for the call in progress, close the backends and free their memory. No call is possible afterwards."""
+        with self._lock:
+            self._closed = True
+            self._dispatcher.close()
+            if self._recurrence:
+                self._recurrence.close()
 
     def _read(
         self,
@@ -203,6 +204,8 @@ class Engine:
         progress: Callable[[int], object] | None = None,
     ) -> list[np.ndarray]:
         """Read each sequence after its state. Returns its logits: (T_i, V) with `all_logits`, otherwise (1, V)."""
+        if self._closed:
+            raise UsageError("this model is closed")
         collected: list[list[np.ndarray]] = [[] for _ in ids]
         planned = list(self._waves(ids))
         with contextlib.closing(self._run(planned, ids, states, all_logits)) as results:
@@ -315,8 +318,6 @@ class Engine:
         return x
 
     def _check(self, tokens: Sequence[int] | np.ndarray, where: str = "") -> np.ndarray:
-        if self._closed:
-            raise UsageError("this model is closed")
         try:
             ids = np.asarray(tokens)
         except ValueError:  # rows of different lengths
