@@ -262,3 +262,10 @@ def test_a_linked_snapshot_gives_the_bundle_its_own_name(
     monkeypatch.chdir(tmp_path)
     status, text, _ = run("convert", "rwkv7-0.1b.pth", "--target", "none")
     assert status == 0 and text == "rwkv7-0.1b.rwkv\n" and (tmp_path / "rwkv7-0.1b.rwkv").is_dir()
+
+
+def test_a_layout_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    """web-rwkv has no RWKV-5.0: to read such a file as its own would take time_first for something else."""
+    ours = small(tmp_path / "a.pth", "5.0", dtype="fp32")
+    with pytest.raises(CheckpointError, match="layout"):
+        open_checkpoint(ours, layout="web-rwkv")

@@ -65,7 +65,7 @@ def to_one_layout(
         return arrays, frozenset()  # RWKV-4 is the same in both
     if "blocks.0.att.time_maa_x" in arrays or not _per_channel(arrays):
         # web-rwkv's files differ: their RWKV-6 has renamed mixes, their RWKV-5.1 a decay for every channel.
-        if layout == WEB_RWKV and ("blocks.0.att.gate.weight" in arrays):
+        if layout == WEB_RWKV:
             raise _other(BLINKDL, layout)
         return _logarithms(arrays)
     if not any(name.endswith(".att.time_first") for name in arrays):
