@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_npu.serve.batch import read_requests
 from tests.tiny import Run
 
 CHAT = {"messages": [{"role": "user", "content": "Return the file"}], "max_tokens": 6, "temperature": 0}
@@ -38,7 +39,7 @@ def test_a_batch_is_answered_and_goes_on(run: Run, tmp_path: Path) -> None:
     assert len(found["b"]["body"]["choices"]) == 2 and "max_tokens" in found["c"]["body"]["error"]["message"]
 
     first = out.read_bytes()
-    out.write_bytes(first + b'{"custom_id": "cut sh')  # a kill in the middle of a line
+    out.write_bytes(first + b'{"id": "batch_req_01", "custom_id": "cut sh')  # a kill in the middle of a line
     write(asked, [request("a"), request("d")])
     assert run("batch", asked, "-o", out, "--backend", "numpy")[0] == 0
     assert out.read_bytes().startswith(first) and set(answers(out)) == {"a", "b", "c", "d"}
@@ -63,8 +64,31 @@ def test_bad_files(run: Run, tmp_path: Path, lines: list[Any], message: str) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_foreign_output_is_left_alone(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "precious\n",
+        "precious",
+        '{"precious": [1]}',
+        '{"custom_id": "a"}\n{"precious": [1]}',
+        pytest.param("[" * 100_000 + "\n", id="nested"),
+    ],
+)
+def test_a_foreign_output_is_left_alone(run: Run, tmp_path: Path, text: str) -> None:
     out = tmp_path / "out"
-    out.write_text("precious\n")
+    out.write_text(text)
     status, _, said = run("batch", write(tmp_path / "in.jsonl", [request("a")]), "-o", out)
-    assert status == 1 and "is not a file of answers" in said and out.read_text() == "precious\n"
+    assert status == 1 and "is not a file of answers" in said and out.read_text() == text
+
+
+def test_a_folder_is_no_output(run: Run, tmp_path: Path) -> None:
+    status, _, said = run("batch", write(tmp_path / "in.jsonl", [request("a")]), "-o", tmp_path)
+    assert status == 1 and f"cannot read {tmp_path}: Is a directory" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("rest", ['{"id', '{"id": "batch_req_', '{"id": "batch_req_01", "custom_id": "b"'])
+def test_an_answer_cut_anywhere_is_removed(tmp_path: Path, rest: str) -> None:
+    out = tmp_path / "out"
+    out.write_text('{"custom_id": "a"}\n' + rest)
+    todo = read_requests(write(tmp_path / "in.jsonl", [request("a"), request("b")]), out)
+    assert [one["custom_id"] for one in todo] == ["b"] and out.read_text() == '{"custom_id": "a"}\n'

@@ -14,6 +14,7 @@ from rwkv_npu.progress import progress
 from rwkv_npu.serve.app import application
 from rwkv_npu.serve.service import Service
 
+ANSWER = b'{"id": "batch_req_'  # begins every line that this module writes
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 Request = dict[str, Any]
 
@@ -56,16 +57,22 @@ def _request(line: str, where: str) -> Request:
 
 
 def _answered(out: Path) -> set[str]:
-    """The custom_ids that a file of answers holds."""
-    if not out.exists():
+    """The custom_ids that a file of answers holds. Removes a line of ours that was cut off, and nothing else."""
+    try:
+        data = out.read_bytes()
+    except FileNotFoundError:
         return set()
-    data = out.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {out}: {error.strerror}") from None
     whole = data[: data.rfind(b"\n") + 1]
+    rest = data[len(whole) :]
     try:
         done = {json.loads(line)["custom_id"] for line in whole.splitlines() if line.strip()}
-    except (ValueError, KeyError, TypeError):
+        if not ANSWER.startswith(rest[: len(ANSWER)]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{out} is not a file of answers: give another out=") from None
-    if len(whole) < len(data):
+    if rest:
         with out.open("r+b") as file:
             file.truncate(len(whole))
     return done
