@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -225,6 +226,18 @@ def test_a_redis_that_is_gone_acts_like_an_empty_store(
     with pytest.raises(UsageError, match="no Redis answers at 127.0.0.1") as caught:
         RedisStates(redis_server.url.replace("//", "//:secret@"), model)
     assert "secret" not in str(caught.value)
+
+
+def test_without_a_temporary_folder_redis_acts_like_an_empty_store(
+    model: rwkv_npu.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Mock()
+    client.get.return_value = b"a state"
+    monkeypatch.setattr(pytest.importorskip("redis").Redis, "from_url", lambda *_, **__: client)
+    store = RedisStates("redis://host", model)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert store.get(KEY) is None
+    assert "a state from Redis was not read: " in caplog.text and not client.delete.called
 
 
 def test_a_folder_that_cannot_be_is_refused(model: rwkv_npu.Model, tmp_path: Path) -> None:

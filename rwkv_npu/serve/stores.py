@@ -166,15 +166,17 @@ class RedisStates(_Store):
         data = self._ask("get", self._name(key))
         if data is None:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / key
-            path.write_bytes(data)
-            try:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / key
+                path.write_bytes(data)
                 return self._read(path, key)
-            except RwkvNpuError as error:
-                log.warning("a state from Redis is unusable: %s", str(error).replace(str(path), key))
-                self._ask("delete", self._name(key))
-                return None
+        except RwkvNpuError as error:
+            log.warning("a state from Redis is unusable: %s", str(error).replace(str(path), key))
+            self._ask("delete", self._name(key))
+        except OSError as error:  # the temporary folder is full or gone, and the state may be good
+            log.warning("a state from Redis was not read: %s", error)
+        return None
 
     def _write(self, key: str, state: State) -> None:
         with tempfile.TemporaryDirectory() as folder:
