@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -84,6 +85,8 @@ def _talk(chat: Conversation, lines: Iterator[str]) -> None:
     statistics = _Statistics()
     for line in lines:
         try:
+            if any("\ud800" <= char <= "\udfff" for char in line):
+                raise UsageError("a line that is not UTF-8 text was left out")
             if not line.startswith("/"):
                 if line.strip():
                     _print_answer(chat.ask(line), statistics)
@@ -157,6 +160,8 @@ def _command(chat: Conversation, line: str, statistics: _Statistics) -> bool:
 
 def _lines(user: str) -> Iterator[str]:
     """The user's lines, joined where one ends with a backslash. Ctrl-D ends the iterator."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # an invalid line must not take the lines after it along
+        sys.stdin.reconfigure(errors="surrogateescape")
     ask = _editor(f"{user}: ") if sys.stdin.isatty() else input
     while True:
         try:

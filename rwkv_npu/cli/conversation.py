@@ -8,12 +8,14 @@ from those that encoding the text gives.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_npu.errors import StateError, UsageError
+from rwkv_npu.cli.flags import as_flags
+from rwkv_npu.errors import RwkvNpuError, StateError, UsageError
 from rwkv_npu.formats.state import State, read_notes
 from rwkv_npu.model import Model
 from rwkv_npu.text.chat import THINKING, AnswerParser, Message, Piece, Template, history, render
@@ -70,16 +72,13 @@ class Conversation:
 
     def ask(self, text: str) -> Iterator[Piece]:
         """Add a user message and generate the answer in pieces. Closing the iterator ends the answer early."""
-        self.messages.append(Message("user", text))
-        return self._answer()
+        return self._answer([*self.messages, Message("user", text)])
 
     def retry(self) -> Iterator[Piece]:
         """Generate the last answer again."""
         if not self.messages or self.messages[-1].role != "assistant":
             raise UsageError("there is no answer to retry")
-        self._settle()
-        self.messages.pop()
-        return self._answer()
+        return self._answer(self.messages[:-1])
 
     def undo(self) -> None:
         """Remove the last user message and its answer."""
@@ -98,6 +97,8 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Write the state after the finished turns, together with the messages. Raises StateError."""
         self._settle()
+        if self.messages and len(self.messages) not in self._states:
+            self._read_turns()
         state = self._states.get(len(self.messages)) or self.model.new_state()
         turns = [{"role": message.role, "content": message.content} for message in self.messages]
         state.save(path, notes={NOTE: json.dumps(turns)})
@@ -109,12 +110,15 @@ class Conversation:
         self.messages = _messages(path)
         self._states = {len(self.messages): state}
 
-    def _answer(self) -> Iterator[Piece]:
+    def _answer(self, messages: list[Message]) -> Iterator[Piece]:
+        """Generate an answer to `messages`, which replace the chat's once they are encoded."""
         self._settle()
-        prompt = render(self.template, self.messages, think=self.think)
-        count, known = self._read_count(prompt.text)
+        prompt = render(self.template, messages, think=self.think)
+        count, known = self._read_count(prompt.text, messages)
         parser = AnswerParser(opened=prompt.opened, stops=self.template.stops)
         ids = self.model.encode(prompt.text.removeprefix(known))
+        self.messages = messages
+        self._settle()  # drops the state after an answer that is replaced
         self.prompt_tokens, self.answer_tokens, self.finish_reason = len(ids), 0, ""
         content = ""
         try:
@@ -133,22 +137,29 @@ class Conversation:
                     break
         finally:  # an answer that was stopped early is kept too
             self.messages.append(Message("assistant", content))
-            self._reader = threading.Thread(target=self._read_turns, daemon=True)
+            self._reader = threading.Thread(target=self._read_ahead, daemon=True)
             self._reader.start()
 
-    def _read_count(self, text: str) -> tuple[int, str]:
+    def _read_count(self, text: str, messages: list[Message]) -> tuple[int, str]:
         """Find the latest state that `text` continues. Returns (number, text) of the messages that it has read."""
         for count in sorted(self._states, reverse=True):
-            if count < len(self.messages):
-                known = history(self.template, self.messages[:count]) if count else ""
+            if count < len(messages):
+                known = history(self.template, messages[:count]) if count else ""
                 if text.startswith(known):
                     return count, known
         return 0, ""
 
+    def _read_ahead(self) -> None:
+        """Read the turns in a thread. An error is printed: the next prompt reads them again."""
+        try:
+            self._read_turns()
+        except RwkvNpuError as error:
+            print(f"the turns were not read ahead: {as_flags(str(error))}", file=sys.stderr)
+
     def _read_turns(self) -> None:
         """Read the turns that no state has read yet, and keep the state after them."""
         count, text = len(self.messages), history(self.template, self.messages)
-        done, before = self._read_count(text)
+        done, before = self._read_count(text, self.messages)
         ids = self.model.encode(text.removeprefix(before))
 
         def stop(_: int) -> None:
