@@ -227,9 +227,9 @@ def test_an_own_template_has_its_own_ends() -> None:
     ("source", "reason"),
     [
         ("{% for %}", "does not compile"),
-        ("hello", "does not render"),
-        ("{{ messages[0].content.__class__.__mro__ }}", "does not render"),
-        ("{{ raise_exception('no') }}", "does not render"),
+        ("hello", "cannot render"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "cannot render"),
+        ("{{ raise_exception('no') }}", "cannot render"),
         ("x" * 70_000, "more than"),
     ],
 )

@@ -46,10 +46,12 @@ def _add_bench_matmul(actions: Any) -> None:
     p.add_argument(
         "--backends",
         metavar="LIST",
-        help="of numpy, torch, ort, rk3588-cpu, rknn (default: these), tinygrad (CPU and OpenCL), rknn-matmul",
+        help="backends: numpy, torch, ort, rk3588-cpu, rknn (default: these), tinygrad (CPU and OpenCL), rknn-matmul",
     )
     p.add_argument(
-        "--dtypes", metavar="LIST", help="of fp32, fp16, bf16, int8, int4 (default: each backend's own)"
+        "--dtypes",
+        metavar="LIST",
+        help="types of the numbers: fp32, fp16, bf16, int8, int4 (default: each backend's own)",
     )
     p.add_argument(
         "-r",
@@ -78,7 +80,7 @@ def _add_bench_inference(actions: Any) -> None:
     )
     which = "bundle or checkpoint (default: the demo model); repeatable"
     p.add_argument("-m", "--model", action="append", metavar="PATH", help=which)
-    p.add_argument("--backends", metavar="LIST", help="of numba, ort, torch, numpy (default: these)")
+    p.add_argument("--backends", metavar="LIST", help="backends: numba, ort, torch, numpy (default: these)")
     p.add_argument(
         "-r",
         "--repeats",
@@ -358,7 +360,7 @@ def _board(arguments: argparse.Namespace) -> int:
     write_atomically(file, json.dumps(report, indent=1).encode())
     write_atomically(file.with_suffix(".md"), page.encode())
     print(page, end="")
-    _log(f"saved to {file} and {file.with_suffix('.md')}: send both with the sentence")
+    _log(f"saved to {file} and {file.with_suffix('.md')}: attach both to an issue")
     return 0
 
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "numpy", "ort", "numba", "torch", "rknn-sim", "rknn", "rknn-matmul")
 BACKENDS_HELP = f"backend of the matrix products: {', '.join(BACKENDS)} (default: auto)"
 NPU_CORES = ("auto", "0", "1", "2", "0,1", "0,1,2")
-NPU_CORES_HELP = "of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
+NPU_CORES_HELP = "cores of the NPU: auto (default), 0, 1, 2, or several as 0,1,2"
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that choose a model, its backends and its precision."""
     p.add_argument("-m", "--model", metavar="PATH", help="bundle or checkpoint (default: the demo model)")
     p.add_argument("--backend", default="auto", metavar="NAME", choices=BACKENDS, help=BACKENDS_HELP)
-    p.add_argument("--precision", help="of the weights: one that the bundle has (info lists them)")
+    p.add_argument("--precision", help="precision of the weights, one that the bundle has (info lists them)")
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
     p.add_argument(
         "--plan", metavar="PLAN", help="a backend for each use or group, such as prefill=rknn,decode=numba"
@@ -45,7 +45,9 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 
 
 def add_layout_flag(p: argparse.ArgumentParser) -> None:
-    layout = "of a checkpoint or tuned state that can be read in two ways: blinkdl, or web-rwkv (.st files)"
+    layout = (
+        "layout of a checkpoint or tuned state that can be read in two ways: blinkdl, or web-rwkv (.st files)"
+    )
     p.add_argument("--layout", choices=("blinkdl", "web-rwkv"), help=layout)
 
 
@@ -58,7 +60,7 @@ def add_adapter_flags(p: argparse.ArgumentParser) -> None:
         "--adapter-init", metavar="FILE", help="initial values of PiSSA (default: init_pissa.pth beside it)"
     )
     p.add_argument(
-        "--adapter-blocks", choices=("in", "out", "repeat"), help="of Bone, where shapes do not tell"
+        "--adapter-blocks", choices=("in", "out", "repeat"), help="blocks of Bone, where shapes do not tell"
     )
 
 

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--precision",
         default="fp16",
-        help="of the NPU's artifacts: fp16 (default), mixed (as much in int8 as --max-kl allows), w8a8, or bf16",
+        help="precision of the NPU's artifacts: fp16 (default), mixed (as much int8 as --max-kl allows), w8a8 or bf16",
     )
     p.add_argument(
         "--precision-map", metavar="FILE", help="JSON file that names the int8 projections of mixed"
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
         type=float,
         default=0.005,
         metavar="X",
-        help="for mixed and --cpu auto, nats a token (default: 0.005)",
+        help="limit of the KL divergence, nats a token (mixed, --cpu auto; default: 0.005)",
     )
     p.add_argument(
         "--remedies",
@@ -49,8 +49,8 @@ def add(commands: Any) -> None:
     p.add_argument("--fusion", default="layer", help="layer (default, fewest calls) or projection")
     p.add_argument("--rows", default="auto", help="rows of the artifacts, such as 1,64 (default: auto)")
     cpu = (
-        "of the CPU's weights: int8, int4, auto (int4 as far as --max-kl allows), fp16 or fp32 (default: the "
-        "bundle's, int8 for a new one)"
+        "precision of the CPU's weights: int8, int4, auto (int4 as far as --max-kl allows), fp16 or fp32 "
+        "(default: the bundle's, int8 for a new one)"
     )
     p.add_argument("--cpu", help=cpu)
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="builds at a time (default: as memory allows)")

@@ -145,7 +145,7 @@ def _assumption(variant: Variant) -> str:
 
 def _refusal(variant: Variant) -> str:
     existing = variant.memory.contexts - len(variant.artifacts)
-    in_bundle = f", {existing} of the contexts being in the bundle already" if existing else ""
+    in_bundle = f"; contexts in the bundle already: {existing}" if existing else ""
     return (
         f"{variant.precision} does not fit, and a conversion refuses it: {variant.memory.arithmetic()}{in_bundle}. "
         f"The estimate runs {variant.left[0]} to {variant.left[-1]} on the board's CPU."

@@ -47,9 +47,14 @@ def add(commands: Any) -> None:
     same = "(default: the model itself, if one of the next two flags is given)"
     p.add_argument("--against", metavar="PATH", help=f"bundle or checkpoint to compare with {same}")
     p.add_argument(
-        "--against-backend", metavar="NAME", choices=BACKENDS, help="of the reference (default: numba or ort)"
+        "--against-backend",
+        metavar="NAME",
+        choices=BACKENDS,
+        help="backend of the reference (default: numba or ort)",
     )
-    p.add_argument("--against-precision", metavar="P", help="of the reference (default: not quantised)")
+    p.add_argument(
+        "--against-precision", metavar="P", help="precision of the reference (default: not quantised)"
+    )
     resume = "save scores in this file; if it exists, continue from it"
     p.add_argument("--resume", metavar="FILE", help=resume)
     p.add_argument("--json", action="store_true", help="print the figures as JSON")

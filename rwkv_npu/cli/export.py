@@ -26,9 +26,9 @@ def add(commands: Any) -> None:
         "--gguf", metavar="FILE", help="write RWKV-6 or RWKV-7 in F16 to this file; it must not exist"
     )
     p.add_argument("-o", "--out", metavar="DIR", help="with --for: the bundle to write")
-    p.add_argument("--precision", help="of the artifacts (default: the bundle's default)")
+    p.add_argument("--precision", help="precision of the artifacts (default: the bundle's default)")
     p.add_argument("--fusion", choices=("layer", "projection"), help="default: the bundle's")
-    cpu = "of the CPU's weights: int8, int4, auto, fp16 or fp32 (default: the bundle's default)"
+    cpu = "precision of the CPU's weights: int8, int4, auto, fp16 or fp32 (default: the bundle's default)"
     p.add_argument("--cpu", help=cpu)
     p.add_argument("--force", action="store_true", help="replace the bundle at the output")
     p.add_argument("--tokenizer", metavar="FILE", help="with --gguf: vocabulary file (or world)")

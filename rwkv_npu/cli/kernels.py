@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser("build", help="fill the cache")
     build.add_argument("-m", "--model", metavar="PATH", help="for this model (default: the demo model)")
-    build.add_argument("--precision", help="of the weights: one that the bundle has")
+    build.add_argument("--precision", help="precision of the weights, one that the bundle has")
     build.add_argument("--all", action="store_true", help="for all formats and generations")
     p.set_defaults(run=run)
 

@@ -81,7 +81,7 @@ def _table(facts: dict[str, Any]) -> str:
         ]
         columns = list(rows[0]) if rows else []  # the row of decoding has every role
         lines += [_line(row, columns) for row in ({name: name for name in columns}, *rows) if row]
-    lines.append("Milliseconds of a forward over so many rows; the last column is for one token.")
+    lines.append("Milliseconds of a forward, by its number of rows; the last column is for one token.")
     lines += [f"plan         {facts['plan']}, {facts['fusion']} fusion", f"machine      {facts['machine']}"]
     if facts["batch"]:
         lines.append(f"batch        {facts['batch']} or more sequences at once are read as prompts are")

@@ -72,7 +72,7 @@ def own_template(source: str, where: Path, family: Template) -> Template:
         end = chat.split(_ANSWER)[1]
     except (UsageError, ValueError, IndexError):
         raise UsageError(
-            f"the chat template of {where} does not render a question and its answer: choose another template="
+            f"the chat template of {where} cannot render a chat of two turns: choose another template="
         ) from None
     label = before.strip().rpartition("\n")[2]
     assistant = between.strip().rpartition("\n")[2]
