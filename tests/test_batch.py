@@ -81,6 +81,13 @@ def test_a_foreign_output_is_left_alone(run: Run, tmp_path: Path, text: str) -> 
     assert status == 1 and "is not a file of answers" in said and out.read_text() == text
 
 
+def test_a_name_that_utf8_lacks(run: Run, tmp_path: Path) -> None:
+    asked, out = write(tmp_path / "in.jsonl", [request("\ud800", max_tokens=0)]), tmp_path / "out"
+    run("batch", asked, "-o", out, "--backend", "numpy")
+    assert answers(out)["\ud800"]["status_code"] == 400
+    assert "answered already" in run("batch", asked, "-o", out)[2]
+
+
 def test_a_folder_is_no_output(run: Run, tmp_path: Path) -> None:
     status, _, said = run("batch", write(tmp_path / "in.jsonl", [request("a")]), "-o", tmp_path)
     assert status == 1 and f"cannot read {tmp_path}: Is a directory" in said and said.count("\n") == 1

@@ -90,7 +90,8 @@ async def _answer_all(service: Service, requests: Sequence[Request], out: Path) 
     app, limit = application(service, hosts=None), asyncio.Semaphore(2 * service.scheduler.slots)
     failed = 0
     try:
-        file = out.open("a", encoding="utf-8")
+        # A lone surrogate in a custom_id is written as \udXXX, which is JSON's escape for it.
+        file = out.open("a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}") from None
     with file, progress("requests", "request", total=len(requests)) as bar:
