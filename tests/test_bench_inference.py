@@ -18,7 +18,7 @@ import pytest
 import rwkv_npu
 from rwkv_npu.bench import inference, report
 from rwkv_npu.bench.document import MEASURED_PARTS, Document, ModelRow
-from rwkv_npu.bench.measure import Case
+from rwkv_npu.bench.measure import Case, facts
 from rwkv_npu.formats.checkpoint import open_checkpoint
 from rwkv_npu.models.spec import groups
 from tests.bench_inference import QUICK, L, run_json
@@ -34,6 +34,23 @@ def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -- the engine's own counters ---------------------------------------------------------------------------
+
+
+def test_rows_of_an_npu_have_the_precision_of_its_artifacts(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "map.json").write_text(json.dumps({"blocks.0.ffn.key.weight": "w8a8"}))
+    np.save(tmp_path / "ids.npy", np.arange(1, 200) % 60)
+    options = {"precision_map": tmp_path / "map.json", "calibrate": [tmp_path / "ids.npy"]}
+    bundle = rwkv_npu.convert(checkpoint, tmp_path / "out.rwkv", target="none", precision="mixed", **options)  # type: ignore[arg-type]
+    with rwkv_npu.load(bundle, backend="numpy", precision="mixed") as model:
+        spec = model.spec
+        monkeypatch.setattr(type(model.source), "precision_on", lambda source, backend: "mixed")
+        row = facts(model, "rknn")
+        monkeypatch.setattr(type(model.source), "precision_on", lambda source, backend: "fp16")
+        fp16 = facts(model, "rknn")
+    assert row["weights"] == row["stored"] == "mixed" and fp16["weights"] == "fp16"
+    assert fp16["bytes_per_token"] - row["bytes_per_token"] == spec.D * spec.F
 
 
 @pytest.mark.parametrize("fusion", ["layer", "projection"])

@@ -27,7 +27,7 @@ from rwkv_npu.model import Model, load
 from rwkv_npu.models.spec import Tensor, state_shapes, tensors
 from rwkv_npu.quant.cpu import PRECISIONS
 from rwkv_npu.runtime.estimate import state_bytes, weights
-from rwkv_npu.runtime.weights import ModelSource
+from rwkv_npu.runtime.weights import BundleSource, ModelSource
 from rwkv_npu.text.sampling import Sampler, SamplingOptions
 from rwkv_npu.toolkit import available_memory
 
@@ -254,30 +254,35 @@ def memory() -> dict[str, int]:
 
 def facts(model: Model, backend: str) -> dict[str, Any]:
     """The fields of a row that do not depend on time."""
-    source, spec = model.source, model.spec
-    # The NPU's graphs hold fp16. The bundle's own weights are not read: an exported bundle may have none in fp16.
-    dtype = np.dtype(np.float16) if backend in NPU_BACKENDS else source.weight("head.weight").dtype
-    stored = dtype.name.replace("bfloat", "bf").replace("float", "fp")  # fp32, fp16 or bf16
-    size = sum(weights(spec).values()) * dtype.itemsize
-    held = stored
-    if backend in ("ort", "numba") and source.packed("head.weight"):
-        stored = held = source.cpu_precision
-        size = sum(
-            _packed_bytes(source, tensor)
-            for tensor in tensors(spec)
-            if tensor.kind.is_projection and not tensor.optional
-        )
-    elif backend in ("ort", "torch"):  # these convert all weights to fp32 in advance, NumPy a block at a time
-        held, size = "fp32", size * 4 // dtype.itemsize
+    held, stored, size = _held(model.source, backend)
     packages = dict.fromkeys((MODEL_BACKENDS[backend][2], "numpy"))
     return {
         "device": f"{(soc() or '').upper()} NPU" if backend.startswith("rknn") else f"CPU ({cpu_model()})",
         "weights": held,
         "stored": stored,
         "fusion": model.engine.program.fusion,
-        "bytes_per_token": size + state_bytes(spec),
+        "bytes_per_token": size + state_bytes(model.spec),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     }
+
+
+def _held(source: ModelSource, backend: str) -> tuple[str, str, int]:
+    """(precision in memory, precision as stored, bytes in memory) of the projections."""
+    projections = [t for t in tensors(source.spec) if t.kind.is_projection and not t.optional]
+    if backend in NPU_BACKENDS:
+        # The bundle's own weights are not asked: an exported bundle may have none in fp16.
+        precision = source.precision_on(backend) or "fp16"
+        chosen = source.bundle.manifest.int8.get(precision) if isinstance(source, BundleSource) else None
+        int8 = chosen.projections if chosen else ()
+        return precision, precision, sum(prod(t.shape) * (1 if t.name in int8 else 2) for t in projections)
+    if backend in ("ort", "numba") and source.packed("head.weight"):
+        size = sum(_packed_bytes(source, tensor) for tensor in projections)
+        return source.cpu_precision, source.cpu_precision, size
+    dtype = source.weight("head.weight").dtype
+    stored = dtype.name.replace("bfloat", "bf").replace("float", "fp")  # fp32, fp16 or bf16
+    if backend in ("ort", "torch"):  # these convert all weights to fp32 in advance, NumPy a block at a time
+        return "fp32", stored, 4 * sum(weights(source.spec).values())
+    return stored, stored, dtype.itemsize * sum(weights(source.spec).values())
 
 
 # -- profile ---------------------------------------------------------------------------------------------
