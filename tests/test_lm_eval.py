@@ -83,7 +83,11 @@ def test_two_tasks_of_local_files(checkpoint: Path, model: Model, tmp_path: Path
     assert results["write"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-def test_scores_are_those_of_the_whole_text(model: Model) -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_scores_are_those_of_the_whole_text(
+    model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(harness, "CHUNK", chunk)
     scorer = harness.Scorer(model)
     for answer in (" turn", "and the re", " über"):
         whole, context = model.encode(PROMPT + answer), model.encode(PROMPT)

@@ -14,6 +14,7 @@ import numpy as np
 
 from rwkv_npu.errors import UsageError
 from rwkv_npu.evaluation.likelihood import log_likelihood
+from rwkv_npu.evaluation.text import CHUNK
 from rwkv_npu.model import Model
 from rwkv_npu.progress import progress
 from rwkv_npu.text.tokenizer import END_OF_TEXT
@@ -100,12 +101,19 @@ class Scorer:
         if list(context) != self._context:
             self._logits, self._state = self._model.forward(context)
             self._context = list(context)
-        rows = self._logits[None]
-        if len(continuation) > 1:
-            more, _ = self._model.forward(continuation[:-1], self._state, all_logits=True)
-            rows = np.concatenate([rows, more])
+        row, state = self._logits, self._state
         targets = np.asarray(continuation)
-        return float(log_likelihood(rows, targets).sum()), bool((rows.argmax(1) == targets).all())
+        total, likeliest = 0.0, True
+        for begin in range(0, len(targets), CHUNK):
+            part, last = targets[begin : begin + CHUNK], begin + CHUNK >= len(targets)
+            rows, read = row[None], part[:-1] if last else part
+            if len(read):
+                more, state = self._model.forward(read, state, all_logits=True)
+                rows = np.concatenate([rows, more])
+            total += float(log_likelihood(rows[: len(part)], part).sum())
+            likeliest &= bool((rows[: len(part)].argmax(1) == part).all())
+            row = rows[-1]
+        return total, likeliest
 
 
 def generate(model: Model, context: str, options: dict[str, Any]) -> str:
