@@ -1,7 +1,7 @@
 """Rockchip's NPU on a board: each artifact is a context, which is opened once.
 
 Contexts are driven through the C interface of librknnrt (`rknn_context`). RKNNLite is used instead if that interface
-does not work on the board, or if the environment variable API is set to LITE. `RKNNLite.inference` returns arrays even
+does not work on the board, or if RWKV_NPU_API=rknnlite is set. `RKNNLite.inference` returns arrays even
 if `rknn_run` failed, so this module calls the steps of `inference` one by one and checks every return code. Inputs for
 RKNNLite are fp32, because librknnrt then converts them to fp16.
 """
@@ -37,7 +37,7 @@ from rwkv_npu.toolkit import VERSIONS, rknn_info
 CORES = {"0": (1,), "1": (2,), "2": (4,), "0,1": (1, 2), "0,1,2": (1, 2, 4)}
 CHIP_CORES = {"rk3588": "0,1,2", "rk3576": "0,1"}  # chips with several cores
 ANY_CORE = 0  # mask: the runtime chooses the core
-# While a core computes for one thread, the other checks the outputs of the last call and hands over those of the next.
+# While a core computes for one thread, the other checks its last outputs and hands over its next inputs.
 THREADS_A_CORE = 2
 PACKAGE = "rknn-toolkit-lite2"
 DEFAULT_CORES = "auto"
@@ -81,9 +81,10 @@ class _Sizes:
         return code
 
     def values(self, expected: list[int]) -> list[int]:
-        """Numbers of fp32 values in the outputs, `expected` where no size is known."""
+        """The number of fp32 values in each output, or `expected` if no sizes were recorded."""
         sizes, self._bytes = self._bytes, []  # a call that is not recorded must not see older sizes
-        # RKNNLite sets `size` to the number of values before the call. Some libraries do not replace it by bytes.
+        # Before the call, RKNNLite sets `size` to the number of values. Some versions of librknnrt do not replace it by
+        # bytes.
         return expected if sizes in ([], expected) else [size // 4 for size in sizes]
 
 

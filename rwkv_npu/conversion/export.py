@@ -56,7 +56,8 @@ def export(
     """Write the part of the bundle at `path` that a board with the chip `target` needs to `out`. Returns its path.
 
     target: a chip, or none for a bundle of the CPU's weights alone. precision, fusion: of the artifacts. cpu: precision
-    of the CPU's weights; int8 and int4 are exported without the fp16 weights. None: the bundle's default.
+    of the CPU's weights; with int8 or int4 the fp16 weights are left out. None, of
+    each of the three: the bundle's default.
     force: replace the bundle at `out`. Raises BundleError or UsageError, each one line.
     """
     bundle, out_path = open_bundle(path), Path(out)
@@ -114,7 +115,7 @@ def _selected(
             or f"{bundle.path} has no artifacts for {wanted}. It has {'; '.join(kinds) or 'none'}: "
             f"{extend} --target {target} adds to it"
         )
-    # 2. Files: all but those of other artifacts and other weights.
+    # 2. Files: leave out those of artifacts and weights that were not chosen.
     packed = [cpu] if cpu in old.packed else []
     left = {a.path for a in old.artifacts} - {a.path for a in artifacts}
     left.update(packed_file(name) for name in old.packed if name != cpu)

@@ -7,14 +7,14 @@ import numpy as np
 TILE_ROWS = 4  # memory holds whole tiles of rows
 ALIGNMENT = 64
 
-# The codes. Instructions before SHIFT compute every row on its own.
+# The codes. Those smaller than SHIFT compute each row independently of the others.
 ADD, SUB, MUL, ADD_VECTOR, MUL_VECTOR, MIX, SCALE, TANH, SIGMOID, RELU = range(10)
 LAYER_NORM, ROW_MATMUL, QUANTISE, SHIFT, SHIFT_STATE, STORE_STATE, LINEAR, WKV = range(10, 18)
 
 INT4, INT8, FP16, BF16, FP32 = range(5)  # formats of a matrix
 
 # op, wait, clock, rows, out, width and stride mean the same in every instruction. The other fields are used as this
-# table says. Operands a and b have the stride of the result, unless the table gives them `other_stride`.
+# table says. Fp32 operands have the stride of the result, unless the table gives them `other_stride`.
 #
 # op                  result                             other fields
 # ADD, SUB, MUL       a + b, a - b, a * b                a, b
@@ -44,7 +44,7 @@ INSTRUCTION = np.dtype(
     [
         ("op", np.int64),
         ("wait", np.int64),  # 1: a barrier before it
-        ("clock", np.int64),  # address of a sum of ns, to which the time until the next barrier is added
+        ("clock", np.int64),  # address of a counter: the ns until the next barrier are added to it
         ("rows", np.int64),
         ("width", np.int64),  # floats of a row of `out`, without padding
         ("stride", np.int64),  # floats from one row of `out` to the next
@@ -76,8 +76,8 @@ S_SEGMENTS, S_ROWS = range(2)
 S_FIRST, S_COUNT, S_STATE = range(3)
 S_RECURRENT = S_STATE + 1
 
-# The arguments of a recurrence, int64 each: the address of the segment table; bytes from the begin of a state's part to
-# the layer; heads H, head size N, floats from one row to the next; then the addresses of the parameters (count, H*N),
+# The arguments of a recurrence, int64 each: the address of the segment table; the layer's offset in bytes in a part of
+# the state; heads H, head size N, floats from one row to the next; then the addresses of the parameters (count, H*N),
 # of the result y, and of the projections' outputs. y and the outputs are (M, stride), of which H*N columns are used.
 A_SEGMENTS, A_LAYER, A_H, A_N, A_STRIDE, A_TABLE, A_Y, A_VALUES = range(8)
 ARGUMENTS = A_VALUES + 8

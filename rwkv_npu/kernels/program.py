@@ -37,7 +37,7 @@ WORD = 8  # bytes: every field of an instruction and every argument of a recurre
 
 
 class Bound(NamedTuple):
-    """A matrix (k, n) in memory. data, scales: addresses. n is padded, and k too if the matrix is quantised."""
+    """A matrix (k, n) in memory. data, scales: addresses. n is padded to panels, and k to blocks if it is quantised."""
 
     format: int
     k: int
@@ -76,7 +76,7 @@ class Layout:
 
     @staticmethod
     def of(spec: Spec) -> Layout:
-        """The layout for a model. Rows are whole panels, since products write whole panels, and whole heads."""
+        """The layout for a model. A row is a whole number of panels, which products write, and of heads."""
         return Layout(PANEL if spec.generation == "4" else lcm(PANEL, spec.N))
 
     def stride(self, width: int) -> int:
@@ -98,7 +98,7 @@ class Layout:
     def place(self, recording: Recording, rows: int) -> tuple[list[int | None], int]:
         """The offset in bytes of each value, and the bytes of all. Inputs and outputs lie elsewhere: None.
 
-        Memory is reused after the last stage that reads its value, not earlier: within a stage some threads are ahead.
+        Memory is reused in a later stage than the last that reads its value: threads within a stage are not in step.
         """
         last_use = [0] * len(recording.values)
         for op in recording.ops:
@@ -148,7 +148,7 @@ def part_bytes(spec: Spec, part: str) -> int:
 def recurrence_arguments(
     spec: Spec, layer: int, *, segments: np.ndarray, stride: int, table: int, y: int, inputs: Sequence[int]
 ) -> list[int]:
-    """The arguments of a recurrence, (ARGUMENTS,), in the order of `instructions.A_SEGMENTS` and the names after it.
+    """The arguments of a recurrence, (ARGUMENTS,), in the order of the names A_... in `instructions`.
 
     table, y, inputs: addresses of the layer's parameters, of the result and of the projections' outputs.
     """

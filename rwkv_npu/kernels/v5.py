@@ -45,11 +45,12 @@ from rwkv_npu.models.common import Arrays
 P_W, P_U, P_WEIGHT, P_BIAS, PARAMETERS = range(5)
 X_R, X_K, X_V, X_G, INPUTS = range(5)
 
-# Rows of scratch: padded copies of the inputs and parameters of a head, where they need padding, then y.
+# Rows of scratch: one for each input and parameter of a head, used if its columns need padding, then one for y.
 Y = INPUTS + PARAMETERS
 SCRATCH = Y + 1
 
-# e^-40. A chunk divides by the product of its decays; a larger one keeps the quotients well inside fp32.
+# e^-40. Keys are divided by the product of a chunk's decays. A chunk ends before the product falls below this, so the
+# quotients stay well inside fp32.
 LEAST_DECAY = np.float32(4.2e-18)
 
 
@@ -66,7 +67,7 @@ def inputs(x: Arrays, carry: Arrays) -> tuple[np.ndarray, ...]:
 
 @inlined
 def own_score(r: Any, u: Any, k: Any, row: Any) -> Any:
-    """The sum of r * u * k: the factor with which a token reads its own value."""
+    """The sum of r * u * k: the weight of a token's own value in its output."""
     own = floats(ZERO)
     for j in range(0, row, 64):
         own = fma(mul(load_floats(r + j), load_floats(u + j)), load_floats(k + j), own)
@@ -92,12 +93,13 @@ def fits(m: Any, w: Any) -> Any:
     least = floats(ONE)
     for j in range(0, chunk.ROW, 64):
         least = at_most(mul(load_floats(m + chunk.DECAY * chunk.ROW + j), load_floats(w + j)), least)
+    # The smallest number is minus the largest of the negated ones. `not <` lets NaN pass.
     return not -largest(mul(least, floats(-ONE))) < LEAST_DECAY
 
 
 @called
 def enter(m: Any, t: Any, r: Any, w: Any, k: Any, v: Any, alone: Any) -> None:
-    """Write token t of the chunk in memory m. Queries and keys are relative to the decay since the chunk began."""
+    """Write token t of the chunk in memory m: queries times the decay before the token, keys over that after it."""
     for j in range(0, chunk.ROW, 64):
         before = load_floats(m + chunk.DECAY * chunk.ROW + j)
         decay = mul(before, load_floats(w + j))

@@ -1,7 +1,7 @@
 """RWKV-5 (Eagle, arXiv 2404.05892): a matrix state per head with a fixed decay.
 
 5.0 has one decay per head and no gate, 5.1 a gate, 5.2 a decay per channel; they differ in nothing else.
-Letters: T tokens, B sequences, H heads, N head size.
+Letters: T tokens, B sequences, H heads, N head size, A = H*N.
 """
 
 from __future__ import annotations

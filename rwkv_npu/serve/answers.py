@@ -55,8 +55,8 @@ class Grammar(Protocol):
 class Options:
     """Options of an answer.
 
-    bias: the amount to add to a token's logit. top_logprobs: None for no log-probabilities. think_budget: tokens after
-    which a thought is closed.
+    bias: the amount to add to a token's logit. top_logprobs: None for no log-probabilities. think_budget: the most
+    tokens of a thought, which is then closed; None for no limit.
     """
 
     sampling: SamplingOptions = SamplingOptions()
@@ -101,6 +101,7 @@ class Answer:
         return None if self._grammar is None else self._grammar.allowed()
 
     def take(self, choice: Choice) -> int | None:
+        """Accept the sampled token, or a forced one in its place. Returns the token to read next, None at the end."""
         if self._forced:  # the thought has used up its budget: these tokens close it
             choice = Choice(self._forced.popleft(), 0.0, [])
         token = choice.token

@@ -108,7 +108,7 @@ class ChatAnswer:
             "model": name,
             "system_fingerprint": service.fingerprint,
         }
-        self._buffers: dict[int, str] = {}  # content of each answer that may become a tool call
+        self._buffers: dict[int, str] = {}  # by answer: text that may still become a tool call
         self._plain: set[int] = set()  # answers that are certainly no tool call
 
     def whole(self, answers: Sequence[Completion], usage: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +156,10 @@ class ChatAnswer:
         return chunks
 
     def _hold_back(self, event: Event, content: str) -> tuple[str, list[dict[str, Any]]]:
-        """Hold back content that may become a tool call. Returns (content to send now, calls at the end)."""
+        """Hold back content that may become a tool call.
+
+        Returns the content to send now, and the tool calls once the answer has ended.
+        """
         index = event.index
         if not self._tools or index in self._plain:
             return content, []
