@@ -109,7 +109,7 @@ class Fields:
             raise self.error(
                 name, f"at most {MANY_STOPS} strings of 1 to {LONG_STOP} characters are supported"
             )
-        return tuple(checked(stop, name) for stop in stops)
+        return tuple(checked(stop, self._where + name) for stop in stops)
 
     def bias(self, name: str, V: int) -> dict[int, float]:
         """OpenAI's `logit_bias`: {"token id": a number from -100 to 100}."""
