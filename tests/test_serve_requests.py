@@ -5,9 +5,32 @@ from __future__ import annotations
 import pytest
 
 from rwkv_npu.serve.fields import FieldError, Fields
+from rwkv_npu.serve.openai import parse_calls
 
 
 def test_an_error_names_the_whole_path_of_a_field() -> None:
     options = Fields({"options": {"stop": ["\ud83d"]}}).object("options")
     with pytest.raises(FieldError, match=r"^options\.stop: .*surrogate"):
         options.stops("stop")
+
+
+@pytest.mark.parametrize("name", [r'"f"', r'"\ud83d\ude00"'])
+def test_a_tool_call_is_found(name: str) -> None:
+    (call,) = parse_calls('{"name": ' + name + r', "arguments": {"a": "\u00e9"}}')
+    assert call["function"]["arguments"] == '{"a": "é"}' and call["function"]["name"].encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "f", "arguments": ' + "[" * 200_000,
+        '{"name": "f", "arguments": ' + "[" * 200_000 + "]" * 200_000 + "}",
+        r'{"name": "f", "arguments": {"a": "\ud83d"}}',
+        r'{"name": "\ud83d", "arguments": {}}',
+        '{"name": "f", "arguments": {"a": NaN}}',
+        '{"name": "f", "arguments": {"a": 1e999}}',
+    ],
+    ids=["open", "deep", "half a pair", "name", "NaN", "infinite"],
+)
+def test_json_that_cannot_be_sent_is_no_tool_call(text: str) -> None:
+    assert parse_calls(text) == []

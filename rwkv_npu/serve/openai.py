@@ -190,18 +190,22 @@ def parse_calls(content: str) -> list[dict[str, Any]]:
     """The tool calls in an answer: JSON objects with name and arguments, bare or in a code fence; else []."""
     text = content.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     decoder, calls, at = json.JSONDecoder(), [], 0
-    while at < len(text):
-        try:
+    try:
+        while at < len(text):
             value, at = decoder.raw_decode(text, at)
-        except ValueError:
-            return []
-        for call in value if isinstance(value, list) else [value]:
-            if not (isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call):
-                return []
-            arguments = json.dumps(call["arguments"], ensure_ascii=False)
-            function = {"name": call["name"], "arguments": arguments}
-            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        at += len(text[at:]) - len(text[at:].lstrip(" \n\r\t,"))
+            for call in value if isinstance(value, list) else [value]:
+                if not (isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call):
+                    return []
+                # NaN is no JSON, and half of a surrogate pair no text: the response could not be sent.
+                arguments = json.dumps(call["arguments"], ensure_ascii=False, allow_nan=False)
+                (call["name"] + arguments).encode()
+                function = {"name": call["name"], "arguments": arguments}
+                calls.append(
+                    {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+                )
+            at += len(text[at:]) - len(text[at:].lstrip(" \n\r\t,"))
+    except (ValueError, RecursionError):
+        return []
     return calls
 
 
