@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import rwkv_npu
-from rwkv_npu.backends.rknn import RknnBackend
+from rwkv_npu.backends.rknn import RknnBackend, explain
 from rwkv_npu.board import hardware
 from rwkv_npu.errors import BackendError
 from rwkv_npu.formats.bundle import Artifact, open_bundle
@@ -241,6 +241,26 @@ def test_rknnlites_log_becomes_one_line_with_advice(
     monkeypatch.setattr(FakeLite, "says", "")
     monkeypatch.setattr(FakeLite, "fails", False)
     load(bundle).close()  # nothing of the failure is left, the lock least of all
+
+
+@pytest.mark.parametrize(
+    ("runtime", "toolkit", "advice"),
+    [
+        ("2.3.2", "2.5.0", "convert --toolkit 2.3.2"),
+        ("2.3.2", "2.3.2", "convert --toolkit 2.3.0"),
+        ("2.3.2", "2.2.0", "convert --toolkit 2.3.2"),
+        ("2.2.0", "2.2.0", "convert --toolkit 2.2.0"),
+        ("2.0.0", "2.2.0", "update it to 2.2.0 or later"),
+        (None, "2.2.0", "update it to 2.2.0 or later"),
+    ],
+)
+def test_advice_for_a_file_that_the_runtime_cannot_read(
+    runtime: str | None, toolkit: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "runtime_library", lambda: Path("librknnrt.so"))
+    monkeypatch.setattr(hardware, "runtime_version", lambda library: runtime)
+    artifact = Artifact("first.rknn", "first", "rk3588", "fp16", "none", 1, 0, toolkit=toolkit)
+    assert explain("rknn_init returned -6: invalid", artifact).endswith(advice)
 
 
 def test_a_runtime_older_than_every_toolkit_has_to_be_updated(

@@ -411,23 +411,23 @@ def explain(text: str, artifact: Artifact) -> str:
 
 
 def _older_file(artifact: Artifact, runtime: str | None) -> str:
-    """Advice for an artifact that the board's runtime cannot read: an older compiler, or a newer runtime."""
+    """Advice for an artifact that the board's runtime cannot read: another compiler, or a newer runtime."""
     known = f"librknnrt {runtime}" if runtime else "this librknnrt"
     problem = f"{known} cannot read files of toolkit {artifact.toolkit or '(unknown)'}"
+    choices = [v for v in VERSIONS if runtime and version_numbers(v) <= version_numbers(runtime)]
     if runtime is None or (
         artifact.toolkit and version_numbers(runtime) >= version_numbers(artifact.toolkit)
     ):
-        # The versions do not explain the error: try the next older compiler.
+        # The versions do not explain the error: try the next older compiler, or else the runtime's own.
         older = [
             v
             for v in VERSIONS
             if not artifact.toolkit or version_numbers(v) < version_numbers(artifact.toolkit)
         ]
-    else:
-        older = [v for v in VERSIONS if version_numbers(v) <= version_numbers(runtime)]
-    if not older:
+        choices = older or choices
+    if not choices:
         return f"{problem}: update it to {VERSIONS[-1]} or later"
-    commands = f"rwkv-npu toolkit install --version {older[0]} and rwkv-npu convert --toolkit {older[0]}"
+    commands = f"rwkv-npu toolkit install --version {choices[0]} and rwkv-npu convert --toolkit {choices[0]}"
     return f"{problem}: on a PC, run {commands}"
 
 
