@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from rwkv_npu.serve.answers import Answer, Event, Options
 from rwkv_npu.serve.fields import FieldError, Fields
 from rwkv_npu.serve.openai import parse_calls
+from rwkv_npu.text.chat import AnswerParser
+from rwkv_npu.text.sampling import Choice
+from rwkv_npu.text.tokenizer import builtin
+
+WORLD = builtin("world")
 
 
 def test_an_error_names_the_whole_path_of_a_field() -> None:
@@ -34,3 +40,19 @@ def test_a_tool_call_is_found(name: str) -> None:
 )
 def test_json_that_cannot_be_sent_is_no_tool_call(text: str) -> None:
     assert parse_calls(text) == []
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_a_thought_ends_once_at_its_budget(budget: int) -> None:
+    events: list[Event] = []
+    options = Options(think_budget=budget, max_tokens=20)
+    parser = AnswerParser(opened=" <think", stops=("\n\n",))
+    answer = Answer(0, WORLD, WORLD.has_text(65536), options, parser, events.append)
+    (token,) = WORLD.encode("a")
+    while answer.take(Choice(token, 0.0, [])) is not None:
+        pass
+    pieces = [piece for event in events for piece in event.pieces]
+    thought = "".join(piece.text for piece in pieces if piece.thought)
+    content = "".join(piece.text for piece in pieces if not piece.thought)
+    assert thought == "a" * max(budget, 1) + "\n"
+    assert content == "a" * len(content) != ""

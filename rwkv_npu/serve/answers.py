@@ -110,7 +110,8 @@ class Answer:
         complete = self._grammar is not None and self._grammar.push(token)
         self.thought_tokens += self._parser.thinking
         budget = self.options.think_budget
-        if self._parser.thinking and budget is not None and self.thought_tokens == budget:
+        spent = budget is not None and self.thought_tokens >= budget
+        if self._parser.thinking and spent and not self._forced:
             self._forced.extend(self._tokenizer.encode(CLOSE_THOUGHT))
         reason = None
         if token == END_OF_TEXT or self._parser.stopped or complete:
