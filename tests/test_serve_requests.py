@@ -1,17 +1,33 @@
-"""Fields of requests and the shape of answers, without a server."""
+"""Fields of requests and the shape of answers, without a socket."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
+from starlette.testclient import TestClient
+
+import rwkv_npu
 from rwkv_npu.serve.answers import Answer, Event, Options
+from rwkv_npu.serve.app import application
 from rwkv_npu.serve.fields import FieldError, Fields
 from rwkv_npu.serve.openai import parse_calls
-from rwkv_npu.text.chat import AnswerParser
+from rwkv_npu.serve.service import Service
+from rwkv_npu.text.chat import TEMPLATES, AnswerParser
 from rwkv_npu.text.sampling import Choice
 from rwkv_npu.text.tokenizer import builtin
 
 WORLD = builtin("world")
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Path) -> Iterator[Service]:
+    with rwkv_npu.load(checkpoint, backend="numpy") as model:
+        made = Service(model, "tiny", TEMPLATES["g1"])
+        yield made
+        made.close()
 
 
 def test_an_error_names_the_whole_path_of_a_field() -> None:
@@ -56,3 +72,16 @@ def test_a_thought_ends_once_at_its_budget(budget: int) -> None:
     content = "".join(piece.text for piece in pieces if not piece.thought)
     assert thought == "a" * max(budget, 1) + "\n"
     assert content == "a" * len(content) != ""
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_text_completions_have_log_probabilities(count: int, service: Service) -> None:
+    client = TestClient(application(service, hosts=None))
+    body: dict[str, Any] = {"prompt": "Hi", "max_tokens": 3, "temperature": 0}
+    assert client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"] is None
+    answer = client.post("/v1/completions", json={**body, "logprobs": count}).json()
+    shown = answer["choices"][0]["logprobs"]
+    written = answer["usage"]["completion_tokens"]
+    assert len(shown["tokens"]) == len(shown["token_logprobs"]) == len(shown["top_logprobs"]) == written
+    assert all(logprob < 0 for logprob in shown["token_logprobs"])
+    assert all(len(top) <= count for top in shown["top_logprobs"])

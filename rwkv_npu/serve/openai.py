@@ -239,15 +239,16 @@ async def completions(request: Request) -> Response:
         state=state_of(request, fields),
     )
     echo = service.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
-    answer = TextAnswer(service, name, echo if fields.boolean("echo", False) else "")
+    echo = echo if fields.boolean("echo", False) else ""
+    answer = TextAnswer(service, name, echo, settings.top_logprobs is not None)
     return await respond(request, generation, answer, fields)
 
 
 class TextAnswer:
     """The JSON of a text completion, whole or in chunks."""
 
-    def __init__(self, service: Service, name: str, echo: str):
-        self._echo = echo
+    def __init__(self, service: Service, name: str, echo: str, logprobs: bool):
+        self._echo, self._with_logprobs = echo, logprobs
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -281,7 +282,7 @@ class TextAnswer:
         return {**self.head, "choices": [choice]}
 
     def _logprobs(self, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
-        if not tokens or not tokens[0].top:
+        if not self._with_logprobs:
             return None
 
         def text(token: int) -> str:
