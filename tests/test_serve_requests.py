@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from starlette.testclient import TestClient
@@ -15,7 +16,7 @@ from rwkv_npu.serve.app import application
 from rwkv_npu.serve.fields import FieldError, Fields
 from rwkv_npu.serve.openai import parse_calls
 from rwkv_npu.serve.service import Service
-from rwkv_npu.text.chat import TEMPLATES, AnswerParser
+from rwkv_npu.text.chat import TEMPLATES, AnswerParser, Message, Piece
 from rwkv_npu.text.sampling import Choice
 from rwkv_npu.text.tokenizer import builtin
 
@@ -72,6 +73,16 @@ def test_a_thought_ends_once_at_its_budget(budget: int) -> None:
     content = "".join(piece.text for piece in pieces if not piece.thought)
     assert thought == "a" * max(budget, 1) + "\n"
     assert content == "a" * len(content) != ""
+
+
+@pytest.mark.parametrize("effort", ["off", "free", "high"])
+@pytest.mark.parametrize("begun", ["", "<think", "<think>", "<think>\nWell", "<think>\n</think"])
+def test_a_structured_answer_has_no_thought(effort: str, begun: str, service: Service) -> None:
+    """The prompt may hold the beginning of a thought: the template's, or the chat's."""
+    chat = [Message("user", "Hi"), *([Message("assistant", begun)] if begun else [])]
+    request = service.chat_request(chat, Options(), think=effort, grammar=Mock())
+    assert str(request.prompt).endswith("\n</think>\n") and str(request.prompt).count("<think>") == 1
+    assert request.parser().push('{"a": 1}') == [Piece('{"a": 1}')]
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -139,10 +140,12 @@ class Service:
         """The generation request of a chat. state: the messages continue it. Raises UsageError for invalid messages."""
         if not messages:
             raise UsageError("the chat has no messages: it needs at least one of the user")
+        # Structured output has no thought: the grammar holds from the first token.
+        think = think if grammar is None else "off"
         prompt = render(self.template, messages, think=think, tools=tools, call=call)
-        if grammar is not None and not call and prompt.opened.endswith("</think"):
-            # Structured output has no thought: close the empty one in the prompt.
-            prompt = Prompt(f"{prompt.text}>\n", "")
+        if grammar is not None and re.match(r"\s*<think(?!.*</think>)", prompt.opened, re.DOTALL):
+            rest = ">\n" if prompt.opened.endswith("</think") else "\n</think>\n"
+            prompt = Prompt(prompt.text + (">" if prompt.opened.endswith("<think") else "") + rest, "")
 
         def parser() -> AnswerParser:
             raw = grammar is not None
