@@ -318,5 +318,7 @@ def test_a_limit_leaves_out_systems_that_choose_their_own_instructions() -> None
 def test_a_limit_reaches_the_worker(tmp_path: Path) -> None:
     variables = LIMITS["avx2"].variables
     with Child(Path(sys.executable), "package", 1, tmp_path / "log", variables) as child:
-        environment = Path(f"/proc/{child._process.pid}/environ").read_text().split("\0")
+        environ = Path(f"/proc/{child._process.pid}/environ")
+        while not (environment := environ.read_text().split("\0"))[0]:
+            assert child._process.poll() is None  # it is empty while the process starts
     assert {f"{name}={value}" for name, value in variables.items()} <= set(environment)
