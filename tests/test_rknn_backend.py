@@ -23,6 +23,7 @@ from rwkv_npu.runtime.loading import CPU_BACKEND, Options
 from rwkv_npu.runtime.placement import Plan, parse
 from rwkv_npu.runtime.weights import BundleSource
 from tests.fake_rknnlite import TRACEBACK, FakeLite, FakeRuntime, become_a_board, fake_bundle
+from tests.native import native_bundle
 from tests.tiny import run_main, write_model
 
 IDS = np.random.default_rng(2).integers(1, 200, 21).tolist()
@@ -31,12 +32,7 @@ CALLS = "first mid.0 last head".split()
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rknn")
-    spec = write_model(folder / "model.pth", "7")
-    with pytest.MonkeyPatch.context() as patch:
-        for fusion in ("layer", "projection"):
-            made = fake_bundle(patch, folder / "model.pth", spec, fusion=fusion)
-    return made
+    return native_bundle(tmp_path_factory.mktemp("rknn"))
 
 
 @pytest.fixture
